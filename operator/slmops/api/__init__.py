@@ -1,0 +1,1 @@
+"""What users write (one module per kind) and what pods read (`run`). Pydantic only; imports nothing else of ours."""

@@ -1,0 +1,1 @@
+"""Pure: (resource, resolved inputs) -> manifests. No I/O, no clock, no randomness."""

@@ -1,0 +1,50 @@
+"""What the rest of the operator may ask of a cluster. Objects are plain dicts, as the API server sends them."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Key:
+    """Identity of a namespaced object. `kind` is Kubernetes' or one of ours; the implementation knows its group."""
+
+    kind: str
+    namespace: str
+    name: str
+
+
+class ClusterError(Exception):
+    """An answer of the API server that is no result. `retryable`: asking again may help; `reason` is its word."""
+
+    def __init__(self, status: int, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.status, self.reason, self.message = status, reason, message
+
+    @property
+    def retryable(self) -> bool:
+        """False only for requests that the server will refuse again as they are (invalid object: 400, 422)."""
+        return self.status not in (400, 422)
+
+
+class Cluster(Protocol):
+    """Six calls. None of them lists Secrets or ConfigMaps."""
+
+    def get(self, key: Key) -> Object | None:
+        """The object, or None where there is none. Raises ClusterError."""
+
+    def list(self, kind: str, namespace: str, labels: dict[str, str]) -> list[Object]:
+        """Objects of `kind` in `namespace` that carry all `labels`. Raises ClusterError."""
+
+    def apply(self, obj: Object, *, current: Object | None = None) -> Object:
+        """Server-side apply as `slmops`, skipped where `current` shows that nothing would change. Raises ClusterError."""
+
+    def delete(self, key: Key, *, uid: str | None = None) -> None:
+        """Delete in the background, only if the uid is still that one; an absent object is fine. Raises ClusterError."""
+
+    def patch_status(self, obj: Object, status: Object) -> Object:
+        """Write the whole status of one of our objects. Raises ClusterError (404: it is gone)."""
+
+    def events(self, namespace: str, *, kind: str, name: str) -> list[Object]:
+        """Events about one object, oldest first. Raises ClusterError."""

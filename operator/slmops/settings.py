@@ -1,0 +1,31 @@
+"""The operator's settings: SLMOPS_* variables, read once at start."""
+
+import os
+from collections.abc import Mapping
+
+from slmops.api.base import Model
+
+
+class Settings(Model):
+    """Frozen; field `trainer_image` is variable SLMOPS_TRAINER_IMAGE, and so on. Empty variables count as unset."""
+
+    trainer_image: str = "docker.io/slmops/trainer:0.1.0"
+    server_image: str = "docker.io/slmops/server:0.1.0"
+    router_image: str = "docker.io/slmops/router:0.1.0"
+    image_pull_policy: str = "IfNotPresent"
+    store: str = ""  # default output, for example oci://slmops-registry.slmops-system.svc:5000
+    plain_http: str = ""  # comma-separated host:port of registries spoken to without TLS
+    registry_secret: str = ""  # dockerconfigjson Secret in each object's namespace for the default store
+    hf_endpoint: str = ""  # a mirror of the Hugging Face Hub
+    prometheus_url: str = ""
+    router_key: str = ""  # from it the routers' agents' tokens are derived
+    namespaces: str = ""  # comma-separated; empty: all
+    metrics_port: int = 9090
+    probe_port: int = 8080
+    workers: int = 8  # passes at once
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
+        """Raises pydantic.ValidationError naming the variable's field."""
+        found = {name: env[f"SLMOPS_{name.upper()}"] for name in cls.model_fields if env.get(f"SLMOPS_{name.upper()}")}
+        return cls.model_validate(found)
