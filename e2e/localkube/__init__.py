@@ -1,0 +1,1 @@
+"""A real single-node Kubernetes on a bare Debian machine, for the demo and the tests."""

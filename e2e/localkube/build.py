@@ -1,0 +1,173 @@
+"""From a Dockerfile to an image on the node: build with buildah, hand over to containerd, pin, record."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from localkube import images, paths, rootfs, shell, store
+from localkube.images import Image
+from localkube.say import Failure, step
+
+HOST_CA = Path("/etc/ssl/certs/ca-certificates.crt")
+# For RUN steps only: these reach neither the image's configuration nor its layers.
+BUILD_ENV = {name: str(HOST_CA) for name in ["SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"]}
+
+
+def ensure(*names: str) -> None:
+    """Build what is not built yet and load what the node does not have yet."""
+    chosen = names or tuple(n for n, i in images.IMAGES.items() if i.dockerfile.exists())
+    with _building():
+        node = store.answers()
+        for name in chosen:
+            reference = images.reference(name)
+            if node and store.has(reference):
+                step(f"{name}: {reference} is on the node")
+            else:
+                _ensure_built(images.named(name))
+                if node:
+                    _load(reference)
+                else:
+                    step(f"{name}: built; the node is down, so it was not loaded")
+            if node:
+                _record(name, reference)
+    if node:
+        _drop_old([images.reference(name) for name in chosen])
+
+
+def load(target: str) -> None:
+    """Load one of our images by name, or any image of the build store by its full reference."""
+    if target in images.IMAGES:
+        ensure(target)
+        return
+    if not store.answers():
+        raise Failure("the node is down", hint="run `up` first")
+    with _building():
+        if not _has(target):
+            raise Failure(f"{target} is not in the build store", hint=f"build it there: {' '.join(_buildah('bud'))} …")
+        _load(target)
+
+
+def _ensure_built(image: Image) -> None:
+    reference = images.reference(image.name)
+    if _has(reference):
+        return
+    if not image.dockerfile.exists():
+        raise Failure(f"{image.dockerfile} is missing")
+    if image.base:
+        _ensure_built(images.named(image.base))
+    step(f"{image.name}: building {reference}")
+    context = rootfs.context(image.name) or paths.REPO
+    log = paths.LOG / f"build-{image.name}.log"
+    arguments = ["--build-arg", f"BASE_IMAGE={images.reference(image.base)}"] if image.base else []
+    if context == paths.REPO:
+        ignore = paths.WORK / f"{image.name}.dockerignore"
+        ignore.write_text(images.ignore_file(image))
+        arguments += ["--ignorefile", str(ignore)]
+    if image.base:
+        arguments += _run_mounts()
+    shell.run(
+        *_buildah("bud"), "--isolation", "chroot", "--layers", "--pull-never", "--format", "oci",
+        "--file", image.dockerfile, "--tag", reference, *arguments, context,
+        env=_environment(), log=log,
+    )  # fmt: skip
+    _remove_from_build_store([r for r in _built() if images.is_old(r, reference)])
+    step(f"{image.name}: built")
+
+
+def _run_mounts() -> list[str]:
+    mounts = [f"{HOST_CA}:{HOST_CA}:ro"] if HOST_CA.exists() else []
+    sources = rootfs.host_sources()
+    if sources is not None:
+        mounts.append(f"{sources}:{rootfs.SOURCES}:ro")
+    return [word for mount in mounts for word in ("--volume", mount)]
+
+
+def _load(reference: str) -> None:
+    """Copy only what the node lacks: a changed line of code moves one small layer."""
+    known = store.blobs()
+    try:
+        _transfer(reference, known)
+    except Failure:
+        _transfer(reference, set())
+    store.pin(reference)
+    step(f"loaded {reference}")
+
+
+def _transfer(reference: str, known: set[str]) -> None:
+    layout = Path(tempfile.mkdtemp(prefix="load-", dir=paths.WORK))
+    try:
+        shared = layout / "blobs" / "sha256"
+        shared.mkdir(parents=True)
+        for digest in known:
+            os.link(store.BLOBS / digest, shared / digest)
+        shell.run(*_buildah("push"), "--disable-compression", reference, f"oci:{layout}:image", env=_environment())
+        store.load(layout, reference, known)
+    finally:
+        shutil.rmtree(layout)
+
+
+def _record(name: str, reference: str) -> None:
+    known = json.loads(paths.IMAGES_JSON.read_text()) if paths.IMAGES_JSON.exists() else {}
+    known[name] = reference
+    partial = paths.IMAGES_JSON.with_suffix(".part")
+    partial.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
+    partial.replace(paths.IMAGES_JSON)
+
+
+def _drop_old(current: list[str]) -> None:
+    """Earlier development tags go, unless a container still runs from one."""
+    old = {i for i in store.images() for c in current if images.is_old(i, c)}
+    store.remove_images(sorted(old - store.in_use()))
+
+
+@contextmanager
+def _building() -> Iterator[None]:
+    """One build at a time on a machine; what a killed one left is cleared first."""
+    paths.LOG.mkdir(parents=True, exist_ok=True)
+    with shell.locked(paths.BUILD_LOCK):
+        shutil.rmtree(paths.WORK, ignore_errors=True)
+        paths.WORK.mkdir(parents=True)
+        (paths.WORK / "tmp").mkdir()
+        pairs = ", ".join(json.dumps(f"{key}={value}") for key, value in BUILD_ENV.items())
+        (paths.WORK / "containers.conf").write_text(f"[containers]\nenv = [{pairs}]\n")
+        if paths.BUILDAH_ROOT.exists() and shell.run(*_buildah("containers"), "--quiet", env=_environment()).strip():
+            shell.run(*_buildah("rm"), "--all", env=_environment())
+        try:
+            yield
+        finally:
+            shutil.rmtree(paths.WORK, ignore_errors=True)
+
+
+def _built() -> list[str]:
+    listed = shell.run(*_buildah("images"), "--format", "{{.Name}}:{{.Tag}}", env=_environment())
+    return [line for line in listed.splitlines() if "<none>" not in line]
+
+
+def _has(reference: str) -> bool:
+    return shell.attempt(*_buildah("inspect"), "--type", "image", reference, env=_environment()).returncode == 0
+
+
+def _remove_from_build_store(references: list[str]) -> None:
+    for reference in references:
+        shell.attempt(*_buildah("rmi"), reference, env=_environment())
+
+
+def _buildah(command: str) -> list[str]:
+    return [
+        "buildah", "--root", str(paths.BUILDAH_ROOT), "--runroot", str(paths.BUILDAH_RUN),
+        "--storage-driver", "overlay", command,
+    ]  # fmt: skip
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "TMPDIR": str(paths.WORK / "tmp"),
+        "CONTAINERS_CONF": str(paths.WORK / "containers.conf"),
+        "BUILDAH_ISOLATION": "chroot",
+    }

@@ -1,0 +1,63 @@
+"""Command line: one line per command, no tracebacks for failures that can be expected."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from localkube import bare, build, cluster, paths
+from localkube.say import Failure, step
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        return _dispatch(arguments)
+    except Failure as failure:
+        print(failure.report(), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; running the same command again goes on from here", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: argparse.Namespace) -> int:
+    match arguments.command:
+        case "up":
+            cluster.up()
+        case "down":
+            cluster.down(purge=arguments.purge)
+        case "status":
+            return cluster.status()
+        case "build":
+            build.ensure(*arguments.names)
+            step("done")
+        case "load":
+            for target in arguments.targets:
+                build.load(target)
+        case "apiserver":
+            print(bare.up(arguments.dir.resolve()))
+        case "apiserver-down":
+            bare.down(arguments.dir.resolve())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="localkube", description="A single-node Kubernetes on this machine.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("up", help="bring the cluster up; does nothing when it is up and healthy")
+    down = commands.add_parser("down", help="take everything off the machine but the caches")
+    down.add_argument("--purge", action="store_true", help="remove the caches as well")
+    commands.add_parser("status", help="say what runs; exit code 1 when the cluster is not healthy")
+    built = commands.add_parser("build", help="build images and load them onto the node")
+    built.add_argument("names", nargs="*", metavar="NAME", help="default: all that have a Dockerfile")
+    loaded = commands.add_parser("load", help="load built images onto the node")
+    loaded.add_argument("targets", nargs="+", metavar="NAME|IMAGE")
+    for name, text in [
+        ("apiserver", "start etcd and an API server alone; prints the path of its kubeconfig"),
+        ("apiserver-down", "stop what `apiserver` started in that folder"),
+    ]:
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--dir", type=Path, default=paths.LOCAL / "apiserver")
+    return parser

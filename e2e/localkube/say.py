@@ -1,0 +1,43 @@
+"""What the user reads: progress lines with elapsed seconds, and failures that say how to go on."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+_started = time.monotonic()
+
+
+class Failure(Exception):  # noqa: N818 - read by people, and it is what it says
+    """An expected failure: what failed, where its log lies, how to go on."""
+
+    def __init__(self, what: str, *, log: Path | None = None, hint: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.log = log
+        self.hint = hint
+
+    def report(self) -> str:
+        lines = [f"failed: {self.what}"]
+        if self.log is not None:
+            lines += [f"  | {line}" for line in tail(self.log, 12)]
+            lines.append(f"  log: {self.log}")
+        if self.hint:
+            lines.append(f"  next: {self.hint}")
+        return "\n".join(lines)
+
+
+def elapsed() -> float:
+    return time.monotonic() - _started
+
+
+def step(message: str) -> None:
+    print(f"[{elapsed():6.1f}s] {message}", file=sys.stderr, flush=True)
+
+
+def tail(path: Path, count: int) -> list[str]:
+    try:
+        return path.read_text(errors="replace").splitlines()[-count:]
+    except OSError:
+        return []

@@ -1,0 +1,84 @@
+"""Running other programs: quiet when they succeed, their last words when they do not."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from localkube.say import Failure, step
+
+
+def run(
+    *argv: str | Path,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    stdin: str | None = None,
+    log: Path | None = None,
+    hint: str = "",
+) -> str:
+    """Run to success and return stdout; with `log`, all output goes to that file instead."""
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as out:
+            done = subprocess.run(
+                [str(a) for a in argv], env=_env(env), cwd=cwd, input=stdin, text=True, stdout=out, stderr=out
+            )
+        if done.returncode:
+            raise Failure(f"{_name(argv)} ended with {done.returncode}", log=log, hint=hint)
+        return ""
+    result = attempt(*argv, env=env, cwd=cwd, stdin=stdin)
+    if result.returncode:
+        words = (result.stderr or result.stdout).strip().splitlines()[-6:]
+        raise Failure("\n  | ".join([f"{_name(argv)} ended with {result.returncode}", *words]), hint=hint)
+    return result.stdout
+
+
+def attempt(
+    *argv: str | Path,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    stdin: str | None = None,
+    timeout: float | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run and let the caller judge; a missing program or a timeout reads as failure."""
+    words = [str(a) for a in argv]
+    try:
+        return subprocess.run(
+            words, env=_env(env), cwd=cwd, input=stdin, text=True, capture_output=True, timeout=timeout
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired) as problem:
+        return subprocess.CompletedProcess(words, 127, "", str(problem))
+
+
+def wait_for(what: str, ready: Callable[[], bool], *, seconds: float, log: Path | None = None, hint: str = "") -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > deadline:
+            raise Failure(f"{what} was not ready after {seconds:.0f} s", log=log, hint=hint)
+        time.sleep(0.1)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a machine-wide lock file; says so when another process has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            step(f"waiting for another run to finish ({path.name})")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _env(extra: Mapping[str, str] | None) -> dict[str, str] | None:
+    return None if extra is None else {**os.environ, **extra}
+
+
+def _name(argv: Sequence[str | Path]) -> str:
+    return " ".join([Path(argv[0]).name, *(str(a) for a in argv[1:3])])

@@ -1,0 +1,124 @@
+"""The programs the cluster is made of: Go binaries built once per machine, Debian packages."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from localkube import paths, shell
+from localkube.say import Failure, step
+
+KUBERNETES = "k8s.io/kubernetes/cmd"
+GO_PACKAGES = {
+    "etcd": "go.etcd.io/etcd/server/v3",
+    "kube-apiserver": f"{KUBERNETES}/kube-apiserver",
+    "kubectl": f"{KUBERNETES}/kubectl",
+    "kube-controller-manager": f"{KUBERNETES}/kube-controller-manager",
+    "kube-scheduler": f"{KUBERNETES}/kube-scheduler",
+    "kubelet": f"{KUBERNETES}/kubelet",
+    "kube-proxy": f"{KUBERNETES}/kube-proxy",
+    "coredns": "github.com/coredns/coredns",
+    "helm": "helm.sh/helm/v4/cmd/helm",
+}
+API_SERVER_ONLY = ("etcd", "kube-apiserver", "kubectl")
+ALL = tuple(GO_PACKAGES)
+
+# Debian package -> a file that shows it is installed.
+NODE_PACKAGES = {
+    "ca-certificates": "/etc/ssl/certs/ca-certificates.crt",
+    "openssl": "/usr/bin/openssl",
+    "iproute2": "/sbin/ip",
+    "mount": "/bin/umount",
+    "containerd": "/usr/bin/containerd",
+    "runc": "/usr/sbin/runc",
+    "containernetworking-plugins": "/usr/lib/cni/bridge",
+    "iptables": "/usr/sbin/iptables",
+    "conntrack": "/usr/sbin/conntrack",
+    "ethtool": "/usr/sbin/ethtool",
+    "socat": "/usr/bin/socat",
+    "catatonit": "/usr/bin/catatonit",
+    "mmdebstrap": "/usr/bin/mmdebstrap",
+    "debian-archive-keyring": "/usr/share/keyrings/debian-archive-keyring.gpg",
+    "buildah": "/usr/bin/buildah",
+}
+
+
+def path(name: str) -> Path:
+    return cache() / name
+
+
+def cache() -> Path:
+    content = b"".join((paths.TOOLS_MODULE / name).read_bytes() for name in ("go.mod", "go.sum"))
+    return paths.CACHE / f"k8s-{hashlib.sha256(content).hexdigest()[:12]}"
+
+
+def kubernetes_version(go_mod: str) -> str:
+    found = re.search(r"^\s*k8s\.io/kubernetes (v\S+)", go_mod, re.MULTILINE)
+    if found is None:
+        raise Failure(f"{paths.TOOLS_MODULE}/go.mod names no version of k8s.io/kubernetes")
+    return found[1]
+
+
+def ensure(names: Iterable[str] = ALL) -> None:
+    """Build what is missing. The first start on a machine takes minutes, the next ones nothing."""
+    wanted = list(names)
+    if any(not path(name).exists() for name in wanted):
+        with shell.locked(paths.CACHE / "go-build.lock"):
+            missing = [name for name in wanted if not path(name).exists()]
+            if missing:
+                _build(missing)
+    paths.BIN.mkdir(parents=True, exist_ok=True)
+    for name in wanted:
+        link = paths.BIN / name
+        if not link.is_symlink() or link.readlink() != path(name):
+            link.unlink(missing_ok=True)
+            link.symlink_to(path(name))
+
+
+def _build(names: list[str]) -> None:
+    if shutil.which("go") is None:
+        raise Failure("Go is not installed", hint="install Go 1.25 or newer (https://go.dev/dl) and run again")
+    step(f"building {', '.join(names)} from source (about 7 minutes on 2 cores, once per machine)")
+    version = kubernetes_version((paths.TOOLS_MODULE / "go.mod").read_text())
+    stamp = "k8s.io/component-base/version"
+    major, minor = version.removeprefix("v").split(".")[:2]
+    values = {"gitVersion": version, "gitMajor": major, "gitMinor": minor}
+    linker = " ".join(["-s", "-w", *(f"-X {stamp}.{key}={value}" for key, value in values.items())])
+    partial = paths.CACHE / "k8s-partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    shell.run(
+        "go", "build", "-trimpath", "-mod=readonly", "-ldflags", linker, "-o", f"{partial}/",
+        *(GO_PACKAGES[name] for name in names),
+        cwd=paths.TOOLS_MODULE,
+        env={"GOFLAGS": "-buildvcs=false"},
+        log=paths.LOG / "go-build.log",
+        hint="check that the Go module proxy is reachable (go env GOPROXY), then run again",
+    )  # fmt: skip
+    cache().mkdir(parents=True, exist_ok=True)
+    for name in names:
+        # `go build` names a binary after its folder: etcd's is `server`.
+        built = partial / ("server" if name == "etcd" else name)
+        built.replace(path(name))
+    shutil.rmtree(partial)
+    step("built")
+
+
+def ensure_packages() -> None:
+    if os.geteuid() != 0:
+        raise Failure("a node needs root", hint="run as root, or use a cluster you already have")
+    missing = [package for package, proof in NODE_PACKAGES.items() if not Path(proof).exists()]
+    if not missing:
+        return
+    if shutil.which("apt-get") is None:
+        raise Failure(f"missing: {', '.join(missing)}, and this is not a Debian machine")
+    step(f"installing {', '.join(missing)}")
+    install = ["apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *missing]
+    env = {"DEBIAN_FRONTEND": "noninteractive"}
+    if shell.attempt(*install, env=env).returncode:
+        shell.run("apt-get", "update", "--quiet", env=env, log=paths.LOG / "apt-update.log")
+        shell.run(*install, env=env, log=paths.LOG / "apt-install.log", hint=f"install by hand: {' '.join(missing)}")
