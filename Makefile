@@ -77,11 +77,13 @@ uninstall: $(READY) ## remove the chart; objects, CRDs and artifacts stay
 crds: $(READY) ## generate crds/ and the chart's copy from the models
 	@PYTHONPATH=operator $(PY) -m slmops.crdgen
 	@mkdir -p charts/slmops/files/crds && rm -f charts/slmops/files/crds/*.yaml && cp crds/*.yaml charts/slmops/files/crds/
+	@PYTHONPATH=operator $(PY) -m slmops.docgen
 
 lock: $(READY) ## pin the requirements again
 	@cd requirements && ../$(VENV)/bin/uv pip compile -q --generate-hashes --no-header --python-version 3.11 dev.in -o dev.txt
 	@cd requirements && ../$(VENV)/bin/uv pip compile -q --generate-hashes --no-header --python-version 3.13 operator.in -o operator.txt
 	@cd requirements && ../$(VENV)/bin/uv pip compile -q --generate-hashes --no-header --python-version 3.13 server.in -o server.txt
+	@cd requirements && ../$(VENV)/bin/uv pip compile -q --generate-hashes --no-header --python-version 3.13 pytest.in -o pytest.txt
 
 clean: down ## down, and the virtual environment
 	@rm -rf .local

@@ -1,0 +1,92 @@
+"""tests/trainer inside the trainer image, as a pod on the local node: `python -m kit.trainertests [pytest arguments]`.
+
+The image holds no test tools: pytest (pure Python) is put beside it by a mount.
+"""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+
+from kit.chart import local_images
+from kit.kubectl import LOCAL, ROOT, Kubectl, Object, wait_for
+
+NAMESPACE = "slmops-trainer-tests"
+
+
+def pytest_folder() -> str:
+    """A folder with pytest for the image's Python, made once per requirements file."""
+    requirements = ROOT / "requirements/pytest.txt"
+    folder = LOCAL / f"pytest-{hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]}"
+    if not folder.exists():
+        part = folder.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--require-hashes", "--no-deps",
+             "--python-version", "3.13", "--only-binary=:all:", "--target", str(part), "-r", str(requirements)],
+            check=True,
+        )
+        part.rename(folder)
+    return str(folder)
+
+
+def pod(image: str, arguments: list[str]) -> Object:
+    """The pod that runs the tests."""
+    mounts = {"tests": str(ROOT / "tests"), "pytest": pytest_folder()}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "trainer-tests", "namespace": NAMESPACE},
+        "spec": {
+            "restartPolicy": "Never",
+            "automountServiceAccountToken": False,
+            "securityContext": {"runAsUser": 65532, "runAsGroup": 65532, "runAsNonRoot": True},
+            "containers": [{
+                "name": "tests",
+                "image": image,
+                "imagePullPolicy": "Never",
+                "command": ["python", "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir=/tests", "--import-mode=importlib",
+                            "-p", "no:cacheprovider", "--timeout=900", *arguments],
+                "env": [
+                    {"name": "PYTHONPATH", "value": "/opt/pytest"},
+                    {"name": "PYTHONDONTWRITEBYTECODE", "value": "1"},
+                    {"name": "HOME", "value": "/tmp"},
+                ],
+                "resources": {"limits": {"memory": "8Gi"}},
+                "securityContext": {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True,
+                                    "capabilities": {"drop": ["ALL"]}, "seccompProfile": {"type": "RuntimeDefault"}},
+                "volumeMounts": [
+                    {"name": "tests", "mountPath": "/tests", "readOnly": True},
+                    {"name": "pytest", "mountPath": "/opt/pytest", "readOnly": True},
+                    {"name": "tmp", "mountPath": "/tmp"},
+                    {"name": "work", "mountPath": "/slmops"},
+                ],
+            }],
+            "volumes": [
+                *({"name": name, "hostPath": {"path": path, "type": "Directory"}} for name, path in mounts.items()),
+                {"name": "tmp", "emptyDir": {}},
+                {"name": "work", "emptyDir": {}},
+            ],
+        },
+    }
+
+
+def main() -> int:
+    """pytest's success as exit code; its output is streamed."""
+    kube = Kubectl(NAMESPACE)
+    kube.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
+    kube.delete("pod", "trainer-tests")
+    kube.apply(pod(local_images()["trainer"], sys.argv[1:] or ["/tests/trainer"]))
+
+    def phase() -> str:
+        return str(((kube.get("pod", "trainer-tests") or {}).get("status") or {}).get("phase", ""))
+
+    wait_for("the test pod runs", lambda: phase() not in ("", "Pending"), timeout=120)
+    subprocess.run([kube.program, "-n", NAMESPACE, "logs", "-f", "trainer-tests"], env=kube.env, check=False)
+    end = wait_for("the test pod ends", lambda: (p := phase()) in ("Succeeded", "Failed") and p, timeout=60)
+    kube.delete("pod", "trainer-tests", wait=False)
+    return 0 if end == "Succeeded" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
