@@ -9,7 +9,6 @@ from pathlib import Path
 
 from localkube import paths
 
-
 # Parts of containerd that need what this machine may lack, or that write outside our folders.
 DISABLED = [
     "io.containerd.internal.v1.opt",
