@@ -28,7 +28,8 @@ class Evaluation(Model):
     thresholds: dict[str, float] | None = Field(
         default=None,
         max_length=6,
-        description="Least value by metric (greatest, for perplexity); below it the run fails with QualityBelowThreshold.",
+        description="Least value by metric (greatest, for perplexity); "
+        "below it the run fails with QualityBelowThreshold.",
     )
     max_tokens: int = Field(default=256, ge=1, le=8192, description="Longest answer, in tokens.")
     batch_size: int = Field(default=32, ge=1, le=1024, description="Answers generated side by side.")
@@ -57,15 +58,23 @@ class Training(Model):
         ("!(has(self.epochs) && has(self.maxSteps))", "give epochs or maxSteps, not both"),
     )
 
-    epochs: Annotated[float, Field(gt=0, le=1000)] | None = Field(default=None, description="Passes over the data; default 3.")
-    max_steps: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Optimizer steps instead of epochs.")
+    epochs: Annotated[float, Field(gt=0, le=1000)] | None = Field(
+        default=None, description="Passes over the data; default 3."
+    )
+    max_steps: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Optimizer steps instead of epochs."
+    )
     learning_rate: float = Field(default=2e-5, gt=0, le=1, description="Peak learning rate.")
     batch_size: int = Field(default=2, ge=1, le=4096, description="Examples of one forward pass.")
     gradient_accumulation: int = Field(default=1, ge=1, le=4096, description="Forward passes of one optimizer step.")
-    max_length: int = Field(default=1024, ge=8, le=131072, description="Longest example in tokens; longer ones are an error count.")
+    max_length: int = Field(
+        default=1024, ge=8, le=131072, description="Longest example in tokens; longer ones are an error count."
+    )
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: autocast, weights stay fp32.")
     gradient_checkpointing: bool = Field(default=False, description="Less memory for more time.")
-    scheduler: Literal["linear", "cosine", "constant"] = Field(default="cosine", description="Decay of the learning rate.")
+    scheduler: Literal["linear", "cosine", "constant"] = Field(
+        default="cosine", description="Decay of the learning rate."
+    )
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="Share of the steps that warm up.")
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's weight decay.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradient clipping.")
@@ -78,12 +87,16 @@ class BatchSpec(Model):
     """Run policy; all of it but `queueName`, `pod` and `output` stays mutable."""
 
     suspend: bool = Field(default=False, description="Stop the pods, keep what was done; false resumes.")
-    backoff_limit: int = Field(default=3, ge=0, le=100, description="Retries after a pod's own fault; evictions are free.")
+    backoff_limit: int = Field(
+        default=3, ge=0, le=100, description="Retries after a pod's own fault; evictions are free."
+    )
     active_deadline_seconds: int | None = Field(default=None, ge=1, description="Longest run of one Job, in seconds.")
     ttl_seconds_after_finished: int | None = Field(
         default=None, ge=0, description="Seconds after the end at which the Job (not this object) is removed."
     )
-    queue_name: str | None = Field(default=None, max_length=63, description="Kueue LocalQueue; sets the label on the Job.")
+    queue_name: str | None = Field(
+        default=None, max_length=63, description="Kueue LocalQueue; sets the label on the Job."
+    )
     pod: Pod | None = Field(default=None, description="Image, resources, placement of the pods.")
     output: str | None = Field(
         default=None,

@@ -14,7 +14,9 @@ class Engine(Model):
     """What runs the model."""
 
     name: Literal["onnxruntime-genai"] = Field(default="onnxruntime-genai", description="The engine.")
-    image: str | None = Field(default=None, max_length=1024, description="Server image instead of the operator's default.")
+    image: str | None = Field(
+        default=None, max_length=1024, description="Server image instead of the operator's default."
+    )
     args: list[str] | None = Field(default=None, max_length=64, description="More arguments of slmops-server.")
 
 
@@ -46,7 +48,9 @@ class AnalysisMetric(Model):
         ("has(self.max) || has(self.min)", "give max or min, or both"),
     )
 
-    name: str = Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", description="Name in status.")
+    name: str = Field(
+        min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", description="Name in status."
+    )
     builtin: Literal["errorRate", "latencyP95"] | None = Field(
         default=None,
         description="errorRate: share of 5xx and unanswered requests (0 to 1) seen by the router; "
@@ -55,20 +59,27 @@ class AnalysisMetric(Model):
     query: str | None = Field(
         default=None,
         max_length=4096,
-        description="PromQL giving one value; {{namespace}}, {{name}}, {{revision}}, {{stable}}, {{window}} are filled in.",
+        description="PromQL giving one value; "
+        "{{namespace}}, {{name}}, {{revision}}, {{stable}}, {{window}} are filled in.",
     )
     max: float | None = Field(default=None, description="Greatest good value.")
     min: float | None = Field(default=None, description="Least good value.")
 
 
 class Analysis(Model):
-    """Evidence that a step must earn. No data, too few samples or an unreachable Prometheus hold; they never promote."""
+    """Evidence that a step must earn. No data, too few samples, an unreachable Prometheus hold; they never promote."""
 
     interval_seconds: int = Field(default=10, ge=1, le=3600, description="Between two measurements.")
     window_seconds: int = Field(default=60, ge=5, le=86400, description="{{window}}: how far back a query looks.")
-    min_samples: int = Field(default=20, ge=0, description="Requests that the candidate must have answered in this step.")
-    passes: int = Field(default=2, ge=1, le=100, description="Measurements in a row that must pass before the next step.")
-    failure_limit: int = Field(default=1, ge=0, le=100, description="Failed measurements tolerated in a rollout; one more rolls back.")
+    min_samples: int = Field(
+        default=20, ge=0, description="Requests that the candidate must have answered in this step."
+    )
+    passes: int = Field(
+        default=2, ge=1, le=100, description="Measurements in a row that must pass before the next step."
+    )
+    failure_limit: int = Field(
+        default=1, ge=0, le=100, description="Failed measurements tolerated in a rollout; one more rolls back."
+    )
     metrics: list[AnalysisMetric] = Field(
         min_length=1,
         max_length=16,
@@ -87,9 +98,14 @@ class Rollout(Model):
     )
     analysis: Analysis | None = Field(default=None, description="Without it, readiness and pauses alone decide.")
     progress_deadline_seconds: int = Field(
-        default=600, ge=10, le=86400, description="Longest wait for a candidate's pods to be ready; after it, roll back."
+        default=600,
+        ge=10,
+        le=86400,
+        description="Longest wait for a candidate's pods to be ready; after it, roll back.",
     )
-    scale_down_delay_seconds: Seconds = Field(default=30, description="How long the old revision stays after the switch.")
+    scale_down_delay_seconds: Seconds = Field(
+        default=30, description="How long the old revision stays after the switch."
+    )
 
 
 class ModelDeploymentSpec(Model):
@@ -97,7 +113,10 @@ class ModelDeploymentSpec(Model):
 
     model: ModelSource = Field(description="An ONNX model: a QuantizedModel, or an artifact of one.")
     served_name: str | None = Field(
-        default=None, min_length=1, max_length=253, description="The model name clients send; default: this object's name."
+        default=None,
+        min_length=1,
+        max_length=253,
+        description="The model name clients send; default: this object's name.",
     )
     engine: Engine = Field(default=Engine(), description="What runs the model.")
     replicas: int = Field(default=1, ge=0, le=1000, description="Pods of the stable revision.")
@@ -129,18 +148,28 @@ class Verdict(Model):
 class RolloutStatus(Model):
     """A rollout in progress, or the last one; all times absolute, so that a restart changes nothing."""
 
-    phase: str = Field(default="Stable", max_length=32, description="Preparing, Step, Promoting, Draining, RollingBack, ...")
+    phase: str = Field(
+        default="Stable", max_length=32, description="Preparing, Step, Promoting, Draining, RollingBack, ..."
+    )
     step: int = Field(default=0, description="Index into steps.")
-    entered_at: str | None = Field(default=None, description="When this phase and step began.", json_schema_extra={"format": "date-time"})
-    deadline_at: str | None = Field(default=None, description="When it is given up.", json_schema_extra={"format": "date-time"})
-    measured_at: str | None = Field(default=None, description="Last measurement.", json_schema_extra={"format": "date-time"})
+    entered_at: str | None = Field(
+        default=None, description="When this phase and step began.", json_schema_extra={"format": "date-time"}
+    )
+    deadline_at: str | None = Field(
+        default=None, description="When it is given up.", json_schema_extra={"format": "date-time"}
+    )
+    measured_at: str | None = Field(
+        default=None, description="Last measurement.", json_schema_extra={"format": "date-time"}
+    )
     passes: int = Field(default=0, description="Measurements passed in a row in this step.")
     failures: int = Field(default=0, description="Measurements failed in this rollout.")
     samples: int | None = Field(default=None, description="Requests the candidate answered in this step.")
     verdicts: list[Verdict] = Field(default_factory=list, max_length=16, description="Last measurement by metric.")
     hold: str = Field(default="", max_length=512, description="Why it does not move on, if it holds.")
     outcome: str = Field(default="", max_length=512, description="How the last rollout ended.")
-    handled: dict[str, str] = Field(default_factory=dict, max_length=8, description="Verbs already obeyed, by annotation.")
+    handled: dict[str, str] = Field(
+        default_factory=dict, max_length=8, description="Verbs already obeyed, by annotation."
+    )
 
 
 class ModelDeploymentStatus(Status):
@@ -149,7 +178,9 @@ class ModelDeploymentStatus(Status):
     endpoint: str | None = Field(default=None, max_length=1024, description="Base URL inside the cluster, with /v1.")
     replicas: int = Field(default=0, description="Pods of the stable revision.")
     ready_replicas: int = Field(default=0, description="Those that answer.")
-    selector: str | None = Field(default=None, max_length=1024, description="Of the server pods, for the scale subresource.")
+    selector: str | None = Field(
+        default=None, max_length=1024, description="Of the server pods, for the scale subresource."
+    )
     stable: Revision | None = Field(default=None, description="Serves whatever the candidate does not.")
     candidate: Revision | None = Field(default=None, description="On its way, or rolled back.")
     weight: int | None = Field(default=None, description="Percent of the requests that go to the candidate.")

@@ -8,17 +8,13 @@ from slmops.api.base import Model
 from slmops.api.batch import BatchSpec, Training
 from slmops.api.meta import BatchStatus, ConfigMapKeyRef, Dataset, ModelSource, Name, SecretKeyRef, cel
 
-TaskType = Literal[
-    "nli", "conversation", "qa", "math", "summarization", "classification", "extraction", "generation"
-]
+TaskType = Literal["nli", "conversation", "qa", "math", "summarization", "classification", "extraction", "generation"]
 
 
 class Endpoint(Model):
     """An OpenAI-compatible endpoint."""
 
-    url: str = Field(
-        max_length=1024, pattern=r"^https?://[^\s]+$", description="Base URL, up to and with /v1."
-    )
+    url: str = Field(max_length=1024, pattern=r"^https?://[^\s]+$", description="Base URL, up to and with /v1.")
     model: str = Field(min_length=1, max_length=253, description="The model field of the requests.")
     api_key_secret_ref: SecretKeyRef | None = Field(default=None, description="Key sent as bearer token.")
 
@@ -47,7 +43,9 @@ class Generation(Model):
     temperature: float = Field(default=0.7, ge=0, le=2, description="Sampling temperature; 0 is greedy.")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling.")
     max_tokens: int = Field(default=512, ge=1, le=131072, description="Longest answer, in tokens.")
-    system_prompt: str | None = Field(default=None, max_length=16384, description="Put before each prompt, and trained on.")
+    system_prompt: str | None = Field(
+        default=None, max_length=16384, description="Put before each prompt, and trained on."
+    )
     chain_of_thought: bool = Field(
         default=False,
         description="Ask the teacher to reason inside <think></think>; the student is trained on the answer after it.",
@@ -68,7 +66,9 @@ class Filters(Model):
     max_characters: int | None = Field(default=None, ge=1, description="Longest answer.")
     drop_truncated: bool = Field(default=True, description="Drop answers that hit maxTokens.")
     valid_json: bool = Field(default=False, description="Drop answers that are not one JSON value.")
-    json_schema: ConfigMapKeyRef | None = Field(default=None, description="Drop answers that do not fit this JSON Schema.")
+    json_schema: ConfigMapKeyRef | None = Field(
+        default=None, description="Drop answers that do not fit this JSON Schema."
+    )
     decontaminate: bool = Field(default=True, description="Drop prompts that occur in the evaluation set.")
 
 

@@ -12,11 +12,17 @@ ModelKind = Literal["DistillationJob", "FineTuneJob", "QuantizedModel"]
 Name = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
 URI_PATTERN = r"^(oci|pvc|hf)://[^\s]+$"
 
-_STRICT = {"frozen": True, "populate_by_name": True, "alias_generator": to_camel, "extra": "ignore"}
-
 
 def cel(*pairs: tuple[str, str]) -> ConfigDict:
-    return ConfigDict(**_STRICT, json_schema_extra=rules(*pairs))  # type: ignore[typeddict-item]  # one dict for all
+    """The base's configuration with CEL rules: each pair is (expression, message to the user)."""
+    return ConfigDict(
+        frozen=True,
+        populate_by_name=True,
+        alias_generator=to_camel,
+        extra="ignore",
+        use_enum_values=True,
+        json_schema_extra=rules(*pairs),
+    )
 
 
 class SecretRef(Model):
@@ -70,7 +76,9 @@ class ModelSource(Model):
 class Columns(Model):
     """Names of the dataset's columns where they differ from the usual ones."""
 
-    messages: str | None = Field(default=None, max_length=128, description="Chat turns [{role, content}]; default messages.")
+    messages: str | None = Field(
+        default=None, max_length=128, description="Chat turns [{role, content}]; default messages."
+    )
     prompt: str | None = Field(default=None, max_length=128, description="Prompt text; default prompt.")
     completion: str | None = Field(default=None, max_length=128, description="Wanted answer; default completion.")
 
@@ -100,7 +108,8 @@ class Dataset(Model):
     secret_ref: SecretRef | None = Field(default=None, description="Credentials, as for models.")
     format: Literal["auto", "messages", "prompt-completion"] = Field(
         default="auto",
-        description="messages: chat turns, the last one is the answer; prompt-completion: two texts; auto: told by the columns.",
+        description="messages: chat turns, the last one is the answer; prompt-completion: two texts; "
+        "auto: told by the columns.",
     )
     columns: Columns | None = Field(default=None, description="Column names, where they are not the usual ones.")
     limit: int | None = Field(default=None, ge=1, description="Use the first so many examples only.")
@@ -147,7 +156,9 @@ class Resources(Model):
 class Pod(Model):
     """What may be set on the pods: an allow-list; the security context is not on it."""
 
-    image: str | None = Field(default=None, max_length=1024, description="Container image instead of the operator's default.")
+    image: str | None = Field(
+        default=None, max_length=1024, description="Container image instead of the operator's default."
+    )
     resources: Resources | None = Field(default=None, description="Requests and limits.")
     node_selector: dict[str, str] | None = Field(default=None, max_length=32, description="As in a Pod.")
     tolerations: list[Toleration] | None = Field(default=None, max_length=32, description="As in a Pod.")
@@ -164,7 +175,9 @@ class Condition(Model):
     status: Literal["True", "False", "Unknown"] = Field(description="True, False or Unknown.")
     reason: str = Field(max_length=1024, description="One word for machines.")
     message: str = Field(default="", max_length=32768, description="A sentence for people.")
-    last_transition_time: str = Field(description="When status last changed.", json_schema_extra={"format": "date-time"})
+    last_transition_time: str = Field(
+        description="When status last changed.", json_schema_extra={"format": "date-time"}
+    )
     observed_generation: int | None = Field(default=None, description="The generation this was said of.")
 
 
@@ -184,7 +197,9 @@ class Artifact(Model):
 
     uri: str = Field(max_length=1024, description="Where it is, pinned to its digest where the store can.")
     digest: str = Field(max_length=128, description="sha256:... of its content: its identity.")
-    size_bytes: int | None = Field(default=None, description="Bytes of all files.", json_schema_extra={"format": "int64"})
+    size_bytes: int | None = Field(
+        default=None, description="Bytes of all files.", json_schema_extra={"format": "int64"}
+    )
 
 
 class Ancestor(Model):
@@ -215,7 +230,9 @@ class Failure(Model):
 class Status(Model):
     """The part of status that all kinds share."""
 
-    observed_generation: int = Field(default=-1, description="The generation this status speaks of; -1 before the first pass.")
+    observed_generation: int = Field(
+        default=-1, description="The generation this status speaks of; -1 before the first pass."
+    )
     conditions: list[Condition] = Field(
         default_factory=list,
         description="Ready is always there; Reconciling or Stalled, never both.",
@@ -227,8 +244,12 @@ class Status(Model):
 class BatchStatus(Status):
     """Status of the three kinds that run to an end and leave an artifact."""
 
-    start_time: str | None = Field(default=None, description="First pod created.", json_schema_extra={"format": "date-time"})
-    completion_time: str | None = Field(default=None, description="End of the run.", json_schema_extra={"format": "date-time"})
+    start_time: str | None = Field(
+        default=None, description="First pod created.", json_schema_extra={"format": "date-time"}
+    )
+    completion_time: str | None = Field(
+        default=None, description="End of the run.", json_schema_extra={"format": "date-time"}
+    )
     attempts: int = Field(default=0, description="Pods that failed through a fault of their own.")
     progress: Progress | None = Field(default=None, description="Where the run stands.")
     metrics: dict[str, float] | None = Field(default=None, description="What was measured, by name.")

@@ -32,7 +32,9 @@ class QuantizedModelSpec(BatchSpec):
 
     source: ModelSource = Field(description="The model to convert; safetensors, a causal LM.")
     precision: Literal["int4", "fp16", "fp32"] = Field(default="int4", description="Of the weights.")
-    block_size: Literal[16, 32, 64, 128, 256] | None = Field(default=None, description="Weights that share a scale; default 32.")
+    block_size: Literal[16, 32, 64, 128, 256] | None = Field(
+        default=None, description="Weights that share a scale; default 32."
+    )
     symmetric: bool | None = Field(default=None, description="No zero points: smaller and faster; default true.")
     accuracy_level: Literal[0, 1, 2, 3, 4] | None = Field(
         default=None, description="MatMulNBits accuracy level: 4 computes in int8, 1 in fp32; default 4."

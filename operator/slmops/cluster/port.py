@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 Object = dict[str, Any]
+Objects = list[Object]  # within Cluster, `list` is a method
 
 
 @dataclass(frozen=True)
@@ -29,22 +30,28 @@ class ClusterError(Exception):
 
 
 class Cluster(Protocol):
-    """Six calls. None of them lists Secrets or ConfigMaps."""
+    """Seven calls. None of them lists Secrets or ConfigMaps."""
 
     def get(self, key: Key) -> Object | None:
         """The object, or None where there is none. Raises ClusterError."""
 
-    def list(self, kind: str, namespace: str, labels: dict[str, str]) -> list[Object]:
+    def list(self, kind: str, namespace: str, labels: dict[str, str]) -> Objects:
         """Objects of `kind` in `namespace` that carry all `labels`. Raises ClusterError."""
 
     def apply(self, obj: Object, *, current: Object | None = None) -> Object:
-        """Server-side apply as `slmops`, skipped where `current` shows that nothing would change. Raises ClusterError."""
+        """Server-side apply as `slmops`, unless `current` shows that nothing would change. Raises ClusterError."""
 
     def delete(self, key: Key, *, uid: str | None = None) -> None:
-        """Delete in the background, only if the uid is still that one; an absent object is fine. Raises ClusterError."""
+        """Delete in the background, only while the uid is that one; an absent object is fine. Raises ClusterError."""
 
     def patch_status(self, obj: Object, status: Object) -> Object:
-        """Write the whole status of one of our objects. Raises ClusterError (404: it is gone)."""
+        """Make `status` the whole status of one of our objects, as last read in `obj`; no write where it is so already.
 
-    def events(self, namespace: str, *, kind: str, name: str) -> list[Object]:
+        Returns the object after it. Raises ClusterError (404: it is gone; 409: another object has its name now).
+        """
+
+    def events(self, namespace: str, *, kind: str, name: str) -> Objects:
         """Events about one object, oldest first. Raises ClusterError."""
+
+    def post_event(self, obj: Object, reason: str, message: str, *, warning: bool = False) -> None:
+        """A Kubernetes Event about one of our objects; the same one again counts up. Raises ClusterError."""

@@ -1,0 +1,189 @@
+"""The one driver: get -> observe -> decide -> apply -> routes -> delete -> one status write -> events.
+
+Level-triggered: a pass asks nobody what changed. Running it twice does no more than running it once, so it may be
+killed anywhere and started again; the status is written last and says only what has been done.
+
+Errors, and what becomes of them:
+  Retry             Ready=False and Reconciling=True with its reason; the pass comes again
+  Terminal          Stalled=True with its reason; nothing more happens until an event or the resync
+  ClusterError      403 of a child: Retry (a quota, a missing right); 400 and 422 of a child: Terminal;
+                    all else goes up: the API server is ill, and the queue backs off
+  RemoteError       Retry
+  ValidationError   Terminal InvalidSpec: the object was stored under an older schema
+  anything else     a bug: goes up, is logged with its trace and backs off this object alone
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from pydantic import ValidationError
+
+from slmops.api.meta import Condition, Status
+from slmops.cluster.port import Cluster, ClusterError, Key, Object
+from slmops.reconcile import conditions
+from slmops.reconcile.protocol import Reconciler, World
+from slmops.reconcile.state import Event, Plan, Retry, Routes, Terminal
+from slmops.remote.errors import RemoteError
+from slmops.settings import Settings
+
+log = logging.getLogger(__name__)
+
+PushRoutes = Callable[[Routes], None]
+"""Brings one router to the wanted weights and returns once it has them. Raises RemoteError."""
+
+
+def utc_now() -> datetime:
+    """The clock of production."""
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True)
+class Driver:
+    """Runs passes; holds no state of its own, so any number of threads may use it, for different objects."""
+
+    cluster: Cluster
+    settings: Settings
+    reconcilers: Mapping[str, Reconciler]
+    push_routes: PushRoutes
+    clock: Callable[[], datetime] = field(default=utc_now)
+
+    def run(self, key: Key) -> float | None:
+        """One pass over one of our objects.
+
+        Returns the seconds after which it wants the next one, None to wait for an event. Raises ClusterError where
+        the API server does not do its part, and whatever a bug raises.
+        """
+        obj = self.cluster.get(key)
+        if obj is None or obj["metadata"].get("deletionTimestamp"):
+            return None  # children go by owner reference; nothing of ours is outside the cluster
+        reconciler = self.reconcilers[key.kind]
+        now = self.clock()
+        try:
+            observed = reconciler.observe(obj, World(self.cluster, self.settings, now))
+            plan = reconciler.decide(obj, observed, now)
+            self._carry_out(obj, plan)
+        except Retry as retry:
+            return self._not_yet(obj, retry, now)
+        except RemoteError as error:
+            return self._not_yet(obj, Retry("Unreachable", str(error), after=5.0), now)
+        except Terminal as terminal:
+            self._give_up(obj, terminal, now)
+            return None
+        except ValidationError as error:
+            self._give_up(obj, Terminal("InvalidSpec", _sentence(error)), now)
+            return None
+        written = self.cluster.patch_status(obj, plan.status)
+        self._post(written, plan.events)
+        return plan.requeue
+
+    def _carry_out(self, obj: Object, plan: Plan) -> None:
+        for child in plan.apply:
+            self._apply(obj, child)
+        for routes in plan.routes:
+            self.push_routes(routes)
+        for key in plan.delete:
+            self._delete(obj, key)
+
+    def _apply(self, owner: Object, child: Object) -> None:
+        key = Key(child["kind"], child["metadata"]["namespace"], child["metadata"]["name"])
+        current = self.cluster.get(key)
+        if current is not None:
+            _check_ours(owner, current)
+            if current["metadata"].get("deletionTimestamp"):
+                raise Retry("ChildTerminating", f"{key.kind} {key.name} of before is still being deleted.", after=2.0)
+        try:
+            self.cluster.apply(child, current=current)
+        except ClusterError as error:
+            _explain(error, f"{key.kind} {key.name}")
+
+    def _delete(self, owner: Object, key: Key) -> None:
+        current = self.cluster.get(key)
+        if current is None or current["metadata"].get("deletionTimestamp"):
+            return
+        _check_ours(owner, current)
+        self.cluster.delete(key, uid=current["metadata"]["uid"])
+
+    def _not_yet(self, obj: Object, retry: Retry, now: datetime) -> float:
+        generation = obj["metadata"].get("generation", 0)
+        status = Status.model_validate(obj.get("status") or {})
+        marked = conditions.reconciling(
+            status.conditions,
+            retry.reason,
+            retry.message,
+            generation=generation,
+            now=now,
+            still_ready=conditions.is_true(status.conditions, conditions.READY) and _serves(obj),
+        )
+        self.cluster.patch_status(obj, _merged(obj, marked, generation))
+        return retry.after
+
+    def _give_up(self, obj: Object, terminal: Terminal, now: datetime) -> None:
+        generation = obj["metadata"].get("generation", 0)
+        before = Status.model_validate(obj.get("status") or {}).conditions
+        known = conditions.find(before, conditions.STALLED)
+        marked = conditions.stalled(
+            before,
+            terminal.reason,
+            terminal.message,
+            generation=generation,
+            now=now,
+            still_ready=conditions.is_true(before, conditions.READY) and _serves(obj),
+        )
+        status = _merged(obj, marked, generation) | ({} if _serves(obj) else {"phase": "Failed"})
+        written = self.cluster.patch_status(obj, status)
+        if known is None or known.reason != terminal.reason:
+            self._post(written, (Event(terminal.reason, terminal.message, warning=True),))
+
+    def _post(self, obj: Object, events: tuple[Event, ...]) -> None:
+        for event in events:
+            try:
+                self.cluster.post_event(obj, event.reason, conditions.cut(event.message), warning=event.warning)
+            except ClusterError as error:  # an Event is a courtesy: the status has said it already
+                log.warning("Could not post Event", extra={"reason": event.reason, "error": error.message})
+
+
+def _merged(obj: Object, marked: list[Condition], generation: int) -> Object:
+    """The status as it stands, with these conditions: what was reached by earlier passes is kept."""
+    return {
+        **(obj.get("status") or {}),
+        "observedGeneration": generation,
+        "conditions": [condition.wire() for condition in marked],
+    }
+
+
+def _serves(obj: Object) -> bool:
+    """A ModelDeployment goes on serving while it cannot be changed; a batch object is Ready at its end or never."""
+    return bool(obj["kind"] == "ModelDeployment")
+
+
+def _check_ours(owner: Object, current: Object) -> None:
+    """Refuse to touch an object that merely has the name of our child."""
+    metadata = current["metadata"]
+    if any(ref.get("uid") == owner["metadata"]["uid"] for ref in metadata.get("ownerReferences") or []):
+        return
+    what = f"{current.get('kind', 'Object')} {metadata['name']}"
+    raise Retry(
+        "NameConflict",
+        f"{what} exists already and does not belong to this object: delete or rename it.",
+        after=30.0,
+    )
+
+
+def _explain(error: ClusterError, what: str) -> None:
+    """The outcome that an answer to applying a child means. Raises Retry, Terminal or the error itself."""
+    if error.status == 403 and "being terminated" in error.message:
+        raise Retry("NamespaceTerminating", "The namespace is being deleted.", after=60.0) from error
+    if error.status == 403:
+        reason = "QuotaExceeded" if "exceeded quota" in error.message else "Forbidden"
+        raise Retry(reason, f"{what} was refused: {error.message}", after=10.0) from error
+    if not error.retryable:
+        raise Terminal("Rejected", f"The API server refuses {what}: {error.message}") from error
+    raise error
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first thing wrong with an object, as `spec.training.epochs: Input should be ...`."""
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
