@@ -1,0 +1,5 @@
+"""`python -m slmops_artifacts`."""
+
+from .cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,215 @@
+"""Models and data from the Hugging Face Hub or a mirror of it (HF_ENDPOINT). Read only.
+
+We speak the Hub's HTTP API with the same client as the registry: every file is verified, also small ones
+(by their Git id), downloads resume, and only files on the allow-list are fetched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import httpx
+
+from .download import Wanted, fetch
+from .errors import ArtifactError
+from .files import Entry, Progress, Ticker, check_paths, folder_digest
+from .formats import FORMAT_ORDER, check_content, classify, remedy
+from .model import Manifest
+from .registry_auth import secret_text
+from .staging import Staging
+from .transfer import Http
+from .uris import HubRef
+
+_HEX40 = re.compile(r"[0-9a-f]{40}")
+_HEX64 = re.compile(r"[0-9a-f]{64}")
+_MAX_LISTING = 32 << 20
+_MAX_FILE = 1 << 44
+
+
+class _Snapshot(NamedTuple):
+    """A repository at one commit: what we fetch of it."""
+
+    commit: str
+    modified: str
+    format: str
+    files: list[Wanted]
+
+
+class _HubAuth:
+    """A bearer token, for the Hub's own origin only: downloads are redirected to storage elsewhere."""
+
+    def __init__(self, endpoint: httpx.URL, token: str) -> None:
+        self._endpoint, self._token = endpoint, token
+
+    def headers(self, url: httpx.URL) -> dict[str, str]:
+        """Return the token when `url` is the Hub's."""
+        own = (url.scheme, url.host, url.port) == (
+            self._endpoint.scheme,
+            self._endpoint.host,
+            self._endpoint.port,
+        )
+        return {"Authorization": f"Bearer {self._token}"} if own and self._token else {}
+
+    def challenge(self, response: httpx.Response) -> bool:  # noqa: ARG002 - the protocol has it
+        """Give up: the Hub has no second chance."""
+        return False
+
+
+def resolve(ref: HubRef, secret: Mapping[str, Any] | None) -> str | None:
+    """Return the digest of what the revision holds now. Small files have no SHA-256 in the listing: they are read."""
+    http = _http(ref, secret)
+    snapshot = _snapshot(http, ref)
+    if snapshot is None:
+        return None
+    return folder_digest(Entry(item.path, item.size, item.sha256 or _hash(http, item)) for item in snapshot.files)
+
+
+def read_manifest(ref: HubRef, secret: Mapping[str, Any] | None) -> Manifest | None:
+    """Return what the Hub says about the revision."""
+    http = _http(ref, secret)
+    snapshot = _snapshot(http, ref)
+    if snapshot is None:
+        return None
+    entries = [Entry(item.path, item.size, item.sha256 or _hash(http, item)) for item in snapshot.files]
+    return _manifest(ref, snapshot, entries)
+
+
+def pull(ref: HubRef, dest: Path, secret: Mapping[str, Any] | None, progress: Progress | None) -> Manifest:
+    """Fetch the allowed files of one commit."""
+    http = _http(ref, secret)
+    snapshot = _snapshot(http, ref)
+    if snapshot is None:
+        raise ArtifactError(
+            "SourceNotFound",
+            f"{ref} does not exist on {_endpoint().host}, or is private. Check name and revision, and set HF_TOKEN "
+            "in the Secret if it is private or gated.",
+        )
+    total = sum(item.size for item in snapshot.files)
+    ticker = Ticker(total, progress)
+    stage = "sha256:" + hashlib.sha256(f"{ref.pinned(snapshot.commit)}".encode()).hexdigest()
+    with Staging(dest, stage) as staging:
+        there = staging.published()
+        if there is not None and there.annotations.get("dev.slmops.source") == ref.pinned(snapshot.commit):
+            ticker.add(total)
+            return there
+        staging.reserve(total)
+        entries = []
+        for item in snapshot.files:
+            entries.append(fetch(http, item, staging, ticker.add))
+            check_content(item.path, staging.existing(item.path) or dest, str(ref))
+        manifest = _manifest(ref, snapshot, entries)
+        staging.publish(manifest, entries)
+    return manifest
+
+
+def _endpoint() -> httpx.URL:
+    return httpx.URL((os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"))
+
+
+def _http(ref: HubRef, secret: Mapping[str, Any] | None) -> Http:
+    token = secret_text(secret, "HF_TOKEN", "token") or os.environ.get("HF_TOKEN", "").strip()
+    return Http(str(ref), _HubAuth(_endpoint(), token))
+
+
+def _snapshot(http: Http, ref: HubRef) -> _Snapshot | None:
+    """List the revision with sizes and ids, and choose the files."""
+    kind = f"{ref.kind}s"
+    reply = http.request(
+        "GET",
+        f"{_endpoint()}/api/{kind}/{ref.repository}/revision/{quote(ref.revision, safe='')}?blobs=true",
+        expect=(200, 401, 404),
+        limit=_MAX_LISTING,
+    )
+    if reply.status == 401 and reply.headers.get("x-error-code") == "GatedRepo":
+        raise ArtifactError(
+            "AccessDenied", f"{ref} is gated. Ask for access on the Hub and put HF_TOKEN in the Secret."
+        )
+    if reply.status in (401, 404):
+        return None  # the Hub answers 401 for what does not exist when nobody is signed in
+    try:
+        document = json.loads(reply.body)
+        commit = str(document["sha"])
+        listed = {str(item["rfilename"]): item for item in document["siblings"]}
+        if not _HEX40.fullmatch(commit):
+            raise ValueError
+        fmt, chosen = _choose(list(listed), ref)
+        base = f"{_endpoint()}/{'datasets/' if ref.kind == 'dataset' else ''}{ref.repository}/resolve/{commit}"
+        files = [_wanted(path, listed[path], base) for path in chosen]
+    except (KeyError, TypeError, ValueError):
+        raise ArtifactError(
+            "SourceUnavailable", f"{ref}: {_endpoint().host} did not answer as a Hub does. Check HF_ENDPOINT."
+        ) from None
+    return _Snapshot(commit, str(document.get("lastModified") or ""), fmt, files)
+
+
+def _choose(paths: list[str], ref: HubRef) -> tuple[str, list[str]]:
+    """Choose the allowed files. Of several weight formats one is taken, of several copies the one of transformers."""
+    visible = [path for path in paths if not any(part.startswith(".") for part in path.split("/"))]
+    every = frozenset(visible)
+    verdicts = {path: classify(path, every) for path in visible}
+    formats = {verdict.format for verdict in verdicts.values() if verdict.role == "weight"}
+    pickled = sorted(path for path, verdict in verdicts.items() if verdict.format == "pickle")
+    if ref.kind == "model" and not formats:
+        if pickled:
+            raise ArtifactError(
+                "UnsupportedFormat",
+                f"{ref} has pickled weights only ({pickled[0]}), which can run code. {remedy('pickle')}",
+            )
+        raise ArtifactError("UnsupportedFormat", f"{ref} has no weights in a format that is read. {remedy('')}")
+    fmt = next((known for known in FORMAT_ORDER if known in formats), "")
+    chosen = sorted(
+        path
+        for path, verdict in verdicts.items()
+        if verdict.role and (verdict.role != "weight" or ref.kind == "dataset" or verdict.format == fmt)
+    )
+    if fmt == "safetensors":
+        chosen = [path for path in chosen if not path.startswith(("original/", "onnx/", "openvino/"))]
+        if any(path.startswith("model") for path in chosen):
+            chosen = [path for path in chosen if not path.startswith("consolidated")]
+    if ref.kind == "dataset":
+        fmt = next((verdicts[path].format for path in chosen if verdicts[path].role == "dataset"), "json")
+    if not chosen:
+        raise ArtifactError("UnsupportedFormat", f"{ref} holds no file in a format that is read. {remedy('')}")
+    check_paths(chosen, str(ref))
+    return fmt, chosen
+
+
+def _wanted(path: str, item: Mapping[str, Any], base: str) -> Wanted:
+    sha256 = str((item.get("lfs") or {}).get("sha256") or "")
+    git = "" if sha256 else str(item.get("blobId") or "")
+    size = item["size"]
+    known = _HEX64.fullmatch(sha256) if sha256 else _HEX40.fullmatch(git)
+    if not known or not isinstance(size, int) or not 0 <= size <= _MAX_FILE:
+        raise ValueError(path)
+    return Wanted(path, size, f"{base}/{quote(path)}", sha256, git)
+
+
+def _hash(http: Http, item: Wanted) -> str:
+    """SHA-256 of a small file that the listing knows by its Git id only."""
+    reply = http.request("GET", item.url, limit=max(item.size, 1))
+    git = hashlib.sha1(b"blob %d\0" % len(reply.body) + reply.body, usedforsecurity=False).hexdigest()
+    if git != item.git:
+        raise ArtifactError("DigestMismatch", f"{http.where}: {item.path} does not match its id on the Hub. Try again.")
+    return hashlib.sha256(reply.body).hexdigest()
+
+
+def _manifest(ref: HubRef, snapshot: _Snapshot, entries: list[Entry]) -> Manifest:
+    return Manifest(
+        kind=ref.kind,
+        format=snapshot.format,
+        digest=folder_digest(entries),
+        annotations={
+            "name": ref.repository,
+            "dev.slmops.source": ref.pinned(snapshot.commit),
+            "dev.slmops.commit": snapshot.commit,
+        },
+        created=snapshot.modified,
+        size_bytes=sum(entry.size for entry in entries),
+    )

@@ -1,0 +1,264 @@
+"""A folder that becomes visible whole or not at all, and that a killed writer can continue.
+
+Files are written to a staging folder whose name holds the digest, under a lock that dies with its process.
+Publishing is one rename; into a folder that already exists (a mount) the files move in and a marker comes last.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from pydantic import ValidationError
+
+from .errors import ArtifactError, disk_full, from_os
+from .files import PRIVATE, Entry, fsync_path, is_ours, safe_path
+from .formats import FOLDER_MANIFEST, MARKER
+from .model import Manifest
+
+_RENAME_EXCHANGE = 2
+_MAX_MARKER = 16 << 20
+
+
+class Installed(NamedTuple):
+    """What a folder that we published says about itself."""
+
+    manifest: Manifest
+    files: tuple[Entry, ...]
+
+
+def installed(folder: Path) -> Installed | None:
+    """Read our marker in `folder`, and check that every file it names is there with its size."""
+    for name in (FOLDER_MANIFEST, MARKER):
+        try:
+            with (folder / name).open("rb") as stream:
+                document = json.loads(stream.read(_MAX_MARKER))
+            rows = [Entry(safe_path(row[0], str(folder)), int(row[1]), str(row[2])) for row in document["files"]]
+            manifest = Manifest.model_validate(document["manifest"])
+            whole = all((folder / row.path).lstat().st_size == row.size for row in rows)
+        except (OSError, ValueError, KeyError, TypeError, IndexError, ValidationError, ArtifactError):
+            continue
+        if whole:
+            return Installed(manifest, tuple(rows))
+    return None
+
+
+class Staging:
+    """The writer's side. Use as a context manager: entering waits for other writers of the same content."""
+
+    def __init__(self, dest: Path, digest: str, marker: str = MARKER) -> None:
+        self.dest = dest
+        self.digest = digest
+        self._marker = marker
+        self._in_place = marker == MARKER and dest.exists()
+        tag = digest.removeprefix("sha256:")[:16]
+        self._base = dest if self._in_place else dest.parent
+        self._prefix = f"{PRIVATE}staging-" if self._in_place else f"{PRIVATE}{dest.name[:180]}-"
+        self.folder = self._base / f"{self._prefix}{tag}"
+        self._lock = -1
+
+    def __enter__(self) -> Staging:
+        try:
+            self._refuse_foreign()
+            self._base.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            self._acquire()
+        except OSError as error:
+            raise from_os(error, "Writing to", self.dest) from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            if isinstance(error, ArtifactError) and error.reason in ("DiskFull", "UnsupportedFormat"):
+                shutil.rmtree(self.folder, ignore_errors=True)
+        finally:
+            os.close(self._lock)
+
+    def published(self) -> Manifest | None:
+        """Return the manifest of what is at the destination now (perhaps since we waited for the lock)."""
+        there = installed(self.dest)
+        return there.manifest if there is not None else None
+
+    def done(self) -> Manifest | None:
+        """Return the manifest when this very content is already published."""
+        there = self.published()
+        return there if there is not None and there.digest == self.digest else None
+
+    def reserve(self, size: int) -> None:
+        """Fail before the first byte when the volume cannot hold what is still missing."""
+        have = sum(item.stat().st_size for item in self.folder.rglob("*") if item.is_file())
+        free = shutil.disk_usage(self.folder).free
+        if size - have > free:
+            need = f"needs {_mib(size - have)}, {_mib(free)} are free"
+            raise disk_full(f"Writing to {self.dest}: no space left on the volume ({need})")
+
+    def target(self, path: str) -> Path:
+        """Where to write the file `path`."""
+        target = self.folder / safe_path(path, str(self.dest))
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise from_os(error, "Writing to", self.dest) from error
+        return target
+
+    def existing(self, path: str) -> Path | None:
+        """Return the file `path` if an earlier run of ours, killed before its end, has left it complete."""
+        for folder in (self.folder, self.dest) if self._in_place else (self.folder,):
+            found = folder / path
+            if found.is_file() and not found.is_symlink():
+                return found
+        return None
+
+    def publish(self, manifest: Manifest, entries: Sequence[Entry]) -> None:
+        """Make the folder visible with exactly these files."""
+        try:
+            self._write_marker(manifest, entries)
+            if self._in_place:
+                self._move_in(entries)
+            else:
+                self._rename()
+        except OSError as error:
+            raise from_os(error, "Writing to", self.dest) from error
+
+    def _write_marker(self, manifest: Manifest, entries: Sequence[Entry]) -> None:
+        for leftover in self.folder.glob(f"{PRIVATE}part-*"):
+            leftover.unlink()
+        document = {"manifest": manifest.model_dump(mode="json"), "files": [list(entry) for entry in entries]}
+        marker = self.folder / self._marker
+        with marker.open("w", encoding="utf-8") as stream:
+            json.dump(document, stream, indent=1, ensure_ascii=False)
+            stream.flush()
+            os.fsync(stream.fileno())
+        for folder in {self.folder, *((self.folder / entry.path).parent for entry in entries)}:
+            if folder.is_dir():
+                fsync_path(folder)
+
+    def _rename(self) -> None:
+        """Put the staging folder in the place of `dest`; an older artifact of ours there goes away."""
+        for _ in range(20):
+            try:
+                self.folder.rename(self.dest)
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+            if self.done() is not None:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                return
+            self._refuse_foreign()
+            if _exchange(self.folder, self.dest):
+                shutil.rmtree(self.folder, ignore_errors=True)
+                break
+        else:
+            raise ArtifactError("SourceUnavailable", f"{self.dest} is being written by others. Try again.")
+        fsync_path(self._base)
+
+    def _move_in(self, entries: Sequence[Entry]) -> None:
+        """Fill an existing folder: the marker goes first when it is old, and comes last when it is new."""
+        before = installed(self.dest)
+        (self.dest / MARKER).unlink(missing_ok=True)
+        keep = {entry.path for entry in entries}
+        for entry in before.files if before else ():
+            if entry.path not in keep:
+                (self.dest / entry.path).unlink(missing_ok=True)
+        for entry in entries:
+            target = self.dest / entry.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if (self.folder / entry.path).exists():
+                (self.folder / entry.path).replace(target)
+        for folder in {(self.dest / entry.path).parent for entry in entries}:
+            fsync_path(folder)
+        (self.folder / self._marker).replace(self.dest / MARKER)
+        fsync_path(self.dest)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _refuse_foreign(self) -> None:
+        """Never replace or mix with files that somebody else put there."""
+        if not self.dest.exists() or installed(self.dest) is not None:
+            return
+        if not self.dest.is_dir():
+            raise ArtifactError("BadUri", f"{self.dest} is a file. Choose an empty folder as the destination.")
+        found = [item.name for item in self.dest.iterdir()]
+        names = [name for name in found if name != "lost+found" and not name.startswith(".")]
+        interrupted = self._marker == MARKER and any(is_ours(name) for name in found)
+        if names and not interrupted:
+            raise ArtifactError(
+                "BadUri",
+                f"{self.dest} already holds files that are not an artifact of ours. Choose an empty folder.",
+            )
+
+    def _acquire(self) -> None:
+        """Take the lock of the staging folder; if it was published while we waited, start a new one."""
+        while True:
+            self.folder.mkdir(exist_ok=True)
+            try:
+                handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            except FileNotFoundError:
+                continue
+            if not _try_lock(handle):
+                os.close(handle)
+                time.sleep(0.1)
+                continue
+            try:
+                if self.folder.stat().st_ino == os.fstat(handle).st_ino:
+                    self._lock = handle
+                    return
+            except FileNotFoundError:
+                pass
+            os.close(handle)
+
+    def _sweep(self) -> None:
+        """Remove what killed writers of other contents have left, unless they are alive."""
+        for old in self._base.glob(f"{self._prefix}*"):
+            tail = old.name.removeprefix(self._prefix)
+            if old == self.folder or len(tail) != 16 or not old.is_dir() or old.is_symlink():
+                continue
+            handle = os.open(old, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                if _try_lock(handle):
+                    shutil.rmtree(old, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        # Some network file systems have no locks: then renames alone keep the content whole.
+        return error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
+    return True
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders in one step; where the file system cannot, make room with a second rename."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        if libc.renameat2(-100, os.fsencode(first), -100, os.fsencode(second), _RENAME_EXCHANGE) == 0:
+            return True
+    except AttributeError:
+        pass
+    old = first.with_name(f"{first.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    try:
+        second.rename(old)
+    except FileNotFoundError:
+        return False
+    first.rename(second)
+    shutil.rmtree(old, ignore_errors=True)
+    return True
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,192 @@
+"""HTTP with patience: bounded retries, credentials that stay at home, and messages without secrets."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import httpx
+
+from .errors import ArtifactError, disk_full
+
+_TIMEOUT = httpx.Timeout(60.0, connect=10.0, write=120.0)
+_BUSY = (408, 425, 429, 500, 502, 503, 504)
+
+
+class Auth(Protocol):
+    """Who we are, for one server."""
+
+    def headers(self, url: httpx.URL) -> dict[str, str]:
+        """Credentials for `url`: empty for any host but the server's own."""
+
+    def challenge(self, response: httpx.Response) -> bool:
+        """Answer a 401; True when asking again may help."""
+
+
+class Reply(NamedTuple):
+    """A small answer, read to its end."""
+
+    status: int
+    headers: httpx.Headers
+    body: bytes
+
+
+class Patience:
+    """Retries until nothing has moved for a while: `SLMOPS_RETRY_SECONDS`, 300 by default."""
+
+    def __init__(self) -> None:
+        self._window = float(os.environ.get("SLMOPS_RETRY_SECONDS", "300"))
+        self.progressed()
+
+    def progressed(self) -> None:
+        """Something worked: forget the failures before."""
+        self._since = time.monotonic()
+        self._pause = 0.25
+
+    def wait(self, failure: ArtifactError, hint: float = 0.0) -> None:
+        """Sleep before the next attempt, or raise `failure` when the time is over or trying is useless."""
+        pause = max(min(hint, 60.0), self._pause * random.uniform(0.7, 1.3))  # noqa: S311 - jitter, not a secret
+        if not failure.retryable or time.monotonic() - self._since + pause > self._window:
+            raise failure
+        time.sleep(pause)
+        self._pause = min(self._pause * 2, 15.0)
+
+
+class Http:
+    """A client for one server, named `where` in messages."""
+
+    def __init__(self, where: str, auth: Auth) -> None:
+        logger = logging.getLogger("httpx")
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.WARNING)  # httpx logs whole URLs, and signed ones are secrets
+        self.where = where
+        self.auth = auth
+        self.client = httpx.Client(timeout=_TIMEOUT, headers={"User-Agent": "slmops"}, follow_redirects=False)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.client.close()
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        expect: tuple[int, ...] = (200,),
+        body: Callable[[], Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+        limit: int = 4 << 20,
+        patience: Patience | None = None,
+    ) -> Reply:
+        """Ask until one of the `expect`ed answers comes. `body()` gives the content anew for every attempt."""
+        patience = patience or Patience()
+        while True:
+            hint = 0.0
+            try:
+                response = self.send(method, url, headers or {}, body)
+                try:
+                    if response.status_code in expect:
+                        return Reply(response.status_code, response.headers, _read(response, limit, self.where))
+                    failure, hint = self.failure(response), retry_after(response)
+                finally:
+                    response.close()
+            except httpx.HTTPError as error:
+                failure = unreachable(error, self.where)
+            patience.wait(failure, hint)
+
+    def send(
+        self, method: str, url: str, headers: Mapping[str, str], body: Callable[[], Any] | None = None
+    ) -> httpx.Response:
+        """One exchange: sign, follow redirects of reads (never with our credentials abroad), answer one 401."""
+        target, challenged, hops = httpx.URL(url), False, 0
+        while True:
+            signed = {**headers, **self.auth.headers(target)}
+            content = body() if body is not None else None
+            request = self.client.build_request(method, target, headers=signed, content=content)
+            response = self.client.send(request, stream=True)
+            if response.status_code == 401 and not challenged and self.auth.challenge(response):
+                challenged = True
+            elif response.is_redirect and method in ("GET", "HEAD") and hops < 5:
+                hops += 1
+                target = target.join(response.headers["location"])
+                if target.scheme not in ("http", "https"):
+                    return response
+            else:
+                return response
+            response.close()
+
+    def failure(self, response: httpx.Response) -> ArtifactError:
+        """Name what a bad answer means."""
+        code = response.status_code
+        try:
+            text = response.read()[:65536].decode("utf-8", "replace").lower()
+        except httpx.HTTPError:
+            text = ""
+        if "no space left" in text or code == 507:
+            return disk_full(f"{self.where} has no space left on its own volume")
+        if code in (401, 403):
+            return ArtifactError(
+                "AccessDenied",
+                f"{self.where} refused access (HTTP {code}). Check that the Secret holds credentials for this host "
+                "with the rights that are needed.",
+            )
+        if code in (404, 410):
+            return ArtifactError("SourceNotFound", f"{self.where} does not exist (HTTP {code}). Check the URI.")
+        if code == 405:
+            return ArtifactError("AccessDenied", f"{self.where} does not allow this (HTTP 405): it is read-only.")
+        if code == 413:
+            return ArtifactError(
+                "UnsupportedFormat",
+                f"{self.where} refused an upload as too large (HTTP 413). Raise its body limit.",
+            )
+        if code in _BUSY or code >= 500:
+            return ArtifactError(
+                "SourceUnavailable",
+                f"{self.where} does not work now (HTTP {code}). Check the server and its log.",
+            )
+        return ArtifactError("UnsupportedFormat", f"{self.where} refused the request (HTTP {code}). See its log.")
+
+
+def unreachable(error: httpx.HTTPError, where: str) -> ArtifactError:
+    """Name what went wrong below HTTP, without the URL."""
+    text = str(error) or type(error).__name__
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLError):
+        cause = cause.__cause__ or cause.__context__
+    if "CERTIFICATE_VERIFY_FAILED" in text or isinstance(cause, ssl.SSLCertVerificationError):
+        return ArtifactError(
+            "AccessDenied",
+            f"{where} has a certificate that is not trusted here. Mount its CA and set SSL_CERT_FILE.",
+        )
+    if "WRONG_VERSION_NUMBER" in text or "RECORD_LAYER_FAILURE" in text:
+        return ArtifactError(
+            "AccessDenied",
+            f"{where} does not speak TLS. If it shall be plain HTTP, name it in SLMOPS_PLAIN_HTTP.",
+        )
+    if isinstance(error, httpx.TimeoutException):
+        text = "no answer in time"
+    return ArtifactError(
+        "SourceUnavailable",
+        f"{where} cannot be reached ({text[:160]}). Check the host, DNS and network policies.",
+    )
+
+
+def retry_after(response: httpx.Response) -> float:
+    """Seconds that the server asks us to wait."""
+    value: str = response.headers.get("retry-after", "")
+    return float(value) if value.isdigit() and len(value) < 6 else 0.0
+
+
+def _read(response: httpx.Response, limit: int, where: str) -> bytes:
+    """Read a small answer into memory, and refuse a large one."""
+    body = bytearray()
+    for block in response.iter_bytes():
+        body += block
+        if len(body) > limit:
+            raise ArtifactError("UnsupportedFormat", f"{where} sent a document of more than {limit >> 20} MiB.")
+    return bytes(body)

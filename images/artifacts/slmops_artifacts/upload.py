@@ -1,0 +1,104 @@
+"""One blob to an OCI registry: in one request when small, in chunks that can be continued when large."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from urllib.parse import urlencode
+
+import httpx
+
+from .errors import ArtifactError
+from .files import Entry, Ticker
+from .transfer import Http, Patience, retry_after, unreachable
+
+CHUNK_SIZE = 64 << 20
+_OCTETS = "application/octet-stream"
+
+Reader = Callable[[int, int], Iterator[bytes]]
+
+
+def upload(http: Http, base: httpx.URL, entry: Entry, read: Reader, ticker: Ticker) -> None:
+    """Upload until the registry has confirmed the digest. `read(start, end)` yields that part of the content."""
+    patience, mark = Patience(), ticker.done
+    location: httpx.URL | None = None
+    offset = 0
+    while True:
+        hint = 0.0
+        try:
+            if location is None:
+                location, offset = _begin(http, base, patience), 0
+            ticker.add(mark + offset - ticker.done)
+            end = min(offset + CHUNK_SIZE, entry.size)
+            last = end == entry.size
+            response = _send(http, location, entry, read, (offset, end))
+            try:
+                if last and response.status_code == 201:
+                    return
+                if not last and response.status_code in (202, 204):
+                    location, offset = _location(response, location), end
+                    patience.progressed()
+                    continue
+                failure, hint = http.failure(response), retry_after(response)
+                if response.status_code == 400:
+                    failure = ArtifactError(
+                        "DigestMismatch",
+                        f"{http.where}: the registry did not accept {entry.path} (HTTP 400); it may have changed "
+                        "while it was uploaded. Publish it again.",
+                    )
+                lost = response.status_code in (404, 416) or response.status_code >= 500
+            finally:
+                response.close()
+        except httpx.HTTPError as error:
+            failure, lost = unreachable(error, http.where), True
+        if lost:
+            if failure.reason == "SourceNotFound":
+                failure = ArtifactError("SourceUnavailable", f"{http.where}: the registry forgot an upload. Try again.")
+            patience.wait(failure, hint)
+            location, offset = _continue(http, location)
+        else:
+            patience.wait(failure, hint)
+
+
+def _begin(http: Http, base: httpx.URL, patience: Patience) -> httpx.URL:
+    reply = http.request("POST", f"{base}blobs/uploads/", expect=(202,), body=lambda: b"", patience=patience)
+    return _url(base, reply.headers.get("location", ""), http.where)
+
+
+def _send(http: Http, location: httpx.URL, entry: Entry, read: Reader, span: tuple[int, int]) -> httpx.Response:
+    """One piece; the last one closes the upload and names the digest."""
+    start, end = span
+    last = end == entry.size
+    headers = {"Content-Type": _OCTETS, "Content-Length": str(end - start)}
+    if not (start == 0 and last):
+        headers["Content-Range"] = f"{start}-{end - 1}"
+    url = str(location)
+    if last:
+        url += ("&" if "?" in url else "?") + urlencode({"digest": f"sha256:{entry.sha256}"})
+    return http.send("PUT" if last else "PATCH", url, headers, lambda: read(start, end) if end > start else b"")
+
+
+def _continue(http: Http, location: httpx.URL | None) -> tuple[httpx.URL | None, int]:
+    """Ask how far the registry got; (None, 0) means: from the start."""
+    if location is None:
+        return None, 0
+    try:
+        response = http.send("GET", str(location), {})
+    except httpx.HTTPError:
+        return None, 0
+    response.close()
+    first, _, final = response.headers.get("range", "").removeprefix("bytes=").partition("-")
+    if response.status_code != 204 or first != "0" or not final.isdigit() or int(final) == 0:
+        return None, 0
+    return _location(response, location), int(final) + 1
+
+
+def _location(response: httpx.Response, before: httpx.URL) -> httpx.URL:
+    value = response.headers.get("location", "")
+    return before.join(value) if value else before
+
+
+def _url(base: httpx.URL, location: str, where: str) -> httpx.URL:
+    url = base.join(location)
+    if not location or url.scheme not in ("http", "https"):
+        raise ArtifactError("SourceUnavailable", f"{where}: the registry did not say where to upload. See its log.")
+    return url
