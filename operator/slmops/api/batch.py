@@ -17,6 +17,13 @@ MessageRole = Literal["assistant", "completion", "all"]
 class Evaluation(Model):
     """Held-out examples, answered greedily before and after; the first metric is the QUALITY column."""
 
+    model_config = cel(
+        (
+            "!has(self.thresholds) || self.thresholds.all(name, name in self.metrics)",
+            "thresholds: each name has to be one of metrics",
+        )
+    )
+
     dataset: Dataset = Field(description="Held-out examples; an example that also occurs in training is an error.")
     metrics: list[Metric] = Field(
         default=["exactMatch"],
@@ -24,6 +31,7 @@ class Evaluation(Model):
         max_length=6,
         description="exactMatch of the whole answer; fieldMatch: share of equal fields of JSON answers; jsonValid; "
         "tokenF1; rougeL; perplexity of the wanted answer.",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
     )
     thresholds: dict[str, float] | None = Field(
         default=None,

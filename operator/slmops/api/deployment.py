@@ -17,7 +17,9 @@ class Engine(Model):
     image: str | None = Field(
         default=None, max_length=1024, description="Server image instead of the operator's default."
     )
-    args: list[str] | None = Field(default=None, max_length=64, description="More arguments of slmops-server.")
+    args: list[Annotated[str, Field(max_length=1024)]] | None = Field(
+        default=None, max_length=64, description="More arguments of slmops-server."
+    )
 
 
 class Endpoint(Model):
@@ -110,6 +112,13 @@ class Rollout(Model):
 
 class ModelDeploymentSpec(Model):
     """Serve a model."""
+
+    model_config = cel(
+        (
+            "!has(self.model.ref) || self.model.ref.kind == 'QuantizedModel'",
+            "model: the server runs ONNX; name a QuantizedModel (precision: fp32 keeps the weights as they are)",
+        ),
+    )
 
     model: ModelSource = Field(description="An ONNX model: a QuantizedModel, or an artifact of one.")
     served_name: str | None = Field(

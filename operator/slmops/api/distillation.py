@@ -83,6 +83,14 @@ class DistillationData(Model):
 class DistillationJobSpec(BatchSpec):
     """Distil a teacher into a student."""
 
+    model_config = cel(
+        ("!has(self.training.earlyStopping) || has(self.evaluation)", "training.earlyStopping needs evaluation"),
+        (
+            "!has(self.student.ref) || self.student.ref.kind != 'QuantizedModel'",
+            "student: a QuantizedModel is ONNX, which cannot be trained; name the model it was made from",
+        ),
+    )
+
     teacher: Teacher = Field(description="The model that answers.")
     student: ModelSource = Field(description="The model that learns; safetensors, a causal LM.")
     task_type: TaskType = Field(default="generation", description="Recorded in the artifact; chooses no defaults.")
@@ -90,8 +98,14 @@ class DistillationJobSpec(BatchSpec):
     training: Training = Field(default=Training(), description="How the student learns.")
 
 
+class DistillationJobStatus(BatchStatus):
+    """Status with the columns of this kind."""
+
+    teacher: str | None = Field(default=None, max_length=1024, description="The model that answers, for the table.")
+
+
 class DistillationJob(Model):
     """The kind."""
 
     spec: DistillationJobSpec
-    status: BatchStatus = BatchStatus()
+    status: DistillationJobStatus = DistillationJobStatus()

@@ -1,6 +1,6 @@
 """FineTuneJob: full or LoRA fine-tuning of a causal language model."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -15,7 +15,7 @@ class Lora(Model):
     r: int = Field(default=16, ge=1, le=1024, description="Rank.")
     alpha: int = Field(default=32, ge=1, le=4096, description="Scale: alpha / r.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    target_modules: list[str] | None = Field(
+    target_modules: list[Annotated[str, Field(min_length=1, max_length=128)]] | None = Field(
         default=None, min_length=1, max_length=64, description="Module names; default: all linear layers but the head."
     )
 
@@ -26,6 +26,11 @@ class FineTuneJobSpec(BatchSpec):
     model_config = cel(
         ("!has(self.lora) || self.method == 'lora'", "lora goes with method: lora"),
         ("!has(self.merge) || self.method == 'lora'", "merge goes with method: lora"),
+        ("!has(self.training.earlyStopping) || has(self.evaluation)", "training.earlyStopping needs evaluation"),
+        (
+            "!has(self.base.ref) || self.base.ref.kind != 'QuantizedModel'",
+            "base: a QuantizedModel is ONNX, which cannot be trained; name the model it was made from",
+        ),
     )
 
     base: ModelSource = Field(description="The model to tune; safetensors, a causal LM.")

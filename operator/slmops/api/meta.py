@@ -118,6 +118,8 @@ class Dataset(Model):
 class EnvVar(Model):
     """A plain environment variable of the pod."""
 
+    model_config = cel(("!self.name.startsWith('SLMOPS_')", "names starting with SLMOPS_ are the operator's own"))
+
     name: str = Field(min_length=1, max_length=128, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="Name.")
     value: str = Field(default="", max_length=4096, description="Value.")
 
@@ -160,11 +162,18 @@ class Pod(Model):
         default=None, max_length=1024, description="Container image instead of the operator's default."
     )
     resources: Resources | None = Field(default=None, description="Requests and limits.")
-    node_selector: dict[str, str] | None = Field(default=None, max_length=32, description="As in a Pod.")
+    node_selector: dict[str, Annotated[str, Field(max_length=63)]] | None = Field(
+        default=None, max_length=32, description="As in a Pod."
+    )
     tolerations: list[Toleration] | None = Field(default=None, max_length=32, description="As in a Pod.")
     priority_class_name: str | None = Field(default=None, max_length=253, description="As in a Pod.")
     runtime_class_name: str | None = Field(default=None, max_length=253, description="As in a Pod, for example nvidia.")
-    env: list[EnvVar] | None = Field(default=None, max_length=64, description="Plain variables; SLMOPS_* are ours.")
+    env: list[EnvVar] | None = Field(
+        default=None,
+        max_length=64,
+        description="Plain variables; SLMOPS_* are ours.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
+    )
     image_pull_secrets: list[SecretRef] | None = Field(default=None, max_length=8, description="As in a Pod.")
 
 
@@ -190,6 +199,9 @@ class Progress(Model):
     total_steps: int | None = Field(default=None, description="Steps of this stage.")
     eta_seconds: int | None = Field(default=None, description="Estimated rest of the whole run.")
     message: str = Field(default="", max_length=512, description="For example the loss.")
+    time: str | None = Field(
+        default=None, description="When the operator read this.", json_schema_extra={"format": "date-time"}
+    )
 
 
 class Artifact(Model):
@@ -251,6 +263,16 @@ class BatchStatus(Status):
         default=None, description="End of the run.", json_schema_extra={"format": "date-time"}
     )
     attempts: int = Field(default=0, description="Pods that failed through a fault of their own.")
+    source: str | None = Field(default=None, max_length=1024, description="The model this is made from, for the table.")
+    retries: int = Field(
+        default=0, description="Whole runs started again because something outside did not answer (nextRetryTime)."
+    )
+    next_retry_time: str | None = Field(
+        default=None, description="When the next of these starts.", json_schema_extra={"format": "date-time"}
+    )
+    inputs: str | None = Field(
+        default=None, max_length=64, description="Hash of the ConfigMaps and Secrets that the run was started with."
+    )
     progress: Progress | None = Field(default=None, description="Where the run stands.")
     metrics: dict[str, float] | None = Field(default=None, description="What was measured, by name.")
     quality: str | None = Field(default=None, max_length=64, description="The main metric, for the table.")

@@ -28,6 +28,10 @@ class QuantizedModelSpec(BatchSpec):
         ("!has(self.symmetric) || self.precision == 'int4'", "symmetric goes with precision: int4"),
         ("!has(self.accuracyLevel) || self.precision == 'int4'", "accuracyLevel goes with precision: int4"),
         ("!has(self.evaluation)", "a QuantizedModel is measured by its gate, not by evaluation"),
+        (
+            "!has(self.source.ref) || self.source.ref.kind != 'QuantizedModel'",
+            "source: a QuantizedModel is quantized already; name the model it was made from",
+        ),
     )
 
     source: ModelSource = Field(description="The model to convert; safetensors, a causal LM.")
