@@ -88,7 +88,7 @@ class Hub:
 
     def __init__(self, port: int = 0, host: str = "127.0.0.1") -> None:
         self.repositories: dict[tuple[str, str], Repository] = {}
-        self.token = "hf_good"  # noqa: S105  # opens private and gated repositories
+        self.token = "hf_good"  # opens private and gated repositories
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.busy = 0  # answer 503 that often
         self.cut_after = 0  # close the connection after so many bytes of a body ...

@@ -20,7 +20,7 @@ import httpx
 from .download import Wanted, fetch
 from .errors import ArtifactError
 from .files import Entry, Progress, Ticker, check_paths, folder_digest
-from .formats import FORMAT_ORDER, check_content, classify, remedy
+from .formats import FORMAT_ORDER, check_content, classify, detect_format, remedy
 from .model import Manifest
 from .registry_auth import secret_text
 from .staging import Staging
@@ -110,12 +110,20 @@ def pull(ref: HubRef, dest: Path, secret: Mapping[str, Any] | None, progress: Pr
 
 
 def _endpoint() -> httpx.URL:
-    return httpx.URL((os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"))
+    try:
+        url = httpx.URL((os.environ.get("HF_ENDPOINT") or "https://huggingface.co").strip().rstrip("/"))
+    except httpx.InvalidURL:
+        url = httpx.URL()
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ArtifactError("BadUri", "HF_ENDPOINT is not an http(s) URL. Write it like https://hub.example.com.")
+    return url
 
 
 def _http(ref: HubRef, secret: Mapping[str, Any] | None) -> Http:
     token = secret_text(secret, "HF_TOKEN", "token") or os.environ.get("HF_TOKEN", "").strip()
-    return Http(str(ref), _HubAuth(_endpoint(), token))
+    if not (token.isascii() and token.isprintable()):
+        raise ArtifactError("AccessDenied", f"{ref}: HF_TOKEN holds characters that no token has. Mend the Secret.")
+    return Http(f"{ref} ({_endpoint().host})", _HubAuth(_endpoint(), token))
 
 
 def _snapshot(http: Http, ref: HubRef) -> _Snapshot | None:
@@ -142,7 +150,7 @@ def _snapshot(http: Http, ref: HubRef) -> _Snapshot | None:
         fmt, chosen = _choose(list(listed), ref)
         base = f"{_endpoint()}/{'datasets/' if ref.kind == 'dataset' else ''}{ref.repository}/resolve/{commit}"
         files = [_wanted(path, listed[path], base) for path in chosen]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise ArtifactError(
             "SourceUnavailable", f"{ref}: {_endpoint().host} did not answer as a Hub does. Check HF_ENDPOINT."
         ) from None
@@ -151,7 +159,7 @@ def _snapshot(http: Http, ref: HubRef) -> _Snapshot | None:
 
 def _choose(paths: list[str], ref: HubRef) -> tuple[str, list[str]]:
     """Choose the allowed files. Of several weight formats one is taken, of several copies the one of transformers."""
-    visible = [path for path in paths if not any(part.startswith(".") for part in path.split("/"))]
+    visible = [path for path in paths if not any(part.startswith(".") and part != ".." for part in path.split("/"))]
     every = frozenset(visible)
     verdicts = {path: classify(path, every) for path in visible}
     formats = {verdict.format for verdict in verdicts.values() if verdict.role == "weight"}
@@ -174,7 +182,7 @@ def _choose(paths: list[str], ref: HubRef) -> tuple[str, list[str]]:
         if any(path.startswith("model") for path in chosen):
             chosen = [path for path in chosen if not path.startswith("consolidated")]
     if ref.kind == "dataset":
-        fmt = next((verdicts[path].format for path in chosen if verdicts[path].role == "dataset"), "json")
+        fmt = detect_format({path: verdicts[path] for path in chosen})
     if not chosen:
         raise ArtifactError("UnsupportedFormat", f"{ref} holds no file in a format that is read. {remedy('')}")
     check_paths(chosen, str(ref))

@@ -159,7 +159,7 @@ class _Repository:
             )
         try:
             document = json.loads(reply.body)
-        except ValueError:
+        except (ValueError, RecursionError):
             document = None
         if not isinstance(document, dict) or document.get("artifactType") != ARTIFACT_TYPE:
             raise ArtifactError(

@@ -94,7 +94,7 @@ class RegistryAuth:
             raise unreachable(error, f"The token server of {self._host}") from error
         except ValueError:
             token = None
-        if not isinstance(token, str) or not token or not token.isprintable():
+        if not isinstance(token, str) or not token or not (token.isascii() and token.isprintable()):
             raise ArtifactError(
                 "AccessDenied",
                 f"{self._host}/{self._repository}: the registry's token server gave no token "
@@ -130,16 +130,16 @@ def _find(host: str, repository: str, secret: Mapping[str, Any] | None) -> tuple
 
 
 def _match(auths: dict[str, dict[str, str]], host: str, repository: str) -> tuple[str, str, str]:
-    """Find the entry for the longest prefix of host/repository; the host may hold wildcards."""
-    best, found = -1, {}
+    """Find the entry for the longest prefix of host/repository; a full host goes before wildcards."""
+    best, found = (False, -1), {}
     for key, value in auths.items():
         name = key.split("://")[-1].rstrip("/").removesuffix("/v1").removesuffix("/v2")
         pattern, _, prefix = name.partition("/")
         if pattern in ("index.docker.io", "docker.io"):
             pattern = "registry-1.docker.io"
         fits = not prefix or repository == prefix or repository.startswith(f"{prefix}/")
-        if fits and fnmatch.fnmatchcase(host, pattern) and len(name) > best:
-            best, found = len(name), value
+        if fits and fnmatch.fnmatchcase(host, pattern) and (rank := (pattern == host, len(name))) > best:
+            best, found = rank, value
     user, password = found.get("username", ""), found.get("password", "")
     if not user and found.get("auth"):
         user, _, password = base64.b64decode(found["auth"]).decode().partition(":")

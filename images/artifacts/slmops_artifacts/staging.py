@@ -6,11 +6,14 @@ Publishing is one rename; into a folder that already exists (a mount) the files 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import json
 import os
+import re
+import secrets
 import shutil
 import time
 from collections.abc import Sequence
@@ -25,7 +28,9 @@ from .files import PRIVATE, Entry, fsync_path, is_ours, safe_path
 from .formats import FOLDER_MANIFEST, MARKER
 from .model import Manifest
 
+_AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_TAIL = re.compile(r"[0-9a-f]{16}(\..*)?")
 _MAX_MARKER = 16 << 20
 
 
@@ -78,7 +83,8 @@ class Staging:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
-            if isinstance(error, ArtifactError) and error.reason in ("DiskFull", "UnsupportedFormat"):
+            hopeless = isinstance(error, ArtifactError) and error.reason in ("DiskFull", "UnsupportedFormat")
+            if (error is None or hopeless) and self._still_ours():
                 shutil.rmtree(self.folder, ignore_errors=True)
         finally:
             os.close(self._lock)
@@ -155,12 +161,23 @@ class Staging:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 return
             self._refuse_foreign()
-            if _exchange(self.folder, self.dest):
-                shutil.rmtree(self.folder, ignore_errors=True)
-                break
+            self._swap()
+            break
         else:
             raise ArtifactError("SourceUnavailable", f"{self.dest} is being written by others. Try again.")
         fsync_path(self._base)
+
+    def _swap(self) -> None:
+        """Trade places with the older artifact, under a name that no waiting writer takes for its own."""
+        spare = self.folder.with_name(f"{self.folder.name}.{secrets.token_hex(4)}")
+        self.folder.rename(spare)
+        if not _exchange(spare, self.dest):
+            old = spare.with_name(f"{spare.name}.old")
+            with contextlib.suppress(FileNotFoundError):
+                self.dest.rename(old)
+            spare.rename(self.dest)
+            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(spare, ignore_errors=True)
 
     def _move_in(self, entries: Sequence[Entry]) -> None:
         """Fill an existing folder: the marker goes first when it is old, and comes last when it is new."""
@@ -208,19 +225,23 @@ class Staging:
                 os.close(handle)
                 time.sleep(0.1)
                 continue
-            try:
-                if self.folder.stat().st_ino == os.fstat(handle).st_ino:
-                    self._lock = handle
-                    return
-            except FileNotFoundError:
-                pass
+            self._lock = handle
+            if self._still_ours():
+                return
             os.close(handle)
+
+    def _still_ours(self) -> bool:
+        """Tell whether the staging folder's name still means the folder that we hold the lock of."""
+        try:
+            return self.folder.lstat().st_ino == os.fstat(self._lock).st_ino
+        except FileNotFoundError:
+            return False
 
     def _sweep(self) -> None:
         """Remove what killed writers of other contents have left, unless they are alive."""
         for old in self._base.glob(f"{self._prefix}*"):
             tail = old.name.removeprefix(self._prefix)
-            if old == self.folder or len(tail) != 16 or not old.is_dir() or old.is_symlink():
+            if old == self.folder or not _TAIL.fullmatch(tail) or not old.is_dir() or old.is_symlink():
                 continue
             handle = os.open(old, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -242,22 +263,13 @@ def _try_lock(handle: int) -> bool:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two folders in one step; where the file system cannot, make room with a second rename."""
-    libc = ctypes.CDLL(None, use_errno=True)
+    """Swap two folders in one step; False where the system cannot."""
     try:
-        if libc.renameat2(-100, os.fsencode(first), -100, os.fsencode(second), _RENAME_EXCHANGE) == 0:
-            return True
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:
-        pass
-    old = first.with_name(f"{first.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    try:
-        second.rename(old)
-    except FileNotFoundError:
         return False
-    first.rename(second)
-    shutil.rmtree(old, ignore_errors=True)
-    return True
+    done: int = rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
+    return done == 0
 
 
 def _mib(size: int) -> str:

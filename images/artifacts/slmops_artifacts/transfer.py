@@ -15,6 +15,8 @@ import httpx
 from .errors import ArtifactError, disk_full
 
 _TIMEOUT = httpx.Timeout(60.0, connect=10.0, write=120.0)
+_SLOW = httpx.Timeout(300.0, connect=10.0)
+"""A registry reads a large blob once more before it confirms it."""
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -40,7 +42,8 @@ class Patience:
     """Retries until nothing has moved for a while: `SLMOPS_RETRY_SECONDS`, 300 by default."""
 
     def __init__(self) -> None:
-        self._window = float(os.environ.get("SLMOPS_RETRY_SECONDS", "300"))
+        value = os.environ.get("SLMOPS_RETRY_SECONDS", "")
+        self._window = float(value) if value.replace(".", "", 1).isdecimal() else 300.0
         self.progressed()
 
     def progressed(self) -> None:
@@ -107,15 +110,14 @@ class Http:
         while True:
             signed = {**headers, **self.auth.headers(target)}
             content = body() if body is not None else None
-            request = self.client.build_request(method, target, headers=signed, content=content)
+            wait = _SLOW if method == "PUT" else _TIMEOUT
+            request = self.client.build_request(method, target, headers=signed, content=content, timeout=wait)
             response = self.client.send(request, stream=True)
             if response.status_code == 401 and not challenged and self.auth.challenge(response):
                 challenged = True
             elif response.is_redirect and method in ("GET", "HEAD") and hops < 5:
                 hops += 1
-                target = target.join(response.headers["location"])
-                if target.scheme not in ("http", "https"):
-                    return response
+                target = _redirect(target, response)
             else:
                 return response
             response.close()
@@ -174,6 +176,14 @@ def unreachable(error: httpx.HTTPError, where: str) -> ArtifactError:
         "SourceUnavailable",
         f"{where} cannot be reached ({text[:160]}). Check the host, DNS and network policies.",
     )
+
+
+def _redirect(url: httpx.URL, response: httpx.Response) -> httpx.URL:
+    """Where a redirect leads."""
+    try:
+        return url.join(response.headers.get("location", ""))
+    except httpx.InvalidURL as error:
+        raise httpx.RemoteProtocolError("a redirect to nowhere") from error
 
 
 def retry_after(response: httpx.Response) -> float:

@@ -99,7 +99,8 @@ def _oci(uri: str, rest: str) -> OciRef:
     host, _, path = rest.partition("/")
     if "@" in host:
         raise _bad("an oci:// URI", "it carries a user name or password; put credentials into a Secret instead")
-    if not _HOST.fullmatch(host):
+    port = host.rpartition("]")[2].rpartition(":")[2]
+    if not _HOST.fullmatch(host) or (port.isdecimal() and ":" in host and not 0 < int(port) < 65536):
         raise _bad(uri, "the registry must look like registry.example.com or 10.0.0.1:5000")
     name, at, digest = path.partition("@")
     if at and not _DIGEST.fullmatch(digest):

@@ -1,0 +1,106 @@
+"""What the artifact tests share: a real registry, folders with files, and the command line in a process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Registry:
+    """One docker-registry process with its storage in a folder."""
+
+    def __init__(self, folder: Path, htpasswd: Path | None = None, storage: Path | None = None) -> None:
+        self.folder = folder
+        self.storage = storage or folder / "storage"
+        self.storage.mkdir(parents=True, exist_ok=True)
+        self.port = free_port()
+        self.host = f"127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+        auth = f"auth:\n  htpasswd:\n    realm: test\n    path: {htpasswd}\n" if htpasswd else ""
+        self.config = folder / "config.yml"
+        self.config.write_text(
+            f"version: 0.1\nlog:\n  level: info\nstorage:\n  filesystem:\n    rootdirectory: {self.storage}\n"
+            f"  delete:\n    enabled: true\nhttp:\n  addr: {self.host}\n  secret: tests\n{auth}"
+        )
+
+    def start(self) -> None:
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(["docker-registry", "serve", str(self.config)], stdout=log, stderr=log)
+        for _ in range(200):
+            try:
+                httpx.get(f"http://{self.host}/v2/", trust_env=False)
+            except httpx.HTTPError:
+                time.sleep(0.05)
+            else:
+                return
+        raise AssertionError((self.folder / "log").read_text())
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def blob(self, sha256: str) -> Path:
+        """The file in which the registry keeps a blob."""
+        return self.storage / "docker/registry/v2/blobs/sha256" / sha256[:2] / sha256 / "data"
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+
+def safetensors(size: int = 64, fill: bytes = b"\1") -> bytes:
+    """A real safetensors file with one tensor of `size` bytes."""
+    header = b'{"w":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (size, size)
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + (fill * (size // len(fill) + 1))[:size]
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    for path, content in files.items():
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The artifact's files in a folder, without ours."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and not file.name.startswith(".slmops") and file.name != "slmops-manifest.json"
+    }
+
+
+def run_cli(*args: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """The command line in a process of its own."""
+    path = str(ROOT / "images" / "artifacts")
+    return subprocess.Popen(
+        [sys.executable, "-m", "slmops_artifacts", *args],
+        env={**os.environ, "PYTHONPATH": path, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the condition did not come true"
+        time.sleep(0.01)

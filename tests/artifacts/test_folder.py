@@ -1,0 +1,203 @@
+"""pvc:// and file://: folders that appear whole, and nothing outside the claim."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+from artifact_support import contents, run_cli, safetensors, wait_for, write
+
+from slmops_artifacts import ArtifactError, Manifest, pull, push, read_manifest, resolve, staging
+
+PLAIN = Manifest(kind="model")
+
+
+@pytest.fixture
+def claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SLMOPS_PVC_ROOT", str(tmp_path / "pvc"))
+    folder = tmp_path / "pvc" / "store"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_what_is_pushed_comes_back(claim: Path, model: Path, tmp_path: Path) -> None:
+    assert resolve("pvc://store/models/tiny") is None
+    uri, pushed = push(model, "pvc://store/models/tiny", PLAIN)
+    assert uri == "pvc://store/models/tiny"
+    assert pushed.format == "safetensors"
+    assert read_manifest(uri) == pushed
+    assert resolve(uri) == pushed.digest
+    assert pull(uri, tmp_path / "out") == pushed
+    assert pull(f"{uri}@{pushed.digest}", tmp_path / "out2") == pushed
+    assert contents(tmp_path / "out") == contents(model)
+    assert (claim / "models/tiny/slmops-manifest.json").is_file()
+    assert [item.name for item in (claim / "models").iterdir()] == ["tiny"]
+
+
+def test_the_same_content_has_the_same_digest_whatever_the_manifest(claim: Path, model: Path) -> None:
+    first = push(model, "pvc://store/a", PLAIN)[1]
+    second = push(model, "pvc://store/b", PLAIN.model_copy(update={"created": "2026-01-01T00:00:00Z"}))[1]
+    assert first.digest == second.digest
+    (model / "config.json").rename(model / "config2.json")
+    assert push(model, "pvc://store/c", PLAIN)[1].digest != first.digest
+
+
+def test_a_new_push_replaces_the_old_one_whole(claim: Path, model: Path) -> None:
+    push(model, "pvc://store/a", PLAIN)
+    (model / "config.json").unlink()
+    _, pushed = push(model, "pvc://store/a", PLAIN)
+    assert set(contents(claim / "a")) == {"model.safetensors", "sub/tokenizer.json"}
+    assert resolve("pvc://store/a") == pushed.digest
+    assert [item.name for item in claim.iterdir()] == ["a"]
+
+
+def test_files_of_others_are_not_replaced(claim: Path, model: Path) -> None:
+    write(claim / "mine", {"thesis.txt": b"years of work"})
+    with pytest.raises(ArtifactError, match="already holds files"):
+        push(model, "pvc://store/mine", PLAIN)
+    with pytest.raises(ArtifactError, match="whole volume"):
+        push(model, "pvc://store", PLAIN)
+    assert (claim / "mine/thesis.txt").read_bytes() == b"years of work"
+
+
+def test_folders_filled_by_hand_and_single_files(claim: Path, model: Path, tmp_path: Path) -> None:
+    write(claim, {f"byhand/{path}": data for path, data in contents(model).items()})
+    write(claim, {"data/train.jsonl": b'{"a":1}\n', "data/.DS_Store": b"x"})
+    digest = resolve("pvc://store/byhand")
+    assert pull("pvc://store/byhand", tmp_path / "out").digest == digest
+    data = pull("pvc://store/data/train.jsonl", tmp_path / "data")
+    assert (data.kind, data.format) == ("dataset", "jsonl")
+    assert contents(tmp_path / "data") == {"train.jsonl": b'{"a":1}\n'}
+    assert pull("pvc://store/data", tmp_path / "data2").digest == data.digest
+
+
+def test_a_changed_file_is_noticed(claim: Path, model: Path, tmp_path: Path) -> None:
+    push(model, "pvc://store/a", PLAIN)
+    file = claim / "a/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(ArtifactError) as caught:
+        pull("pvc://store/a", tmp_path / "out")
+    assert caught.value.reason == "DigestMismatch"
+    with pytest.raises(ArtifactError) as caught:
+        pull("pvc://store/a@sha256:" + "0" * 64, tmp_path / "out")
+    assert caught.value.reason == "DigestMismatch"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "pvc://store/../other",
+        "pvc://../etc",
+        "pvc://store/a/../../../etc",
+        "pvc://./x",
+        "pvc:///etc",
+        "pvc://Store/x",
+        "pvc://store/a\0b",
+    ],
+)
+def test_paths_stay_in_the_claim(claim: Path, tmp_path: Path, uri: str) -> None:
+    with pytest.raises(ArtifactError) as caught:
+        pull(uri, tmp_path / "out")
+    assert caught.value.reason == "BadUri"
+
+
+def test_links_do_not_lead_out_of_the_claim(claim: Path, model: Path, tmp_path: Path) -> None:
+    outside = write(tmp_path / "outside", {"secret.json": b"{}"})
+    (claim / "link").symlink_to(outside)
+    for action in (
+        lambda: pull("pvc://store/link", tmp_path / "out"),
+        lambda: push(model, "pvc://store/link/x", PLAIN),
+    ):
+        with pytest.raises(ArtifactError, match="symbolic link") as caught:
+            action()
+        assert caught.value.reason == "BadUri"
+    write(claim / "folder", {"config.json": b"{}"})
+    (claim / "folder/more.json").symlink_to(outside / "secret.json")
+    with pytest.raises(ArtifactError, match="symbolic link"):
+        pull("pvc://store/folder", tmp_path / "out")
+    (model / "extra.json").symlink_to("/etc/hostname")
+    with pytest.raises(ArtifactError, match="symbolic link"):
+        push(model, "pvc://store/new", PLAIN)
+
+
+def test_a_claim_that_is_not_mounted(claim: Path, model: Path, tmp_path: Path) -> None:
+    for action in (lambda: pull("pvc://absent/x", tmp_path / "o"), lambda: push(model, "pvc://absent/x", PLAIN)):
+        with pytest.raises(ArtifactError, match="not mounted") as caught:
+            action()
+        assert caught.value.reason == "SourceNotFound"
+
+
+def test_kill_in_mid_push_then_again(claim: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "big", {f"m{n}.safetensors": safetensors(12 << 20, b"%d" % n) for n in range(8)})
+    pusher = run_cli("push", str(source), "pvc://store/deep/big")
+    wait_for(lambda: len(list(claim.rglob("m*.safetensors"))) >= 2)
+    pusher.send_signal(signal.SIGKILL)
+    pusher.communicate()
+    assert resolve("pvc://store/deep/big") is None
+    (source / "m0.safetensors").unlink()  # another content: what the killed one left must go
+    push(source, "pvc://store/deep/big", PLAIN)
+    assert contents(claim / "deep/big") == contents(source)
+    assert [item.name for item in (claim / "deep").iterdir()] == ["big"]
+
+
+def test_two_pushers_at_once_leave_one_whole_artifact(claim: Path, tmp_path: Path) -> None:
+    one = write(tmp_path / "one", {"a.safetensors": safetensors(4 << 20, b"1"), "one.json": b"1"})
+    two = write(tmp_path / "two", {"a.safetensors": safetensors(4 << 20, b"2"), "two.json": b"2"})
+    for _ in range(5):
+        processes = [run_cli("push", str(source), "pvc://store/x") for source in (one, two, one, two)]
+        results = [process.communicate() for process in processes]
+        assert [process.returncode for process in processes] == [0] * 4, results
+        assert contents(claim / "x") in (contents(one), contents(two))
+        assert resolve("pvc://store/x") is not None
+    assert [item.name for item in claim.iterdir()] == ["x"]
+
+
+def test_readers_see_old_or_new_but_never_a_mixture(claim: Path, tmp_path: Path) -> None:
+    one = write(tmp_path / "one", {"a.safetensors": safetensors(1 << 20, b"1"), "one.json": b"1"})
+    two = write(tmp_path / "two", {"a.safetensors": safetensors(1 << 20, b"2"), "two.json": b"2"})
+    push(one, "pvc://store/x", PLAIN)
+    stop = threading.Event()
+
+    def swap() -> None:
+        while not stop.is_set():
+            push(two, "pvc://store/x", PLAIN)
+            stop.wait(0.05)
+            push(one, "pvc://store/x", PLAIN)
+            stop.wait(0.05)
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    try:
+        for number in range(20):
+            pull("pvc://store/x", tmp_path / f"out{number}")
+            assert contents(tmp_path / f"out{number}") in (contents(one), contents(two))
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_file_systems_that_cannot_swap(claim: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "_RENAME_EXCHANGE", 1 << 20)
+    push(model, "pvc://store/a", PLAIN)
+    (model / "config.json").write_bytes(b"[]")
+    push(model, "pvc://store/a", PLAIN)
+    assert contents(claim / "a") == contents(model)
+    assert [item.name for item in claim.iterdir()] == ["a"]
+
+
+def test_a_full_volume(model: Path, small_disk: Path) -> None:
+    write(model, {"big.safetensors": safetensors(6 << 20)})
+    with pytest.raises(ArtifactError) as caught:
+        push(model, f"file://{small_disk}/a", PLAIN)
+    assert caught.value.reason == "DiskFull"
+    assert list(small_disk.iterdir()) == []
+
+
+def test_file_uris(model: Path, tmp_path: Path) -> None:
+    _, pushed = push(model, f"file://{tmp_path}/with%20space", PLAIN)
+    assert (tmp_path / "with space").is_dir()
+    assert pull(f"file://{tmp_path}/with%20space", tmp_path / "out") == pushed
+    assert read_manifest(f"file://{tmp_path}/out") == pushed
