@@ -1,0 +1,118 @@
+"""What every recipe is given: the spec, a scratch folder, ways to report, to pull, to push, and the wish to stop."""
+
+import logging
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+
+from slmops.api.meta import Artifact
+from slmops.api.run import SECRET_ROOT, WORK_DIR, Input, RunSpec
+from slmops_artifacts import Manifest, pull, push, read_manifest
+from slmops_artifacts.errors import ArtifactError
+
+from slmops_trainer.checkpoints import Checkpoints
+from slmops_trainer.failure import RunFailure, from_artifact, interrupted
+from slmops_trainer.progress import Board
+
+ANNOTATION_UID = "slmops.dev/run-uid"
+ANNOTATION_FORMAT = "slmops.dev/format"
+
+log = logging.getLogger("slmops")
+
+
+class Context:
+    """One run in one pod.
+
+    spec         what to do
+    work         an empty scratch folder on the node's disk
+    stop         set by SIGTERM: finish what cannot be repeated, save it, and call `check`
+    metrics      what goes into the result, by name
+    checkpoints  the run's one checkpoint (see checkpoints.py)
+    """
+
+    def __init__(self, spec: RunSpec, work: Path = Path(WORK_DIR), board: Board | None = None) -> None:
+        self.spec = spec
+        self.work = work
+        self.stop = threading.Event()
+        self.board = board or Board()
+        self.metrics: dict[str, float] = {}
+        self.started = datetime.now(UTC).isoformat(timespec="seconds")
+        work.mkdir(parents=True, exist_ok=True)
+        self.checkpoints = Checkpoints(spec.checkpoint, work / "checkpoint", spec.uid, self.started)
+
+    def report(self, stage: str, step: int, total: int, message: str = "", percent: int | None = None) -> None:
+        """`step` of `total` of `stage` is done; `percent` of the whole run follows from `board.plan` unless given."""
+        if stage != self.board.progress.stage:
+            log.info("Stage began: %s", stage)
+        self.board.report(stage, step, total, message, percent)
+
+    def live(self, **values: float) -> None:
+        """Gauges for Prometheus: loss, learning_rate, tokens_per_second, step, ..."""
+        self.board.live(**values)
+
+    def metric(self, name: str, value: float) -> None:
+        """A number of the result (RunResult.metrics, the artifact's manifest, and a gauge)."""
+        self.metrics[name] = float(value)
+        self.board.result(name, float(value))
+
+    def check(self) -> None:
+        """Raise RunFailure(Interrupted) if the pod was asked to end. Call it between units of work that are saved."""
+        if self.stop.is_set():
+            raise interrupted("The pod was asked to stop; the run goes on from its checkpoint in the next pod.")
+
+    def pull(self, source: Input, folder: str, stage: str = "Pulling") -> tuple[Path, Manifest]:
+        """Fetch an artifact into `work/folder`. Returns the folder and the manifest (its digest is the content's).
+
+        Raises RunFailure(SourceNotFound, SourceUnavailable, AccessDenied, UnsupportedModel, DiskFull, Interrupted).
+        """
+        target = self.work / folder
+
+        def progress(done: int, total: int) -> None:
+            self.check()
+            self.report(stage, done >> 20, max(1, total >> 20), f"{source.uri}: {done >> 20} of {total >> 20} MiB")
+
+        try:
+            manifest = pull(source.uri, target, secret=read_secret(source.secret), progress=progress)
+        except ArtifactError as error:
+            raise from_artifact(error) from error
+        log.info("Pulled %s (%s, %d bytes)", source.uri, manifest.digest, manifest.size_bytes)
+        return target, manifest
+
+    def push(self, folder: Path, manifest: Manifest, uri: str = "", stage: str = "Publishing") -> tuple[Artifact, Manifest]:
+        """Publish `folder` at `uri` (default: spec.output). Not broken off by SIGTERM: it was paid for.
+
+        Raises RunFailure(StoreUnavailable, AccessDenied, DiskFull).
+        """
+        target = uri or self.spec.output
+
+        def progress(done: int, total: int) -> None:
+            self.report(stage, done >> 20, max(1, total >> 20), f"{done >> 20} of {total >> 20} MiB")
+
+        annotations = {**manifest.annotations, ANNOTATION_UID: self.spec.uid}
+        try:
+            pinned, pushed = push(
+                folder, target, manifest.model_copy(update={"annotations": annotations}), progress=progress
+            )
+        except ArtifactError as error:
+            raise from_artifact(error, writing=True) from error
+        log.info("Pushed %s (%s, %d bytes)", pinned, pushed.digest, pushed.size_bytes)
+        return Artifact(uri=pinned, digest=pushed.digest, size_bytes=pushed.size_bytes), pushed
+
+    def existing(self, uri: str = "") -> Manifest | None:
+        """The manifest at `uri` (default: spec.output) if an earlier pod of this very run wrote it, else None."""
+        try:
+            found = read_manifest(uri or self.spec.output)
+        except ArtifactError as error:
+            raise from_artifact(error, writing=True) from error
+        return found if found is not None and found.annotations.get(ANNOTATION_UID) == self.spec.uid else None
+
+
+def read_secret(name: str | None) -> dict[str, str] | None:
+    """The keys of the mounted Secret `name`. Raises RunFailure(BadSpec) when it is not mounted."""
+    if not name:
+        return None
+    folder = Path(SECRET_ROOT) / name
+    if not folder.is_dir():
+        raise RunFailure("BadSpec", f"Secret {name} is not mounted in the pod. Create it in the object's namespace.")
+    # The kubelet keeps the content behind links named ..data: only the keys themselves are files of their own.
+    return {path.name: path.read_text() for path in sorted(folder.iterdir()) if path.is_file()}

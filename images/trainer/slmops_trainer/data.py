@@ -1,0 +1,269 @@
+"""Datasets: JSONL from an artifact or a ConfigMap -> examples, with every fault named by file and line."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from slmops.api.meta import Columns, Dataset
+from slmops.api.run import CONFIGMAP_ROOT, Input
+from slmops_artifacts import Parent
+
+from slmops_trainer.failure import RunFailure
+
+if TYPE_CHECKING:
+    from slmops_trainer.context import Context
+
+Role = Literal["training", "evaluation", "prompts"]
+Format = Literal["messages", "prompt-completion"]
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+    def wire(self) -> dict[str, str]:
+        """The turn as chat templates and the OpenAI API take it."""
+        return {"role": self.role, "content": self.content}
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One line of a dataset.
+
+    messages  the turns before the answer; the last one is the user's (a plain prompt is one user turn)
+    answer    the wanted answer; None only in sets of prompts
+    line      its line in the file, from 1
+    """
+
+    messages: tuple[Message, ...]
+    answer: str | None
+    line: int = 0
+
+    @property
+    def turns(self) -> list[dict[str, str]]:
+        """All turns with the answer last, as chat templates take them."""
+        tail = [] if self.answer is None else [{"role": "assistant", "content": self.answer}]
+        return [message.wire() for message in self.messages] + tail
+
+    @property
+    def key(self) -> str:
+        """Identity of the question: equal for prompts that differ in case or white space alone."""
+        text = json.dumps([[m.role, " ".join(m.content.casefold().split())] for m in self.messages])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """A loaded dataset. `source` names it to people; `parent` is its row in the lineage, with its content's digest."""
+
+    items: tuple[Example, ...]
+    format: Format
+    source: str
+    parent: Parent
+
+    @property
+    def digest(self) -> str:
+        """sha256:... of the content."""
+        return self.parent.digest
+
+    @property
+    def references(self) -> list[str]:
+        """The wanted answers, in order; prompts without one give an empty text."""
+        return [item.answer or "" for item in self.items]
+
+
+def load(ctx: "Context", dataset: Dataset, role: Role) -> Examples:
+    """Fetch and read a dataset. Only `prompts` may lack answers; what answers they have is kept.
+
+    Raises RunFailure(BadDataset) for what is wrong in it, and the failures of Context.pull.
+    """
+    if dataset.config_map is not None:
+        path = Path(CONFIGMAP_ROOT) / dataset.config_map.name / dataset.config_map.key
+        source = f"ConfigMap {dataset.config_map.name}, key {dataset.config_map.key}"
+        if not path.is_file():
+            raise RunFailure("SourceNotFound", f"{source} is not there. Create the key, or correct the reference.")
+        digest = "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+        uri = f"configmap://{dataset.config_map.name}/{dataset.config_map.key}"
+    else:
+        assert dataset.uri is not None  # the CRD demands one of the two
+        secret = dataset.secret_ref.name if dataset.secret_ref else None
+        folder, manifest = ctx.pull(Input(uri=dataset.uri, secret=secret), f"data-{role}", f"Pulling {role} data")
+        path = _pick(folder, dataset.file, dataset.uri)
+        source, digest, uri = f"{dataset.uri}, file {path.relative_to(folder)}", manifest.digest, dataset.uri
+    items, fmt = read(path, dataset, role, source)
+    return Examples(items, fmt, source, Parent(kind="dataset", uri=uri, digest=digest))
+
+
+def read(path: Path, dataset: Dataset, role: Role, source: str = "") -> tuple[tuple[Example, ...], Format]:
+    """Read one JSONL file. Raises RunFailure(BadDataset) with the line number."""
+    source = source or path.name
+    columns = dataset.columns or Columns()
+    fmt: Format | None = None if dataset.format == "auto" else dataset.format
+    items: list[Example] = []
+    for number, row in _rows(path, source):
+        where = f"{source}, line {number}"
+        if fmt is None:
+            fmt = _detect(row, columns, role, where)
+        parse = _chat if fmt == "messages" else _pair
+        items.append(parse(row, columns, role, number, where))
+        if dataset.limit is not None and len(items) >= dataset.limit:
+            break
+    if not items or fmt is None:
+        raise RunFailure("BadDataset", f"{source} holds no example. Write one JSON object a line.")
+    return tuple(items), fmt
+
+
+def leaks(training: Sequence[Example], evaluation: Sequence[Example]) -> list[tuple[int, int]]:
+    """(line in training, line in evaluation) of every held-out question that also occurs in training."""
+    seen = {item.key: item.line for item in reversed(training)}
+    return [(seen[item.key], item.line) for item in evaluation if item.key in seen]
+
+
+def refuse_leaks(training: Examples, evaluation: Examples) -> None:
+    """Raise RunFailure(BadDataset) if a held-out question occurs in training: its score would say nothing."""
+    found = leaks(training.items, evaluation.items)
+    if not found:
+        return
+    first, held_out = found[0]
+    raise RunFailure(
+        "BadDataset",
+        f"{len(found)} of {len(evaluation.items)} held-out examples also occur in training; the first: line {held_out} "
+        f"of {evaluation.source} is line {first} of {training.source}. Remove them from one of the two.",
+    )
+
+
+def _rows(path: Path, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open("rb") as stream:
+        for number, raw in enumerate(stream, 1):
+            where = f"{source}, line {number}"
+            try:
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise RunFailure(
+                    "BadDataset", f"{where} is not UTF-8 (byte {error.start + 1}). Save the file as UTF-8."
+                ) from error
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except (json.JSONDecodeError, RecursionError) as error:
+                what = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+                raise RunFailure(
+                    "BadDataset", f"{where} is not JSON ({what}). Write one JSON object a line (JSONL)."
+                ) from error
+            if not isinstance(row, dict):
+                raise RunFailure(
+                    "BadDataset", f"{where} is a JSON {_kind(row)}, not an object. Write one JSON object a line (JSONL)."
+                )
+            yield number, row
+
+
+def _detect(row: dict[str, Any], columns: Columns, role: Role, where: str) -> Format:
+    """Tell the format by the first row's columns."""
+    if (columns.messages or "messages") in row:
+        return "messages"
+    prompt, completion = columns.prompt or "prompt", columns.completion or "completion"
+    if prompt in row and (role == "prompts" or completion in row):
+        return "prompt-completion"
+    raise RunFailure(
+        "BadDataset",
+        f"{where} has neither {columns.messages or 'messages'!r} nor {prompt!r}"
+        f"{'' if role == 'prompts' else f' and {completion!r}'}; it has {_list(row)}. Name the columns in dataset.columns.",
+    )
+
+
+def _cell(row: dict[str, Any], name: str, field: str, where: str) -> Any:
+    if name not in row:
+        raise RunFailure(
+            "BadDataset", f"{where} has no column {name!r}; it has {_list(row)}. Name the column in dataset.columns.{field}."
+        )
+    return row[name]
+
+
+def _pair(row: dict[str, Any], columns: Columns, role: Role, line: int, where: str) -> Example:
+    name, wanted = columns.prompt or "prompt", columns.completion or "completion"
+    prompt = _text(_cell(row, name, "prompt", where), name, where)
+    if role == "prompts" and row.get(wanted) is None:
+        return Example((Message("user", prompt),), None, line)
+    return Example((Message("user", prompt),), _text(_cell(row, wanted, "completion", where), wanted, where), line)
+
+
+def _chat(row: dict[str, Any], columns: Columns, role: Role, line: int, where: str) -> Example:
+    name = columns.messages or "messages"
+    turns = _cell(row, name, "messages", where)
+    if not isinstance(turns, list) or not turns:
+        raise RunFailure("BadDataset", f"{where}: {name!r} must be a list of turns {{role, content}}, not empty.")
+    messages = [_turn(turn, f"{where}, turn {index}") for index, turn in enumerate(turns, 1)]
+    _check_order(messages, where)
+    if messages[-1].role == "assistant":
+        return Example(tuple(messages[:-1]), messages[-1].content, line)
+    if role != "prompts":
+        raise RunFailure("BadDataset", f"{where}: the last turn must be the assistant's, it is the {messages[-1].role}'s.")
+    return Example(tuple(messages), None, line)
+
+
+def _turn(turn: Any, where: str) -> Message:
+    if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
+        raise RunFailure("BadDataset", f"{where} must be an object with role and content.")
+    if turn["role"] not in ROLES:
+        raise RunFailure("BadDataset", f"{where} has the role {turn['role']!r}; known are {', '.join(ROLES)}.")
+    return Message(turn["role"], _text(turn["content"], "content", where))
+
+
+def _check_order(messages: Sequence[Message], where: str) -> None:
+    """One system turn at most, first; then user and assistant in turn, the user first."""
+    talk = messages[1:] if messages[0].role == "system" else messages
+    for index, message in enumerate(talk):
+        wanted = "assistant" if index % 2 else "user"
+        if message.role != wanted:
+            at = index + 1 + len(messages) - len(talk)
+            raise RunFailure(
+                "BadDataset", f"{where}, turn {at} is the {message.role}'s, expected the {wanted}'s: "
+                "after an optional system turn, user and assistant take turns."
+            )
+    if not talk:
+        raise RunFailure("BadDataset", f"{where} has no user turn.")
+
+
+def _text(value: Any, name: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise RunFailure("BadDataset", f"{where}: {name!r} must be text, it is a JSON {_kind(value)}.")
+    if not value.strip():
+        raise RunFailure("BadDataset", f"{where}: {name!r} is empty.")
+    # A lone surrogate (from "\ud800") is valid JSON and no text: tokenizers cannot take it.
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        raise RunFailure("BadDataset", f"{where}: {name!r} holds half a surrogate pair. Save the text as UTF-8.")
+    return value
+
+
+def _pick(folder: Path, file: str | None, uri: str) -> Path:
+    """The JSONL file of a pulled dataset."""
+    found = sorted(path for path in folder.rglob("*.jsonl") if path.is_file())
+    names = ", ".join(str(path.relative_to(folder)) for path in found[:10]) or "none"
+    if file is not None:
+        if folder / file in found:
+            return folder / file
+        raise RunFailure("BadDataset", f"{uri} has no file {file!r}. Its .jsonl files: {names}. Correct dataset.file.")
+    if len(found) == 1:
+        return found[0]
+    raise RunFailure(
+        "BadDataset", f"{uri} holds {len(found)} .jsonl files: {names}. " + ("Name one in dataset.file." if found else "")
+    )
+
+
+def _kind(value: Any) -> str:
+    names = {list: "array", dict: "object", bool: "boolean", int: "number", float: "number", str: "string"}
+    return "null" if value is None else names[type(value)]
+
+
+def _list(row: dict[str, Any]) -> str:
+    names = [repr(name[:40]) for name in row]
+    return (", ".join(names[:12]) + (", ..." if len(names) > 12 else "")) or "no column"

@@ -1,0 +1,183 @@
+"""Examples -> token ids and labels: exactly the answers' tokens are trained, and the ids are those of inference.
+
+A conversation is rendered by the tokenizer's chat template and cut at the borders of the assistant's turns; each
+piece is tokenized alone. So what stands before an answer has the very ids that the server will give the model, also
+where the tokenizer would merge characters across the border. Without a chat template a prompt and its completion are
+simply joined, with the end-of-text token after them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jinja2.exceptions import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from slmops_trainer.data import Example, Message
+from slmops_trainer.failure import RunFailure
+
+IGNORED = -100  # torch.nn.functional.cross_entropy's default ignore_index
+
+LossOn = Literal["assistant", "all"]
+Piece = tuple[str, bool]  # text, is it an answer
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example. `labels` is `input_ids` where the loss counts, IGNORED elsewhere; both have the same length."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+    @property
+    def trained(self) -> int:
+        """Tokens that the loss counts: the first token of a text has no prediction, whatever its label."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSet:
+    """Encoded examples, in the order of the dataset, and how many were too long to be kept."""
+
+    items: tuple[Encoded, ...]
+    too_long: int = 0
+
+
+def encode(
+    tokenizer: Any, examples: Sequence[Example], stop_ids: Sequence[int], loss_on: LossOn, max_length: int
+) -> EncodedSet:
+    """Encode examples with answers. Those above `max_length` tokens are left out and counted, never cut.
+
+    `stop_ids`: the tokens at which generation ends (models.Loaded.stop_ids); every answer is made to end in one.
+    Raises RunFailure(BadDataset) when all are too long, RunFailure(NothingToTrain) when no label is left.
+    """
+    cut = [_pieces(tokenizer, example) for example in examples]
+    texts = [text for parts in cut for text, _ in parts]
+    ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+    items = [_join(tokenizer, [(next(ids), answer) for _, answer in parts], stop_ids, loss_on) for parts in cut]
+    kept = tuple(item for item in items if len(item.input_ids) <= max_length)
+    if items and not kept:
+        raise RunFailure(
+            "BadDataset",
+            f"All {len(items)} examples are longer than training.maxLength = {max_length} tokens; the shortest has "
+            f"{min(len(item.input_ids) for item in items)}. Raise maxLength.",
+        )
+    if not any(item.trained for item in kept):
+        raise RunFailure("NothingToTrain", "No token of the set counts for the loss. Check the dataset and lossOn.")
+    return EncodedSet(kept, len(items) - len(kept))
+
+
+def encode_prompt(tokenizer: Any, example: Example) -> list[int]:
+    """The ids that the model is given to answer the example's question."""
+    if tokenizer.chat_template:
+        text = _render(tokenizer, [turn.wire() for turn in example.messages], example, prompt=True)[0]
+        found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found
+    return _begin(tokenizer) + list(tokenizer(_plain(example), add_special_tokens=False)["input_ids"])
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The special token with which the chat template ends an answer, if it uses one.
+
+    Base models of chat families declare another end of text than their template writes: both must stop generation.
+    """
+    if not tokenizer.chat_template:
+        return None
+    probe = Example((Message("user", "x"),), "y")
+    text = next(text for text, answer in reversed(_pieces(tokenizer, probe)) if answer)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return int(ids[-1]) if ids and ids[-1] in special else None
+
+
+def _pieces(tokenizer: Any, example: Example) -> list[Piece]:
+    """The rendered conversation, cut at the borders of the answers; joined they are the whole text."""
+    if not tokenizer.chat_template:
+        return [(_plain(example), False), (example.answer or "", True)]
+    turns = example.turns
+    whole, marks = _render(tokenizer, turns, example)
+    spans = marks or list(_spans(tokenizer, turns, whole, example))
+    found: list[Piece] = []
+    at = 0
+    for start, end in spans:
+        # White space after the end of a turn is the template's, and generation never gets that far.
+        stripped = start + len(whole[start:end].rstrip())
+        found += [(whole[at:start], False), (whole[start:stripped], True)]
+        at = stripped
+    return [*found, (whole[at:], False)]
+
+
+def _spans(tokenizer: Any, turns: list[dict[str, str]], whole: str, example: Example) -> Iterator[tuple[int, int]]:
+    """Start and end of every answer in the text: where the same template would start it, and where it ends it."""
+    for index, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        before = _render(tokenizer, turns[:index], example, prompt=True)[0]
+        through = _render(tokenizer, turns[: index + 1], example)[0]
+        if not (whole.startswith(before) and whole.startswith(through) and len(before) < len(through)):
+            raise RunFailure(
+                "UnsupportedModel",
+                f"The model's chat template renders turn {index + 1} of line {example.line} differently once more turns "
+                "follow, so the answer's tokens cannot be told from the rest. Use a template with {% generation %} "
+                "marks, or train on one question and answer a line.",
+            )
+        yield len(before), len(through)
+
+
+def _render(
+    tokenizer: Any, turns: list[dict[str, str]], example: Example, *, prompt: bool = False
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text, and the character spans of what the template marks with {% generation %}."""
+    marked = not prompt and "{% generation" in tokenizer.chat_template.replace("{%-", "{%")
+    try:
+        texts, marks = render_jinja_template(
+            conversations=[turns],
+            chat_template=tokenizer.chat_template,
+            add_generation_prompt=prompt,
+            return_assistant_tokens_mask=marked,
+            **tokenizer.special_tokens_map,
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise RunFailure(
+            "BadDataset", f"The model's chat template refuses the conversation of line {example.line}: {error}"
+        ) from error
+    return texts[0], [(start, end) for start, end in marks[0]] if marked else []
+
+
+def _join(tokenizer: Any, parts: list[tuple[list[int], bool]], stop_ids: Sequence[int], loss_on: LossOn) -> Encoded:
+    begin = [] if tokenizer.chat_template else _begin(tokenizer)
+    ids = list(begin)
+    labels = [IGNORED] * len(begin) if loss_on == "assistant" else list(begin)
+    after_answer = False
+    for piece, answer in parts:
+        trained = [answer or loss_on == "all"] * len(piece)
+        # The end of a turn is the answer's, also where the template's marks leave it out.
+        if after_answer and piece and piece[0] in stop_ids:
+            trained[0] = True
+        ids += piece
+        labels += [token if wanted else IGNORED for token, wanted in zip(piece, trained, strict=True)]
+        after_answer = answer
+    last = next((label for label in reversed(labels) if label != IGNORED), None)
+    if last not in stop_ids:
+        # Neither the template nor the text ends the answer: without this the model would learn never to stop.
+        ids.append(tokenizer.eos_token_id)
+        labels.append(tokenizer.eos_token_id)
+    return Encoded(tuple(ids), tuple(labels))
+
+
+def _begin(tokenizer: Any) -> list[int]:
+    """What the tokenizer itself puts before a text, such as a beginning-of-text token."""
+    found: list[int] = tokenizer("")["input_ids"]
+    return [token for token in found if token != tokenizer.eos_token_id]
+
+
+def _plain(example: Example) -> str:
+    if len(example.messages) != 1:
+        raise RunFailure(
+            "UnsupportedModel",
+            f"Line {example.line} is a conversation and the model has no chat template. Use a model with one "
+            "(chat_template in tokenizer_config.json, or chat_template.jinja), or prompt-completion data.",
+        )
+    return example.messages[0].content
+
+

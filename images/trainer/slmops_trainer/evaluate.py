@@ -1,0 +1,122 @@
+"""How good answers are: pure scores of texts. Generating the answers is generate.py's."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from slmops_trainer.failure import RunFailure
+
+_WORD = re.compile(r"\w+", re.UNICODE)
+
+
+def evaluate(answers: Sequence[str], references: Sequence[str], metrics: Sequence[str]) -> dict[str, float]:
+    """Mean of each metric over all answers, each 0 to 1. `perplexity` is not a matter of texts: see perplexity.py.
+
+    Raises RunFailure(BadDataset) when a metric cannot be taken of these references.
+    """
+    if len(answers) != len(references):
+        raise ValueError(f"{len(answers)} answers to {len(references)} references")
+    return {
+        name: sum(map(SCORES[name], answers, references)) / len(references) for name in metrics if name in SCORES
+    }
+
+
+def exact_match(answer: str, reference: str) -> float:
+    """1 if the texts are equal but for white space around them."""
+    return float(answer.strip() == reference.strip())
+
+
+def json_valid(answer: str, reference: str) -> float:  # noqa: ARG001  # one signature for all scores
+    """1 if the answer is one JSON value."""
+    return float(_parse(answer) is not _INVALID)
+
+
+def field_match(answer: str, reference: str) -> float:
+    """Share of equal fields of two JSON objects; missing and surplus fields count as unequal."""
+    wanted, given = _parse(reference), _parse(answer)
+    if not isinstance(wanted, dict):
+        raise RunFailure(
+            "BadDataset", f"fieldMatch compares JSON objects; this wanted answer is none: {reference[:80]!r}. "
+            "Use exactMatch, tokenF1 or rougeL, or correct the evaluation set."
+        )
+    if not isinstance(given, dict):
+        return 0.0
+    names = wanted.keys() | given.keys()
+    if not names:
+        return 1.0
+    equal = sum(1 for name in names if name in wanted and name in given and _same(wanted[name], given[name]))
+    return equal / len(names)
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """F1 of the bags of lower-case words, as SQuAD counts it (without its dropping of articles)."""
+    given, wanted = words(answer), words(reference)
+    if not given or not wanted:
+        return float(given == wanted)
+    return _f1((Counter(given) & Counter(wanted)).total(), len(given), len(wanted))
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """F1 of the longest common subsequence of lower-case words (Lin 2004), without stemming."""
+    given, wanted = words(answer), words(reference)
+    if not given or not wanted:
+        return float(given == wanted)
+    row = [0] * (len(wanted) + 1)
+    for left in given:
+        diagonal = 0
+        for index, right in enumerate(wanted, 1):
+            diagonal, row[index] = row[index], diagonal + 1 if left == right else max(row[index], row[index - 1])
+    return _f1(row[-1], len(given), len(wanted))
+
+
+def words(text: str) -> list[str]:
+    """Lower-case runs of letters and digits."""
+    return _WORD.findall(text.lower())
+
+
+def below(values: dict[str, float], thresholds: dict[str, float] | None) -> list[str]:
+    """One phrase for each threshold that is missed: at least for scores, at most for perplexity."""
+    missed: list[str] = []
+    for name, bar in (thresholds or {}).items():
+        if name not in values:
+            missed.append(f"{name} was not measured")
+        elif values[name] > bar if name == "perplexity" else values[name] < bar:
+            side = "above" if name == "perplexity" else "below"
+            missed.append(f"{name} {values[name]:.4g} is {side} {bar:.4g}")
+    return missed
+
+
+def _f1(common: int, given: int, wanted: int) -> float:
+    return 2 * common / (given + wanted) if common else 0.0
+
+
+def _same(left: Any, right: Any) -> bool:
+    """JSON equality: true is not 1."""
+    return json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True) or (
+        left == right and isinstance(left, float) != isinstance(right, float) and not isinstance(left, bool)
+        and not isinstance(right, bool)
+    )
+
+
+def _refuse(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return _INVALID
+
+
+_INVALID = object()
+
+SCORES: dict[str, Callable[[str, str], float]] = {
+    "exactMatch": exact_match,
+    "fieldMatch": field_match,
+    "jsonValid": json_valid,
+    "tokenF1": token_f1,
+    "rougeL": rouge_l,
+}

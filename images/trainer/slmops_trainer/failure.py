@@ -1,0 +1,85 @@
+"""Named failures: every way a run can end badly has a reason that machines match and a sentence for people."""
+
+import errno
+from typing import get_args
+
+from slmops.api.run import EXIT_FATAL, EXIT_INTERRUPTED, EXIT_RETRY, FailureReason
+from slmops_artifacts.errors import ArtifactError
+
+# Artifact reasons that are called differently in the run contract.
+_FROM_ARTIFACT: dict[str, FailureReason] = {
+    "DigestMismatch": "SourceUnavailable",
+    "UnsupportedFormat": "UnsupportedModel",
+    "BadUri": "BadSpec",
+}
+
+
+class RunFailure(Exception):
+    """The run ended badly. `message` says what failed, where, and how to mend it.
+
+    `retryable`: another pod may succeed although nobody changed anything (the network, a full node).
+    """
+
+    def __init__(self, reason: FailureReason, message: str, *, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.reason: FailureReason = reason
+        self.message = message
+        self.retryable = retryable
+
+    @property
+    def exit_code(self) -> int:
+        """The process exit status that tells the Job's podFailurePolicy what to do."""
+        if self.reason == "Interrupted":
+            return EXIT_INTERRUPTED
+        return EXIT_RETRY if self.retryable else EXIT_FATAL
+
+
+def interrupted(message: str) -> RunFailure:
+    """SIGTERM arrived and what was done is saved."""
+    return RunFailure("Interrupted", message, retryable=True)
+
+
+def from_artifact(error: ArtifactError, *, writing: bool = False) -> RunFailure:
+    """Translate a failed transfer; `writing` tells an unreachable store from an unreachable source."""
+    reason = _FROM_ARTIFACT.get(error.reason)
+    if reason is None:
+        known = get_args(FailureReason)
+        reason = error.reason if error.reason in known else "InternalError"  # type: ignore[assignment]  # just checked
+    if writing and reason == "SourceUnavailable":
+        reason = "StoreUnavailable"
+    return RunFailure(reason, error.message, retryable=error.retryable or error.reason == "DigestMismatch")
+
+
+def translate(error: BaseException) -> RunFailure:
+    """Name any exception. What is not known is InternalError: a bug, worth another try and a look at the log."""
+    if isinstance(error, RunFailure):
+        return error
+    if isinstance(error, ArtifactError):
+        return from_artifact(error)
+    # torch is not imported here: its name is enough, and a run that never loaded it cannot raise it.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _says_no_memory(error):
+        return RunFailure(
+            "OutOfMemory",
+            f"Memory ran out: {_first_line(error)}. Raise spec.pod.resources.limits, or lower training.batchSize "
+            "(raise gradientAccumulation by as much), training.maxLength or evaluation.batchSize, "
+            "or set training.gradientCheckpointing.",
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunFailure(
+            "DiskFull", f"No space left writing {error.filename or 'a file'}. Give the pod more ephemeral storage."
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return RunFailure("OutOfMemory", "Memory ran out. Raise spec.pod.resources.limits.memory.")
+    return RunFailure(
+        "InternalError", f"{type(error).__name__}: {_first_line(error)}. The pod's log has the trace.", retryable=True
+    )
+
+
+def _says_no_memory(error: BaseException) -> bool:
+    """Torch's CPU allocator raises a bare RuntimeError, a full disk under safetensors an odd class of its own."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "CUDA out of memory" in text)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")

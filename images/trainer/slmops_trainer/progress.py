@@ -1,0 +1,133 @@
+"""What the pod tells while it runs: `/progress` for the operator, `/metrics` for Prometheus, on one port."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from slmops.api.keys import METRICS_PORT
+from slmops.api.meta import Progress
+
+MESSAGE_MAX = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of the run and its share of the whole run's time, in any unit."""
+
+    name: str
+    weight: float
+
+
+class Board:
+    """Thread-safe state of the run. `clock` gives seconds and never goes back."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._stages: tuple[Stage, ...] = ()
+        self._progress = Progress(percent=0, stage="Starting")
+        self._stage_began = (clock(), 0)
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self._percent = Gauge("slmops_run_percent", "Progress of the run, 0 to 100.", registry=self.registry)
+        self._live = Gauge("slmops_run_live", "Latest value: loss, learning_rate, tokens_per_second, step, ...", ["name"],
+                           registry=self.registry)
+        self._result = Gauge("slmops_run_result", "What the run measured, by name.", ["name"], registry=self.registry)
+
+    def plan(self, stages: Sequence[Stage]) -> None:
+        """Say which stages will come, in order, so that percent and ETA speak of the whole run."""
+        with self._lock:
+            self._stages = tuple(stages)
+
+    def report(self, stage: str, step: int, total: int, message: str = "", percent: int | None = None) -> None:
+        """`step` of `total` of `stage` is done. `percent` of the whole run follows from the plan unless given."""
+        now = self._clock()
+        with self._lock:
+            if stage != self._progress.stage:
+                self._stage_began = (now, step)
+            share = min(1.0, step / total) if total > 0 else 0.0
+            whole = self._whole(stage, share) if percent is None else percent
+            # A resumed or repeated stage must not make the bar run backwards; 100 is the operator's to give.
+            whole = min(99, max(whole, self._progress.percent))
+            self._progress = Progress(
+                percent=whole,
+                stage=stage[:64],
+                step=step,
+                total_steps=total,
+                eta_seconds=self._eta(stage, step, total, now),
+                message=message[:MESSAGE_MAX],
+            )
+            self._percent.set(whole)
+
+    def live(self, **values: float) -> None:
+        """Values that change while the run goes on; gauges only."""
+        for name, value in values.items():
+            self._live.labels(name).set(value)
+
+    def result(self, name: str, value: float) -> None:
+        """A value the run ends with."""
+        self._result.labels(name).set(value)
+
+    @property
+    def progress(self) -> Progress:
+        """What `/progress` answers now."""
+        with self._lock:
+            return self._progress
+
+    def _whole(self, stage: str, share: float) -> int:
+        sum_all = sum(entry.weight for entry in self._stages)
+        before = 0.0
+        for entry in self._stages:
+            if entry.name == stage:
+                return int(100 * (before + share * entry.weight) / sum_all)
+            before += entry.weight
+        return int(100 * share) if not self._stages else self._progress.percent
+
+    def _eta(self, stage: str, step: int, total: int, now: float) -> int | None:
+        """Rest of this stage at its own pace, and the later stages at the pace that its weight implies."""
+        began, first = self._stage_began
+        if step <= first or total <= 0:
+            return None
+        whole_stage = (now - began) / (step - first) * total
+        names = [entry.name for entry in self._stages]
+        later = 0.0
+        if stage in names:
+            at = names.index(stage)
+            weight = self._stages[at].weight
+            later = whole_stage * sum(entry.weight for entry in self._stages[at + 1 :]) / weight if weight else 0.0
+        return int(whole_stage * (1 - step / total) + later)
+
+
+def serve(board: Board, port: int = METRICS_PORT) -> ThreadingHTTPServer:
+    """Answer `/progress` and `/metrics` from a thread until the process ends; port 0 takes a free one."""
+
+    class Handler(BaseHTTPRequestHandler):
+        """Two read-only pages."""
+
+        def do_GET(self) -> None:
+            """Answer one request."""
+            if self.path == "/progress":
+                body, kind = board.progress.model_dump_json(by_alias=True, exclude_none=True).encode(), "application/json"
+            elif self.path == "/metrics":
+                body, kind = generate_latest(board.registry), CONTENT_TYPE_LATEST
+            else:
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the base class's name
+            """Say nothing: probes would fill the log."""
+
+    server = ThreadingHTTPServer(("", port), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, name="progress", daemon=True).start()
+    return server

@@ -1,0 +1,108 @@
+"""The training state on disk: weights, optimizer, random numbers, counters. Safetensors and JSON, never a pickle."""
+
+import hashlib
+import json
+import shutil
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from slmops.api.batch import Training
+
+from slmops_trainer.encoding import Encoded
+
+WEIGHTS, OPTIMIZER, RANDOM, COUNTERS = "weights.safetensors", "optimizer.safetensors", "random.safetensors", "counters.json"
+
+
+@dataclass
+class Counters:
+    """Where the run stands after a whole optimizer step. `loss` is smoothed, `seconds` were spent training."""
+
+    fingerprint: str
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    loss: float | None = None
+    best: float | None = None
+    waited: int = 0
+    evaluation_loss: float | None = None
+    done: bool = False
+
+
+def fingerprint(model: Any, encoded: Sequence[Encoded], training: Training) -> str:
+    """Changes with everything that a resumed run must have in common with the run that was saved."""
+    digest = hashlib.sha256(json.dumps(training.wire(), sort_keys=True).encode())
+    for name, parameter in trainable(model).items():
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+    for row in encoded:
+        digest.update(array("q", row.input_ids).tobytes())
+        digest.update(array("q", row.labels).tobytes())
+    return digest.hexdigest()
+
+
+def trainable(model: Any) -> dict[str, Any]:
+    """The parameters that training changes, by name; tied ones once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save(folder: Path, model: Any, optimizer: Any, counters: Counters) -> None:
+    """Write the state, replacing an older one. A finished run needs its weights only."""
+    fresh = folder.with_name(folder.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    parameters = trainable(model)
+    save_file({name: value.detach().contiguous() for name, value in parameters.items()}, fresh / WEIGHTS)
+    if not counters.done:
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        save_file(
+            {
+                f"{names[id(parameter)]}/{key}": value.contiguous()
+                for parameter, entries in optimizer.state.items()
+                for key, value in entries.items()
+            },
+            fresh / OPTIMIZER,
+        )
+        randoms = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            randoms["cuda"] = torch.cuda.get_rng_state()
+        save_file(randoms, fresh / RANDOM)
+    (fresh / COUNTERS).write_text(json.dumps(asdict(counters)))
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+
+
+def read_counters(folder: Path) -> Counters | None:
+    """The counters of a saved state, None where there is none."""
+    path = folder / COUNTERS
+    return Counters(**json.loads(path.read_text())) if path.is_file() else None
+
+
+def restore(folder: Path, model: Any, optimizer: Any, counters: Counters) -> None:
+    """Bring the saved state into the model and the optimizer."""
+    parameters = trainable(model)
+    saved = load_file(folder / WEIGHTS)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+    if counters.done:
+        return
+    index = {id(parameter): at for at, parameter in enumerate(_in_order(optimizer))}
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in load_file(folder / OPTIMIZER).items():
+        name, _, entry = key.rpartition("/")
+        state.setdefault(index[id(parameters[name])], {})[entry] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    randoms = load_file(folder / RANDOM)
+    torch.set_rng_state(randoms["cpu"])
+    if "cuda" in randoms and torch.cuda.is_available():
+        torch.cuda.set_rng_state(randoms["cuda"])
+
+
+def _in_order(optimizer: Any) -> list[Any]:
+    """The parameters in the order in which the optimizer's state counts them."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

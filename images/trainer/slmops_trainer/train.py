@@ -1,0 +1,230 @@
+"""The training loop, shared by fine-tuning and distillation: exact, resumable, and small enough to read."""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from slmops.api.batch import Training
+
+from slmops_trainer import schedule, state
+from slmops_trainer.encoding import Encoded
+from slmops_trainer.failure import RunFailure, interrupted
+from slmops_trainer.generate import mean_loss, pad_id
+from slmops_trainer.loss import collate, loss_sum
+
+if TYPE_CHECKING:
+    from slmops_trainer.context import Context
+
+PART = "training"  # the checkpoint's subfolder
+SMOOTHING = 0.9
+LOG_SECONDS = 15.0
+
+log = logging.getLogger("slmops")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReport:
+    """What training did, over all pods of the run.
+
+    steps, epochs    optimizer steps done, passes over the data
+    tokens, seconds  real tokens seen, and the time spent in the loop
+    loss             smoothed mean loss of a trained token, in nats
+    evaluation_loss  the same on the evaluation set, if early stopping measured it
+    resumed_at       the step at which this pod took over, None if it began
+    """
+
+    steps: int
+    epochs: float
+    tokens: int
+    seconds: float
+    loss: float
+    evaluation_loss: float | None
+    stopped_early: bool
+    resumed_at: int | None
+
+
+def train(
+    ctx: "Context",
+    model: Any,
+    tokenizer: Any,
+    encoded: Sequence[Encoded],
+    training: Training,
+    *,
+    evaluation: Sequence[Encoded] = (),
+    stage: str = "Training",
+) -> TrainReport:
+    """Train the model's trainable parameters in place, going on from the run's checkpoint if there is one.
+
+    The model is on its device, its trainable weights in fp32. `evaluation` is needed for early stopping only.
+    Equal inputs give equal weights, bit for bit on a CPU, however often the run was stopped and resumed.
+    Raises RunFailure(LossDiverged, NothingToTrain, Interrupted) and those of the checkpoint store.
+    """
+    run = _Run(ctx, model, tokenizer, encoded, training, evaluation, stage)
+    run.begin()
+    while run.counters.step < run.total and not run.counters.done:
+        run.one_step()
+        run.maybe_evaluate()
+        run.maybe_save()
+    return run.end()
+
+
+class _Run:
+    """The loop's variables."""
+
+    def __init__(
+        self, ctx: "Context", model: Any, tokenizer: Any, encoded: Sequence[Encoded], training: Training,
+        evaluation: Sequence[Encoded], stage: str,
+    ) -> None:
+        self.ctx, self.model, self.encoded, self.training = ctx, model, encoded, training
+        self.evaluation, self.stage = evaluation, stage
+        self.pad = pad_id(tokenizer)
+        self.folder = ctx.checkpoints.folder / PART
+        self.total = schedule.total_steps(len(encoded), training)
+        self.per_epoch = schedule.steps_per_epoch(len(encoded), training)
+        self.lengths = [len(row.input_ids) for row in encoded]
+        self.batches: tuple[int, list[list[int]]] = (-1, [])
+        self.counters = state.Counters(state.fingerprint(model, encoded, training))
+        self.resumed_at: int | None = None
+        self.parameters = list(state.trainable(model).values())
+        if not self.parameters:
+            raise RunFailure("NothingToTrain", "The model has no trainable parameter.")
+        self.optimizer = _optimizer(self.parameters, training)
+
+    def begin(self) -> None:
+        """Seed, prepare the model, and take over what an earlier pod saved."""
+        torch.manual_seed(self.training.seed)
+        self.model.train()
+        if self.training.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.ctx.checkpoints.load()
+        saved = state.read_counters(self.folder)
+        if saved is not None and saved.fingerprint == self.counters.fingerprint:
+            state.restore(self.folder, self.model, self.optimizer, saved)
+            self.counters, self.resumed_at = saved, saved.step
+            log.info("Resumed at step %d of %d", saved.step, self.total)
+        elif saved is not None:
+            log.warning("Ignored a checkpoint of another recipe or other data")
+        self.saved_at = self.logged_at = time.monotonic()
+        self.ctx.report(self.stage, self.counters.step, self.total, "Training began")
+
+    def one_step(self) -> None:
+        """One optimizer step: the loss is the mean over all trained tokens of its batches together."""
+        began = time.monotonic()
+        step = self.counters.step
+        rows = [[self.encoded[index] for index in batch] for batch in self._batches(step)]
+        batches = [collate(group, self.pad, self.model.device) for group in rows]
+        trained = max(1, sum(batch.trained for batch in batches))
+        rate = schedule.learning_rate(step, self.total, self.training)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss = 0.0
+        for batch in batches:
+            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.training.precision == "bf16"):
+                part = loss_sum(self.model, batch) / trained
+            part.backward()
+            loss += float(part.detach())
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.training.max_grad_norm))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise _diverged(loss, norm, step, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._count(loss, norm, rate, sum(batch.tokens for batch in batches), time.monotonic() - began)
+
+    def maybe_evaluate(self) -> None:
+        """Early stopping: end when the evaluation loss has not fallen for `patience` measurements."""
+        rule, counters = self.training.early_stopping, self.counters
+        if rule is None or not self.evaluation or counters.step % rule.every_steps:
+            return
+        value = mean_loss(self.model, self.evaluation, self.pad, self.training.batch_size)
+        counters.evaluation_loss = value
+        self.ctx.live(evaluation_loss=value)
+        if counters.best is None or value < counters.best - rule.min_delta:
+            counters.best, counters.waited = value, 0
+        else:
+            counters.waited += 1
+        log.info("Measured evaluation loss %.4f at step %d", value, counters.step)
+        counters.done = counters.waited >= rule.patience
+
+    def maybe_save(self) -> None:
+        """Save when it is time, and when the pod has been asked to stop: then the run ends here."""
+        counters = self.counters
+        stop = self.ctx.stop.is_set()
+        due = time.monotonic() - self.saved_at >= self.training.checkpoint.every_seconds
+        counters.done = counters.done or counters.step >= self.total
+        if not (stop or due or counters.done):
+            return
+        state.save(self.folder, self.model, self.optimizer, counters)
+        self.ctx.checkpoints.save()
+        self.saved_at = time.monotonic()
+        log.info("Saved step %d of %d", counters.step, self.total)
+        if stop:
+            raise interrupted(f"Stopped after step {counters.step} of {self.total}; the checkpoint is written.")
+
+    def end(self) -> TrainReport:
+        """Leave the model as inference wants it."""
+        if self.training.gradient_checkpointing:
+            self.model.gradient_checkpointing_disable()
+        self.model.eval()
+        counters = self.counters
+        return TrainReport(
+            steps=counters.step,
+            epochs=counters.step / self.per_epoch,
+            tokens=counters.tokens,
+            seconds=counters.seconds,
+            loss=counters.loss if counters.loss is not None else math.nan,
+            evaluation_loss=counters.evaluation_loss,
+            stopped_early=counters.step < self.total,
+            resumed_at=self.resumed_at,
+        )
+
+    def _batches(self, step: int) -> list[list[int]]:
+        epoch, index = divmod(step, self.per_epoch)
+        if self.batches[0] != epoch:
+            training = self.training
+            self.batches = (epoch, schedule.epoch_batches(self.lengths, training.batch_size, training.seed, epoch))
+        size = self.training.gradient_accumulation
+        return self.batches[1][index * size : (index + 1) * size]
+
+    def _count(self, loss: float, norm: float, rate: float, tokens: int, seconds: float) -> None:
+        counters = self.counters
+        counters.step += 1
+        counters.tokens += tokens
+        counters.seconds += seconds
+        counters.loss = loss if counters.loss is None else SMOOTHING * counters.loss + (1 - SMOOTHING) * loss
+        speed = tokens / max(seconds, 1e-9)
+        self.ctx.live(
+            loss=loss, learning_rate=rate, gradient_norm=norm, tokens_per_second=speed, step=counters.step,
+            tokens=counters.tokens,
+        )
+        message = f"loss {counters.loss:.4f}, learning rate {rate:.2e}, {speed:,.0f} tokens/s"
+        self.ctx.report(self.stage, counters.step, self.total, message)
+        if time.monotonic() - self.logged_at >= LOG_SECONDS:
+            self.logged_at = time.monotonic()
+            log.info("Step %d of %d: %s", counters.step, self.total, message)
+
+
+def _optimizer(parameters: Sequence[Any], training: Training) -> Any:
+    """AdamW in one fused kernel; biases and norms do not decay."""
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": training.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=training.learning_rate, fused=True
+    )
+
+
+def _diverged(loss: float, norm: float, step: int, rate: float) -> RunFailure:
+    what = f"The loss became {loss}" if not math.isfinite(loss) else f"The gradient's norm became {norm}"
+    return RunFailure(
+        "LossDiverged",
+        f"{what} at step {step + 1} (learning rate {rate:.2e}). Lower training.learningRate, raise warmupRatio, "
+        "lower maxGradNorm, or look for broken examples in the dataset.",
+    )
