@@ -1,8 +1,8 @@
 """pydantic's JSON Schema -> the structural schema that a CustomResourceDefinition takes.
 
 pydantic writes what the API server refuses or misreads: `$ref`, `anyOf: [X, null]`, `const`, numeric
-`exclusiveMinimum`, null defaults, titles. This module rewrites these and leaves all else as it is. Raises UnsupportedError for what it does not
-know: a schema that says less than the model would be found out by users only.
+`exclusiveMinimum`, null defaults, titles. This module rewrites these and leaves all else as it is. Raises
+UnsupportedError for what it does not know: a schema that says less than the model would be found out by users only.
 """
 
 from typing import Any

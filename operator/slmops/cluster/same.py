@@ -1,0 +1,79 @@
+"""Would writing change anything: pure comparison of objects."""
+
+import hashlib
+import json
+import re
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from slmops.cluster.port import Object
+
+APPLIED = "slmops.dev/applied"  # annotation: hash of what was applied last, so that a field taken away is noticed
+
+_EMPTY: tuple[Any, ...] = (None, "", {}, [])
+_QUANTITIES = frozenset({"requests", "limits", "sizeLimit"})
+_QUANTITY = re.compile(r"^([+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?)([KMGTPE]i|[numkMGTPE])?$")
+_UNITS = {
+    "": "1",
+    "n": "1e-9",
+    "u": "1e-6",
+    "m": "1e-3",
+    "k": "1e3",
+    "M": "1e6",
+    "G": "1e9",
+    "T": "1e12",
+    "P": "1e15",
+    "E": "1e18",
+}
+
+
+def stamped(obj: Object) -> Object:
+    """`obj` with the hash of itself as its annotation."""
+    text = json.dumps(obj, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    metadata = obj["metadata"]
+    return {**obj, "metadata": {**metadata, "annotations": {**(metadata.get("annotations") or {}), APPLIED: digest}}}
+
+
+def covers(current: Any, wanted: Any, *, quantity: bool = False) -> bool:
+    """Whether `current` says all that `wanted` says; what the API server added or left out as empty does not count."""
+    if isinstance(wanted, dict):
+        if not isinstance(current, dict):
+            return wanted == {} and current in _EMPTY
+        return all(covers(current.get(k), v, quantity=quantity or k in _QUANTITIES) for k, v in wanted.items())
+    if isinstance(wanted, list):
+        if not isinstance(current, list):
+            return wanted == [] and current in _EMPTY
+        return len(current) == len(wanted) and all(
+            covers(have, want, quantity=quantity) for have, want in zip(current, wanted, strict=True)
+        )
+    if quantity and current is not None:
+        return _amount(current) == _amount(wanted)
+    return bool(current == wanted) or (current in _EMPTY and wanted in _EMPTY)
+
+
+def merge_patch(current: Any, wanted: Any) -> Any:
+    """The JSON merge patch (RFC 7386) that turns `current` into `wanted`; both are objects."""
+    patch: Object = {key: None for key in current if key not in wanted}
+    for key, value in wanted.items():
+        have = current.get(key)
+        if isinstance(value, dict) and isinstance(have, dict):
+            inner = merge_patch(have, value)
+            if inner:
+                patch[key] = inner
+        elif key not in current or have != value:
+            patch[key] = value
+    return patch
+
+
+def _amount(value: Any) -> Decimal | str:
+    """A Kubernetes quantity as a number; what is none stays text."""
+    found = _QUANTITY.match(str(value))
+    if found is None:
+        return str(value)
+    number, unit = found.groups()
+    try:
+        factor = Decimal(1024) ** ("KMGTPE".index(unit[0]) + 1) if len(unit or "") == 2 else Decimal(_UNITS[unit or ""])
+        return Decimal(number) * factor
+    except InvalidOperation:
+        return str(value)
