@@ -2,10 +2,19 @@
 
 import json
 
-from conftest import (
-    TRAINING, SMALL_POD, STORE, dataset, deployment, describe, evaluation, finetune, obj, quantize,
-)
 from kit.kubectl import Kubectl, wait_for
+from kit.objects import (
+    SMALL_POD,
+    STORE,
+    TRAINING,
+    dataset,
+    deployment,
+    describe,
+    evaluation,
+    finetune,
+    obj,
+    quantize,
+)
 from kit.traffic import Traffic
 from openai import OpenAI
 
