@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import threading
@@ -379,3 +380,12 @@ def test_umount_leftovers_do_not_disturb() -> None:
     """The fixture of the small disk cleans up behind itself."""
     mounts = subprocess.run(["mount"], capture_output=True, text=True, check=True).stdout
     assert "slmops-test" not in mounts
+
+
+@pytest.mark.skipif(shutil.which("skopeo") is None, reason="skopeo is not installed")
+def test_other_tools_can_mirror_an_artifact(registry: Registry, model: Path, tmp_path: Path) -> None:
+    _, pushed = push(model, f"oci://{registry.host}/tiny:v1", FULL)
+    ends = [f"docker://{registry.host}/{name}:v1" for name in ("tiny", "mirror")]
+    flags = ["--src-tls-verify=false", "--dest-tls-verify=false"]
+    subprocess.run(["skopeo", "copy", *flags, *ends], check=True, capture_output=True)
+    assert pull(f"oci://{registry.host}/mirror:v1", tmp_path / "out") == pushed
