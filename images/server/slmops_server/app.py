@@ -1,0 +1,146 @@
+"""The ASGI applications: the API with its probes, and the probes with /metrics alone for a port of their own."""
+
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+
+import orjson
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from slmops_server import asgi
+from slmops_server.errors import ApiError, internal
+from slmops_server.generate import Generate
+from slmops_server.service import Service
+
+log = logging.getLogger(__name__)
+
+Endpoint = Callable[[asgi.Scope, asgi.Receive, asgi.Send], Awaitable[None]]
+CLIENT_LEFT = 499
+MAX_ID = 128
+
+
+class Routes:
+    """Probes, /metrics and, with api=True, the API."""
+
+    def __init__(self, service: Service, api: bool) -> None:
+        self._service = service
+        self._get: dict[str, Endpoint] = {
+            "/livez": self._livez,
+            "/readyz": self._readyz,
+            "/startupz": self._startupz,
+            "/health": self._readyz,
+            "/healthz": self._livez,
+            "/metrics": self._metrics,
+        }
+        self._post: dict[str, Endpoint] = {}
+        if api:
+            self._get["/v1/models"] = self._models
+            self._post["/v1/chat/completions"] = Generate(service, "chat")
+            self._post["/v1/completions"] = Generate(service, "completions")
+
+    async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
+        """ASGI. Every flaw ends as OpenAI-shaped JSON; a traceback goes to the log only."""
+        if scope["type"] != "http":  # no lifespan is declared, websockets are refused by the server
+            return
+        api = scope["path"].startswith("/v1/")
+        started = 0
+        extra = [(b"x-request-id", _request_id(scope))]
+
+        async def sending(message: asgi.Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = message["status"]
+                message["headers"] = [*message["headers"], *extra]
+                if self._service.draining:  # let clients and routers find another server
+                    message["headers"].append((b"connection", b"close"))
+                if api:
+                    self._service.metrics.http(started)
+            await send(message)
+
+        try:
+            if api:
+                self._service.keys.check(asgi.header(scope, b"authorization"))
+            await self._find(scope)(scope, receive, sending)
+        except ApiError as error:
+            if not started:
+                await asgi.respond(sending, error.status, error.body(), headers=error.headers())
+        except asgi.DisconnectedError:
+            if api and not started:
+                self._service.metrics.http(CLIENT_LEFT)
+        except Exception:
+            log.exception("Failed on a request path=%s", scope["path"])
+            if started:
+                raise
+            failure = internal()
+            await asgi.respond(sending, failure.status, failure.body())
+
+    def _find(self, scope: asgi.Scope) -> Endpoint:
+        path, method = scope["path"], scope["method"]
+        get, post = self._get.get(path), self._post.get(path)
+        if path.startswith("/v1/models/") and "/v1/models" in self._get:
+            get = self._model
+        if get is None and post is None:
+            raise ApiError(404, f"Unknown request URL: {method} {path}", code="unknown_url")
+        found = get if method in ("GET", "HEAD") else post if method == "POST" else None
+        if found is None:
+            raise ApiError(405, f"Not allowed to {method} on {path}", code="method_not_allowed")
+        return found
+
+    async def _livez(self, _scope: asgi.Scope, _receive: asgi.Receive, send: asgi.Send) -> None:
+        """503 when only a restart of the container helps: an engine that is stuck or gave up."""
+        supervisor = self._service.supervisor
+        dead = supervisor.stuck or supervisor.phase == "failed"
+        await self._probe(send, not dead, "stuck" if supervisor.stuck else supervisor.phase)
+
+    async def _readyz(self, _scope: asgi.Scope, _receive: asgi.Receive, send: asgi.Send) -> None:
+        """200 while the model is loaded, has answered, and new requests are welcome."""
+        service = self._service
+        await self._probe(send, service.ready, "draining" if service.draining else service.supervisor.phase)
+
+    async def _startupz(self, _scope: asgi.Scope, _receive: asgi.Receive, send: asgi.Send) -> None:
+        """200 from the first time that the model was ready."""
+        await self._probe(send, self._service.supervisor.was_ready.is_set(), self._service.supervisor.phase)
+
+    async def _probe(self, send: asgi.Send, good: bool, phase: str) -> None:
+        supervisor = self._service.supervisor
+        body = {
+            "status": "ok" if good else "unavailable",
+            "phase": phase,
+            "problem": supervisor.problem or None,
+            "elapsed_seconds": round(time.monotonic() - self._service.begin, 3),
+            "restarts": supervisor.restarts,
+        }
+        await asgi.respond(send, 200 if good else 503, orjson.dumps(body))
+
+    async def _metrics(self, _scope: asgi.Scope, _receive: asgi.Receive, send: asgi.Send) -> None:
+        await asgi.respond(send, 200, self._service.metrics.render(), CONTENT_TYPE_LATEST.encode())
+
+    async def _models(self, _scope: asgi.Scope, _receive: asgi.Receive, send: asgi.Send) -> None:
+        names = self._service.settings.served_names
+        body = {"object": "list", "data": [self._card(name) for name in names]}
+        await asgi.respond(send, 200, orjson.dumps(body))
+
+    async def _model(self, scope: asgi.Scope, _receive: asgi.Receive, send: asgi.Send) -> None:
+        name = scope["path"].removeprefix("/v1/models/")
+        self._service.check_model(name)
+        await asgi.respond(send, 200, orjson.dumps(self._card(name)))
+
+    def _card(self, name: str) -> dict[str, object]:
+        service = self._service
+        return {
+            "id": name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "slmops",
+            "root": service.settings.served_names[0],
+            "max_model_len": service.max_len,
+        }
+
+
+def _request_id(scope: asgi.Scope) -> bytes:
+    """The client's X-Request-Id if it is a plain short word, else a new one."""
+    given = asgi.header(scope, b"x-request-id")
+    if given and len(given) <= MAX_ID and given.isascii() and given.decode().isprintable():
+        return given
+    return secrets.token_hex(16).encode()

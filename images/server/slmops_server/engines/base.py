@@ -1,0 +1,78 @@
+"""The interface every engine fulfils, and the plain data that crosses it."""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 switch those filters off."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One answer to generate. `prompt` holds token ids; prompt + max_tokens fit into the engine's max_len."""
+
+    id: int
+    prompt: list[int]
+    max_tokens: int
+    sampling: Sampling
+    ignore_eos: bool = False
+
+
+class Token(NamedTuple):
+    """One generated token. `finish` is None, or "stop" (token is an end token), "length", "error"."""
+
+    job: int
+    token: int
+    finish: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What a loaded engine says about itself."""
+
+    name: str
+    slots: int
+    max_len: int
+    threads: int
+    notes: dict[str, str]
+
+
+class Engine(Protocol):
+    """An engine owns its model and is driven by one thread: submit and cancel between calls of step.
+
+    A job's tokens do not depend on what else runs. After a Token with `finish`, or a cancel, the job is gone.
+    """
+
+    info: EngineInfo
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; it starts in a later step, in order of arrival."""
+
+    def cancel(self, job: int) -> None:
+        """Forget a job, queued or running; unknown ids are ignored."""
+
+    def step(self) -> list[Token]:
+        """Advance what runs by one step. Blocks for that step only. An empty list is no sign of idleness."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether any job is queued or running."""
+
+    @property
+    def running(self) -> int:
+        """Jobs that hold a slot."""
+
+
+class EngineRefusedError(Exception):
+    """The engine cannot serve the model; the message says why, and another engine may."""

@@ -1,0 +1,53 @@
+"""onnxruntime-genai's Generator, one per slot: for models that the slot engine over plain onnxruntime refuses.
+
+Only the calls that its 0.18 release keeps stable are used (append_tokens, get_logits); sampling is ours, so that seeds,
+penalties and results are the same with every engine.
+"""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import onnxruntime_genai as og  # type: ignore[import-untyped]  # it ships no types
+
+from slmops_server.engines.sampler import Logits
+from slmops_server.model_folder import ModelFolder
+
+
+class GenaiForward:
+    """A loaded genai model. Rows are stepped one after the other (width 1)."""
+
+    def __init__(self, folder: ModelFolder, slots: int, max_len: int, threads: int) -> None:
+        config = og.Config(str(folder.path))
+        # genai takes half of the machine's cores when it is not told, whatever the container may use
+        session = {"intra_op_num_threads": threads}
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+        self._model = og.Model(config)
+        self._max_len = max_len
+        self._rows: list[og.Generator | None] = [None] * slots
+        self.vocab = folder.vocab_size
+        self.width = 1
+        self.chunk = max_len
+
+    def prefill(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+        """See Forward."""
+        if past == 0:
+            params = og.GeneratorParams(self._model)
+            params.set_search_options(max_length=self._max_len, do_sample=False)
+            self._rows[slot] = og.Generator(self._model, params)
+        return self._append(slot, tokens)
+
+    def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:  # noqa: ARG002 - genai counts
+        """See Forward."""
+        return self._append(first, tokens)[None]
+
+    def release(self, slot: int) -> None:
+        """See Forward."""
+        self._rows[slot] = None
+
+    def _append(self, slot: int, tokens: Sequence[int]) -> Logits:
+        row = self._rows[slot]
+        assert row is not None
+        row.append_tokens(np.asarray(tokens, np.int32))
+        logits: Logits = np.array(row.get_logits(), np.float32).reshape(-1, self.vocab)[-1]
+        return logits

@@ -1,0 +1,167 @@
+"""Plain onnxruntime over ordinary Olive / ModelBuilder decoders: IOBinding on one shared KV buffer.
+
+The graph must use GroupQueryAttention with a shared past/present buffer. Rows of different lengths in one batch then
+give exactly the tokens that each row gives alone, because the kernel writes each row at its own length.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import onnxruntime as ort  # type: ignore[import-untyped]  # it ships no types
+from numpy.typing import NDArray
+
+from slmops_server.engines.base import EngineRefusedError
+from slmops_server.engines.sampler import Logits
+from slmops_server.model_folder import ModelFolder
+
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+SMALL = 256 << 20  # bytes of model up to which loading it twice to measure thread counts costs little
+LOGITS_BYTES = 64 << 20  # a prefill chunk's logits, [chunk, vocab], stay below this
+GAIN = 0.85  # more threads must take at most this share of the time of one, or one it is
+
+
+def _session(folder: ModelFolder, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
+    options.log_severity_level = 3
+    return ort.InferenceSession(os.fspath(folder.graph), options, providers=["CPUExecutionProvider"])
+
+
+class OrtForward:
+    """One session, `slots` rows of KV cache. EngineRefusedError when the graph is not of the expected form."""
+
+    def __init__(
+        self, folder: ModelFolder, session: ort.InferenceSession, slots: int, max_len: int, chunk: int
+    ) -> None:
+        self.vocab = folder.vocab_size
+        self.width = 1
+        self.chunk = max(1, min(chunk, LOGITS_BYTES // (4 * self.vocab), max_len))
+        self._session, self._slots, self._max_len = session, slots, max_len
+        kinds = {i.name: i.type for i in session.get_inputs()}
+        self._ids = folder.inputs["input_ids"]
+        self._mask = folder.inputs["attention_mask"]
+        self._positions = folder.inputs.get("position_ids", "position_ids")
+        self._logits = folder.outputs["logits"]
+        pairs = [
+            (folder.inputs[f"past_{part}_names"] % layer, folder.outputs[f"present_{part}_names"] % layer)
+            for layer in range(folder.layers)
+            for part in ("key", "value")
+        ]
+        self._has_positions = self._positions in kinds
+        unknown = set(kinds) - {past for past, _ in pairs} - {self._ids, self._mask, self._positions}
+        if unknown:
+            raise EngineRefusedError(
+                f"the graph has inputs that only another engine knows: {', '.join(sorted(unknown))}"
+            )
+        if not folder.share_buffer:
+            raise EngineRefusedError("the graph has no shared past/present buffer")
+        logits_kind = next(o.type for o in session.get_outputs() if o.name == self._logits)
+        if kinds[pairs[0][0]] not in TYPES or logits_kind not in TYPES:
+            raise EngineRefusedError(f"the KV cache is {kinds[pairs[0][0]]}")
+        self._kv_type, self._logits_type = TYPES[kinds[pairs[0][0]]], TYPES[logits_kind]
+        self._row_shape = (folder.kv_heads, max_len, folder.head_size)
+        # zeros is lazy: the machine pays for a row only when it is first used
+        self._cache = [(past, present, np.zeros((slots, *self._row_shape), self._kv_type)) for past, present in pairs]
+        self._ones = np.ones((1, max_len), np.int64)
+        self._prompt_logits = np.empty(self.chunk * self.vocab, self._logits_type)
+        self._prefills: dict[int, ort.IOBinding] = {}
+        self._decodes: dict[tuple[int, int], tuple[ort.IOBinding, NDArray[np.int64], NDArray[np.int64], Logits]] = {}
+
+    def prefill(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+        """See Forward."""
+        size = len(tokens)
+        binding = self._prefills.get(slot)
+        if binding is None:
+            binding = self._prefills[slot] = self._bind_cache(slot, 1)
+        ids = np.asarray(tokens, np.int64)
+        positions = np.arange(past, past + size, dtype=np.int64)
+        self._bind(binding, self._ids, ids, (1, size))
+        self._bind(binding, self._mask, self._ones, (1, past + size))
+        if self._has_positions:
+            self._bind(binding, self._positions, positions, (1, size))
+        out = self._prompt_logits[: size * self.vocab]
+        binding.bind_output(self._logits, "cpu", 0, self._logits_type, (1, size, self.vocab), out.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        return out[-self.vocab :].astype(np.float32)
+
+    def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
+        """See Forward."""
+        rows = len(tokens)
+        binding, ids, positions, logits = self._decodes.get((first, rows)) or self._bind_decode(first, rows)
+        ids[:, 0] = tokens
+        if self._has_positions:
+            positions[:, 0] = lengths
+        total = max(lengths) + 1
+        mask = self._ones if rows == 1 else (np.arange(total) <= np.asarray(lengths)[:, None]).astype(np.int64)
+        self._bind(binding, self._mask, mask, (rows, total))
+        self._session.run_with_iobinding(binding)
+        return logits if self._logits_type is np.float32 else logits.astype(np.float32)
+
+    def release(self, slot: int) -> None:
+        """Nothing to do: the next prompt overwrites the row."""
+
+    def _bind_decode(self, first: int, rows: int) -> tuple[ort.IOBinding, NDArray[np.int64], NDArray[np.int64], Logits]:
+        binding = self._bind_cache(first, rows)
+        ids, positions = np.zeros((rows, 1), np.int64), np.zeros((rows, 1), np.int64)
+        logits = np.empty((rows, self.vocab), self._logits_type)
+        self._bind(binding, self._ids, ids, (rows, 1))
+        if self._has_positions:
+            self._bind(binding, self._positions, positions, (rows, 1))
+        binding.bind_output(self._logits, "cpu", 0, self._logits_type, (rows, 1, self.vocab), logits.ctypes.data)
+        self._decodes[first, rows] = made = (binding, ids, positions, logits)
+        return made
+
+    def _bind_cache(self, first: int, rows: int) -> ort.IOBinding:
+        binding = self._session.io_binding()
+        shape = (rows, *self._row_shape)
+        for past, present, array in self._cache:
+            at = array[first].ctypes.data
+            binding.bind_input(past, "cpu", 0, self._kv_type, shape, at)
+            binding.bind_output(present, "cpu", 0, self._kv_type, shape, at)
+        return binding
+
+    @staticmethod
+    def _bind(binding: ort.IOBinding, name: str, array: NDArray[np.int64], shape: tuple[int, ...]) -> None:
+        binding.bind_input(name, "cpu", 0, np.int64, shape, array.ctypes.data)
+
+    def time_decode(self, rows: int, steps: int = 6, length: int = 32) -> float:
+        """Seconds of one decode step of `rows` rows: the best of `steps`."""
+        best = float("inf")
+        length = min(length, self._max_len - 1)
+        for _ in range(steps):
+            start = time.perf_counter()
+            self.decode(0, [0] * rows, [length] * rows)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+
+def load(
+    folder: ModelFolder, slots: int, max_len: int, chunk: int, threads: int, limit: int
+) -> tuple[OrtForward, int, dict[str, str]]:
+    """A warmed model, its thread count and the measurements behind the choices.
+
+    threads 0: all of `limit`, or one where a small model is measured to be as fast on one.
+    """
+    counts = [threads] if threads else [limit]
+    if not threads and limit > 1 and folder.model_bytes <= SMALL:
+        counts = [1, limit]
+    tried = [OrtForward(folder, _session(folder, n), slots, max_len, chunk) for n in counts]
+    times = [float("inf")] * len(tried)
+    for _ in range(3):  # alternate, so that a noisy moment hits all
+        for index, forward in enumerate(tried):
+            times[index] = min(times[index], forward.time_decode(1))
+    best = 1 if len(tried) == 2 and times[1] < GAIN * times[0] else 0
+    forward = tried[best]
+    notes = {f"step_ms_{n}_threads": f"{t * 1e3:.3f}" for n, t in zip(counts, times, strict=True)}
+    per_row = {1: forward.time_decode(1)}
+    for rows in (2, 4, 8):
+        if rows <= slots:
+            per_row[rows] = forward.time_decode(rows) / rows
+            notes[f"step_ms_{rows}_rows"] = f"{per_row[rows] * rows * 1e3:.3f}"
+    forward.width = min(per_row, key=lambda rows: per_row[rows])
+    notes["width"] = str(forward.width)
+    return forward, counts[best], notes

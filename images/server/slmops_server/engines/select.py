@@ -1,0 +1,91 @@
+"""Which engine serves a folder, with how many slots and threads."""
+
+import logging
+import time
+from dataclasses import dataclass
+
+from slmops_server import cgroup
+from slmops_server.engines.base import Engine, EngineInfo, EngineRefusedError, Job, Sampling
+from slmops_server.engines.slots import SlotEngine
+from slmops_server.model_folder import ModelFolder
+
+log = logging.getLogger(__name__)
+
+DEFAULT_SLOTS = 8
+RUNTIME_BYTES = 200 << 20  # two Python processes, onnxruntime's code and arenas
+GENAI_SLOTS = 4  # rows are stepped one by one there: more only share the same speed
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What the front passes on; 0 means "work it out"."""
+
+    engine: str = "auto"
+    threads: int = 0
+    slots: int = 0
+    max_model_len: int = 0
+    prefill_chunk: int = 256
+
+
+class DoesNotFitError(Exception):
+    """The KV cache cannot fit into the memory limit; the message has the numbers."""
+
+
+def plan_slots(folder: ModelFolder, max_len: int, wanted: int, memory: int) -> int:
+    """Slots that fit into `memory` bytes beside the model. DoesNotFitError when the wanted (or the first) one does not."""
+    row = folder.kv_bytes(max_len)
+    left = memory - folder.model_bytes - RUNTIME_BYTES
+    slots = wanted or max(1, min(DEFAULT_SLOTS, left // row))
+    if slots * row > left:
+        raise DoesNotFitError(
+            f"{slots} slots x {max_len} tokens need {slots * row >> 20} MiB of KV cache; of {memory >> 20} MiB "
+            f"the model ({folder.model_bytes >> 20} MiB) and the runtime leave {max(0, left) >> 20} MiB. "
+            "Raise the memory limit or lower --slots or --max-model-len"
+        )
+    return slots
+
+
+def load(folder: ModelFolder, options: EngineOptions) -> Engine:
+    """A loaded and measured engine. EngineRefusedError or DoesNotFitError say why there is none."""
+    max_len = min(options.max_model_len or folder.context_length, folder.context_length)
+    slots = plan_slots(folder, max_len, options.slots, cgroup.memory_limit())
+    limit = cgroup.threads()
+    reason = ""
+    if options.engine in ("auto", "onnxruntime"):
+        try:
+            return _onnxruntime(folder, options, slots, max_len, limit)
+        except EngineRefusedError as error:
+            if options.engine == "onnxruntime":
+                raise
+            reason = str(error)
+            log.info("Engine onnxruntime refused the model: %s", reason)
+    return _genai(folder, min(slots, options.slots or GENAI_SLOTS), max_len, options.threads or limit, reason)
+
+
+def _onnxruntime(folder: ModelFolder, options: EngineOptions, slots: int, max_len: int, limit: int) -> Engine:
+    from slmops_server.engines import ort
+
+    forward, threads, notes = ort.load(folder, slots, max_len, options.prefill_chunk, options.threads, limit)
+    return SlotEngine(forward, EngineInfo("onnxruntime", slots, max_len, threads, notes), folder.eos_ids)
+
+
+def _genai(folder: ModelFolder, slots: int, max_len: int, threads: int, reason: str) -> Engine:
+    from slmops_server.engines import genai
+
+    forward = genai.GenaiForward(folder, slots, max_len, threads)
+    notes = {"reason": reason} if reason else {}
+    return SlotEngine(forward, EngineInfo("genai", slots, max_len, threads, notes), folder.eos_ids)
+
+
+def warm(engine: Engine, prompt: list[int]) -> float:
+    """Generate a few tokens through the whole path; seconds. RuntimeError when no token comes."""
+    start = time.monotonic()
+    size = max(1, min(len(prompt), engine.info.max_len - 4))
+    engine.submit(Job(id=0, prompt=prompt[:size], max_tokens=4, sampling=Sampling(temperature=0.0), ignore_eos=True))
+    finished = None
+    while engine.busy:
+        for token in engine.step():
+            finished = token.finish or finished
+    if finished != "length":
+        raise RuntimeError(f"the model gave no answer at warm-up ({finished or 'no token'})")
+    return time.monotonic() - start

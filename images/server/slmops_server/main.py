@@ -1,0 +1,120 @@
+"""The server process: starts the engine, listens, and ends without cutting anybody off."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+
+import uvicorn
+
+from slmops_server.app import Routes
+from slmops_server.model_folder import BadModelFolderError
+from slmops_server.service import Service
+from slmops_server.settings import Settings, parse
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 2048
+KEEP_ALIVE = 75  # seconds; longer than the idle time of common proxies, so that they close first
+
+
+class _Listener(uvicorn.Server):
+    """uvicorn without its own signal handling."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _listener(app: Routes, settings: Settings, port: int) -> _Listener:
+    return _Listener(
+        uvicorn.Config(
+            app,
+            host=settings.host,
+            port=port,
+            loop="none",
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            date_header=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE,
+        )
+    )
+
+
+async def serve(settings: Settings) -> int:
+    """Until SIGTERM or SIGINT: 0 after a clean drain, 1 when the model cannot be served."""
+    service = Service(settings)
+    listeners = [_listener(Routes(service, api=True), settings, settings.port)]
+    if settings.metrics_port and settings.metrics_port != settings.port:
+        listeners.append(_listener(Routes(service, api=False), settings, settings.metrics_port))
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
+
+    supervising = asyncio.create_task(service.supervisor.run())
+    listening = [asyncio.create_task(_listen(listener)) for listener in listeners]
+    stop = asyncio.create_task(told.wait())
+    failed = asyncio.create_task(service.supervisor.failed.wait())
+    log.info("Started model=%s port=%d", settings.served_names[0], settings.port)
+    await asyncio.wait([stop, failed, supervising, *listening], return_when=asyncio.FIRST_COMPLETED)
+
+    code = 0
+    if stop.done():
+        await _drain(service, told)
+    else:
+        code = 1
+        log.error("Gave up problem=%s", service.supervisor.problem or "the port cannot be opened")
+    for listener in listeners:
+        listener.should_exit = True
+    results = await asyncio.gather(*listening, return_exceptions=True)  # waits for what runs
+    code = code or int(any(isinstance(r, BaseException) for r in results))
+    await service.supervisor.close()
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(supervising, 5)
+    for task in (stop, failed):
+        task.cancel()
+    log.info("Ended code=%d", code)
+    return code
+
+
+async def _listen(listener: _Listener) -> None:
+    try:
+        await listener.serve()
+    except SystemExit:  # uvicorn's way to say that the port is taken; it has logged it
+        raise RuntimeError("the port cannot be opened") from None
+
+
+async def _drain(service: Service, told: asyncio.Event) -> None:
+    """Not ready any more, but still serving: endpoints and routers need a moment to look elsewhere."""
+    service.draining = True
+    log.info("Draining active=%d", service.supervisor.active)
+    told.clear()
+    with contextlib.suppress(TimeoutError):  # a second signal cuts the grace short, never an answer
+        await asyncio.wait_for(told.wait(), service.settings.drain_grace)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; the exit code."""
+    settings = parse(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
+    )
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    try:
+        import uvloop
+
+        return uvloop.run(serve(settings))
+    except BadModelFolderError as error:
+        log.error("Cannot serve the model: %s", error)  # noqa: TRY400 - the message is for the user, no trace
+        return 1

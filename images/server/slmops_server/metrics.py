@@ -1,0 +1,189 @@
+"""Metrics in the names that tools already read: vllm:*, gen_ai_server_*, and a few of our own."""
+
+import time
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+from slmops_server.supervisor import Supervisor
+
+TTFT = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+    640,
+    2560,
+)
+ITL = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+E2E = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+# small models answer in milliseconds: finer steps below the standard ones, which all stay
+ITL_FINE = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, *ITL)
+E2E_FINE = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, *E2E)
+OTEL_DURATION = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+OTEL_TTFT = TTFT[:16]
+OTEL_TPOT = ITL[:13]
+
+
+def _steps(limit: int) -> list[float]:
+    """1, 2, 5, 10, ... up to the limit."""
+    return [float(d * 10**e) for e in range(8) for d in (1, 2, 5) if d * 10**e <= limit]
+
+
+class _Live(Collector):
+    """Gauges read from the supervisor at scrape time."""
+
+    def __init__(self, model: str, supervisor: Supervisor) -> None:
+        self._model, self._supervisor = model, supervisor
+
+    def collect(self) -> Iterable[Metric]:
+        s = self._supervisor
+        running = min(s.active, s.slots)
+        info = s.info
+        values = {
+            "vllm:num_requests_running": ("Answers that hold a slot.", running),
+            "vllm:num_requests_waiting": ("Requests that wait for a slot.", s.active - running),
+            "slmops_engine_ready": ("1 while the engine process is loaded and warmed.", int(s.ready)),
+            "slmops_engine_slots": ("Answers that can run at the same time.", info.get("slots", 0)),
+            "slmops_engine_threads": ("Threads of one model step.", info.get("threads", 0)),
+            "slmops_model_load_seconds": ("Time to load and measure the model.", info.get("load_seconds", 0.0)),
+            "slmops_model_warm_seconds": ("Time of the first answer.", info.get("warm_seconds", 0.0)),
+            "slmops_model_max_len": ("Prompt + answer, in tokens.", info.get("max_len", 0)),
+        }
+        for name, (text, value) in values.items():
+            family = GaugeMetricFamily(name, text, labels=["model_name"])
+            family.add_metric([self._model], value)
+            yield family
+
+
+class Metrics:
+    """One registry, one series per name and pod."""
+
+    def __init__(self, model: str, supervisor: Supervisor, max_len: int) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the series and nothing reads them
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        self.registry.register(_Live(model, supervisor))
+        self._model = model
+
+        def histogram(name: str, text: str, buckets: Iterable[float]) -> Histogram:
+            made = Histogram(name, text, ["model_name"], buckets=tuple(buckets), registry=self.registry)
+            return made.labels(model)
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(name, text, ["model_name"], registry=self.registry).labels(model)
+
+        success = Counter(
+            "vllm:request_success",
+            "Answers that ended, by reason.",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
+        self._success = {r: success.labels(model, r) for r in ("stop", "length", "abort", "error")}
+        self._http = Counter(
+            "slmops_http_requests",
+            "Requests to /v1/*, by status code (499: the client left).",
+            ["model_name", "code"],
+            registry=self.registry,
+        )
+        for code in ("200", "500", "503"):  # a rate over them needs a zero to start from
+            self._http.labels(model, code)
+        self._restarts = counter("slmops_engine_restarts", "Times the engine process was started again.")
+        self._prompt = counter("vllm:prompt_tokens", "Prompt tokens read.")
+        self._generated = counter("vllm:generation_tokens", "Tokens generated.")
+        self._ttft = histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", TTFT)
+        self._itl = histogram("vllm:inter_token_latency_seconds", "From one token to the next.", ITL_FINE)
+        self._tpot_old = histogram("vllm:time_per_output_token_seconds", "Older name of inter-token latency.", ITL_FINE)
+        self._tpot = histogram(
+            "vllm:request_time_per_output_token_seconds", "Mean of one answer, after its first token.", ITL_FINE
+        )
+        self._e2e = histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.", E2E_FINE)
+        self._size_in = histogram("vllm:request_prompt_tokens", "Prompt length.", _steps(max_len))
+        self._size_out = histogram("vllm:request_generation_tokens", "Answer length.", _steps(max_len))
+        labels = ["model_name", "gen_ai_operation_name", "gen_ai_request_model", "gen_ai_provider_name"]
+
+        def otel(name: str, text: str, buckets: Iterable[float]) -> Histogram:
+            return Histogram(name, text, labels, buckets=tuple(buckets), registry=self.registry)
+
+        self._otel = (
+            otel("gen_ai_server_request_duration_seconds", "Arrival to last token.", OTEL_DURATION),
+            otel("gen_ai_server_time_to_first_token_seconds", "Arrival to first token.", OTEL_TTFT),
+            otel(
+                "gen_ai_server_time_per_output_token_seconds", "Mean of one answer, after its first token.", OTEL_TPOT
+            ),
+        )
+
+    def http(self, code: int) -> None:
+        """A response to /v1/* began (or its client left before: 499)."""
+        self._http.labels(self._model, str(code)).inc()
+
+    def restarted(self) -> None:
+        """The engine process was started again."""
+        self._restarts.inc()
+
+    def ended(self, reason: str) -> None:
+        """An answer ended without its last token: "abort" (the client left) or "error"."""
+        self._success[reason].inc()
+
+    def finished(
+        self,
+        kind: str,
+        reason: str,
+        arrival: float,
+        first: float,
+        last: float,
+        gaps: Iterable[int],
+        prompt: int,
+        made: int,
+    ) -> None:
+        """A whole answer. Times are of CLOCK_MONOTONIC in seconds, gaps in microseconds."""
+        self._success[reason].inc()
+        self._prompt.inc(prompt)
+        self._generated.inc(made)
+        self._size_in.observe(prompt)
+        self._size_out.observe(made)
+        self._ttft.observe(first - arrival)
+        self._e2e.observe(last - arrival)
+        for gap in gaps:
+            self._itl.observe(gap / 1e6)
+            self._tpot_old.observe(gap / 1e6)
+        operation = "chat" if kind == "chat" else "text_completion"
+        duration, ttft, tpot = (h.labels(self._model, operation, self._model, "slmops") for h in self._otel)
+        duration.observe(last - arrival)
+        ttft.observe(first - arrival)
+        if made > 1:
+            mean = (last - first) / (made - 1)
+            self._tpot.observe(mean)
+            tpot.observe(mean)
+
+    def render(self) -> bytes:
+        """Prometheus text format."""
+        return generate_latest(self.registry)
+
+
+def now() -> float:
+    """The clock of all times above."""
+    return time.monotonic()

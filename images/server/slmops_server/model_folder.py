@@ -1,0 +1,108 @@
+"""The model folder as Olive and the onnxruntime-genai builder write it: read once, checked, typed."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class BadModelFolderError(Exception):
+    """The folder cannot be served; the message says what is missing and where."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """Shapes are counts, `context_length` is tokens, `model_bytes` the ONNX graph with its external data."""
+
+    path: Path
+    graph: Path
+    model_type: str
+    context_length: int
+    vocab_size: int
+    layers: int
+    kv_heads: int
+    head_size: int
+    eos_ids: frozenset[int]
+    share_buffer: bool
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    chat_template: str | None
+    special_tokens: dict[str, str]
+    model_bytes: int
+
+    def kv_bytes(self, max_len: int, item_bytes: int = 4) -> int:
+        """KV cache of one answer of `max_len` tokens."""
+        return 2 * self.layers * self.kv_heads * self.head_size * max_len * item_bytes
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadModelFolderError(f"{path.name} is missing in {path.parent}") from None
+    except (OSError, ValueError) as error:
+        raise BadModelFolderError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise BadModelFolderError(f"{path} is not a JSON object")
+    return value
+
+
+def _template(path: Path, settings: dict[str, Any]) -> str | None:
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # older form: several named templates
+        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
+
+
+def _special_tokens(path: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token, ... as strings: what chat templates refer to."""
+    file = path / "special_tokens_map.json"
+    found = {**(_json(file) if file.is_file() else {}), **settings}
+    result = {}
+    for key, value in found.items():
+        if key.endswith("_token"):
+            text = value.get("content") if isinstance(value, dict) else value
+            if isinstance(text, str):
+                result[key] = text
+    return result
+
+
+def read(path: Path) -> ModelFolder:
+    """Raises BadModelFolderError with the remedy in words."""
+    if not path.is_dir():
+        raise BadModelFolderError(f"{path} is not a folder")
+    config = _json(path / "genai_config.json")
+    if not (path / "tokenizer.json").is_file():
+        raise BadModelFolderError(f"tokenizer.json is missing in {path}: save the tokenizer in its fast form")
+    tokenizer_file = path / "tokenizer_config.json"
+    settings = _json(tokenizer_file) if tokenizer_file.is_file() else {}
+    try:
+        model = config["model"]
+        decoder = model["decoder"]
+        graph = path / decoder["filename"]
+        eos = model["eos_token_id"]
+        folder = ModelFolder(
+            path=path,
+            graph=graph,
+            model_type=str(model["type"]),
+            context_length=int(model["context_length"]),
+            vocab_size=int(model["vocab_size"]),
+            layers=int(decoder["num_hidden_layers"]),
+            kv_heads=int(decoder["num_key_value_heads"]),
+            head_size=int(decoder["head_size"]),
+            eos_ids=frozenset(eos if isinstance(eos, list) else [eos]),
+            share_buffer=bool(config.get("search", {}).get("past_present_share_buffer", False)),
+            inputs=dict(decoder["inputs"]),
+            outputs=dict(decoder["outputs"]),
+            chat_template=_template(path, settings),
+            special_tokens=_special_tokens(path, settings),
+            model_bytes=sum(p.stat().st_size for p in path.iterdir() if ".onnx" in p.name),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadModelFolderError(f"{path / 'genai_config.json'} is not a decoder-only model's: {error!r}") from None
+    if not folder.graph.is_file():
+        raise BadModelFolderError(f"{folder.graph} is missing")
+    return folder

@@ -1,0 +1,113 @@
+"""What can be set: every option as a flag and as an environment variable SLMOPS_SERVER_<OPTION>."""
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ENGINES = ("auto", "onnxruntime", "genai")
+PREFIX = "SLMOPS_SERVER_"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All options, checked. Times are seconds, sizes are bytes, lengths are tokens; 0 means "work it out"."""
+
+    model: Path
+    served_names: tuple[str, ...]
+    host: str = "0.0.0.0"  # noqa: S104 - a server in a pod listens to the pod's network
+    port: int = 8000
+    metrics_port: int = 0
+    engine: str = "auto"
+    threads: int = 0
+    slots: int = 0
+    max_model_len: int = 0
+    prefill_chunk: int = 256
+    max_queue: int = 64
+    max_body_bytes: int = 4 << 20
+    api_keys_dir: Path | None = None
+    drain_grace: float = 5.0
+    step_timeout: float = 120.0
+    log_level: str = "info"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
+    return value
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{value} is not a port")
+    return value
+
+
+def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
+    """Flags win over the environment, the environment over the defaults. Exits 2 with usage on a bad value."""
+    parser = argparse.ArgumentParser(prog="slmops-server", description=__doc__)
+
+    def option(name: str, default: str | None, convert: type | object, text: str, **more: object) -> None:
+        variable = PREFIX + name.upper().replace("-", "_")
+        value = env.get(variable, default)
+        parser.add_argument(
+            f"--{name}",
+            default=value,
+            type=convert,
+            help=f"{text} [{variable}, {default or 'none'}]",
+            **more,  # type: ignore[arg-type]
+        )
+
+    option("model", None, str, "model folder: genai_config.json, the ONNX graph and the tokenizer")
+    option("served-name", None, str, "model name(s) in the API, comma separated; default: the folder's name")
+    option("host", Settings.host, str, "address to listen on")
+    option("port", "8000", _port, "port of the API (0: any free one)")
+    option("metrics-port", "0", _port, "port of /metrics and the probes; 0: the same as the API")
+    option("engine", "auto", str, f"one of {', '.join(ENGINES)}", choices=ENGINES)
+    option("threads", "0", _positive, "threads of one model step; 0: from the CPU limit, measured for small models")
+    option("slots", "0", _positive, "answers generated at the same time; 0: from CPU and memory limits")
+    option("max-model-len", "0", _positive, "prompt + answer, in tokens; 0: the model's context length")
+    option("prefill-chunk", "256", _positive, "prompt tokens per step, so that running answers keep moving")
+    option("max-queue", "64", _positive, "requests that may wait for a slot; the next one gets 503")
+    option("max-body-bytes", str(4 << 20), _positive, "largest request body; larger ones get 413")
+    option("api-keys-dir", None, Path, "folder (or file) with the accepted API keys, re-read while running")
+    option("drain-grace", "5", _seconds, "after SIGTERM, go on accepting requests for this long")
+    option("step-timeout", "120", _seconds, "an engine silent for this long is taken for stuck: /livez fails")
+    option("log-level", "info", str, "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
+    got = parser.parse_args(argv)
+    if not got.model:
+        parser.error(f"--model (or {PREFIX}MODEL) is required")
+    if got.engine not in ENGINES:
+        parser.error(f"--engine {got.engine!r} is not one of {', '.join(ENGINES)}")
+    model = Path(got.model)
+    names = tuple(n.strip() for n in (got.served_name or model.resolve().name).split(",") if n.strip())
+    if not names:
+        parser.error("--served-name is empty")
+    return Settings(
+        model=model,
+        served_names=names,
+        host=got.host,
+        port=got.port,
+        metrics_port=got.metrics_port,
+        engine=got.engine,
+        threads=got.threads,
+        slots=got.slots,
+        max_model_len=got.max_model_len,
+        prefill_chunk=max(1, got.prefill_chunk),
+        max_queue=got.max_queue,
+        max_body_bytes=got.max_body_bytes,
+        api_keys_dir=got.api_keys_dir,
+        drain_grace=got.drain_grace,
+        step_timeout=got.step_timeout,
+        log_level=got.log_level,
+    )

@@ -1,0 +1,254 @@
+"""The front's side of the engine process: starts it, feeds it, hears it, and outlives it."""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import orjson
+
+from slmops_server.engines.base import Sampling
+from slmops_server.engines.select import EngineOptions
+from slmops_server.errors import ApiError, internal, unavailable
+
+log = logging.getLogger(__name__)
+
+BACKOFF = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds before the n-th restart in a row
+STEADY = 30.0  # an engine that ran this long has earned a fresh count
+GIVE_UP = 5  # failed starts in a row, before ever being ready, after which the server ends and says why
+BEAT = 1.0  # seconds between pings
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Text that arrived. `tokens` counts all so far; with `finish` come the times of CLOCK_MONOTONIC, gaps in us."""
+
+    text: str
+    tokens: int
+    finish: str | None = None
+    first: float = 0.0
+    last: float = 0.0
+    gaps: tuple[int, ...] = ()
+
+
+class Stream:
+    """One running answer as the front sees it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._arrived: list[Delta] = []
+        self._error: ApiError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, item: Delta | ApiError) -> None:
+        """Called by the supervisor."""
+        if isinstance(item, Delta):
+            self._arrived.append(item)
+        else:
+            self._error = item
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def poll(self) -> list[Delta]:
+        """What has arrived and was not fetched yet."""
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    async def get(self) -> list[Delta]:
+        """All that has arrived, at least one. ApiError when the engine failed."""
+        if not self._arrived and self._error is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self._arrived:
+            return self.poll()
+        assert self._error is not None
+        raise self._error
+
+
+class _Lines(asyncio.Protocol):
+    """Cuts the socket's bytes into JSON messages."""
+
+    def __init__(self, take: Callable[[dict[str, Any]], None]) -> None:
+        self._take, self._rest = take, b""
+
+    def data_received(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._take(orjson.loads(line))
+
+
+class Supervisor:
+    """Keeps one engine process alive. `phase` is starting, loading, warming, ready, restarting or failed."""
+
+    def __init__(self, model: Path, options: EngineOptions, log_level: str, step_timeout: float) -> None:
+        self.phase = "starting"
+        self.problem = ""  # the last failure, in words
+        self.info: dict[str, Any] = {}
+        self.restarts = 0
+        self.pid: int | None = None
+        self.on_restart: Callable[[], None] = lambda: None
+        self.failed = asyncio.Event()
+        self.was_ready = asyncio.Event()
+        self._model, self._options, self._log_level = model, options, log_level
+        self._step_timeout = step_timeout
+        self._numbers = itertools.count(1)
+        self._streams: dict[int, Stream] = {}
+        self._transport: asyncio.WriteTransport | None = None
+        self._heard = time.monotonic()
+        self._closing = False
+
+    @property
+    def ready(self) -> bool:
+        """Loaded, warmed and listening."""
+        return self.phase == "ready"
+
+    @property
+    def stuck(self) -> bool:
+        """Ready by its own word, but silent for longer than any step may take."""
+        return self.ready and time.monotonic() - self._heard > self._step_timeout
+
+    @property
+    def slots(self) -> int:
+        """Answers that can run at the same time."""
+        return int(self.info.get("slots", 1))
+
+    @property
+    def active(self) -> int:
+        """Answers that run or wait for a slot."""
+        return len(self._streams)
+
+    def submit(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        sampling: Sampling,
+        stop: tuple[str, ...],
+        ignore_eos: bool,
+        stream: bool,
+    ) -> Stream:
+        """Hand a request to the engine. ApiError 503 when there is none."""
+        if not self.ready:
+            raise unavailable(f"The model is not ready ({self.phase}).", "not_ready")
+        answer = Stream(next(self._numbers))
+        self._streams[answer.number] = answer
+        self._send(
+            {
+                "op": "run",
+                "id": answer.number,
+                "prompt": prompt,
+                "max_tokens": max_tokens,
+                "sampling": asdict(sampling),
+                "stop": stop,
+                "ignore_eos": ignore_eos,
+                "stream": stream,
+            }
+        )
+        return answer
+
+    def cancel(self, answer: Stream) -> None:
+        """Stop generating; harmless when it is over."""
+        if self._streams.pop(answer.number, None) is not None:
+            self._send({"op": "cancel", "id": answer.number})
+
+    async def run(self) -> None:
+        """Start the engine and start it again whenever it ends, until closed or given up (`failed` is set)."""
+        in_a_row = 0
+        while not self._closing:
+            begin = time.monotonic()
+            code = await self._once()
+            if self._closing:
+                return
+            in_a_row = 1 if time.monotonic() - begin > STEADY else in_a_row + 1
+            log.error("Engine process ended code=%s phase=%s problem=%s", code, self.phase, self.problem or "none")
+            if not self.was_ready.is_set() and in_a_row >= GIVE_UP:
+                self.phase = "failed"
+                self.failed.set()
+                return
+            self.restarts += 1
+            self.on_restart()
+            self.phase = "restarting"
+            self.problem = self.problem or f"the engine process ended with code {code}"
+            await asyncio.sleep(BACKOFF[min(in_a_row, len(BACKOFF)) - 1])
+
+    async def _once(self) -> int:
+        """One life of the engine process; its exit code (negative: the signal that ended it)."""
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        setup = {
+            "fd": theirs.fileno(),
+            "model": str(self._model),
+            "log_level": self._log_level,
+            "options": asdict(self._options),
+        }
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "slmops_server.worker", orjson.dumps(setup).decode(), pass_fds=(theirs.fileno(),)
+            )
+        self.pid = process.pid
+        self._heard = time.monotonic()
+        transport, _ = await asyncio.get_running_loop().create_connection(lambda: _Lines(self._take), sock=ours)
+        self._transport = cast("asyncio.WriteTransport", transport)  # uvloop's class does not derive from it
+        beat = asyncio.create_task(self._beat())
+        try:
+            return await process.wait()
+        finally:
+            beat.cancel()
+            self.pid = None
+            self._transport = None
+            transport.close()
+            if process.returncode is None:  # we are cancelled: the closed socket ends it, else the signal does
+                with contextlib.suppress(ProcessLookupError, TimeoutError):
+                    await asyncio.wait_for(process.wait(), 2)
+                if process.returncode is None:
+                    process.kill()
+            lost, self._streams = self._streams, {}
+            for stream in lost.values():
+                stream.put(unavailable("The engine ended in mid-request; send it again.", "engine_restarted"))
+
+    async def close(self) -> None:
+        """Let the engine process end."""
+        self._closing = True
+        if self._transport is not None:
+            self._transport.close()
+
+    async def _beat(self) -> None:
+        for number in itertools.count():
+            await asyncio.sleep(BEAT)
+            self._send({"op": "ping", "n": number})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(orjson.dumps(message) + b"\n")
+
+    def _take(self, message: dict[str, Any]) -> None:
+        self._heard = time.monotonic()
+        if events := message.get("ev"):
+            for number, text, tokens, finish, times in events:
+                self._deliver(number, text, tokens, finish, times)
+        elif "phase" in message:
+            self.phase = message["phase"] if not self.was_ready.is_set() else "restarting"
+        elif "ready" in message:
+            self.info, self.phase, self.problem = message["ready"], "ready", ""
+            self.was_ready.set()
+        elif "fatal" in message:
+            self.problem = message["fatal"]
+
+    def _deliver(self, number: int, text: str, tokens: int, finish: str | None, times: list[Any] | None) -> None:
+        stream = self._streams.get(number)
+        if stream is None:  # cancelled while this was on its way
+            return
+        if finish is None or times is None:
+            stream.put(Delta(text, tokens))
+            return
+        del self._streams[number]
+        if finish == "error":
+            stream.put(internal())
+        else:
+            stream.put(Delta(text, tokens, finish, times[0], times[1], tuple(times[2])))

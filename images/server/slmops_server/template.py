@@ -1,0 +1,66 @@
+"""Chat templates, rendered as transformers renders them: sandboxed Jinja with the same globals, filters and options."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from slmops_server.errors import bad_request
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's tokens in training; here its body is rendered as it stands."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class ChatTemplate:
+    """A compiled template. Raises jinja2's TemplateError when the source is not Jinja."""
+
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], now: Callable[[], datetime] = datetime.now
+    ) -> None:
+        env = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
+        env.filters["tojson"] = _tojson
+        env.globals["raise_exception"] = _raise
+        env.globals["strftime_now"] = lambda form: now().strftime(form)
+        self._template = env.from_string(source)
+        self._tokens = dict(special_tokens)
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt up to where the assistant begins. ApiError 400 when the template refuses the messages."""
+        try:
+            return self._template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._tokens
+            )
+        except TemplateError as error:
+            raise bad_request(f"The model's chat template refused the messages: {error}", "messages") from None
+        except Exception as error:  # noqa: BLE001 - a template is a program: what it trips over is the messages
+            raise bad_request(
+                f"The model's chat template could not render the messages: {type(error).__name__}", "messages"
+            ) from None

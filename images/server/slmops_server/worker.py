@@ -1,0 +1,184 @@
+"""The engine process: one thread that owns the model, drives the engine and turns tokens into text.
+
+It talks to the front over one inherited socket, a JSON object per line. In: {"op": "run"|"cancel"|"ping", ...}.
+Out: {"phase": ...}, {"ready": {...}}, {"fatal": message}, {"pong": n},
+{"ev": [[job, text, tokens, finish, times], ...]}. `times` comes with `finish` only: [first token, last token] in seconds of CLOCK_MONOTONIC (one clock for all processes
+of a machine) and the gaps between tokens in microseconds.
+"""
+
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import orjson
+from tokenizers import Tokenizer
+
+from slmops_server import model_folder
+from slmops_server.detok import DetokenizerFactory, StopScanner
+from slmops_server.engines import select as engines
+from slmops_server.engines.base import Engine, EngineRefusedError, Job, Sampling
+
+log = logging.getLogger("slmops_server.engine")
+WARM_UP = "Hello"
+
+
+class Channel:
+    """Lines of JSON over the inherited socket; reading never blocks unless asked to."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock, self._rest = sock, b""
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Blocks only while the front does not read. OSError when it is gone."""
+        self._sock.sendall(orjson.dumps(message) + b"\n")
+
+    def receive(self, block: bool) -> list[dict[str, Any]]:
+        """Messages that have come. EOFError when the front is gone."""
+        messages: list[dict[str, Any]] = []
+        while True:
+            if not (block and not messages) and not select.select([self._sock], [], [], 0)[0]:
+                return messages
+            data = self._sock.recv(1 << 16)
+            if not data:
+                raise EOFError
+            *lines, self._rest = (self._rest + data).split(b"\n")
+            messages.extend(orjson.loads(line) for line in lines)
+
+
+class Answer:
+    """The text side of one job."""
+
+    __slots__ = ("count", "detok", "first", "gaps", "last", "pending", "stop", "stream")
+
+    def __init__(self, factory: DetokenizerFactory, stops: list[str], stream: bool) -> None:
+        self.detok, self.stop, self.stream = factory.new(), StopScanner(stops), stream
+        self.pending = ""
+        self.count = 0
+        self.first = self.last = 0.0
+        self.gaps: list[int] = []
+
+    def tick(self, now: float) -> None:
+        """Note the time of a token."""
+        self.count += 1
+        if self.first:
+            self.gaps.append(int((now - self.last) * 1e6))
+        else:
+            self.first = now
+        self.last = now
+
+
+class Worker:
+    """The loop of the engine process."""
+
+    def __init__(self, engine: Engine, factory: DetokenizerFactory, channel: Channel) -> None:
+        self._engine, self._factory, self._channel = engine, factory, channel
+        self._answers: dict[int, Answer] = {}
+
+    def run(self) -> None:
+        """Until the front is gone."""
+        while True:
+            for message in self._channel.receive(block=not self._engine.busy):
+                self._take(message)
+            if self._engine.busy:
+                self.step()
+
+    def _take(self, message: dict[str, Any]) -> None:
+        match message["op"]:
+            case "run":
+                self._answers[message["id"]] = Answer(self._factory, message["stop"], message["stream"])
+                self._engine.submit(
+                    Job(
+                        id=message["id"],
+                        prompt=message["prompt"],
+                        max_tokens=message["max_tokens"],
+                        sampling=Sampling(**message["sampling"]),
+                        ignore_eos=message["ignore_eos"],
+                    )
+                )
+            case "cancel":
+                self._engine.cancel(message["id"])
+                self._answers.pop(message["id"], None)
+            case "ping":
+                self._channel.send({"pong": message["n"], "running": self._engine.running})
+
+    def step(self) -> None:
+        """One engine step; what streams is sent at once, the rest when it is whole."""
+        tokens = self._engine.step()
+        now = time.monotonic()
+        events: list[list[Any]] = []
+        for token in tokens:
+            answer = self._answers[token.job]
+            answer.tick(now)
+            finish, text = token.finish, ""
+            if finish not in ("stop", "error"):
+                text, stopped = answer.stop.feed(answer.detok.feed(token.token))
+                if stopped:
+                    finish = "stop"
+                    self._engine.cancel(token.job)
+            if finish:
+                text += answer.stop.flush()
+                times = [answer.first, answer.last, answer.gaps]
+                events.append([token.job, answer.pending + text, answer.count, finish, times])
+                del self._answers[token.job]
+            elif not answer.stream:
+                answer.pending += text
+            elif text or answer.count == 1:
+                events.append([token.job, text, answer.count, None, None])
+        if events:
+            self._channel.send({"ev": events})
+
+
+def start(path: Path, options: engines.EngineOptions, channel: Channel) -> Worker:
+    """Load and warm the model; the front hears of each phase."""
+    begin = time.monotonic()
+    channel.send({"phase": "loading"})
+    folder = model_folder.read(path)
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    factory = DetokenizerFactory(tokenizer)
+    engine = engines.load(folder, options)
+    loaded = time.monotonic()
+    channel.send({"phase": "warming"})
+    engines.warm(engine, tokenizer.encode(WARM_UP).ids or [0])
+    info = {**asdict(engine.info), "load_seconds": loaded - begin, "warm_seconds": time.monotonic() - loaded}
+    log.info("Loaded the model: %s", orjson.dumps(info).decode())
+    channel.send({"ready": info})
+    return Worker(engine, factory, channel)
+
+
+def main() -> int:
+    """argv[1] is {"fd", "model", "log_level", "options"} as JSON; the front starts this process and nobody else."""
+    setup = orjson.loads(sys.argv[1])
+    logging.basicConfig(level=setup["log_level"].upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    for number in (signal.SIGINT, signal.SIGTERM):  # the front decides when to end, by closing the socket
+        signal.signal(number, signal.SIG_IGN)
+    channel = Channel(socket.socket(fileno=setup["fd"]))
+    try:
+        worker = start(Path(setup["model"]), engines.EngineOptions(**setup["options"]), channel)
+    except (model_folder.BadModelFolderError, EngineRefusedError, engines.DoesNotFitError) as error:
+        channel.send({"fatal": str(error)})
+        return 1
+    except Exception as error:
+        log.exception("Failed to load the model")
+        channel.send({"fatal": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"})
+        return 1
+    try:
+        worker.run()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return 0
+    except Exception:
+        log.exception("Failed in an engine step")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    logging.shutdown()
+    os._exit(code)  # skips the teardown of native thread pools, which may hang
