@@ -1,7 +1,7 @@
 """The artifact store of SLMOps: models, datasets and checkpoints by content, wherever they lie.
 
     manifest = pull("oci://registry:5000/team/model:v1", Path("/models/base"))
-    uri, manifest = push(Path("/work/out"), "oci://registry:5000/team/tuned:v1", Manifest(kind="model"))
+    uri, manifest = push(Path("out"), "oci://registry:5000/team/tuned:v1", Manifest(kind="model"))
 
 Every failure is an `ArtifactError` with a reason for machines and a sentence for people.
 """
