@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types unit kube images up down status install uninstall components e2e crds lock clean
+.PHONY: help debs demo test check lint types unit kube images up down status install uninstall components e2e crds lock clean
 
 CLUSTER ?= local
 VENV := .local/venv
@@ -45,7 +45,11 @@ unit: $(READY) ## pure tests, milliseconds each
 kube: $(READY) ## the operator against a real API server
 	@$(PY) -m pytest -q tests/kube
 
-components: $(READY) ## artifacts, server, router on this machine; the trainer inside its image
+DEBS := docker-registry apache2-utils skopeo haproxy
+debs:
+	@dpkg -s $(DEBS) >/dev/null 2>&1 || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(DEBS) >/dev/null)
+
+components: $(READY) debs ## artifacts, server, router on this machine; the trainer inside its image
 	@$(PY) -m pytest -q tests/artifacts
 	@$(PY) -m pytest -q tests/server
 	@$(PY) -m pytest -q tests/router
