@@ -45,7 +45,7 @@ class MemoryCluster:
             and labels.items() <= (obj["metadata"].get("labels") or {}).items()
         ]
 
-    def apply(self, obj: Object, *, current: Object | None = None) -> Object:
+    def apply(self, obj: Object, *, current: Object | None = None) -> Object:  # noqa: ARG002  # the port names it
         """See port.Cluster; whether anything would change is told from what was applied before, not from `current`."""
         key = key_of(obj)
         if self._applied.get(key) == obj and key in self.objects:
@@ -84,7 +84,7 @@ class MemoryCluster:
         """See port.Cluster."""
         return copy.deepcopy(self._events.get(Key(kind, namespace, name), []))
 
-    def post_event(self, obj: Object, reason: str, message: str, *, warning: bool = False) -> None:  # noqa: ARG002
+    def post_event(self, obj: Object, reason: str, message: str, *, warning: bool = False) -> None:  # noqa: ARG002  # the port names it
         """See port.Cluster."""
         self.posted.append((key_of(obj), reason, message))
 

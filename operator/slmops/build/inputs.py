@@ -1,0 +1,55 @@
+"""What a batch spec needs from its namespace: ConfigMaps, Secrets and claims, by name."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from slmops.api.base import Model
+from slmops.api.meta import ConfigMapKeyRef, Dataset, ModelSource, Pod, SecretKeyRef, SecretRef
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Names, each with the keys that have to be there; Secrets named whole have no keys."""
+
+    config_maps: dict[str, set[str]] = field(default_factory=dict)
+    secrets: dict[str, set[str]] = field(default_factory=dict)
+    jsonl: frozenset[tuple[str, str]] = frozenset()  # (ConfigMap, key) of datasets
+    claims: frozenset[str] = frozenset()  # PersistentVolumeClaims that are read
+
+
+def inputs(spec: Model, *, extra_secrets: tuple[str, ...] = ()) -> Inputs:
+    """Collect from anywhere in `spec`; a pod's image pull secrets are the kubelet's business."""
+    config_maps: dict[str, set[str]] = {}
+    secrets: dict[str, set[str]] = {name: set() for name in extra_secrets if name}
+    jsonl: set[tuple[str, str]] = set()
+    claims: set[str] = set()
+    for part in _parts(spec):
+        match part:
+            case ConfigMapKeyRef():
+                config_maps.setdefault(part.name, set()).add(part.key)
+            case SecretKeyRef():
+                secrets.setdefault(part.name, set()).add(part.key)
+            case SecretRef():
+                secrets.setdefault(part.name, set())
+            case Dataset() | ModelSource():
+                if isinstance(part, Dataset) and part.config_map:
+                    jsonl.add((part.config_map.name, part.config_map.key))
+                claims.update(claim_of(part.uri))
+    return Inputs(config_maps, secrets, frozenset(jsonl), frozenset(claims))
+
+
+def claim_of(uri: str | None) -> set[str]:
+    """The claim that a pvc:// URI names, as a set of none or one."""
+    return {uri.removeprefix("pvc://").split("/", 1)[0]} if uri and uri.startswith("pvc://") else set()
+
+
+def _parts(value: object) -> Iterator[Model]:
+    if isinstance(value, Pod):
+        return
+    if isinstance(value, Model):
+        yield value
+        for name in type(value).model_fields:
+            yield from _parts(getattr(value, name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _parts(item)

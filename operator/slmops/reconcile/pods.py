@@ -1,0 +1,147 @@
+"""What a worker pod says about itself: its result, why it failed, why it does not start. Pure."""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from pydantic import ValidationError
+
+from slmops.api.meta import Failure
+from slmops.api.run import EXIT_INTERRUPTED, RunResult
+from slmops.api.times import parse, stamp
+from slmops.build.job import CONTAINER
+from slmops.cluster.port import Object
+from slmops.reconcile.conditions import cut
+
+INTERRUPTED = "Interrupted"
+
+# Why a container waits, as the kubelet says it -> our reason. Two words for one thing would make the status flap.
+_WAITING = {
+    "ErrImagePull": "ImagePullBackOff",
+    "ImagePullBackOff": "ImagePullBackOff",
+    "InvalidImageName": "InvalidImageName",
+    "ErrImageNeverPull": "ImagePullBackOff",
+    "ImageInspectError": "ImagePullBackOff",
+    "CreateContainerConfigError": "CreateContainerConfigError",
+    "CreateContainerError": "CreateContainerError",
+    "RunContainerError": "RunContainerError",
+    "CrashLoopBackOff": "CrashLoopBackOff",
+}
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why a pod does not start."""
+
+    reason: str
+    message: str
+
+
+def created(obj: Object) -> datetime:
+    """When the object was created."""
+    return parse(obj["metadata"]["creationTimestamp"])
+
+
+def ended(pod: Object) -> bool:
+    """Whether no container of the pod will run again."""
+    return (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed") or _terminated(pod) is not None
+
+
+def running(pod: Object) -> bool:
+    """Whether the worker's container runs."""
+    return "running" in (_container(pod).get("state") or {})
+
+
+def result_of(pod: Object) -> RunResult | None:
+    """The result in the termination message; None where there is none that can be read."""
+    message = (_terminated(pod) or {}).get("message") or ""
+    try:
+        return RunResult.model_validate_json(message)
+    except ValidationError:
+        return None
+
+
+def failure_of(pod: Object, now: datetime) -> Failure | None:
+    """Why the pod failed; None for one that has not."""
+    terminated = _terminated(pod)
+    status = pod.get("status") or {}
+    if terminated is None and status.get("phase") != "Failed":
+        return None
+    code = (terminated or {}).get("exitCode")
+    if status.get("phase") == "Succeeded" or code == 0:
+        return None
+    reason, message = _named(pod, terminated or {}, code)
+    time = (terminated or {}).get("finishedAt") or stamp(now)
+    return Failure(reason=reason, message=cut(message), exit_code=code, time=time)
+
+
+def trouble_of(pod: Object) -> Trouble | None:
+    """Why the pod does not start, if it says so."""
+    status = pod.get("status") or {}
+    for condition in status.get("conditions") or []:
+        if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
+            reason = condition.get("reason") or "Unschedulable"
+            return Trouble(reason, f"No node takes the pod: {condition.get('message') or reason}")
+    waiting = (_container(pod).get("state") or {}).get("waiting") or {}
+    reason = _WAITING.get(waiting.get("reason", ""))
+    if reason is None:
+        return None
+    said = waiting.get("message") or waiting["reason"]
+    if reason in ("ImagePullBackOff", "InvalidImageName"):
+        image = pod["spec"]["containers"][0]["image"]
+        return Trouble(reason, f"Image {image} cannot be pulled: {said}")
+    return Trouble(reason, f"The container cannot start: {said}")
+
+
+def _named(pod: Object, terminated: Object, code: int | None) -> tuple[str, str]:
+    result = result_of(pod)
+    if result is not None and result.reason:
+        return result.reason, result.message
+    if terminated.get("reason") == "OOMKilled":
+        return "OutOfMemory", _out_of_memory(pod)
+    disrupted = _disruption(pod)
+    if disrupted is not None:
+        return disrupted
+    if code == EXIT_INTERRUPTED:
+        return INTERRUPTED, "The pod was stopped."
+    name, namespace = pod["metadata"]["name"], pod["metadata"]["namespace"]
+    said = f": {terminated['message']}" if terminated.get("message") else ""
+    if code is None:
+        return "InternalError", f"Pod {name} failed before its container ran{said}"
+    return (
+        "InternalError",
+        f"The container ended with exit code {code} and gave no reason{said}. "
+        f"Its log: kubectl -n {namespace} logs {name}",
+    )
+
+
+def _out_of_memory(pod: Object) -> str:
+    limit = ((pod["spec"]["containers"][0].get("resources") or {}).get("limits") or {}).get("memory")
+    what = f"its memory limit of {limit}" if limit else "the memory of its node"
+    return (
+        f"The container needed more than {what} and was killed. Make a new object with a larger "
+        "spec.pod.resources.limits.memory, or with a smaller batch size or length."
+    )
+
+
+def _disruption(pod: Object) -> tuple[str, str] | None:
+    status = pod.get("status") or {}
+    for condition in status.get("conditions") or []:
+        if condition.get("type") == "DisruptionTarget" and condition.get("status") == "True":
+            said = status.get("message") or condition.get("message") or condition.get("reason") or ""
+            return "Evicted", f"The pod was taken off its node: {said}"
+    if status.get("reason") in ("Evicted", "NodeShutdown", "Shutdown", "Terminated", "NodeLost"):
+        return "Evicted", f"The pod was taken off its node: {status.get('message') or status['reason']}"
+    return None
+
+
+def _container(pod: Object) -> Object:
+    for container in (pod.get("status") or {}).get("containerStatuses") or []:
+        if container.get("name") == CONTAINER:
+            found: Object = container
+            return found
+    return {}
+
+
+def _terminated(pod: Object) -> Object | None:
+    found: Object | None = (_container(pod).get("state") or {}).get("terminated")
+    return found

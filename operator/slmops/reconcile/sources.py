@@ -1,0 +1,150 @@
+"""Resolving what a spec names: other objects of ours, the teacher, where to write."""
+
+from dataclasses import dataclass
+
+from slmops.api.distillation import DistillationJobSpec, Teacher
+from slmops.api.keys import API_PORT, child_name
+from slmops.api.meta import Ancestor, Condition, Lineage, ModelSource
+from slmops.api.run import Input, TeacherEndpoint
+from slmops.cluster.port import Cluster, Key, Object
+from slmops.reconcile import conditions
+from slmops.reconcile.state import Retry, Terminal
+from slmops.settings import Settings
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a run writes."""
+
+    artifact: str
+    checkpoint: str
+
+
+def not_ready(message: str) -> Retry:
+    """Say that a source has to come first. Nothing polls: the source's own change wakes whoever names it."""
+    return Retry("SourceNotReady", message, after=0)
+
+
+def resolve_model(cluster: Cluster, namespace: str, source: ModelSource) -> Input:
+    """Resolve a model source. Raises Retry(SourceNotReady), ClusterError."""
+    if source.ref is None:
+        return Input(uri=source.uri or "", secret=source.secret_ref.name if source.secret_ref else None)
+    name = f"{source.ref.kind}/{source.ref.name}"
+    found = ready_object(cluster, Key(source.ref.kind, namespace, source.ref.name))
+    artifact = (found.get("status") or {}).get("artifact") or {}
+    if not artifact.get("uri"):
+        raise not_ready(f"{name} is Ready but names no artifact.")
+    return Input(uri=artifact["uri"], name=name)
+
+
+def resolve_teacher(cluster: Cluster, namespace: str, teacher: Teacher) -> TeacherEndpoint:
+    """Resolve the teacher. Raises Retry(SourceNotReady, SecretNotFound), ClusterError."""
+    if teacher.endpoint is not None:
+        ref = teacher.endpoint.api_key_secret_ref
+        return TeacherEndpoint(
+            url=teacher.endpoint.url,
+            model=teacher.endpoint.model,
+            secret=ref.name if ref else None,
+            key=ref.key if ref else None,
+        )
+    name = teacher.deployment_ref.name if teacher.deployment_ref else ""
+    found = ready_object(cluster, Key("ModelDeployment", namespace, name))
+    secret = ((found["spec"].get("endpoint") or {}).get("apiKeysSecretRef") or {}).get("name")
+    return TeacherEndpoint(
+        url=f"http://{name}.{namespace}.svc:{API_PORT}/v1",
+        model=found["spec"].get("servedName") or name,
+        secret=secret,
+        key=_some_key(cluster, namespace, secret) if secret else None,
+        name=f"ModelDeployment/{name}",
+        lineage=_served(found.get("status") or {}),
+    )
+
+
+def ready_object(cluster: Cluster, key: Key) -> Object:
+    """Read one of our objects that has to be Ready. Raises Retry(SourceNotReady), ClusterError."""
+    found = cluster.get(key)
+    name = f"{key.kind}/{key.name}"
+    if found is None:
+        raise not_ready(f"Waits for {name}, which does not exist yet.")
+    said = [Condition.model_validate(item) for item in (found.get("status") or {}).get("conditions") or []]
+    if conditions.is_true(said, conditions.READY):
+        return found
+    stalled = conditions.find(said, conditions.STALLED)
+    if stalled is not None and stalled.status == "True":
+        raise not_ready(f"Waits for {name}, which has failed ({stalled.reason}: {stalled.message})")
+    why = conditions.find(said, conditions.READY)
+    raise not_ready(f"Waits for {name}" + (f", which is not ready yet: {why.reason}." if why else "."))
+
+
+def resolve_output(owner: Object, output: str | None, settings: Settings) -> Output:
+    """Where the artifact and the checkpoints go. Raises Terminal(NoStore)."""
+    metadata = owner["metadata"]
+    short = metadata["uid"][:8]
+    if output is None:
+        if not settings.store:
+            raise Terminal(
+                "NoStore",
+                "There is nowhere to write: give spec.output, or set the chart's store (SLMOPS_STORE).",
+            )
+        name = child_name(f"{owner['kind'].lower()}-{metadata['name']}", limit=120)
+        base = f"{settings.store.rstrip('/')}/{metadata['namespace']}/{name}"
+        return Output(f"{base}:{short}", f"{base}:ckpt-{short}")
+    if output.startswith("pvc://"):
+        base = output.rstrip("/")
+        return Output(base, f"{base}-ckpt-{short}")
+    base, tag = _split_tag(output)
+    return Output(f"{base}:{tag or short}", f"{base}:ckpt-{short}")
+
+
+def references(obj: Object) -> frozenset[tuple[str, str]]:
+    """(kind, name) of the objects of ours that a batch object or a ModelDeployment names."""
+    spec = obj.get("spec") or {}
+    found = set()
+    for field in ("student", "base", "source", "model"):
+        ref = (spec.get(field) or {}).get("ref")
+        if ref:
+            found.add((str(ref.get("kind")), str(ref.get("name"))))
+    deployment = (spec.get("teacher") or {}).get("deploymentRef")
+    if deployment:
+        found.add(("ModelDeployment", str(deployment.get("name"))))
+    return frozenset(found)
+
+
+def teacher_label(spec: DistillationJobSpec) -> str:
+    """Name the teacher for the table."""
+    if spec.teacher.endpoint is not None:
+        return spec.teacher.endpoint.model
+    return f"ModelDeployment/{spec.teacher.deployment_ref.name}" if spec.teacher.deployment_ref else ""
+
+
+def source_label(source: ModelSource) -> str:
+    """Name a model source for the table."""
+    return f"{source.ref.kind}/{source.ref.name}" if source.ref else source.uri or ""
+
+
+def _split_tag(uri: str) -> tuple[str, str]:
+    """oci://host:5000/repo:tag -> (oci://host:5000/repo, tag): a colon before the last slash is a port's."""
+    head, slash, tail = uri.rpartition("/")
+    name, _, tag = tail.partition(":")
+    return f"{head}{slash}{name}", tag
+
+
+def _some_key(cluster: Cluster, namespace: str, secret: str) -> str:
+    """The first of the Secret's keys: any of its values is accepted as bearer token."""
+    found = cluster.get(Key("Secret", namespace, secret))
+    names = sorted((found or {}).get("data") or {})
+    if not names:
+        raise Retry("SecretNotFound", f"Secret {secret} with the teacher's API keys does not exist or is empty.")
+    return str(names[0])
+
+
+def _served(status: Object) -> list[Ancestor]:
+    """The model that a deployment serves, and what that was made from."""
+    stable = status.get("stable") or {}
+    lineage = Lineage.model_validate(status["lineage"]) if status.get("lineage") else None
+    own = (
+        [Ancestor(kind="model", uri=stable["model"], digest=stable["digest"], name=stable.get("source", ""))]
+        if stable.get("digest")
+        else []
+    )
+    return [*own, *(lineage.parents if lineage else [])]
