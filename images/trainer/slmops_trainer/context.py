@@ -9,13 +9,13 @@ from slmops.api.meta import Artifact
 from slmops.api.run import SECRET_ROOT, WORK_DIR, Input, RunSpec
 from slmops_artifacts import Manifest, pull, push, read_manifest
 from slmops_artifacts.errors import ArtifactError
+from slmops_artifacts.uris import OciRef, parse
 
 from slmops_trainer.checkpoints import Checkpoints
 from slmops_trainer.failure import RunFailure, from_artifact, interrupted
 from slmops_trainer.progress import Board
 
 ANNOTATION_UID = "slmops.dev/run-uid"
-ANNOTATION_FORMAT = "slmops.dev/format"
 
 log = logging.getLogger("slmops")
 
@@ -98,13 +98,18 @@ class Context:
         log.info("Pushed %s (%s, %d bytes)", pinned, pushed.digest, pushed.size_bytes)
         return Artifact(uri=pinned, digest=pushed.digest, size_bytes=pushed.size_bytes), pushed
 
-    def existing(self, uri: str = "") -> Manifest | None:
-        """The manifest at `uri` (default: spec.output) if an earlier pod of this very run wrote it, else None."""
+    def existing(self, uri: str = "") -> tuple[Artifact, Manifest] | None:
+        """What an earlier pod of this very run published at `uri` (default: spec.output), else None."""
+        target = uri or self.spec.output
         try:
-            found = read_manifest(uri or self.spec.output)
+            found = read_manifest(target)
+            ref = parse(target)
         except ArtifactError as error:
             raise from_artifact(error, writing=True) from error
-        return found if found is not None and found.annotations.get(ANNOTATION_UID) == self.spec.uid else None
+        if found is None or found.annotations.get(ANNOTATION_UID) != self.spec.uid:
+            return None
+        pinned = ref.pinned(found.digest) if isinstance(ref, OciRef) else target
+        return Artifact(uri=pinned, digest=found.digest, size_bytes=found.size_bytes), found
 
 
 def read_secret(name: str | None) -> dict[str, str] | None:

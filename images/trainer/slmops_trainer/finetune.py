@@ -1,0 +1,150 @@
+"""FineTuneJob: full or LoRA fine-tuning of a causal language model."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slmops.api.finetune import FineTuneJobSpec, Lora
+from slmops.api.run import RunResult
+
+from slmops_trainer import data, encoding, measure, models, publish
+from slmops_trainer.context import Context
+from slmops_trainer.failure import RunFailure
+from slmops_trainer.progress import Stage
+from slmops_trainer.train import TrainReport, train
+
+BEFORE, TRAINING, AFTER = "Evaluating base", "Training", "Evaluating"
+PLAN = [
+    Stage("Pulling", 2), Stage("Pulling training data", 1), Stage("Pulling evaluation data", 1), Stage(BEFORE, 8),
+    Stage(TRAINING, 78), Stage(AFTER, 8), Stage("Publishing", 2),
+]  # fmt: skip
+
+log = logging.getLogger("slmops")
+
+
+def run(ctx: Context) -> RunResult:
+    """Pull, measure, train, measure, publish. Raises RunFailure."""
+    spec = ctx.spec.finetune
+    assert spec is not None  # main chose this recipe by it
+    ctx.board.plan(PLAN)
+    done = publish.earlier(ctx, spec.evaluation)
+    if done is not None:
+        log.info("Found the artifact of an earlier pod of this run")
+        return done
+    training = data.load(ctx, spec.dataset, "training")
+    held_out = data.load(ctx, spec.evaluation.dataset, "evaluation") if spec.evaluation else None
+    if held_out is not None:
+        data.refuse_leaks(training, held_out)
+    folder, base = ctx.pull(ctx.spec.model, "base")
+    ctx.report("Loading", 0, 1, ctx.spec.model.uri)
+    loaded = models.load(folder, ctx.spec.model.uri)
+    encoded = encoding.encode(
+        loaded.tokenizer, training.items, loaded.stop_ids, spec.loss_on, spec.training.max_length
+    )
+    ctx.check()
+    _measure(ctx, loaded, spec, held_out, BEFORE, "base_")
+    model = adapt(loaded.model, spec.lora or Lora(), spec.training.seed) if spec.method == "lora" else loaded.model
+    watched = _watched(loaded, spec, held_out)
+    report = train(ctx, model, loaded.tokenizer, encoded.items, spec.training, evaluation=watched, stage=TRAINING)
+    ctx.check()
+    tuned = ctx.work / "tuned"
+    written = write(loaded, model, spec, tuned, ctx.spec.model.uri)
+    _measure(ctx, written, spec, held_out, AFTER, "")
+    _count(ctx, report, encoded, training)
+    # The main metrics first: what does not fit into the termination message goes from the end.
+    ctx.metrics = dict(sorted(ctx.metrics.items(), key=lambda item: _rank(item[0], spec)))
+    origin = publish.Origin(ctx.spec.model.uri, base, ctx.spec.model.name, (training.parent,))
+    recipe = {
+        **spec.wire(),
+        "evaluationDigest": held_out.digest if held_out else None,
+        "trainableParameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+    }
+    title = f"A causal language model, fine-tuned ({spec.method})."
+    return publish.publish(
+        ctx, tuned, origin, spec.evaluation, recipe=recipe, seed=spec.training.seed, title=title
+    )
+
+
+def adapt(model: Any, lora: Lora, seed: int) -> Any:
+    """Put fresh LoRA adapters on the model; only they are trainable. Raises RunFailure(BadSpec)."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules) if lora.target_modules else "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(seed)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        leaves = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
+        raise RunFailure(
+            "BadSpec", f"lora.targetModules {lora.target_modules} fits no module of the model; it has {', '.join(leaves)}."
+        ) from error
+
+
+def write(loaded: models.Loaded, model: Any, spec: FineTuneJobSpec, folder: Path, base_uri: str) -> models.Loaded:
+    """Write the result and give it back as it will be read: evaluation judges what is published, not what was meant."""
+    if spec.method == "lora" and spec.merge is False:
+        model.peft_config["default"].base_model_name_or_path = base_uri
+        # Without save_embedding_layers=False peft would look the base up on the Hub.
+        model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+        models.copy_tokenizer(loaded, folder)
+        return models.Loaded(folder, model, loaded.tokenizer, loaded.stop_ids, loaded.dtype)
+    whole = model.merge_and_unload() if spec.method == "lora" else model
+    models.write(loaded, whole, folder)
+    return models.load(folder, "the tuned model")
+
+
+def _measure(
+    ctx: Context, loaded: models.Loaded, spec: FineTuneJobSpec, held_out: data.Examples | None, stage: str, prefix: str
+) -> None:
+    """Evaluate and put the metrics into the result; what an earlier pod measured is not measured again."""
+    if held_out is None or spec.evaluation is None:
+        return
+    values = measure.remembered(ctx, stage)
+    if values is None:
+        _, values = measure.measure(ctx, loaded, held_out, spec.evaluation, stage)
+        measure.remember(ctx, stage, values)
+    for name, value in values.items():
+        ctx.metric(f"{prefix}{name}", value)
+
+
+def _watched(
+    loaded: models.Loaded, spec: FineTuneJobSpec, held_out: data.Examples | None
+) -> tuple[encoding.Encoded, ...]:
+    """The evaluation set as early stopping measures it."""
+    if spec.training.early_stopping is None:
+        return ()
+    if held_out is None:
+        raise RunFailure("BadSpec", "training.earlyStopping needs an evaluation set: give spec.evaluation.")
+    return encoding.encode(
+        loaded.tokenizer, held_out.items, loaded.stop_ids, spec.loss_on, spec.training.max_length
+    ).items
+
+
+def _count(ctx: Context, report: TrainReport, encoded: encoding.EncodedSet, training: data.Examples) -> None:
+    ctx.metric("loss", report.loss)
+    if report.evaluation_loss is not None:
+        ctx.metric("evaluation_loss", report.evaluation_loss)
+    ctx.metric("steps", report.steps)
+    ctx.metric("epochs", report.epochs)
+    ctx.metric("examples", len(training.items) - encoded.too_long)
+    ctx.metric("examples_too_long", encoded.too_long)
+    ctx.metric("tokens", report.tokens)
+    ctx.metric("training_seconds", report.seconds)
+
+
+def _rank(name: str, spec: FineTuneJobSpec) -> int:
+    wanted = list(spec.evaluation.metrics) if spec.evaluation else []
+    order = [*wanted, *(f"base_{metric}" for metric in wanted), "loss"]
+    return order.index(name) if name in order else len(order)
+
+
+def _is_linear(module: Any) -> bool:
+    return isinstance(module, torch.nn.Linear)

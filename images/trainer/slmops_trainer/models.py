@@ -1,0 +1,216 @@
+"""Models on disk: what is refused and why, loading, and writing a folder that every later step can read."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from slmops_trainer.encoding import turn_end
+from slmops_trainer.failure import RunFailure
+
+# What a tokenizer consists of. Copied, not written anew: training changes no tokenizer, and rewriting one has
+# broken end-of-text tokens and templates in other tools.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+OTHER_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready to train or to answer.
+
+    stop_ids  the tokens at which generation ends: what the model declares, and what its chat template writes
+    dtype     of the weights on disk; in memory they are fp32
+    """
+
+    folder: Path
+    model: Any
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load(folder: Path, source: str) -> Loaded:
+    """Load a pulled causal language model from safetensors, never from code. `source` names it to people.
+
+    Raises RunFailure(UnsupportedModel).
+    """
+    check(folder, source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+            local_files_only=True,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RunFailure("UnsupportedModel", f"{source} cannot be loaded by transformers: {text[:300]}") from error
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    if tokenizer.eos_token_id is None:
+        raise RunFailure(
+            "UnsupportedModel", f"The tokenizer of {source} has no eos_token, so no answer could ever end. Set one."
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise RunFailure(
+            "UnsupportedModel",
+            f"The tokenizer of {source} knows {len(tokenizer)} tokens, its model {rows}: they do not belong together.",
+        )
+    stops = _stop_ids(model, tokenizer)
+    return Loaded(folder, model.to(device()), tokenizer, stops, _disk_dtype(folder))
+
+
+def check(folder: Path, source: str) -> dict[str, Any]:
+    """Look at a pulled folder before anything is loaded, mend what transformers 4 would misread, return its config.
+
+    Raises RunFailure(UnsupportedModel) with the remedy.
+    """
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise RunFailure(
+            "UnsupportedModel", f"{source} is a LoRA adapter, not a model. Merge it (FineTuneJob with merge: true) first."
+        )
+    config = _json(folder / "config.json", source)
+    names = config.get("architectures") or []
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if not names or names[0] not in known or not names[0].endswith(("ForCausalLM", "LMHeadModel")):
+        what = f"is a {names[0]}" if names else "names no architecture in config.json"
+        raise RunFailure(
+            "UnsupportedModel",
+            f"{source} {what}; a causal language model that transformers knows is needed (for example "
+            "Qwen2ForCausalLM, LlamaForCausalLM, Phi3ForCausalLM). Models that bring their own code are refused.",
+        )
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "some method")
+        raise RunFailure(
+            "UnsupportedModel", f"{source} is quantized already ({method}). Use its original, unquantized weights."
+        )
+    if not list(folder.glob("*.safetensors")):
+        raise RunFailure("UnsupportedModel", f"{source} has no .safetensors weights. Convert them and publish again.")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise RunFailure("UnsupportedModel", f"{source} has no tokenizer. Publish tokenizer.json with the model.")
+    mended = modernise(config, source)
+    if mended != config:
+        (folder / "config.json").write_text(json.dumps(mended, indent=2))
+    _mend_tokenizer(folder, source)
+    return mended
+
+
+def modernise(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """A config of transformers 5 as transformers 4 reads it; others unchanged.
+
+    Version 5 moved the RoPE base into `rope_parameters`, which version 4 does not know: it would silently compute
+    with a base of 10,000.
+    """
+    rope = config.get("rope_parameters")
+    if rope is None:
+        return config
+    known = {"rope_type", "rope_theta", "partial_rotary_factor"}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise RunFailure(
+            "UnsupportedModel",
+            f"{source} was written by transformers 5 with rotary embeddings per layer type, which this version cannot "
+            "read faithfully. Save it with transformers 4.57.",
+        )
+    found = {name: value for name, value in config.items() if name != "rope_parameters"}
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in rope:
+            found[name] = rope[name]
+    if rope.get("rope_type", "default") != "default":
+        found["rope_scaling"] = {name: value for name, value in rope.items() if name not in known - {"rope_type"}}
+    return found
+
+
+def write(loaded: Loaded, model: Any, folder: Path) -> None:
+    """Write `model` with the tokenizer of `loaded`, its weights in the dtype of the weights it came from.
+
+    The generation config lists every stop token, so that no later step has to guess where an answer ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    model.config.eos_token_id = _one_or_all(loaded.stop_ids)
+    model.generation_config = GenerationConfig(
+        bos_token_id=loaded.tokenizer.bos_token_id,
+        eos_token_id=_one_or_all(loaded.stop_ids),
+        pad_token_id=loaded.tokenizer.pad_token_id,
+        **({"max_length": limit} if limit else {}),
+    )
+    model.to(loaded.dtype).save_pretrained(folder, safe_serialization=True)
+    copy_tokenizer(loaded, folder)
+
+
+def copy_tokenizer(loaded: Loaded, folder: Path) -> None:
+    """Copy the tokenizer's files and the licence; the chat template goes to both places where tools look for it."""
+    for name in (*TOKENIZER_FILES, *OTHER_FILES):
+        if (loaded.folder / name).is_file():
+            shutil.copyfile(loaded.folder / name, folder / name)
+    template = loaded.tokenizer.chat_template
+    path = folder / "tokenizer_config.json"
+    if template and path.is_file():
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({**config, "chat_template": template}, indent=2, ensure_ascii=False))
+        (folder / "chat_template.jinja").write_text(template)
+
+
+def _one_or_all(ids: Sequence[int]) -> int | list[int]:
+    return ids[0] if len(ids) == 1 else list(ids)
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The tokenizer's end first, then what the two configs and the chat template add."""
+    found: list[int] = [tokenizer.eos_token_id]
+    for declared in (model.generation_config.eos_token_id, model.config.eos_token_id, turn_end(tokenizer)):
+        found += declared if isinstance(declared, list) else [] if declared is None else [declared]
+    return tuple(dict.fromkeys(found))
+
+
+def _disk_dtype(folder: Path) -> torch.dtype:
+    """The dtype of most weights on disk."""
+    from safetensors import safe_open
+
+    names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    counts: dict[str, int] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as stream:
+            for key in stream.keys():  # noqa: SIM118  # not a dict
+                entry = stream.get_slice(key)
+                counts[entry.get_dtype()] = counts.get(entry.get_dtype(), 0) + 1
+    return names.get(max(counts, key=lambda name: counts[name], default="F32"), torch.float32)
+
+
+def _mend_tokenizer(folder: Path, source: str) -> None:
+    """Version 5 names a tokenizer class that version 4 does not have; its tokenizer.json is the same."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    config = _json(path, source)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        path.write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2))
+
+
+def _json(path: Path, source: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunFailure(
+            "UnsupportedModel", f"{source} has no {path.name}: it is not a transformers model. Check the URI."
+        ) from error
+    except ValueError as error:
+        raise RunFailure("UnsupportedModel", f"{source}: {path.name} is not JSON ({error}).") from error
+    if not isinstance(found, dict):
+        raise RunFailure("UnsupportedModel", f"{source}: {path.name} is not a JSON object.")
+    return found

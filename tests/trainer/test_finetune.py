@@ -1,0 +1,131 @@
+"""Whole fine-tuning runs on a tiny model, through the store."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from slmops_artifacts import read_manifest
+from slmops_trainer import finetune, models
+from slmops_trainer.context import Context
+from slmops_trainer.failure import RunFailure
+from tiny import chat, task
+
+FULL: dict[str, Any] = {
+    "method": "full",
+    "base": {"uri": "pvc://models/tiny"},
+    "training": {"maxSteps": 250, "learningRate": 5e-3, "batchSize": 8, "seed": 7, "checkpoint": {"everySeconds": 3600}},
+}
+
+
+def spec(train: str, held_out: str | None = None, **more: Any) -> dict[str, Any]:
+    found = {**FULL, "dataset": {"uri": train}, **more}
+    if held_out is not None:
+        found["evaluation"] = {
+            "dataset": {"uri": held_out},
+            "metrics": ["exactMatch", "fieldMatch", "jsonValid", "perplexity"],
+            "maxTokens": 40,
+            **more.get("evaluation", {}),
+        }
+    return found
+
+
+@pytest.fixture
+def sets(jsonl: Callable[..., str]) -> tuple[str, str]:
+    """The task's rows for training, and the same questions in other words, with the same answers, held out."""
+    rows = task()
+    return jsonl([chat(*row) for row in rows], "train"), jsonl(
+        [chat("please note: " + question, answer) for question, answer in rows[::3]], "held-out"
+    )
+
+
+def test_a_full_run_learns_and_says_from_what(
+    make_run: Callable[..., Context], sets: tuple[str, str], tmp_path: Path
+) -> None:
+    ctx = make_run(finetune=spec(*sets))
+    result = finetune.run(ctx)
+    assert result.succeeded
+    assert result.format == "safetensors"
+    assert result.metrics["base_exactMatch"] == 0
+    assert result.metrics["loss"] < 0.05
+    assert result.metrics["fieldMatch"] > 0.8
+    assert result.metrics["perplexity"] < result.metrics["base_perplexity"] / 50
+    assert list(result.metrics)[:4] == ["exactMatch", "fieldMatch", "jsonValid", "perplexity"]
+    assert result.quality.endswith(" exactMatch")
+    assert [row.kind for row in result.lineage] == ["model", "dataset"]
+    manifest = read_manifest("pvc://store/out")
+    assert manifest is not None
+    assert manifest.seed == 7
+    assert manifest.recipe["training"]["learningRate"] == 5e-3
+    assert manifest.versions["transformers"] == "4.57.6"
+    assert "fieldMatch" in (tmp_path / "store/out/README.md").read_text()
+    assert json.loads((tmp_path / "store/out/generation_config.json").read_text())["eos_token_id"] == 2
+
+
+def test_a_pod_that_only_lost_its_last_word_repeats_it(
+    make_run: Callable[..., Context], sets: tuple[str, str]
+) -> None:
+    short = spec(*sets, training={"maxSteps": 2})
+    first = finetune.run(make_run(finetune=short))
+    again = make_run(finetune=short)
+    assert finetune.run(again) == first
+    assert again.board.progress.stage == "Starting"  # nothing was done
+
+
+def test_lora_merges_into_a_model_that_answers_like_the_adapter(
+    make_run: Callable[..., Context], tiny_model: Path, sets: tuple[str, str], tmp_path: Path
+) -> None:
+    lora = {"method": "lora", "lora": {"r": 8, "alpha": 16}, "training": {**FULL["training"], "maxSteps": 20}}
+    result = finetune.run(make_run(finetune=spec(sets[0], **lora)))
+    merged = models.load(tmp_path / "store/out", "merged")
+    ids = torch.tensor([[5, 9, 200, 17, 300]])
+    base = models.load(tiny_model, "base")
+    assert not torch.allclose(merged.model(ids).logits, base.model(ids).logits, atol=1e-3)
+    ctx = make_run(uid="uid-2", output="pvc://store/adapter", finetune=spec(sets[0], **lora, merge=False))
+    finetune.run(ctx)
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(base.model, str(tmp_path / "store/adapter")).eval()
+    assert torch.allclose(merged.model(ids).logits, adapted(ids).logits, atol=1e-4)
+    assert result.artifact is not None
+    assert not list((tmp_path / "store/out").glob("adapter*"))
+
+
+def test_a_model_below_its_threshold_is_kept_aside(
+    make_run: Callable[..., Context], sets: tuple[str, str], tmp_path: Path
+) -> None:
+    strict = spec(*sets, training={"maxSteps": 1}, evaluation={"thresholds": {"exactMatch": 0.9}})
+    for _ in range(2):  # the second pod finds what the first one left
+        with pytest.raises(RunFailure) as caught:
+            finetune.run(make_run(finetune=strict))
+        assert caught.value.reason == "QualityBelowThreshold"
+        assert "exactMatch 0 is below 0.9" in caught.value.message
+        assert "pvc://store/out-rejected" in caught.value.message
+        assert not caught.value.retryable
+    assert not (tmp_path / "store/out").exists()
+    assert (tmp_path / "store/out-rejected/model.safetensors").is_file()
+
+
+def test_a_held_out_question_in_training_is_refused(
+    make_run: Callable[..., Context], jsonl: Callable[..., str]
+) -> None:
+    rows = [chat(*row) for row in task()]
+    leaked = chat("The  PRINTER in the lab is broken", "{}")
+    train, held_out = jsonl(rows, "train"), jsonl([chat("a new one", "{}"), leaked], "held-out")
+    with pytest.raises(RunFailure, match=r"1 of 2 held-out examples also occur in training; the first: line 2 .* line 2 of"):
+        finetune.run(make_run(finetune=spec(train, held_out)))
+
+
+def test_unknown_target_modules_are_listed(make_run: Callable[..., Context], sets: tuple[str, str]) -> None:
+    wrong = spec(sets[0], method="lora", lora={"targetModules": ["c_attn"]})
+    with pytest.raises(RunFailure, match=r"c_attn.*it has .*down_proj.*q_proj") as caught:
+        finetune.run(make_run(finetune=wrong))
+    assert caught.value.reason == "BadSpec"
+
+
+def test_early_stopping_stops(make_run: Callable[..., Context], sets: tuple[str, str]) -> None:
+    training = {**FULL["training"], "learningRate": 1e-8, "earlyStopping": {"patience": 2, "everySteps": 2, "minDelta": 0.1}}
+    result = finetune.run(make_run(finetune=spec(*sets, training=training)))
+    assert result.metrics["steps"] == 6  # one measurement sets the mark, two do not fall below it
