@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from localkube import images, paths, rootfs, shell, store
+from localkube import images, mounts, paths, rootfs, shell, store
 from localkube.images import Image
 from localkube.say import Failure, step
 
 HOST_CA = Path("/etc/ssl/certs/ca-certificates.crt")
-# For RUN steps only: these reach neither the image's configuration nor its layers.
-BUILD_ENV = {name: str(HOST_CA) for name in ["SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"]}
+# Programs that do not look where Debian keeps its bundle get it as a build argument, if declared.
+CA_ARGUMENTS = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
 def ensure(*names: str) -> None:
@@ -38,6 +38,20 @@ def ensure(*names: str) -> None:
                 _record(name, reference)
     if node:
         _drop_old([images.reference(name) for name in chosen])
+
+
+def record_present() -> None:
+    """Say of the images that the node kept from an earlier run that they are there."""
+    for name in images.IMAGES:
+        reference = images.reference(name)
+        if store.has(reference):
+            _record(name, reference)
+
+
+def purge() -> None:
+    with shell.locked(paths.BUILD_LOCK):
+        for folder in [paths.BUILDAH_RUN, paths.CACHE]:
+            mounts.remove(folder)
 
 
 def load(target: str) -> None:
@@ -70,7 +84,7 @@ def _ensure_built(image: Image) -> None:
         ignore.write_text(images.ignore_file(image))
         arguments += ["--ignorefile", str(ignore)]
     if image.base:
-        arguments += _run_mounts()
+        arguments += _run_options(image.dockerfile.read_text())
     shell.run(
         *_buildah("bud"), "--isolation", "chroot", "--layers", "--pull-never", "--format", "oci",
         "--file", image.dockerfile, "--tag", reference, *arguments, context,
@@ -80,12 +94,17 @@ def _ensure_built(image: Image) -> None:
     step(f"{image.name}: built")
 
 
-def _run_mounts() -> list[str]:
-    mounts = [f"{HOST_CA}:{HOST_CA}:ro"] if HOST_CA.exists() else []
+def _run_options(dockerfile: str) -> list[str]:
+    mounts, words = [], []
+    if HOST_CA.exists():
+        # For RUN steps only: neither the image's configuration nor its layers keep it.
+        mounts.append(f"{HOST_CA}:{HOST_CA}:ro")
+        wanted = [name for name in CA_ARGUMENTS if f"ARG {name}\n" in dockerfile]
+        words = [word for name in wanted for word in ("--build-arg", f"{name}={HOST_CA}")]
     sources = rootfs.host_sources()
     if sources is not None:
         mounts.append(f"{sources}:{rootfs.SOURCES}:ro")
-    return [word for mount in mounts for word in ("--volume", mount)]
+    return words + [word for mount in mounts for word in ("--volume", mount)]
 
 
 def _load(reference: str) -> None:
@@ -106,7 +125,10 @@ def _transfer(reference: str, known: set[str]) -> None:
         shared.mkdir(parents=True)
         for digest in known:
             os.link(store.BLOBS / digest, shared / digest)
-        shell.run(*_buildah("push"), "--disable-compression", reference, f"oci:{layout}:image", env=_environment())
+        source = f"containers-storage:[overlay@{paths.BUILDAH_ROOT}+{paths.BUILDAH_RUN}]{reference}"
+        # Uncompressed layers keep their digests, so those the node has are not even written.
+        copy = ["skopeo", "copy", "--quiet", "--dest-oci-accept-uncompressed-layers"]
+        shell.run(*copy, source, f"oci:{layout}:image", env=_environment())
         store.load(layout, reference, known)
     finally:
         shutil.rmtree(layout)
@@ -130,18 +152,15 @@ def _drop_old(current: list[str]) -> None:
 def _building() -> Iterator[None]:
     """One build at a time on a machine; what a killed one left is cleared first."""
     paths.LOG.mkdir(parents=True, exist_ok=True)
-    with shell.locked(paths.BUILD_LOCK):
-        shutil.rmtree(paths.WORK, ignore_errors=True)
-        paths.WORK.mkdir(parents=True)
-        (paths.WORK / "tmp").mkdir()
-        pairs = ", ".join(json.dumps(f"{key}={value}") for key, value in BUILD_ENV.items())
-        (paths.WORK / "containers.conf").write_text(f"[containers]\nenv = [{pairs}]\n")
+    with shell.locked(paths.BUILD_LOCK, inherited=True):
+        mounts.remove(paths.WORK)
+        (paths.WORK / "tmp").mkdir(parents=True)
         if paths.BUILDAH_ROOT.exists() and shell.run(*_buildah("containers"), "--quiet", env=_environment()).strip():
             shell.run(*_buildah("rm"), "--all", env=_environment())
         try:
             yield
         finally:
-            shutil.rmtree(paths.WORK, ignore_errors=True)
+            mounts.remove(paths.WORK)
 
 
 def _built() -> list[str]:
@@ -168,6 +187,5 @@ def _buildah(command: str) -> list[str]:
 def _environment() -> dict[str, str]:
     return {
         "TMPDIR": str(paths.WORK / "tmp"),
-        "CONTAINERS_CONF": str(paths.WORK / "containers.conf"),
         "BUILDAH_ISOLATION": "chroot",
     }

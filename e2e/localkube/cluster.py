@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
-from localkube import control, daemons, leftovers, network, node, paths, seed, shell, tools
+from localkube import build, control, daemons, leftovers, network, node, paths, seed, shell, tools
 from localkube.control import Endpoint
 from localkube.daemons import Daemon
 from localkube.paths import CLUSTER
@@ -45,7 +45,7 @@ def down(*, purge: bool = False) -> None:
         shutil.rmtree(paths.VOLUMES, ignore_errors=True)
         if purge:
             step(f"removing the caches below {paths.CACHE}")
-            shutil.rmtree(paths.CACHE, ignore_errors=True)
+            build.purge()
             shutil.rmtree(paths.LOCAL, ignore_errors=True)
     step("down")
 
@@ -98,6 +98,7 @@ def _start() -> None:
     step("starting the node")
     node.start_agents(authority, ENDPOINT, runtime)
     node.wait_ready()
+    build.record_present()
     step(f"node {paths.NODE} is Ready")
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 
-from localkube import daemons, network, paths, shell, tools
+from localkube import daemons, mounts, network, paths, tools
 from localkube.say import Failure, step
 
 MARKERS = (f"{paths.RUN}/", f"{paths.STATE}/")
@@ -28,14 +27,10 @@ def sweep() -> None:
     for marker in MARKERS:
         daemons.kill(daemons.marked(marker, PROGRAMS))
     kill_pods()
-    unmount()
     network.tear_down()
     remove_cgroups()
     for folder in [paths.STATE, paths.RUN]:
-        shutil.rmtree(folder, ignore_errors=True)
-    left = [str(folder) for folder in [paths.STATE, paths.RUN] if folder.exists()]
-    if left:
-        raise Failure(f"could not remove {', '.join(left)}", hint="see which process or mount holds it (/proc/mounts)")
+        mounts.remove(folder)
 
 
 def stop_daemons() -> None:
@@ -64,15 +59,6 @@ def kill_pods() -> None:
             return
         daemons.kill(pids)
     raise Failure("processes of pods do not end", hint=f"look below {CGROUPS}/*/{paths.CGROUP}")
-
-
-def unmount() -> None:
-    """Deepest first; a busy mount is detached."""
-    mounted = [line.split()[1].replace("\\040", " ") for line in Path("/proc/mounts").read_text().splitlines()]
-    places = tuple(f"{folder}/" for folder in [paths.RUN, paths.STATE, paths.VOLUMES])
-    for place in sorted((m for m in mounted if m.startswith(places)), reverse=True):
-        if shell.attempt("umount", place).returncode:
-            shell.attempt("umount", "--lazy", place)
 
 
 def remove_cgroups() -> None:

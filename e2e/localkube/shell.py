@@ -26,7 +26,14 @@ def run(
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as out:
             done = subprocess.run(
-                [str(a) for a in argv], env=_env(env), cwd=cwd, input=stdin, text=True, stdout=out, stderr=out
+                [str(a) for a in argv],
+                env=_env(env),
+                cwd=cwd,
+                input=stdin,
+                text=True,
+                stdout=out,
+                stderr=out,
+                close_fds=False,
             )
         if done.returncode:
             raise Failure(f"{_name(argv)} ended with {done.returncode}", log=log, hint=hint)
@@ -49,7 +56,7 @@ def attempt(
     words = [str(a) for a in argv]
     try:
         return subprocess.run(
-            words, env=_env(env), cwd=cwd, input=stdin, text=True, capture_output=True, timeout=timeout
+            words, env=_env(env), cwd=cwd, input=stdin, text=True, capture_output=True, timeout=timeout, close_fds=False
         )
     except (FileNotFoundError, subprocess.TimeoutExpired) as problem:
         return subprocess.CompletedProcess(words, 127, "", str(problem))
@@ -64,10 +71,14 @@ def wait_for(what: str, ready: Callable[[], bool], *, seconds: float, log: Path 
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a machine-wide lock file; says so when another process has it."""
+def locked(path: Path, *, inherited: bool = False) -> Iterator[None]:
+    """Hold a lock file; says so when another process has it.
+
+    Inherited: programs we run hold it too, so that if we are killed the next run waits for them to end.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:
+        os.set_inheritable(handle.fileno(), inherited)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

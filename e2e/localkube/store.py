@@ -40,8 +40,14 @@ def in_use() -> set[str]:
 
 
 def remove_images(references: Iterable[str]) -> None:
-    for reference in references:
-        shell.run(*CTR, "images", "remove", reference)
+    """Remove tags, and with them the names that containerd's CRI part gave the same images by digest."""
+    gone = set(references)
+    if not gone:
+        return
+    targets = {line.split()[0]: line.split()[2] for line in shell.run(*CTR, "images", "list").splitlines()[1:]}
+    kept = {target for name, target in targets.items() if name not in gone and not name.startswith("sha256:")}
+    orphans = {name for name, target in targets.items() if name.startswith("sha256:") and target not in kept}
+    shell.run(*CTR, "images", "remove", *sorted(gone), *sorted(orphans))
 
 
 def remove_containers() -> int:
@@ -69,6 +75,7 @@ def load(layout: Path, reference: str, known: set[str]) -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
+        close_fds=False,
     )
     assert importer.stdin is not None
     try:

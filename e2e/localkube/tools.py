@@ -44,6 +44,7 @@ NODE_PACKAGES = {
     "mmdebstrap": "/usr/bin/mmdebstrap",
     "debian-archive-keyring": "/usr/share/keyrings/debian-archive-keyring.gpg",
     "buildah": "/usr/bin/buildah",
+    "skopeo": "/usr/bin/skopeo",
 }
 
 
@@ -67,7 +68,7 @@ def ensure(names: Iterable[str] = ALL) -> None:
     """Build what is missing. The first start on a machine takes minutes, the next ones nothing."""
     wanted = list(names)
     if any(not path(name).exists() for name in wanted):
-        with shell.locked(paths.CACHE / "go-build.lock"):
+        with shell.locked(paths.CACHE / "go-build.lock", inherited=True):
             missing = [name for name in wanted if not path(name).exists()]
             if missing:
                 _build(missing)
