@@ -43,7 +43,7 @@ unit: $(READY) ## pure tests, milliseconds each
 	@$(PY) -m pytest -q tests/unit
 
 kube: $(READY) ## the operator against a real API server
-	@$(PY) -m pytest -q tests/kube
+	@$(PY) -m pytest -q tests/kube tests/chart
 
 DEBS := docker-registry apache2-utils skopeo haproxy
 debs:

@@ -1,0 +1,139 @@
+"""What the chart renders, told by the real helm: values are checked, everything is restricted, the CRDs are the generated ones."""
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "charts/slmops"
+HELM = ROOT / ".local/bin/helm"
+
+pytestmark = pytest.mark.skipif(
+    not HELM.exists() and not shutil.which("helm"), reason="needs helm: `make up` or `make kube` builds it"
+)
+
+Object = dict[str, Any]
+
+
+def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    program = str(HELM) if HELM.exists() else "helm"
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+
+
+def render(*sets: str) -> list[Object]:
+    flags = [part for item in sets for part in ("--set", item)]
+    done = helm("template", "slmops", str(CHART), "--namespace", "slmops-system", *flags)
+    assert done.returncode == 0, done.stderr
+    return [found for found in yaml.safe_load_all(done.stdout) if found]
+
+
+def plain(value: Any) -> Any:
+    """Numbers as floats: helm writes 1.0 as 1 and 2.0e-05 as 2e-05, which YAML 1.1 readers take for text."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [plain(inner) for inner in value]
+    if isinstance(value, bool) or value is None:
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+EVERYTHING = ("prometheus.bundled.enabled=true", "podMonitor.enabled=true")
+
+
+def test_lint_is_clean() -> None:
+    done = helm("lint", "--strict", str(CHART))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_charts_crds_are_the_generated_ones() -> None:
+    generated = {path.name: path.read_text() for path in (ROOT / "crds").glob("*.yaml")}
+    copied = {path.name: path.read_text() for path in (CHART / "files/crds").glob("*.yaml")}
+    assert generated == copied, "run `make crds`"
+    rendered = [found for found in render() if found["kind"] == "CustomResourceDefinition"]
+    assert len(rendered) == 4
+    for crd in rendered:
+        assert crd["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+        source = yaml.safe_load(generated[f"{crd['metadata']['name']}.yaml"])
+        assert plain(crd["spec"]) == plain(source["spec"])
+
+
+@pytest.mark.parametrize("found", render(*EVERYTHING) if HELM.exists() or shutil.which("helm") else [],
+                         ids=lambda found: f"{found['kind']}-{found['metadata']['name']}")
+def test_every_pod_is_restricted(found: Object) -> None:
+    pod = found.get("spec", {}).get("template", {}).get("spec")
+    if not pod:
+        return
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert "automountServiceAccountToken" in pod
+    for container in pod["containers"] + pod.get("initContainers", []):
+        context = container["securityContext"]
+        assert context["allowPrivilegeEscalation"] is False
+        assert context["readOnlyRootFilesystem"] is True
+        assert context["capabilities"] == {"drop": ["ALL"]}
+        assert "limits" in container["resources"]
+
+
+def test_no_namespace_given_means_a_cluster_role_and_some_mean_roles() -> None:
+    kinds = {(f["kind"], f["metadata"].get("namespace")) for f in render() if f["metadata"]["name"].endswith("-operator")}
+    assert ("ClusterRole", None) in kinds
+    bound = render("watchNamespaces={one,two}")
+    operator_roles = {f["metadata"].get("namespace") for f in bound
+                      if f["kind"] == "Role" and f["metadata"]["name"] == "slmops-operator"}
+    assert operator_roles == {"one", "two"}
+    assert not [f for f in bound if f["kind"] == "ClusterRoleBinding"]
+
+
+def test_the_operator_lists_no_secrets_and_no_configmaps() -> None:
+    (role,) = [f for f in render() if f["kind"] == "ClusterRole" and f["metadata"]["name"].endswith("-operator")]
+    for rule in role["rules"]:
+        assert "*" not in rule["verbs"] + rule["resources"] + rule["apiGroups"]
+        if set(rule["resources"]) & {"secrets", "configmaps"}:
+            assert not set(rule["verbs"]) & {"list", "watch", "deletecollection"}
+
+
+def environment(objects: list[Object]) -> dict[str, str]:
+    (operator,) = [f for f in objects if f["kind"] == "Deployment" and f["metadata"]["name"] == "slmops-operator"]
+    (container,) = operator["spec"]["template"]["spec"]["containers"]
+    return {entry["name"]: entry.get("value", "") for entry in container["env"]}
+
+
+def test_store_and_prometheus_follow_the_values() -> None:
+    env = environment(render())
+    assert env["SLMOPS_STORE"] == "oci://slmops-registry.slmops-system.svc:5000"
+    assert env["SLMOPS_PLAIN_HTTP"] == "slmops-registry.slmops-system.svc:5000"
+    assert env["SLMOPS_PROMETHEUS_URL"] == ""
+    assert environment(render(*EVERYTHING))["SLMOPS_PROMETHEUS_URL"] == "http://slmops-prometheus.slmops-system.svc:9090"
+    own = environment(render("registry.enabled=false", "store.url=oci://registry.example.com/ml", "prometheus.url=http://prom:9090"))
+    assert own["SLMOPS_STORE"] == "oci://registry.example.com/ml"
+    assert own["SLMOPS_PLAIN_HTTP"] == ""
+    assert own["SLMOPS_PROMETHEUS_URL"] == "http://prom:9090"
+
+
+@pytest.mark.parametrize(("value", "word"), [
+    ("bogus=1", "bogus"),
+    ("operator.workers=0", "workers"),
+    ("imagePullPolicy=Sometimes", "imagePullPolicy"),
+    ("store.url=http://registry", "url"),
+    ("prometheus.url=prom:9090", "url"),
+    ("watchNamespaces={UPPER}", "watchNamespaces"),
+    ("registry.persistence.size=big", "size"),
+])
+def test_wrong_values_are_refused_by_name(value: str, word: str) -> None:
+    done = helm("template", "slmops", str(CHART), "--set", value)
+    assert done.returncode != 0
+    assert word in done.stderr
+
+
+def test_settings_cover_the_charts_variables() -> None:
+    settings = (ROOT / "operator/slmops/settings.py").read_text()
+    for name in environment(render()):
+        assert f"{name.removeprefix('SLMOPS_').lower()}:" in settings, name
