@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +57,13 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
     """Flags win over the environment, the environment over the defaults. Exits 2 with usage on a bad value."""
     parser = argparse.ArgumentParser(prog="slmops-server", description=__doc__)
 
-    def option(name: str, default: str | None, convert: type | object, text: str, **more: object) -> None:
+    def option(
+        name: str,
+        default: str | None,
+        convert: Callable[[str], object],
+        text: str,
+        choices: tuple[str, ...] | None = None,
+    ) -> None:
         variable = PREFIX + name.upper().replace("-", "_")
         value = env.get(variable, default)
         parser.add_argument(
@@ -65,7 +71,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
             default=value,
             type=convert,
             help=f"{text} [{variable}, {default or 'none'}]",
-            **more,  # type: ignore[arg-type]
+            choices=choices,
         )
 
     option("model", None, str, "model folder: genai_config.json, the ONNX graph and the tokenizer")

@@ -1,8 +1,8 @@
 """The engine process: one thread that owns the model, drives the engine and turns tokens into text.
 
 It talks to the front over one inherited socket, a JSON object per line. In: {"op": "run"|"cancel"|"ping", ...}.
-Out: {"phase": ...}, {"ready": {...}}, {"fatal": message}, {"pong": n},
-{"ev": [[job, text, tokens, finish, times], ...]}. `times` comes with `finish` only: [first token, last token] in seconds of CLOCK_MONOTONIC (one clock for all processes
+Out: {"phase": ...}, {"ready": {...}}, {"fatal": text}, {"pong": n}, {"ev": [[job, text, tokens, finish, times], ...]};
+`times` comes with `finish` only: first and last token in seconds of CLOCK_MONOTONIC (one clock for all processes
 of a machine) and the gaps between tokens in microseconds.
 """
 
@@ -27,6 +27,7 @@ from slmops_server.engines.base import Engine, EngineRefusedError, Job, Sampling
 
 log = logging.getLogger("slmops_server.engine")
 WARM_UP = "Hello"
+LISTEN_EVERY = 0.0005  # seconds
 
 
 class Channel:
@@ -83,9 +84,14 @@ class Worker:
 
     def run(self) -> None:
         """Until the front is gone."""
+        listened = 0.0
         while True:
-            for message in self._channel.receive(block=not self._engine.busy):
-                self._take(message)
+            busy = self._engine.busy
+            # a tiny model's step is shorter than a system call is cheap: look for mail once in a while only
+            if not busy or time.monotonic() - listened > LISTEN_EVERY:
+                for message in self._channel.receive(block=not busy):
+                    self._take(message)
+                listened = time.monotonic()
             if self._engine.busy:
                 self.step()
 

@@ -32,7 +32,7 @@ class DoesNotFitError(Exception):
 
 
 def plan_slots(folder: ModelFolder, max_len: int, wanted: int, memory: int) -> int:
-    """Slots that fit into `memory` bytes beside the model. DoesNotFitError when the wanted (or the first) one does not."""
+    """Slots that fit into `memory` bytes beside the model. DoesNotFitError when it does not fit."""
     row = folder.kv_bytes(max_len)
     left = memory - folder.model_bytes - RUNTIME_BYTES
     slots = wanted or max(1, min(DEFAULT_SLOTS, left // row))

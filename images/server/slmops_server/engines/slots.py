@@ -55,7 +55,7 @@ class SlotEngine:
     @property
     def busy(self) -> bool:
         """See Engine."""
-        return bool(self._waiting) or self.running > 0
+        return bool(self._waiting) or any(self._rows)
 
     @property
     def running(self) -> int:

@@ -1,0 +1,111 @@
+"""Detokenisation and stop strings, as tables and against the tokenizers library."""
+
+import random
+from pathlib import Path
+
+import pytest
+from slmops_server.detok import DetokenizerFactory, StopScanner
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(tiny / "tokenizer.json"))
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    stream = DetokenizerFactory(tokenizer).new()
+    return [stream.feed(i) for i in ids]
+
+
+@pytest.mark.parametrize("text", ["Hello, wörld", "Привет, мир!", "你好 🤗🚀 a🤗b", "  two  spaces\n\ttabs ", "e\u0301 \u200d"])
+def test_text_comes_back_in_whole_characters(tokenizer: Tokenizer, text: str) -> None:
+    got = pieces(tokenizer, tokenizer.encode(text).ids)
+    assert "".join(got) == text
+    assert not any("\ufffd" in piece for piece in got)
+
+
+def test_a_character_cut_by_the_end_is_not_sent(tokenizer: Tokenizer) -> None:
+    ids = [tokenizer.token_to_id(c) for c in ("a", "ð", "Ł", "¤")]  # a and three of the four bytes of an emoji
+    assert pieces(tokenizer, ids) == ["a", "", "", ""]
+
+
+def test_special_tokens_are_silent(tokenizer: Tokenizer) -> None:
+    ids = [tokenizer.token_to_id("a"), tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("b")]
+    assert pieces(tokenizer, ids) == ["a", "", "b"]
+
+
+def test_unknown_ids_are_silent(tokenizer: Tokenizer) -> None:
+    assert pieces(tokenizer, [100000, -1]) == ["", ""]
+
+
+def test_random_tokens_decode_as_the_library_does(tokenizer: Tokenizer) -> None:
+    draw = random.Random(1)
+    for _ in range(300):
+        ids = [draw.randrange(3, tokenizer.get_vocab_size()) for _ in range(draw.randrange(1, 30))]
+        ours, whole = "".join(pieces(tokenizer, ids)), tokenizer.decode(ids)
+        assert whole.startswith(ours)
+        assert set(whole[len(ours) :]) <= {"\ufffd"}  # the cut end, which the library shows as broken
+
+
+def test_a_sentencepiece_style_vocabulary_with_byte_fallback() -> None:
+    vocab = {"<unk>": 0, "<0xF0>": 1, "<0x9F>": 2, "<0xA4>": 3, "<0x97>": 4, "\u2581the": 5, "\u2581end": 6}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    assert pieces(tokenizer, [5, 1, 2, 3, 4, 6]) == ["the", "", "", "", "🤗", " end"]
+
+
+def test_any_other_decoder_goes_through_the_library() -> None:
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "play": 1, "##ing": 2, "now": 3}, unk_token="[UNK]"))
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert "".join(pieces(tokenizer, [1, 2, 3])) == "playing now"
+
+
+STOPS = [
+    # stops, pieces fed, what is sent for each, whether it stopped
+    (["END"], ["some", " text"], ["some", " text"], False),
+    (["END"], ["abEND", "more"], ["ab"], True),
+    (["END"], ["ab E", "N", "D after"], ["ab ", "", ""], True),
+    (["END"], ["E", "N", "X"], ["", "", "ENX"], False),
+    (["aab"], ["a", "a", "a", "b"], ["", "", "a", ""], True),
+    (["ab", "b"], ["xa", "b"], ["x", ""], True),
+    (["\n\n"], ["one\n", "two\n", "\n"], ["one", "\ntwo", ""], True),
+    (["long stop", "st"], ["a long ", "st"], ["a ", "long "], True),
+    ([], ["anything"], ["anything"], False),
+    (["é"], ["caf", "é"], ["caf", ""], True),
+]
+
+
+@pytest.mark.parametrize(("stops", "fed", "sent", "stopped"), STOPS)
+def test_stop_strings_across_pieces(stops: list[str], fed: list[str], sent: list[str], stopped: bool) -> None:
+    scanner = StopScanner(stops)
+    got = []
+    for piece in fed:
+        text, done = scanner.feed(piece)
+        got.append(text)
+        if done:
+            break
+    assert (got, done) == (sent, stopped)
+    assert stopped or "".join(got) + scanner.flush() == "".join(fed)
+
+
+def test_stop_strings_cut_at_the_same_place_however_the_text_is_split() -> None:
+    draw = random.Random(2)
+    for _ in range(2000):
+        text = "".join(draw.choice("aab ") for _ in range(24))
+        stops = ["".join(draw.choice("ab ") for _ in range(draw.randrange(1, 4))) for _ in range(draw.randrange(1, 4))]
+        cuts = sorted(draw.sample(range(len(text)), 6))
+        scanner, out, done = StopScanner(stops), "", False
+        for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+            piece, done = scanner.feed(text[start:end])
+            out += piece
+            if done:
+                break
+        out += scanner.flush()
+        # a stop met earlier in the stream wins, as a reader of the stream would see it
+        first_end = min((text.find(s) + len(s) for s in stops if s in text), default=None)
+        assert done == (first_end is not None)
+        assert out == text if not done else text.startswith(out) and not any(s in out for s in stops)
