@@ -37,8 +37,17 @@ def install(kube: Kubectl, *values: str, images: dict[str, str] | None = None) -
     sets += ["prometheus.bundled.enabled=true", *values]
     flags = [part for item in sets for part in ("--set", item)]
     return _helm(
-        kube, "upgrade", "--install", RELEASE, str(ROOT / "charts/slmops"), "--namespace", NAMESPACE,
-        "--wait", "--timeout", "240s", *flags,
+        kube,
+        "upgrade",
+        "--install",
+        RELEASE,
+        str(ROOT / "charts/slmops"),
+        "--namespace",
+        NAMESPACE,
+        "--wait",
+        "--timeout",
+        "240s",
+        *flags,
     )
 
 

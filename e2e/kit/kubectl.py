@@ -20,11 +20,11 @@ class KubectlError(Exception):
     """kubectl said no; the message is its own."""
 
 
-class TimedOut(AssertionError):
+class TimedOut(AssertionError):  # noqa: N818  # reads as what happened
     """A condition did not come true in time."""
 
 
-def wait_for(what: str, probe: Callable[[], T], timeout: float = 60.0, every: float = 0.5) -> T:
+def wait_for(what: str, probe: Callable[[], T | None], timeout: float = 60.0, every: float = 0.5) -> T:
     """The first true value of `probe()`. Raises TimedOut naming `what` and the last value after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while True:
@@ -53,7 +53,12 @@ class Kubectl:
         """Standard output of `kubectl -n <namespace> <args>`. Raises KubectlError."""
         done = subprocess.run(
             [self.program, "-n", self.namespace, *args],
-            input=stdin, env=self.env, capture_output=True, text=True, timeout=timeout, check=False,
+            input=stdin,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
         if done.returncode:
             raise KubectlError(done.stderr.strip() or done.stdout.strip())
@@ -105,10 +110,13 @@ class Kubectl:
 
     @contextmanager
     def port_forward(self, target: str, port: int) -> Iterator[str]:
-        """`http://127.0.0.1:<free port>` that leads to `target` (for example service/assistant) while the block runs."""
+        """`http://127.0.0.1:<free port>` leading to `target` (for example service/assistant) while the block runs."""
         with subprocess.Popen(
             [self.program, "-n", self.namespace, "port-forward", target, f":{port}"],
-            env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         ) as process:
             try:
                 assert process.stdout is not None

@@ -30,29 +30,50 @@ def evaluation(**extra: object) -> Object:
 
 def finetune(name: str = "teacher", **spec: object) -> Object:
     """A full fine-tune of the tiny base, about half a minute."""
-    return obj("FineTuneJob", name, {
-        "base": {"uri": f"{STORE}/base:tiny"}, "method": "full", "dataset": dataset("train.jsonl"),
-        "training": TRAINING, "evaluation": evaluation(), "pod": SMALL_POD, **spec,
-    })
+    return obj(
+        "FineTuneJob",
+        name,
+        {
+            "base": {"uri": f"{STORE}/base:tiny"},
+            "method": "full",
+            "dataset": dataset("train.jsonl"),
+            "training": TRAINING,
+            "evaluation": evaluation(),
+            "pod": SMALL_POD,
+            **spec,
+        },
+    )
 
 
 def quantize(name: str, kind: str, source: str, precision: str, **spec: object) -> Object:
     """An ONNX conversion."""
-    return obj("QuantizedModel", name, {
-        "source": {"ref": {"kind": kind, "name": source}}, "precision": precision, "pod": SMALL_POD, **spec,
-    })
+    return obj(
+        "QuantizedModel",
+        name,
+        {
+            "source": {"ref": {"kind": kind, "name": source}},
+            "precision": precision,
+            "pod": SMALL_POD,
+            **spec,
+        },
+    )
 
 
 def deployment(name: str, model: str, **spec: object) -> Object:
     """A ModelDeployment of a QuantizedModel."""
-    return obj("ModelDeployment", name, {
-        "model": {"ref": {"kind": "QuantizedModel", "name": model}},
-        "pod": {"resources": {"requests": {"cpu": "50m", "memory": "128Mi"}, "limits": {"memory": "1Gi"}}}, **spec,
-    })
+    return obj(
+        "ModelDeployment",
+        name,
+        {
+            "model": {"ref": {"kind": "QuantizedModel", "name": model}},
+            "pod": {"resources": {"requests": {"cpu": "50m", "memory": "128Mi"}, "limits": {"memory": "1Gi"}}},
+            **spec,
+        },
+    )
 
 
 def describe(kube: Kubectl) -> str:
     """The chain as a user sees it, for messages of failed assertions."""
     return kube.run("get", "slm,pods", "-o", "wide") + json.dumps(
-        {o["metadata"]["name"]: o.get("status", {}).get("conditions") for k in KINDS for o in kube.list(k)}, indent=1)
-
+        {o["metadata"]["name"]: o.get("status", {}).get("conditions") for k in KINDS for o in kube.list(k)}, indent=1
+    )

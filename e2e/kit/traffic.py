@@ -23,8 +23,9 @@ class Tally:
 class Traffic:
     """Closed-loop clients in threads: `with Traffic(url, model, prompts) as t: ...; t.tally`."""
 
-    def __init__(self, url: str, model: str, prompts: list[str], *, clients: int = 2, pause: float = 0.05,
-                 max_tokens: int = 40) -> None:
+    def __init__(
+        self, url: str, model: str, prompts: list[str], *, clients: int = 2, pause: float = 0.05, max_tokens: int = 40
+    ) -> None:
         self.url, self.model, self.prompts = url, model, prompts
         self.clients, self.pause, self.max_tokens = clients, pause, max_tokens
         self.tally = Tally()
@@ -65,10 +66,16 @@ class Traffic:
             self._stop.wait(self.pause)
 
     def _ask(self, prompt: str, *, stream: bool) -> None:
-        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0,
-                "max_tokens": self.max_tokens, "stream": stream}
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": 0,
+            "max_tokens": self.max_tokens,
+            "stream": stream,
+        }
         request = urllib.request.Request(
-            f"{self.url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+            f"{self.url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=60) as answer:
             if answer.status != 200:
                 raise ValueError(f"status {answer.status}")

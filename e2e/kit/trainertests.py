@@ -22,8 +22,23 @@ def pytest_folder() -> str:
         part = folder.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)
         subprocess.run(
-            [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--require-hashes", "--no-deps",
-             "--python-version", "3.13", "--only-binary=:all:", "--target", str(part), "-r", str(requirements)],
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--disable-pip-version-check",
+                "--require-hashes",
+                "--no-deps",
+                "--python-version",
+                "3.13",
+                "--only-binary=:all:",
+                "--target",
+                str(part),
+                "-r",
+                str(requirements),
+            ],
             check=True,
         )
         part.rename(folder)
@@ -41,27 +56,45 @@ def pod(image: str, arguments: list[str]) -> Object:
             "restartPolicy": "Never",
             "automountServiceAccountToken": False,
             "securityContext": {"runAsUser": 65532, "runAsGroup": 65532, "runAsNonRoot": True},
-            "containers": [{
-                "name": "tests",
-                "image": image,
-                "imagePullPolicy": "Never",
-                "command": ["python", "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir=/tests", "--import-mode=importlib",
-                            "-p", "no:cacheprovider", "--timeout=900", *arguments],
-                "env": [
-                    {"name": "PYTHONPATH", "value": "/opt/pytest"},
-                    {"name": "PYTHONDONTWRITEBYTECODE", "value": "1"},
-                    {"name": "HOME", "value": "/tmp"},
-                ],
-                "resources": {"limits": {"memory": "8Gi"}},
-                "securityContext": {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True,
-                                    "capabilities": {"drop": ["ALL"]}, "seccompProfile": {"type": "RuntimeDefault"}},
-                "volumeMounts": [
-                    {"name": "tests", "mountPath": "/tests", "readOnly": True},
-                    {"name": "pytest", "mountPath": "/opt/pytest", "readOnly": True},
-                    {"name": "tmp", "mountPath": "/tmp"},
-                    {"name": "work", "mountPath": "/slmops"},
-                ],
-            }],
+            "containers": [
+                {
+                    "name": "tests",
+                    "image": image,
+                    "imagePullPolicy": "Never",
+                    "command": [
+                        "python",
+                        "-m",
+                        "pytest",
+                        "-q",
+                        "-c",
+                        "/dev/null",
+                        "--rootdir=/tests",
+                        "--import-mode=importlib",
+                        "-p",
+                        "no:cacheprovider",
+                        "--timeout=900",
+                        *arguments,
+                    ],
+                    "env": [
+                        {"name": "PYTHONPATH", "value": "/opt/pytest"},
+                        {"name": "PYTHONDONTWRITEBYTECODE", "value": "1"},
+                        {"name": "HOME", "value": "/tmp"},
+                    ],
+                    "resources": {"limits": {"memory": "8Gi"}},
+                    "securityContext": {
+                        "allowPrivilegeEscalation": False,
+                        "readOnlyRootFilesystem": True,
+                        "capabilities": {"drop": ["ALL"]},
+                        "seccompProfile": {"type": "RuntimeDefault"},
+                    },
+                    "volumeMounts": [
+                        {"name": "tests", "mountPath": "/tests", "readOnly": True},
+                        {"name": "pytest", "mountPath": "/opt/pytest", "readOnly": True},
+                        {"name": "tmp", "mountPath": "/tmp"},
+                        {"name": "work", "mountPath": "/slmops"},
+                    ],
+                }
+            ],
             "volumes": [
                 *({"name": name, "hostPath": {"path": path, "type": "Directory"}} for name, path in mounts.items()),
                 {"name": "tmp", "emptyDir": {}},

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from kit import chart
 from kit.kubectl import Kubectl, Object, TimedOut, wait_for
 from kit.objects import REGISTRY, STORE
@@ -48,16 +49,21 @@ def worker_pod(name: str, image: str, command: list[str], files: str) -> Object:
             "restartPolicy": "Never",
             "automountServiceAccountToken": False,
             "securityContext": {"runAsNonRoot": True, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
-            "containers": [{
-                "name": "main",
-                "image": image,
-                "imagePullPolicy": "Never",
-                "command": command,
-                "env": [{"name": "SLMOPS_PLAIN_HTTP", "value": REGISTRY}, {"name": "HOME", "value": "/tmp"}],
-                "securityContext": {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True,
-                                    "capabilities": {"drop": ["ALL"]}},
-                "volumeMounts": [{"name": "files", "mountPath": "/files"}, {"name": "tmp", "mountPath": "/tmp"}],
-            }],
+            "containers": [
+                {
+                    "name": "main",
+                    "image": image,
+                    "imagePullPolicy": "Never",
+                    "command": command,
+                    "env": [{"name": "SLMOPS_PLAIN_HTTP", "value": REGISTRY}, {"name": "HOME", "value": "/tmp"}],
+                    "securityContext": {
+                        "allowPrivilegeEscalation": False,
+                        "readOnlyRootFilesystem": True,
+                        "capabilities": {"drop": ["ALL"]},
+                    },
+                    "volumeMounts": [{"name": "files", "mountPath": "/files"}, {"name": "tmp", "mountPath": "/tmp"}],
+                }
+            ],
             "volumes": [{"name": "files", "configMap": {"name": files}}, {"name": "tmp", "emptyDir": {}}],
         },
     }
@@ -69,10 +75,14 @@ def seeded(installed: Kubectl, images: dict[str, str]) -> str:
     kube = installed.within("e2e-seed")
     kube.delete("namespace", "e2e-seed")
     kube.apply(chart.namespace("e2e-seed"))
-    kube.apply({
-        "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "seed"},
-        "data": {"seed_tiny.py": (HERE / "seed_tiny.py").read_text(encoding="utf-8")},
-    })
+    kube.apply(
+        {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": {"name": "seed"},
+            "data": {"seed_tiny.py": (HERE / "seed_tiny.py").read_text(encoding="utf-8")},
+        }
+    )
     kube.apply(worker_pod("seed", images["trainer"], ["python", "/files/seed_tiny.py", STORE], "seed"))
 
     def phase() -> str:

@@ -2,8 +2,8 @@
 
     python seed_tiny.py oci://registry/e2e
 
-`<root>/base:tiny` a randomly initialised Qwen2 of about 0.15 M parameters with its tokenizer, `<root>/data:tiny` the files
-train.jsonl (messages), prompts.jsonl (messages without the answer) and heldout.jsonl. The task: name colour and shape.
+`<root>/base:tiny` a randomly initialised Qwen2 of about 0.13 M parameters with its tokenizer, `<root>/data:tiny` the
+files train.jsonl (messages), prompts.jsonl (messages without the answer) and heldout.jsonl. The task: name colour and shape.
 """
 
 import json
@@ -18,7 +18,11 @@ from slmops_artifacts import Manifest, push
 COLOURS = ["red", "green", "blue", "black", "white", "yellow", "pink", "brown"]
 SHAPES = ["box", "ball", "cone", "ring", "plate", "stick"]
 SIZES = ["tiny", "small", "large", "huge"]
-FORMS = ["I want a {size} {colour} {shape}", "send me the {colour} {shape}, {size}", "{colour} {shape} please, {size} one"]
+FORMS = [
+    "I want a {size} {colour} {shape}",
+    "send me the {colour} {shape}, {size}",
+    "{colour} {shape} please, {size} one",
+]
 
 Example = dict[str, list[dict[str, str]]]
 
@@ -58,8 +62,15 @@ def make_base(folder: Path, texts: list[str]) -> None:
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
-    raw.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=512, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    raw.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=512,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<|pad|>", eos_token="<|end|>")
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
@@ -67,9 +78,17 @@ def make_base(folder: Path, texts: list[str]) -> None:
     torch.manual_seed(7)
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     config = Qwen2Config(
-        vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
-        eos_token_id=end, bos_token_id=None, pad_token_id=tokenizer.convert_tokens_to_ids("<|pad|>"),
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        eos_token_id=end,
+        bos_token_id=None,
+        pad_token_id=tokenizer.convert_tokens_to_ids("<|pad|>"),
     )
     model = Qwen2ForCausalLM(config)
     model.generation_config.eos_token_id = end

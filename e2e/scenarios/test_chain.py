@@ -2,6 +2,8 @@
 
 import json
 
+from openai import OpenAI
+
 from kit.kubectl import Kubectl, wait_for
 from kit.objects import (
     SMALL_POD,
@@ -16,13 +18,18 @@ from kit.objects import (
     quantize,
 )
 from kit.traffic import Traffic
-from openai import OpenAI
 
 CANARY = {
     "steps": [{"weight": 20, "pauseSeconds": 5}, {"weight": 60, "pauseSeconds": 5}],
     "analysis": {
-        "intervalSeconds": 3, "windowSeconds": 20, "minSamples": 10, "passes": 2,
-        "metrics": [{"name": "errors", "builtin": "errorRate", "max": 0.05}, {"name": "p95", "builtin": "latencyP95", "max": 20}],
+        "intervalSeconds": 3,
+        "windowSeconds": 20,
+        "minSamples": 10,
+        "passes": 2,
+        "metrics": [
+            {"name": "errors", "builtin": "errorRate", "max": 0.05},
+            {"name": "p95", "builtin": "latencyP95", "max": 20},
+        ],
     },
     "scaleDownDelaySeconds": 5,
 }
@@ -32,19 +39,30 @@ def chain() -> list[dict[str, object]]:
     """Last step first: nothing that an object refers to exists when it is applied."""
     return [
         deployment("shop", "student-fp32", rollout=CANARY),
-        quantize("student-int4", "DistillationJob", "student", "int4",
-                 gate={"dataset": dataset("heldout.jsonl"), "metric": "exactMatch", "maxDrop": 1.0, "maxTokens": 40}),
+        quantize(
+            "student-int4",
+            "DistillationJob",
+            "student",
+            "int4",
+            gate={"dataset": dataset("heldout.jsonl"), "metric": "exactMatch", "maxDrop": 1.0, "maxTokens": 40},
+        ),
         quantize("student-fp32", "DistillationJob", "student", "fp32"),
-        obj("DistillationJob", "student", {
-            "teacher": {"deploymentRef": {"name": "teacher"}},
-            "student": {"uri": f"{STORE}/base:tiny"},
-            "data": {
-                "prompts": {**dataset("prompts.jsonl"), "limit": 300},
-                "generation": {"temperature": 0, "maxTokens": 40, "concurrency": 4},
-                "filters": {"validJson": True},
+        obj(
+            "DistillationJob",
+            "student",
+            {
+                "teacher": {"deploymentRef": {"name": "teacher"}},
+                "student": {"uri": f"{STORE}/base:tiny"},
+                "data": {
+                    "prompts": {**dataset("prompts.jsonl"), "limit": 300},
+                    "generation": {"temperature": 0, "maxTokens": 40, "concurrency": 4},
+                    "filters": {"validJson": True},
+                },
+                "training": TRAINING,
+                "evaluation": evaluation(),
+                "pod": SMALL_POD,
             },
-            "training": TRAINING, "evaluation": evaluation(), "pod": SMALL_POD,
-        }),
+        ),
         deployment("teacher", "teacher-fp32"),
         quantize("teacher-fp32", "FineTuneJob", "teacher", "fp32"),
         finetune("teacher"),
@@ -66,7 +84,9 @@ def test_chain(space: Kubectl, seeded: str) -> None:
     with space.port_forward("service/shop", 8000) as url:
         client = OpenAI(base_url=f"{url}/v1", api_key="none")
         answer = client.chat.completions.create(
-            model="shop", temperature=0, max_tokens=40,
+            model="shop",
+            temperature=0,
+            max_tokens=40,
             messages=[{"role": "user", "content": "I want a tiny red box"}],
         )
         assert set(json.loads(answer.choices[0].message.content or "")) == {"colour", "shape"}

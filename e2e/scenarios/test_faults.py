@@ -50,8 +50,11 @@ def test_pod_deleted_in_training_resumes(space: Kubectl, seeded: str) -> None:
 def test_suspend_keeps_what_was_done(space: Kubectl, seeded: str) -> None:
     training = {**TRAINING, "maxSteps": 1500, "checkpoint": {"everySeconds": 5}}
     space.apply(finetune("pausing", training=training, evaluation=None))
-    wait_for("training is under way",
-             lambda: (status_of(space, "finetunejob", "pausing").get("progress") or {}).get("stage") == "Training", 240)
+    wait_for(
+        "training is under way",
+        lambda: (status_of(space, "finetunejob", "pausing").get("progress") or {}).get("stage") == "Training",
+        240,
+    )
     space.patch("finetunejob", "pausing", {"spec": {"suspend": True}})
     wait_for("no pod is left", lambda: not [p for p in space.list("pods") if p["status"]["phase"] == "Running"], 90)
     condition = wait_for("Suspended", lambda: space.condition("finetunejob", "pausing", "Suspended"), 30)
@@ -61,7 +64,7 @@ def test_suspend_keeps_what_was_done(space: Kubectl, seeded: str) -> None:
     assert done["status"]["metrics"]["resumed_at_step"] > 0, done["status"]["metrics"]
 
 
-TEACHER = '''
+TEACHER = """
 import json, http.server
 class Teacher(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -74,7 +77,8 @@ class Teacher(http.server.BaseHTTPRequestHandler):
         text = json.dumps({"colour": colour, "shape": shape})
         Teacher.asked += 1
         self.reply({"id": "x", "object": "chat.completion", "created": 0, "model": body["model"],
-                    "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
+                    "choices": [{"index": 0, "finish_reason": "stop",
+                                 "message": {"role": "assistant", "content": text}}],
                     "usage": {"prompt_tokens": 9, "completion_tokens": 9, "total_tokens": 18}})
     def do_GET(self):
         self.reply({"asked": Teacher.asked})
@@ -87,7 +91,7 @@ class Teacher(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
     def log_message(self, *_): pass
 http.server.ThreadingHTTPServer(("", 8000), Teacher).serve_forever()
-'''
+"""
 
 
 def teacher_objects(image: str) -> list[Object]:
@@ -95,30 +99,64 @@ def teacher_objects(image: str) -> list[Object]:
     labels = {"app": "teacher"}
     return [
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "teacher"}, "data": {"teacher.py": TEACHER}},
-        {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "teacher"},
-         "spec": {"selector": labels, "ports": [{"port": 8000}]}},
-        {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "teacher"},
-         "spec": {"replicas": 0, "selector": {"matchLabels": labels}, "template": {
-             "metadata": {"labels": labels},
-             "spec": {
-                 "securityContext": {"runAsNonRoot": True, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
-                 "containers": [{
-                     "name": "teacher", "image": image, "imagePullPolicy": "Never", "command": ["python", "/files/teacher.py"],
-                     "readinessProbe": {"httpGet": {"path": "/", "port": 8000}, "periodSeconds": 1},
-                     "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
-                     "volumeMounts": [{"name": "files", "mountPath": "/files"}]}],
-                 "volumes": [{"name": "files", "configMap": {"name": "teacher"}}]}}}},
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": "teacher"},
+            "spec": {"selector": labels, "ports": [{"port": 8000}]},
+        },
+        {
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": {"name": "teacher"},
+            "spec": {
+                "replicas": 0,
+                "selector": {"matchLabels": labels},
+                "template": {
+                    "metadata": {"labels": labels},
+                    "spec": {
+                        "securityContext": {
+                            "runAsNonRoot": True,
+                            "runAsUser": 65532,
+                            "seccompProfile": {"type": "RuntimeDefault"},
+                        },
+                        "containers": [
+                            {
+                                "name": "teacher",
+                                "image": image,
+                                "imagePullPolicy": "Never",
+                                "command": ["python", "/files/teacher.py"],
+                                "readinessProbe": {"httpGet": {"path": "/", "port": 8000}, "periodSeconds": 1},
+                                "securityContext": {
+                                    "allowPrivilegeEscalation": False,
+                                    "capabilities": {"drop": ["ALL"]},
+                                },
+                                "volumeMounts": [{"name": "files", "mountPath": "/files"}],
+                            }
+                        ],
+                        "volumes": [{"name": "files", "configMap": {"name": "teacher"}}],
+                    },
+                },
+            },
+        },
     ]
 
 
 def test_teacher_down_then_back(space: Kubectl, seeded: str, images: dict[str, str]) -> None:
     space.apply(*teacher_objects(images["operator"]))
-    space.apply(obj("DistillationJob", "student", {
-        "teacher": {"endpoint": {"url": f"http://teacher.{space.namespace}.svc:8000/v1", "model": "any"}},
-        "student": {"uri": f"{STORE}/base:tiny"},
-        "data": {"prompts": {**dataset("prompts.jsonl"), "limit": 100}},
-        "training": {**TRAINING, "maxSteps": 20}, "pod": SMALL_POD,
-    }))
+    space.apply(
+        obj(
+            "DistillationJob",
+            "student",
+            {
+                "teacher": {"endpoint": {"url": f"http://teacher.{space.namespace}.svc:8000/v1", "model": "any"}},
+                "student": {"uri": f"{STORE}/base:tiny"},
+                "data": {"prompts": {**dataset("prompts.jsonl"), "limit": 100}},
+                "training": {**TRAINING, "maxSteps": 20},
+                "pod": SMALL_POD,
+            },
+        )
+    )
 
     def says_so() -> bool:
         status = status_of(space, "distillationjob", "student")
@@ -133,7 +171,12 @@ def test_teacher_down_then_back(space: Kubectl, seeded: str, images: dict[str, s
 
 
 def test_quota_forbids_the_pod_then_grows(space: Kubectl, seeded: str) -> None:
-    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "small"}, "spec": {"hard": {"limits.memory": "1Gi"}}}
+    quota = {
+        "apiVersion": "v1",
+        "kind": "ResourceQuota",
+        "metadata": {"name": "small"},
+        "spec": {"hard": {"limits.memory": "1Gi"}},
+    }
     space.apply(quota)
     space.apply(finetune("squeezed", training={**TRAINING, "maxSteps": 5}, evaluation=None))
 
@@ -147,8 +190,14 @@ def test_quota_forbids_the_pod_then_grows(space: Kubectl, seeded: str) -> None:
 
 
 def test_missing_secret_mends_itself(space: Kubectl, seeded: str) -> None:
-    space.apply(finetune("locked", base={"uri": f"{STORE}/base:tiny", "secretRef": {"name": "later"}},
-                         training={**TRAINING, "maxSteps": 5}, evaluation=None))
+    space.apply(
+        finetune(
+            "locked",
+            base={"uri": f"{STORE}/base:tiny", "secretRef": {"name": "later"}},
+            training={**TRAINING, "maxSteps": 5},
+            evaluation=None,
+        )
+    )
 
     def said() -> bool:
         ready = space.condition("finetunejob", "locked", "Ready") or {}
@@ -156,16 +205,26 @@ def test_missing_secret_mends_itself(space: Kubectl, seeded: str) -> None:
 
     wait_for("the condition names the Secret", said, 30)
     assert not space.list("pods"), "no pod may run before its Secret is there"
-    space.apply({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "later"}, "type": "kubernetes.io/dockerconfigjson",
-                 "stringData": {".dockerconfigjson": '{"auths": {}}'}})
+    space.apply(
+        {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": {"name": "later"},
+            "type": "kubernetes.io/dockerconfigjson",
+            "stringData": {".dockerconfigjson": '{"auths": {}}'},
+        }
+    )
     space.wait_ready("finetunejob", "locked", 180)
 
 
 def test_a_gpu_job_lands_on_the_node_that_has_one(space: Kubectl, seeded: str) -> None:
     node = space.list("nodes")[0]["metadata"]["name"]
     gpu = "nvidia.com/gpu"
-    pod = {"resources": {"limits": {"memory": "3Gi", gpu: 1}}, "tolerations": [{"key": gpu, "operator": "Exists"}],
-           "env": [{"name": "OMP_NUM_THREADS", "value": "1"}]}
+    pod = {
+        "resources": {"limits": {"memory": "3Gi", gpu: 1}},
+        "tolerations": [{"key": gpu, "operator": "Exists"}],
+        "env": [{"name": "OMP_NUM_THREADS", "value": "1"}],
+    }
     space.apply(finetune("accelerated", pod=pod, training={**TRAINING, "maxSteps": 5}, evaluation=None))
 
     def waits() -> bool:
@@ -179,7 +238,9 @@ def test_a_gpu_job_lands_on_the_node_that_has_one(space: Kubectl, seeded: str) -
         limits = [p["spec"]["containers"][0]["resources"]["limits"] for p in space.list("pods")]
         assert all(limit[gpu] == "1" for limit in limits), limits
     finally:
-        space.patch("node", node, {"status": {"capacity": {gpu: None}, "allocatable": {gpu: None}}}, subresource="status")
+        space.patch(
+            "node", node, {"status": {"capacity": {gpu: None}, "allocatable": {gpu: None}}}, subresource="status"
+        )
 
 
 def test_names_of_63_characters(space: Kubectl, seeded: str) -> None:

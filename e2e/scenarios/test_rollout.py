@@ -1,9 +1,10 @@
-"""Rollouts under continuous traffic on the node: no request is lost, whatever happens to the operator or the candidate."""
+"""Rollouts under continuous traffic on the node: no request is lost, whatever happens to operator or candidate."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from kit import chart
 from kit.kubectl import Kubectl, wait_for
 from kit.objects import TRAINING, deployment, describe, finetune, quantize
@@ -12,7 +13,11 @@ from kit.traffic import Traffic
 PROMPTS = ["I want a tiny red box", "blue ring please, huge one", "send me the green cone, small"]
 STEPS = [{"weight": 20, "pauseSeconds": 4}, {"weight": 50, "pauseSeconds": 4}]
 ANALYSIS = {
-    "intervalSeconds": 2, "windowSeconds": 20, "minSamples": 5, "passes": 2, "failureLimit": 1,
+    "intervalSeconds": 2,
+    "windowSeconds": 20,
+    "minSamples": 5,
+    "passes": 2,
+    "failureLimit": 1,
     "metrics": [{"name": "errors", "builtin": "errorRate", "max": 0.05}],
 }
 
@@ -25,7 +30,8 @@ def shop(installed: Kubectl, seeded: str) -> Iterator[Kubectl]:
     kube.apply(chart.namespace("e2e-rollout"))
     kube.apply(
         finetune("base", training={**TRAINING, "maxSteps": 30}, evaluation=None),
-        quantize("one", "FineTuneJob", "base", "fp32"), quantize("two", "FineTuneJob", "base", "int4"),
+        quantize("one", "FineTuneJob", "base", "fp32"),
+        quantize("two", "FineTuneJob", "base", "int4"),
         quantize("three", "FineTuneJob", "base", "int4", blockSize=16),
         deployment("shop", "one", rollout={"steps": STEPS, "analysis": ANALYSIS, "scaleDownDelaySeconds": 3}),
     )
@@ -108,10 +114,16 @@ def test_slow_candidate_is_rolled_back(shop: Kubectl) -> None:
 def test_candidate_that_never_starts_is_rolled_back(shop: Kubectl) -> None:
     before = status(shop)["stable"]
     with shop.port_forward("service/shop", 8000) as url, Traffic(f"{url}/v1", "shop", PROMPTS) as traffic:
-        shop.patch("modeldeployment", "shop", {"spec": {"engine": {"args": ["--no-such-flag"]}, "rollout": {"progressDeadlineSeconds": 20}}})
+        shop.patch(
+            "modeldeployment",
+            "shop",
+            {"spec": {"engine": {"args": ["--no-such-flag"]}, "rollout": {"progressDeadlineSeconds": 20}}},
+        )
         phase_is(shop, "RolledBack", timeout=120)
         assert status(shop)["stable"]["revision"] == before["revision"]
-        shop.patch("modeldeployment", "shop", {"spec": {"engine": {"args": None}, "rollout": {"progressDeadlineSeconds": 600}}})
+        shop.patch(
+            "modeldeployment", "shop", {"spec": {"engine": {"args": None}, "rollout": {"progressDeadlineSeconds": 600}}}
+        )
         shop.wait_ready("modeldeployment", "shop", 60)
     assert traffic.tally.lost == 0, traffic.tally
 
@@ -140,4 +152,6 @@ def test_scale_and_delete(shop: Kubectl) -> None:
     shop.run("scale", "modeldeployment/shop", "--replicas=2")
     wait_for("two ready pods", lambda: status(shop)["readyReplicas"] == 2, 120)
     shop.delete("modeldeployment", "shop")
-    wait_for("all its children are gone", lambda: not shop.list("deployments,services,pods", "slmops.dev/owner=shop"), 120)
+    wait_for(
+        "all its children are gone", lambda: not shop.list("deployments,services,pods", "slmops.dev/owner=shop"), 120
+    )

@@ -8,7 +8,8 @@ from kit.objects import TRAINING, deployment, finetune, quantize
 def test_uninstall_with_live_objects(space: Kubectl, seeded: str, images: dict[str, str], installed: Kubectl) -> None:
     space.apply(
         finetune("base", training={**TRAINING, "maxSteps": 30}, evaluation=None),
-        quantize("onnx", "FineTuneJob", "base", "fp32"), deployment("shop", "onnx"),
+        quantize("onnx", "FineTuneJob", "base", "fp32"),
+        deployment("shop", "onnx"),
     )
     space.wait_ready("modeldeployment", "shop", 300)
     space.apply(finetune("running", training={**TRAINING, "maxSteps": 100000}, evaluation=None))

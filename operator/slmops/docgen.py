@@ -33,7 +33,9 @@ def _limits(schema: dict[str, Any]) -> str:
         high = f"{'<' if schema.get('exclusiveMaximum') else '≤'} {schema['maximum']}" if "maximum" in schema else ""
         words.append(", ".join(part for part in (low, high) if part))
     if "default" in schema and not isinstance(schema["default"], dict | list):
-        words.append(f"default `{str(schema['default']).lower() if schema['default'] in (True, False) else schema['default']}`")
+        words.append(
+            f"default `{str(schema['default']).lower() if schema['default'] in (True, False) else schema['default']}`"
+        )
     return "; ".join(words)
 
 
@@ -67,9 +69,15 @@ def section(crd: dict[str, Any]) -> str:
     head = "| field | type | limits | meaning |\n|---|---|---|---|\n"
     spec, status = top["spec"], top["status"]
     return (
-        f"### spec\n\n{head}" + "\n".join(rows(spec)) + "\n\n"
-        + "### Rules across fields\n\n" + "\n".join(dict.fromkeys(rules(spec))) + "\n\n"
-        + f"### status\n\n{head}" + "\n".join(rows(status)) + "\n"
+        f"### spec\n\n{head}"
+        + "\n".join(rows(spec))
+        + "\n\n"
+        + "### Rules across fields\n\n"
+        + "\n".join(dict.fromkeys(rules(spec)))
+        + "\n\n"
+        + f"### status\n\n{head}"
+        + "\n".join(rows(status))
+        + "\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""What the chart renders, told by the real helm: values are checked, everything is restricted, the CRDs are the generated ones."""
+"""What the chart renders, by the real helm: values are checked, all is restricted, the CRDs are the generated ones."""
 
 import shutil
 import subprocess
@@ -65,8 +65,11 @@ def test_the_charts_crds_are_the_generated_ones() -> None:
         assert plain(crd["spec"]) == plain(source["spec"])
 
 
-@pytest.mark.parametrize("found", render(*EVERYTHING) if HELM.exists() or shutil.which("helm") else [],
-                         ids=lambda found: f"{found['kind']}-{found['metadata']['name']}")
+@pytest.mark.parametrize(
+    "found",
+    render(*EVERYTHING) if HELM.exists() or shutil.which("helm") else [],
+    ids=lambda found: f"{found['kind']}-{found['metadata']['name']}",
+)
 def test_every_pod_is_restricted(found: Object) -> None:
     pod = found.get("spec", {}).get("template", {}).get("spec")
     if not pod:
@@ -83,11 +86,16 @@ def test_every_pod_is_restricted(found: Object) -> None:
 
 
 def test_no_namespace_given_means_a_cluster_role_and_some_mean_roles() -> None:
-    kinds = {(f["kind"], f["metadata"].get("namespace")) for f in render() if f["metadata"]["name"].endswith("-operator")}
+    kinds = {
+        (f["kind"], f["metadata"].get("namespace")) for f in render() if f["metadata"]["name"].endswith("-operator")
+    }
     assert ("ClusterRole", None) in kinds
     bound = render("watchNamespaces={one,two}")
-    operator_roles = {f["metadata"].get("namespace") for f in bound
-                      if f["kind"] == "Role" and f["metadata"]["name"] == "slmops-operator"}
+    operator_roles = {
+        f["metadata"].get("namespace")
+        for f in bound
+        if f["kind"] == "Role" and f["metadata"]["name"] == "slmops-operator"
+    }
     assert operator_roles == {"one", "two"}
     assert not [f for f in bound if f["kind"] == "ClusterRoleBinding"]
 
@@ -111,22 +119,29 @@ def test_store_and_prometheus_follow_the_values() -> None:
     assert env["SLMOPS_STORE"] == "oci://slmops-registry.slmops-system.svc:5000"
     assert env["SLMOPS_PLAIN_HTTP"] == "slmops-registry.slmops-system.svc:5000"
     assert env["SLMOPS_PROMETHEUS_URL"] == ""
-    assert environment(render(*EVERYTHING))["SLMOPS_PROMETHEUS_URL"] == "http://slmops-prometheus.slmops-system.svc:9090"
-    own = environment(render("registry.enabled=false", "store.url=oci://registry.example.com/ml", "prometheus.url=http://prom:9090"))
+    assert (
+        environment(render(*EVERYTHING))["SLMOPS_PROMETHEUS_URL"] == "http://slmops-prometheus.slmops-system.svc:9090"
+    )
+    own = environment(
+        render("registry.enabled=false", "store.url=oci://registry.example.com/ml", "prometheus.url=http://prom:9090")
+    )
     assert own["SLMOPS_STORE"] == "oci://registry.example.com/ml"
     assert own["SLMOPS_PLAIN_HTTP"] == ""
     assert own["SLMOPS_PROMETHEUS_URL"] == "http://prom:9090"
 
 
-@pytest.mark.parametrize(("value", "word"), [
-    ("bogus=1", "bogus"),
-    ("operator.workers=0", "workers"),
-    ("imagePullPolicy=Sometimes", "imagePullPolicy"),
-    ("store.url=http://registry", "url"),
-    ("prometheus.url=prom:9090", "url"),
-    ("watchNamespaces={UPPER}", "watchNamespaces"),
-    ("registry.persistence.size=big", "size"),
-])
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [
+        ("bogus=1", "bogus"),
+        ("operator.workers=0", "workers"),
+        ("imagePullPolicy=Sometimes", "imagePullPolicy"),
+        ("store.url=http://registry", "url"),
+        ("prometheus.url=prom:9090", "url"),
+        ("watchNamespaces={UPPER}", "watchNamespaces"),
+        ("registry.persistence.size=big", "size"),
+    ],
+)
 def test_wrong_values_are_refused_by_name(value: str, word: str) -> None:
     done = helm("template", "slmops", str(CHART), "--set", value)
     assert done.returncode != 0
