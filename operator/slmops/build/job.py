@@ -94,6 +94,7 @@ def revised(current: Object, spec: BatchSpec) -> Object | None:
             "namespace": metadata["namespace"],
             "resourceVersion": metadata["resourceVersion"],
             "labels": metadata.get("labels") or {},
+            "annotations": metadata.get("annotations") or {},
             "ownerReferences": metadata.get("ownerReferences") or [],
         },
         "spec": {**wanted, **{name: have[name] for name in kept if name in have}},

@@ -29,10 +29,11 @@ _UNITS = {
 
 def stamped(obj: Object) -> Object:
     """`obj` with the hash of itself as its annotation."""
-    text = json.dumps(obj, sort_keys=True, separators=(",", ":"))
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     metadata = obj["metadata"]
-    return {**obj, "metadata": {**metadata, "annotations": {**(metadata.get("annotations") or {}), APPLIED: digest}}}
+    notes = {name: value for name, value in (metadata.get("annotations") or {}).items() if name != APPLIED}
+    text = json.dumps({**obj, "metadata": {**metadata, "annotations": notes}}, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return {**obj, "metadata": {**metadata, "annotations": {**notes, APPLIED: digest}}}
 
 
 def covers(current: Any, wanted: Any, *, quantity: bool = False) -> bool:

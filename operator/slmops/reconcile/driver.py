@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from slmops.api.meta import Condition, Status
 from slmops.cluster.port import Cluster, ClusterError, Key, Object
 from slmops.reconcile import conditions
+from slmops.reconcile.ownership import check_ours
 from slmops.reconcile.protocol import Reconciler, World
 from slmops.reconcile.state import Event, Plan, Retry, Routes, Terminal
 from slmops.remote.errors import RemoteError
@@ -90,7 +91,7 @@ class Driver:
         key = Key(child["kind"], child["metadata"]["namespace"], child["metadata"]["name"])
         current = self.cluster.get(key)
         if current is not None:
-            _check_ours(owner, current)
+            check_ours(owner, current)
             if current["metadata"].get("deletionTimestamp"):
                 raise Retry("ChildTerminating", f"{key.kind} {key.name} of before is still being deleted.", after=2.0)
         try:
@@ -102,7 +103,7 @@ class Driver:
         current = self.cluster.get(key)
         if current is None or current["metadata"].get("deletionTimestamp"):
             return
-        _check_ours(owner, current)
+        check_ours(owner, current)
         self.cluster.delete(key, uid=current["metadata"]["uid"])
 
     def _not_yet(self, obj: Object, retry: Retry, now: datetime) -> float:
@@ -156,19 +157,6 @@ def _merged(obj: Object, marked: list[Condition], generation: int) -> Object:
 def _serves(obj: Object) -> bool:
     """A ModelDeployment goes on serving while it cannot be changed; a batch object is Ready at its end or never."""
     return bool(obj["kind"] == "ModelDeployment")
-
-
-def _check_ours(owner: Object, current: Object) -> None:
-    """Refuse to touch an object that merely has the name of our child."""
-    metadata = current["metadata"]
-    if any(ref.get("uid") == owner["metadata"]["uid"] for ref in metadata.get("ownerReferences") or []):
-        return
-    what = f"{current.get('kind', 'Object')} {metadata['name']}"
-    raise Retry(
-        "NameConflict",
-        f"{what} exists already and does not belong to this object: delete or rename it.",
-        after=30.0,
-    )
 
 
 def _explain(error: ClusterError, what: str) -> None:

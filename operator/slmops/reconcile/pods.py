@@ -107,11 +107,8 @@ def _named(pod: Object, terminated: Object, code: int | None) -> tuple[str, str]
     said = f": {terminated['message']}" if terminated.get("message") else ""
     if code is None:
         return "InternalError", f"Pod {name} failed before its container ran{said}"
-    return (
-        "InternalError",
-        f"The container ended with exit code {code} and gave no reason{said}. "
-        f"Its log: kubectl -n {namespace} logs {name}",
-    )
+    log = f"Its log: kubectl -n {namespace} logs {name}"
+    return "InternalError", f"The container ended with exit code {code} and gave no reason{said}. {log}"
 
 
 def _out_of_memory(pod: Object) -> str:

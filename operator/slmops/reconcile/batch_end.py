@@ -1,0 +1,171 @@
+"""How a batch object ends: its result, its failure, trying again, and the removal of its Job. Pure."""
+
+import math
+from datetime import timedelta
+from typing import Any
+
+from slmops.api.meta import Failure, Lineage, Progress
+from slmops.api.run import EXIT_FATAL, RunResult
+from slmops.api.times import parse, stamp
+from slmops.cluster.port import Object
+from slmops.reconcile import conditions
+from slmops.reconcile.batch_pass import Pass, complete, failed, going_on, plan
+from slmops.reconcile.conditions import cut
+from slmops.reconcile.pods import INTERRUPTED, failure_of, result_of
+from slmops.reconcile.state import Event, Plan
+
+# Reasons for which the world is to blame: it may mend itself, or be mended, without a change of the object.
+WORLD = frozenset({"SourceUnavailable", "SourceNotFound", "StoreUnavailable", "TeacherUnavailable", "AccessDenied"})
+RETRY_FIRST = timedelta(seconds=30)
+RETRY_MOST = timedelta(hours=1)
+RECHECK_FAILED = 60.0  # seconds between two looks at a failed object's ConfigMaps and Secrets
+LINEAGE_MAX = 64
+
+
+def conclude(p: Pass, job: Object) -> Plan | None:
+    """End the object if its run is over; None while it is not."""
+    for pod in reversed(p.seen.pods):
+        result = result_of(pod)
+        if result is not None and result.succeeded and result.artifact is not None and failure_of(pod, p.now) is None:
+            return _succeeded(p, pod, result)
+    if _is(job, "Complete"):
+        return _without_result(p)
+    if _is(job, "Failed"):
+        return _failed(p, _cause(p, job))
+    return None
+
+
+def collected(p: Pass) -> Plan:
+    """Keep a finished object as it is; remove its Job when its time has come."""
+    status = p.status.model_copy(
+        update={
+            "observed_generation": p.generation,
+            "conditions": [c.model_copy(update={"observed_generation": p.generation}) for c in p.status.conditions],
+        }
+    )
+    again = RECHECK_FAILED if p.seen.inputs else None
+    job, ttl, end = p.seen.job, p.spec.ttl_seconds_after_finished, p.status.completion_time
+    if job is None or ttl is None or end is None or job["metadata"].get("deletionTimestamp"):
+        return plan(status, requeue=again)
+    left = p.until(stamp(parse(end) + timedelta(seconds=ttl)))
+    if left > 0:
+        return plan(status, requeue=min(left, again or left))
+    return plan(status, requeue=again, delete=(p.job_key,))
+
+
+def worth_again(p: Pass) -> bool:
+    """Whether something was changed that could make a failed object succeed."""
+    if p.seen.inputs and p.status.inputs and p.seen.inputs != p.status.inputs:
+        return True
+    said, failure = conditions.find(p.status.conditions, conditions.FAILED), p.status.last_failure
+    if said is None or failure is None or (said.observed_generation or 0) >= p.generation:
+        return False
+    if failure.reason == "DeadlineExceeded":
+        limit = p.spec.active_deadline_seconds
+        return limit is None or limit > _ran_seconds(p)
+    return failure.exit_code != EXIT_FATAL and p.spec.backoff_limit >= p.status.attempts
+
+
+def retry_delay(retries: int) -> timedelta:
+    """How long to wait before a whole run is tried again for the `retries`+1st time."""
+    return min(RETRY_FIRST * (1 << min(retries, 16)), RETRY_MOST)
+
+
+def _succeeded(p: Pass, pod: Object, result: RunResult) -> Plan:
+    assert result.artifact is not None
+    artifact = result.artifact
+    table = {name: getattr(result, name) or None for name in ("quality", "size", "delta")}
+    known = {name: value for name, value in table.items() if name in type(p.status).model_fields}
+    message = cut(f"Wrote {artifact.uri}" + (f"; {result.quality}" if result.quality else ""))
+    status = complete(
+        p,
+        message,
+        artifact=artifact,
+        lineage=Lineage(digest=artifact.digest, parents=result.lineage[:LINEAGE_MAX]),
+        metrics=_numbers(result) or None,
+        completion_time=_finished_at(pod) or p.stamp(),
+        progress=Progress(percent=100, stage="Done", time=p.stamp()),
+        **known,
+    )
+    return plan(status, Event("Succeeded", message), requeue=p.spec.ttl_seconds_after_finished)
+
+
+def _without_result(p: Pass) -> Plan:
+    """The Job says complete, but nobody left a result."""
+    if not p.seen.pods:
+        # The pod went before it could be read. What it wrote is still there, and a new pod finds it.
+        message = "The pod went before its result was read; another one looks for what it wrote."
+        failure = Failure(reason="ResultLost", message=message, time=p.stamp())
+        status = going_on(p, "Waiting", failure.reason, message, next_retry_time=p.stamp(), last_failure=failure)
+        return plan(status, Event(failure.reason, message, warning=True), requeue=1.0)
+    name = p.seen.pods[-1]["metadata"]["name"]
+    message = f"Pod {name} ended well but left no result. Is spec.pod.image a trainer of this version?"
+    return _failed(p, Failure(reason="InternalError", message=message, exit_code=EXIT_FATAL, time=p.stamp()))
+
+
+def _failed(p: Pass, failure: Failure) -> Plan:
+    event = Event(failure.reason, failure.message, warning=True)
+    measured = _last_result(p)
+    found: dict[str, Any] = {"metrics": _numbers(measured) or p.status.metrics} if measured else {}
+    if failure.reason in WORLD:
+        at = stamp(p.now + retry_delay(p.status.retries))
+        message = f"{failure.message} The next try starts at {at}."
+        status = going_on(p, "Waiting", failure.reason, message, next_retry_time=at, last_failure=failure, **found)
+        return plan(status, event, requeue=p.until(at))
+    status = failed(p, failure, completion_time=failure.time, **found)
+    return plan(status, event, requeue=p.spec.ttl_seconds_after_finished)
+
+
+def _cause(p: Pass, job: Object) -> Failure:
+    """Why the Job failed: what its last failed pod said, unless the Job itself knows better."""
+    said = _condition(job, "Failed")
+    reason, time = str(said.get("reason") or "Failed"), said.get("lastTransitionTime") or p.stamp()
+    if reason == "DeadlineExceeded":
+        limit = (job.get("spec") or {}).get("activeDeadlineSeconds")
+        message = (
+            f"The run took longer than spec.activeDeadlineSeconds ({limit} s). "
+            "Raise it, or remove it: the run goes on from its checkpoint."
+        )
+        return Failure(reason=reason, message=message, time=time)
+    for pod in reversed(p.seen.pods):
+        found = failure_of(pod, p.now)
+        if found is not None and found.reason != INTERRUPTED:
+            return found
+    if p.status.last_failure is not None:
+        return p.status.last_failure
+    return Failure(reason=reason, message=cut(str(said.get("message") or "The Job failed.")), time=time)
+
+
+def _ran_seconds(p: Pass) -> float:
+    if p.status.start_time is None or p.status.completion_time is None:
+        return 0.0
+    return (parse(p.status.completion_time) - parse(p.status.start_time)).total_seconds()
+
+
+def _last_result(p: Pass) -> RunResult | None:
+    return next((found for pod in reversed(p.seen.pods) if (found := result_of(pod)) is not None), None)
+
+
+def _numbers(result: RunResult | None) -> dict[str, float]:
+    """Measured values; what is not finite cannot be written as JSON."""
+    return {name: value for name, value in result.metrics.items() if math.isfinite(value)} if result else {}
+
+
+def _finished_at(pod: Object) -> str | None:
+    for container in (pod.get("status") or {}).get("containerStatuses") or []:
+        found = ((container.get("state") or {}).get("terminated") or {}).get("finishedAt")
+        if found:
+            return str(found)
+    return None
+
+
+def _condition(job: Object, kind: str) -> Object:
+    for condition in (job.get("status") or {}).get("conditions") or []:
+        if condition.get("type") == kind and condition.get("status") == "True":
+            found: Object = condition
+            return found
+    return {}
+
+
+def _is(job: Object, kind: str) -> bool:
+    return bool(_condition(job, kind))

@@ -1,0 +1,167 @@
+"""The life of a batch object, from waiting for its sources to its end: `decide`. Pure; see batch.py for the rules."""
+
+from datetime import timedelta
+
+from slmops.api.meta import Failure
+from slmops.api.times import parse, stamp
+from slmops.build.job import revised
+from slmops.cluster.port import Object
+from slmops.reconcile import conditions
+from slmops.reconcile.batch_end import collected, conclude, worth_again
+from slmops.reconcile.batch_pass import ANNOTATION_INPUTS, Pass, going_on, plan, progress
+from slmops.reconcile.pods import INTERRUPTED, Trouble, created, ended, failure_of, running, trouble_of
+from slmops.reconcile.state import Event, Plan
+
+POLL_RUNNING = 3.0  # seconds between two looks at a run's progress
+POLL_PODLESS = 5.0  # and at the Job's events while it has no pod: nothing else tells why
+
+
+def decide(p: Pass) -> Plan:
+    """Decide on one object."""
+    if conditions.is_true(p.status.conditions, conditions.COMPLETE):
+        return collected(p)
+    if conditions.is_true(p.status.conditions, conditions.FAILED):
+        if not worth_again(p):
+            return collected(p)
+        p = Pass(p.obj, p.spec, p.status.model_copy(update={"next_retry_time": p.stamp()}), p.seen, p.now)
+    if p.seen.job is None or _stale(p, p.seen.job):
+        return _between_jobs(p)
+    return _with_job(p, p.seen.job)
+
+
+def _stale(p: Pass, job: Object) -> bool:
+    """Whether the Job is the one that a retry shall replace: a Job made for the retry is younger than its time."""
+    return p.status.next_retry_time is not None and created(job) < parse(p.status.next_retry_time)
+
+
+def _between_jobs(p: Pass) -> Plan:
+    seen, old = p.seen, p.seen.job
+    if p.spec.suspend:
+        return _suspended(p, delete=old is not None)
+    retry_at, failure = p.status.next_retry_time, p.status.last_failure
+    if retry_at and failure and p.until(retry_at) and not _changed(p):
+        status = going_on(p, "Waiting", failure.reason, f"{failure.message} The next try starts at {retry_at}.")
+        return plan(status, requeue=p.until(retry_at))
+    if old is not None:
+        # A retry whose time was brought forward: the old Job has to be older than it in the next pass, too.
+        due = retry_at if retry_at and not p.until(retry_at) else p.stamp()
+        status = going_on(p, "Waiting", "Retrying", "The Job of the last try is removed.", next_retry_time=due)
+        gone = () if old["metadata"].get("deletionTimestamp") else (p.job_key,)
+        return plan(status, delete=gone, requeue=POLL_PODLESS)
+    if seen.former:
+        message = f"Pod {seen.former[0]} of the last try still saves its checkpoint."
+        return plan(going_on(p, "Waiting", "PodTerminating", message), requeue=POLL_PODLESS)
+    if seen.wanted is None:
+        blocked = seen.blocked
+        if blocked is None:  # cannot be: observing looks for what is wanted whenever there is no Job
+            raise AssertionError("neither a Job wanted nor a reason against it")
+        return plan(going_on(p, "Waiting", blocked.reason, blocked.message), requeue=blocked.after)
+    status = going_on(
+        p,
+        "Pending",
+        "Starting",
+        "The pod starts.",
+        inputs=seen.inputs or None,
+        next_retry_time=None,
+        retries=p.status.retries + (retry_at is not None),
+    )
+    return plan(status, apply=(seen.wanted,), requeue=POLL_PODLESS)
+
+
+def _changed(p: Pass) -> bool:
+    return bool(p.seen.inputs) and p.status.inputs is not None and p.seen.inputs != p.status.inputs
+
+
+def _suspended(p: Pass, *, delete: bool = False, apply: Object | None = None) -> Plan:
+    alive = [pod for pod in p.seen.pods if not ended(pod)]
+    message = "Suspended by spec.suspend."
+    if alive:
+        message = f"Suspended by spec.suspend; pod {alive[-1]['metadata']['name']} saves a checkpoint and ends."
+    status = going_on(p, "Suspended", "Suspended", message, suspended=True)
+    return plan(status, delete=(p.job_key,) if delete else (), apply=(apply,) if apply else ())
+
+
+def _with_job(p: Pass, job: Object) -> Plan:
+    retries = p.status.retries + (p.status.next_retry_time is not None)
+    inputs = (job["metadata"].get("annotations") or {}).get(ANNOTATION_INPUTS) or p.status.inputs
+    begun = p.status.start_time or (p.seen.pods[0]["metadata"]["creationTimestamp"] if p.seen.pods else None)
+    noted = p.status.model_copy(
+        update={
+            "retries": retries,
+            "next_retry_time": None,
+            "inputs": inputs,
+            "start_time": begun,
+            "attempts": int((job.get("status") or {}).get("failed") or 0),
+        }
+    )
+    p = Pass(p.obj, p.spec, noted, p.seen, p.now)
+    over = conclude(p, job)
+    if over is not None:
+        return over
+    if job["metadata"].get("deletionTimestamp"):
+        status = going_on(p, "Pending", "JobDeleted", "The Job was deleted; another one follows.")
+        return plan(status, requeue=POLL_PODLESS)
+    if p.spec.suspend and p.spec.queue_name:
+        return _suspended(p, delete=True)  # a queued Job's suspend is Kueue's; without the Job nothing is queued
+    change = revised(job, p.spec)
+    if p.spec.suspend:
+        return _suspended(p, apply=change)
+    return _on_its_way(p, job, change)
+
+
+def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
+    apply = (change,) if change else ()
+    failure = _last_failure(p)
+    news = () if failure is None or failure == p.status.last_failure else (_attempt_failed(failure),)
+    pod = next((pod for pod in reversed(p.seen.pods) if not ended(pod)), None)
+    if pod is not None and running(pod):
+        message = f"Pod {pod['metadata']['name']} runs."
+        status = going_on(p, "Running", "Running", message, progress=progress(p), last_failure=failure)
+        return plan(status, *news, apply=apply, requeue=POLL_RUNNING)
+    if p.spec.queue_name and job["spec"].get("suspend"):
+        message = f"Waits in queue {p.spec.queue_name} to be admitted."
+        return plan(going_on(p, "Queued", "Queued", message, last_failure=failure), *news, apply=apply)
+    trouble = trouble_of(pod) if pod is not None else _refused(p, job)
+    if trouble is not None:
+        message = trouble.message
+        known = conditions.find(p.status.conditions, conditions.READY)
+        if trouble.reason == "ImagePullBackOff" and known and known.reason == trouble.reason:
+            message = known.message  # the kubelet says two things in turns; the first one has the cause
+        status = going_on(p, "Pending", trouble.reason, message, last_failure=failure)
+        first = known is None or known.reason != trouble.reason
+        events = (*news, Event(trouble.reason, message, warning=True)) if first else news
+        return plan(status, *events, apply=apply, requeue=None if pod else POLL_PODLESS)
+    reason, message = "Starting", "The pod starts."
+    if failure is not None:
+        reason = "Retrying"
+        message = f"Attempt {p.status.attempts + 1} of {p.spec.backoff_limit + 1} starts; before: {failure.message}"
+    status = going_on(p, "Pending", reason, message, last_failure=failure)
+    return plan(status, *news, apply=apply, requeue=None if pod else POLL_PODLESS)
+
+
+def _last_failure(p: Pass) -> Failure | None:
+    """Why the last pod failed; a pod that was merely stopped did not fail."""
+    for pod in reversed(p.seen.pods):
+        found = failure_of(pod, p.now)
+        if found is not None and found.reason != INTERRUPTED:
+            return found
+    return p.status.last_failure
+
+
+def _attempt_failed(failure: Failure) -> Event:
+    return Event("AttemptFailed", f"{failure.reason}: {failure.message}", warning=True)
+
+
+def _refused(p: Pass, job: Object) -> Trouble | None:
+    """Why the Job's controller could not create the pod: only an Event of it says so."""
+    uid, since = job["metadata"]["uid"], created(job) - timedelta(seconds=1)
+    for event in reversed(p.seen.events):
+        about = (event.get("involvedObject") or {}).get("uid")
+        when = event.get("lastTimestamp") or event.get("eventTime") or stamp(p.now)
+        if about != uid or event.get("reason") != "FailedCreate" or parse(when) < since:
+            continue
+        said = str(event.get("message") or "").removeprefix("Error creating: ")
+        if "exceeded quota" in said:
+            return Trouble("QuotaExceeded", f"The namespace's quota forbids the pod: {said}")
+        return Trouble("PodRefused", f"The pod cannot be created: {said}")
+    return None
