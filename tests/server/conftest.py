@@ -1,97 +1,12 @@
-import contextlib
-import json
-import os
-import signal
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
-REPO = Path(__file__).parents[2]
-TINY = Path(__file__).parent / "data" / "tiny-int4"
+sys.path.insert(0, str(Path(__file__).parent))  # test modules are imported by path, their helper needs one
 
-
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 30) -> object:
-    """Poll a condition about the world; fails with `what` when it never holds."""
-    end = time.monotonic() + seconds
-    while True:
-        with contextlib.suppress(httpx.TransportError, OSError):
-            if result := condition():
-                return result
-        if time.monotonic() > end:
-            pytest.fail(f"never happened within {seconds} s: {what}")
-        time.sleep(0.01)
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-class Server:
-    """A real slmops-server process with a real model."""
-
-    def __init__(self, log: Path, *args: str, model: Path = TINY, ready: bool = True) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log = log
-        env = {**os.environ, "PYTHONPATH": str(REPO / "images" / "server")}
-        if (installed := Path("/opt/slmops")).is_dir():  # inside the image the installed package is the one to test
-            env["PYTHONPATH"] = str(installed)
-        with log.open("wb") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "slmops_server", "--model", str(model), "--served-name", "tiny"]
-                + ["--host", "127.0.0.1", "--port", str(self.port), "--threads", "1", *args],
-                env=env, stdout=out, stderr=subprocess.STDOUT,
-            )
-        self.http = httpx.Client(base_url=self.url, timeout=30)
-        if ready:
-            wait_for(lambda: self.process.poll() is not None or self.probe("readyz") == 200, "the server is ready")
-            assert self.process.poll() is None, log.read_text()
-
-    def probe(self, name: str) -> int:
-        return self.http.get(f"/{name}").status_code
-
-    def metric(self, name: str, **labels: str) -> float:
-        """The sum of all series of that name with these labels."""
-        total = 0.0
-        for line in self.http.get("/metrics").text.splitlines():
-            series, _, value = line.rpartition(" ")
-            if series.split("{")[0] == name and all(f'{k}="{v}"' in series for k, v in labels.items()):
-                total += float(value)
-        return total
-
-    @property
-    def idle(self) -> bool:
-        return self.metric("vllm:num_requests_running") + self.metric("vllm:num_requests_waiting") == 0
-
-    @property
-    def engine_pid(self) -> int | None:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return int(children[0]) if children else None
-
-    def complete(self, **fields: object) -> httpx.Response:
-        body = {"model": "tiny", "prompt": "The printer", "temperature": 0, "max_tokens": 8, **fields}
-        return self.http.post("/v1/completions", content=json.dumps(body))
-
-    def chat(self, text: str = "hi", **fields: object) -> httpx.Response:
-        body = {"model": "tiny", "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 8}
-        return self.http.post("/v1/chat/completions", content=json.dumps({**body, **fields}))
-
-    def terminate(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-
-    def close(self) -> None:
-        self.http.close()
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
+from server_harness import TINY, Server
 
 
 @pytest.fixture(scope="session")

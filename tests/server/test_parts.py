@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from slmops_server import cgroup, model_folder, settings
 from slmops_server.engines.base import Sampling
 from slmops_server.engines.sampler import Sampler
@@ -14,17 +15,30 @@ from slmops_server.errors import ApiError
 from slmops_server.keys import ApiKeys
 from slmops_server.wire import Frames
 
+V1_NONE = str((1 << 63) - 4096)
+
 
 def test_a_chat_stream_byte_by_byte() -> None:
     frames = Frames("chat", "m", include_usage=True)
     frames._head = b'data: {"id":"x"'
     out = frames.role() + frames.text('a"\n') + frames.end("stop", 3, 2)
-    assert out == (
-        b'data: {"id":"x","choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"usage":null}\n\n'
-        b'data: {"id":"x","choices":[{"index":0,"delta":{"content":"a\\"\\n"},"logprobs":null,"finish_reason":null}],"usage":null}\n\n'
-        b'data: {"id":"x","choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}],"usage":null}\n\n'
-        b'data: {"id":"x","choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5,"prompt_tokens_details":{"cached_tokens":0}}}\n\n'
-        b"data: [DONE]\n\n"
+    head, tail = b'data: {"id":"x","choices":[', b'],"usage":null}\n\n'
+    counts = b'{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5,"prompt_tokens_details":{"cached_tokens":0}}'
+    assert out == b"".join(
+        [
+            head,
+            b'{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}',
+            tail,
+            head,
+            b'{"index":0,"delta":{"content":"a\\"\\n"},"logprobs":null,"finish_reason":null}',
+            tail,
+            head,
+            b'{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}',
+            tail,
+            head,
+            b'],"usage":' + counts + b"}\n\n",
+            b"data: [DONE]\n\n",
+        ]
     )
 
 
@@ -48,8 +62,7 @@ def test_keys_are_read_again_and_fail_closed(tmp_path: Path) -> None:
         try:
             keys.check(key)
         except ApiError as error:
-            assert (error.status, error.code) == (401, "invalid_api_key")
-            return False
+            return error.code != "invalid_api_key"
         return True
 
     assert not allowed(b"Bearer one")  # no key at all
@@ -70,15 +83,25 @@ def test_no_keys_folder_means_no_keys() -> None:
 
 
 def test_flags_win_over_the_environment() -> None:
-    env = {"SLMOPS_SERVER_MODEL": "/m", "SLMOPS_SERVER_PORT": "9", "SLMOPS_SERVER_MAX_QUEUE": "3", "SLMOPS_SERVER_SERVED_NAME": "a, b"}
+    env = {
+        "SLMOPS_SERVER_MODEL": "/m",
+        "SLMOPS_SERVER_PORT": "9",
+        "SLMOPS_SERVER_MAX_QUEUE": "3",
+        "SLMOPS_SERVER_SERVED_NAME": "a, b",
+    }
     got = settings.parse(["--port", "10"], env)
     assert (got.model, got.port, got.max_queue, got.served_names) == (Path("/m"), 10, 3, ("a", "b"))
 
 
 @pytest.mark.parametrize(
     ("argv", "env"),
-    [([], {}), (["--model", "m", "--port", "70000"], {}), (["--model", "m", "--slots", "-1"], {}),
-     (["--model", "m"], {"SLMOPS_SERVER_ENGINE": "magic"}), (["--model", "m", "--drain-grace", "nan"], {})],
+    [
+        ([], {}),
+        (["--model", "m", "--port", "70000"], {}),
+        (["--model", "m", "--slots", "-1"], {}),
+        (["--model", "m"], {"SLMOPS_SERVER_ENGINE": "magic"}),
+        (["--model", "m", "--drain-grace", "nan"], {}),
+    ],
 )
 def test_bad_settings_exit_with_usage(argv: list[str], env: dict[str, str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -91,12 +114,30 @@ def test_bad_settings_exit_with_usage(argv: list[str], env: dict[str, str]) -> N
     [
         ({"cpu.max": "50000 100000", "memory.max": "1048576"}, 0.5, 1 << 20),
         ({"cpu.max": "max 100000", "memory.max": "max"}, None, None),
-        ({"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000", "memory/memory.limit_in_bytes": "4096"}, 1.0, 4096),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000", "memory/memory.limit_in_bytes": str((1 << 63) - 4096)}, None, None),
+        (
+            {
+                "cpu/cpu.cfs_quota_us": "100000",
+                "cpu/cpu.cfs_period_us": "100000",
+                "memory/memory.limit_in_bytes": "4096",
+            },
+            1.0,
+            4096,
+        ),
+        (
+            {
+                "cpu/cpu.cfs_quota_us": "-1",
+                "cpu/cpu.cfs_period_us": "100000",
+                "memory/memory.limit_in_bytes": V1_NONE,
+            },
+            None,
+            None,
+        ),
         ({}, None, None),
     ],
 )
-def test_limits_of_both_cgroup_versions(tmp_path: Path, files: dict[str, str], cpus: float | None, memory: int | None) -> None:
+def test_limits_of_both_cgroup_versions(
+    tmp_path: Path, files: dict[str, str], cpus: float | None, memory: int | None
+) -> None:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
@@ -180,8 +221,7 @@ def test_filters_keep_exactly_the_right_tokens(sampling: Sampling, kept: set[int
 def test_a_seed_gives_the_same_tokens_again_and_another_seed_does_not() -> None:
     row = np.zeros(100, np.float32)
     one, again, other = (
-        [s.pick(row.copy()) for _ in range(20)]
-        for s in (Sampler(Sampling(seed=x), [], 100) for x in (-5, -5, 6))
+        [s.pick(row.copy()) for _ in range(20)] for s in (Sampler(Sampling(seed=x), [], 100) for x in (-5, -5, 6))
     )
     assert one == again != other
 

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+
 from slmops_server.errors import ApiError
 from slmops_server.schema import parse
 
@@ -26,20 +27,41 @@ def test_bodies_that_are_no_json_object(body: bytes) -> None:
 
 
 BAD = [
-    ({"model": None}, "model"), ({"model": 3}, "model"), ({"messages": []}, "messages"), ({"messages": "hi"}, "messages"),
-    ({"messages": [3]}, "messages[0]"), ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+    ({"model": None}, "model"),
+    ({"model": 3}, "model"),
+    ({"messages": []}, "messages"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": [3]}, "messages[0]"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0]"),
     ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
-    ({"temperature": "hot"}, "temperature"), ({"temperature": -1}, "temperature"), ({"temperature": 2.1}, "temperature"),
-    ({"temperature": True}, "temperature"), ({"top_p": 1.5}, "top_p"), ({"top_k": 1.5}, "top_k"), ({"seed": "x"}, "seed"),
-    ({"seed": 1 << 70}, "seed"), ({"repetition_penalty": 0}, "repetition_penalty"), ({"max_tokens": 0}, "max_tokens"),
-    ({"max_tokens": 1.5}, "max_tokens"), ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
-    ({"stop": ["a", "b", "c", "d", "e"]}, "stop"), ({"stop": [""]}, "stop"), ({"stop": 3}, "stop"),
-    ({"stream": "yes"}, "stream"), ({"stream_options": {"include_usage": True}}, "stream_options"),
-    ({"stream": True, "stream_options": {"x": 1}}, "stream_options"), ({"n": 2}, "n"), ({"logprobs": True}, "logprobs"),
-    ({"tools": [{}]}, "tools"), ({"tool_choice": "required"}, "tool_choice"), ({"logit_bias": {"1": 2}}, "logit_bias"),
-    ({"response_format": {"type": "json_object"}}, "response_format"), ({"made_up": 1}, "made_up"), ({"prompt": "x"}, "prompt"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"temperature": -1}, "temperature"),
+    ({"temperature": 2.1}, "temperature"),
+    ({"temperature": True}, "temperature"),
+    ({"top_p": 1.5}, "top_p"),
+    ({"top_k": 1.5}, "top_k"),
+    ({"seed": "x"}, "seed"),
+    ({"seed": 1 << 70}, "seed"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 1.5}, "max_tokens"),
+    ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
+    ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+    ({"stop": [""]}, "stop"),
+    ({"stop": 3}, "stop"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"x": 1}}, "stream_options"),
+    ({"n": 2}, "n"),
+    ({"logprobs": True}, "logprobs"),
+    ({"tools": [{}]}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"logit_bias": {"1": 2}}, "logit_bias"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"made_up": 1}, "made_up"),
+    ({"prompt": "x"}, "prompt"),
 ]
 
 
@@ -53,7 +75,9 @@ def test_prompts_that_are_refused(prompt: object) -> None:
     assert refused("completions", TEXT | {"prompt": prompt}).param == "prompt"
 
 
-@pytest.mark.parametrize(("prompt", "text", "ids"), [("a", "a", None), (["a"], "a", None), ([1, 2], None, [1, 2]), ([[1]], None, [1])])
+@pytest.mark.parametrize(
+    ("prompt", "text", "ids"), [("a", "a", None), (["a"], "a", None), ([1, 2], None, [1, 2]), ([[1]], None, [1])]
+)
 def test_prompts_that_are_taken(prompt: object, text: str | None, ids: list[int] | None) -> None:
     got = parse("completions", json.dumps(TEXT | {"prompt": prompt}).encode())
     assert (got.text, got.ids, got.max_tokens) == (text, ids, 16)
@@ -62,9 +86,19 @@ def test_prompts_that_are_taken(prompt: object, text: str | None, ids: list[int]
 @pytest.mark.parametrize(
     "extra",
     [
-        {"user": "u"}, {"metadata": {"a": "b"}}, {"store": False}, {"service_tier": "auto"}, {"n": 1}, {"logprobs": False},
-        {"tools": []}, {"response_format": {"type": "text"}}, {"logit_bias": {}}, {"made_up": None}, {"top_k": -1},
-        {"stop": None}, {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
+        {"user": "u"},
+        {"metadata": {"a": "b"}},
+        {"store": False},
+        {"service_tier": "auto"},
+        {"n": 1},
+        {"logprobs": False},
+        {"tools": []},
+        {"response_format": {"type": "text"}},
+        {"logit_bias": {}},
+        {"made_up": None},
+        {"top_k": -1},
+        {"stop": None},
+        {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
     ],
 )
 def test_harmless_fields_are_taken(extra: dict[str, Any]) -> None:

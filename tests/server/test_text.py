@@ -4,8 +4,9 @@ import random
 from pathlib import Path
 
 import pytest
-from slmops_server.detok import DetokenizerFactory, StopScanner
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from slmops_server.detok import DetokenizerFactory, StopScanner
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,9 @@ def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return [stream.feed(i) for i in ids]
 
 
-@pytest.mark.parametrize("text", ["Hello, wörld", "Привет, мир!", "你好 🤗🚀 a🤗b", "  two  spaces\n\ttabs ", "e\u0301 \u200d"])
+@pytest.mark.parametrize(
+    "text", ["Hello, wörld", "Привет, мир!", "你好 🤗🚀 a🤗b", "  two  spaces\n\ttabs ", "e\u0301 \u200d"]
+)
 def test_text_comes_back_in_whole_characters(tokenizer: Tokenizer, text: str) -> None:
     got = pieces(tokenizer, tokenizer.encode(text).ids)
     assert "".join(got) == text

@@ -43,7 +43,7 @@ class Routes:
         """ASGI. Every flaw ends as OpenAI-shaped JSON; a traceback goes to the log only."""
         if scope["type"] != "http":  # no lifespan is declared, websockets are refused by the server
             return
-        api = scope["path"].startswith("/v1/")
+        api = bool(self._post) and scope["path"].startswith("/v1/")
         started = 0
         extra = [(b"x-request-id", _request_id(scope))]
 

@@ -18,6 +18,7 @@ from slmops_server.settings import Settings, parse
 log = logging.getLogger(__name__)
 
 BACKLOG = 2048
+LINGER = 0.5  # seconds between closing the door and closing idle connections: a request may be on its way on one
 KEEP_ALIVE = 75  # seconds; longer than the idle time of common proxies, so that they close first
 
 
@@ -73,6 +74,11 @@ async def serve(settings: Settings) -> int:
     else:
         code = 1
         log.error("Gave up problem=%s", service.supervisor.problem or "the port cannot be opened")
+    for listener in listeners:
+        for sockets in listener.servers if listener.started else ():
+            sockets.close()
+    if code == 0:
+        await asyncio.sleep(LINGER)
     for listener in listeners:
         listener.should_exit = True
     results = await asyncio.gather(*listening, return_exceptions=True)  # waits for what runs

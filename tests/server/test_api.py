@@ -1,0 +1,183 @@
+"""The API through OpenAI's own client, and the refusals it shows to a user."""
+
+import asyncio
+import json
+
+import openai
+import pytest
+from server_harness import Server, wait_for
+
+MESSAGES = [{"role": "user", "content": "The printer failed again"}]
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [m.id for m in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "slmops"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+
+
+def test_chat_whole_and_streamed_are_the_same(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=0, max_tokens=20)  # type: ignore[arg-type]
+    assert whole.choices[0].message.role == "assistant"
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage
+    assert (whole.usage.completion_tokens, whole.usage.total_tokens) == (20, whole.usage.prompt_tokens + 20)
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny",
+            messages=MESSAGES,
+            temperature=0,
+            max_completion_tokens=20,
+            stream=True,  # type: ignore[arg-type]
+            stream_options={"include_usage": True},
+        )
+    )
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert len({(c.id, c.created, c.model, c.object) for c in chunks}) == 1
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-2:] == [None, "length"]
+    assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
+    assert all(c.usage is None for c in chunks[:-1])
+
+
+def test_completions_from_text_and_from_ids(client: openai.OpenAI) -> None:
+    text = client.completions.create(model="tiny", prompt="The printer", temperature=0)
+    assert text.usage
+    assert text.usage.completion_tokens == 16
+    streamed = client.completions.create(model="tiny", prompt="The printer", temperature=0, stream=True)
+    assert "".join(c.choices[0].text for c in streamed) == text.choices[0].text
+    assert client.completions.create(model="tiny", prompt=[40, 41, 42], max_tokens=1).usage
+
+
+def test_many_async_streams_at_once_get_what_each_gets_alone(server: Server) -> None:
+    async def main() -> None:
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none") as client:
+
+            async def one(number: int) -> str:
+                stream = await client.completions.create(
+                    model="tiny", prompt=[number + 3, 40], max_tokens=30, temperature=0.7, seed=number, stream=True
+                )
+                return "".join([chunk.choices[0].text async for chunk in stream])
+
+            alone = [await one(n) for n in range(10)]
+            together = await asyncio.gather(*(one(n) for n in range(10)))
+            assert together == alone
+            assert len(set(alone)) > 5
+
+    asyncio.run(main())
+
+
+def test_stop_strings(server: Server) -> None:
+    text = server.complete(max_tokens=30).json()["choices"][0]["text"]
+    stop = text[9:12]
+    got = server.complete(max_tokens=30, stop=[stop, "never"]).json()
+    assert got["choices"][0] == {
+        "index": 0,
+        "text": text[: text.index(stop)],
+        "logprobs": None,
+        "finish_reason": "stop",
+    }
+    assert got["usage"]["completion_tokens"] < 30
+    frames = server.complete(max_tokens=30, stop=stop, stream=True).text.split("\n\n")
+    sent = "".join(json.loads(f[6:])["choices"][0]["text"] for f in frames if f.startswith("data: {"))
+    assert sent == text[: text.index(stop)]
+    assert frames[-2:] == ["data: [DONE]", ""]
+
+
+def test_the_wire(server: Server) -> None:
+    answer = server.complete(stream=True)
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert answer.headers["x-accel-buffering"] == "no"
+    assert answer.headers["x-request-id"]
+    assert server.http.get("/v1/models", headers={"x-request-id": "abc-1"}).headers["x-request-id"] == "abc-1"
+
+
+REFUSALS = [
+    ("POST", "/v1/completions", b'{"model":"other","prompt":"x"}', 404, "model_not_found"),
+    ("POST", "/v1/completions", b'{"model":"tiny","prompt":""}', 400, None),
+    ("POST", "/v1/completions", b'{"model":"tiny","prompt":[512]}', 400, None),
+    ("POST", "/v1/completions", b'{"model":"tiny","prompt":[-1]}', 400, None),
+    ("POST", "/v1/completions", b'{"model":"tiny","prompt":"x","max_tokens":512}', 400, "context_length_exceeded"),
+    (
+        "POST",
+        "/v1/completions",
+        json.dumps({"model": "tiny", "prompt": [5] * 512}).encode(),
+        400,
+        "context_length_exceeded",
+    ),
+    (
+        "POST",
+        "/v1/completions",
+        json.dumps({"model": "tiny", "prompt": "x" * 30000}).encode(),
+        400,
+        "context_length_exceeded",
+    ),
+    ("POST", "/v1/completions", b'{"model":"tiny","prompt":"\\ud800"}', 400, "invalid_json"),
+    ("POST", "/v1/completions", b"\xff\xfe\x00", 400, "invalid_json"),
+    ("POST", "/v1/completions", b"", 400, "invalid_json"),
+    ("POST", "/v1/completions", b"[" * 100000, 400, "invalid_json"),
+    ("POST", "/v1/completions", b'{"model":"tiny","prompt":"' + b"x" * (5 << 20) + b'"}', 413, "body_too_large"),
+    ("POST", "/v1/chat/completions", b'{"model":"tiny","messages":[],"tools":[]}', 400, None),
+    ("POST", "/v1/embeddings", b"{}", 404, "unknown_url"),
+    ("GET", "/v1/completions", b"", 405, "method_not_allowed"),
+    ("DELETE", "/v1/models", b"", 405, "method_not_allowed"),
+    ("GET", "/nothing", b"", 404, "unknown_url"),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "code"), REFUSALS, ids=[f"{r[1]}-{r[2][:40]!r}" for r in REFUSALS]
+)
+def test_refusals_have_openais_shape_and_leave_the_server_well(
+    server: Server, method: str, path: str, body: bytes, status: int, code: str | None
+) -> None:
+    before = server.metric("slmops_http_requests_total", code=str(status))
+    answer = server.http.request(method, path, content=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert "Traceback" not in answer.text
+    if path.startswith("/v1/"):
+        assert server.metric("slmops_http_requests_total", code=str(status)) == before + 1
+    assert server.probe("readyz") == 200
+    assert server.idle
+
+
+def test_a_chunked_body_over_the_limit_is_cut_off(server: Server) -> None:
+    answer = server.http.post("/v1/completions", content=(b"x" * (1 << 20) for _ in range(6)))
+    assert answer.status_code == 413
+
+
+def test_metrics_count_what_happened(server: Server) -> None:
+    names = (
+        "vllm:prompt_tokens_total",
+        "vllm:generation_tokens_total",
+        "vllm:e2e_request_latency_seconds_count",
+        "vllm:time_to_first_token_seconds_count",
+        "vllm:inter_token_latency_seconds_count",
+        "vllm:time_per_output_token_seconds_count",
+        "gen_ai_server_request_duration_seconds_count",
+    )
+
+    def read() -> list[float]:
+        return [
+            *(server.metric(n, model_name="tiny") for n in names),
+            server.metric("vllm:request_success_total", finished_reason="length", model_name="tiny"),
+        ]
+
+    before = read()
+    server.complete(prompt=[40, 41, 42], max_tokens=5)
+    server.complete(prompt=[40, 41, 42], max_tokens=5, stream=True)
+    expected = [6, 10, 2, 2, 8, 8, 2, 2]
+    wait_for(lambda: [a - b for a, b in zip(read(), before, strict=True)] == expected, "both answers counted")
+
+
+@pytest.mark.parametrize("probe", ["livez", "readyz", "startupz", "health", "healthz"])
+def test_probes(server: Server, probe: str) -> None:
+    answer = server.http.get(f"/{probe}")
+    assert (answer.status_code, answer.json()["phase"]) == (200, "ready")

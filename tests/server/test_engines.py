@@ -1,0 +1,133 @@
+"""The engines on a real model: the same tokens alone and in any company, and from both engines."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from slmops_server import model_folder
+from slmops_server.engines import select
+from slmops_server.engines.base import Engine, EngineRefusedError, Job, Sampling
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def load(path: Path, engine: str = "onnxruntime", **more: int) -> Engine:
+    return select.load(model_folder.read(path), select.EngineOptions(engine=engine, threads=1, **more))
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Path) -> Engine:
+    return load(tiny, slots=4, prefill_chunk=7)
+
+
+def run(engine: Engine, jobs: list[Job]) -> dict[int, list[int]]:
+    for job in jobs:
+        engine.submit(job)
+    return drain(engine, {job.id: [] for job in jobs})
+
+
+def drain(engine: Engine, got: dict[int, list[int]]) -> dict[int, list[int]]:
+    while engine.busy:
+        for token in engine.step():
+            got[token.job].append(token.token)
+    return got
+
+
+def job(number: int, prompt: list[int], count: int = 12, sampling: Sampling = GREEDY, ignore_eos: bool = True) -> Job:
+    return Job(id=number, prompt=prompt, max_tokens=count, sampling=sampling, ignore_eos=ignore_eos)
+
+
+def random_jobs(draw: random.Random, count: int) -> list[Job]:
+    return [
+        job(
+            number,
+            [draw.randrange(3, 512) for _ in range(draw.randrange(1, 40))],
+            draw.randrange(1, 30),
+            GREEDY if draw.random() < 0.5 else Sampling(temperature=0.8, top_p=0.9, seed=number),
+        )
+        for number in range(1, count + 1)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_tokens_do_not_depend_on_company(engine: Engine, seed: int) -> None:
+    """Random arrivals, lengths and cancels: who stays gets the tokens that it gets alone."""
+    draw = random.Random(seed)
+    jobs = random_jobs(draw, 14)
+    alone = {one.id: run(engine, [one])[one.id] for one in jobs}
+    got: dict[int, list[int]] = {one.id: [] for one in jobs}
+    waiting, cancelled = list(jobs), set()
+    while waiting or engine.busy:
+        while waiting and draw.random() < 0.4:
+            engine.submit(waiting.pop(0))
+        if draw.random() < 0.03:
+            number = draw.randrange(1, 15)
+            cancelled.add(number)
+            engine.cancel(number)
+            waiting = [one for one in waiting if one.id != number]
+        for token in engine.step():
+            got[token.job].append(token.token)
+    for number, tokens in got.items():
+        if number in cancelled:
+            assert tokens == alone[number][: len(tokens)]
+        else:
+            assert tokens == alone[number]
+    assert engine.running == 0
+
+
+def test_both_engines_give_the_same_greedy_tokens(engine: Engine, tiny: Path) -> None:
+    genai = load(tiny, "genai", slots=2)
+    jobs = [replace(one, sampling=GREEDY) for one in random_jobs(random.Random(9), 8)]
+    assert run(genai, jobs) == run(engine, jobs)
+    assert genai.info.name == "genai"
+
+
+def test_a_long_prompt_does_not_stop_the_answers_that_run(engine: Engine) -> None:
+    engine.submit(job(1, [5, 6], 40))
+    while not engine.step():
+        pass
+    engine.submit(job(2, list(range(3, 103)), 3))  # 15 chunks of 7
+    during = 0
+    while True:
+        tokens = engine.step()
+        if any(t.job == 2 for t in tokens):
+            break
+        during += any(t.job == 1 for t in tokens)
+    assert during >= 14
+    drain(engine, {1: [], 2: []})
+
+
+def test_chunks_do_not_change_the_answer(engine: Engine, tiny: Path) -> None:
+    whole = load(tiny, slots=1, prefill_chunk=256)
+    jobs = [job(1, list(range(3, 150)), 20)]
+    assert run(whole, jobs) == run(engine, jobs)
+
+
+def test_an_answer_ends_at_the_end_token_unless_told_otherwise(engine: Engine, tiny: Path) -> None:
+    tokens = run(engine, [job(1, [40, 41], 30)])[1]
+    wanted = next(t for t in tokens[2:] if t not in tokens[:2])
+    special = select.load(
+        replace(model_folder.read(tiny), eos_ids=frozenset({wanted})), select.EngineOptions(threads=1)
+    )
+    special.submit(job(1, [40, 41], 30, ignore_eos=False))
+    last = None
+    while special.busy:
+        for token in special.step():
+            last = token
+    assert last is not None
+    assert (last.token, last.finish) == (wanted, "stop")
+    assert run(special, [job(2, [40, 41], 30)])[2] == tokens
+
+
+def test_the_last_token_of_the_context_can_be_used(engine: Engine) -> None:
+    assert len(run(engine, [job(1, list(range(3, 503)) + [7] * 2, 10)])[1]) == 10
+
+
+def test_a_model_that_the_slot_engine_refuses_goes_to_genai(tiny: Path) -> None:
+    folder = replace(model_folder.read(tiny), share_buffer=False)
+    with pytest.raises(EngineRefusedError, match="shared"):
+        select.load(folder, select.EngineOptions(engine="onnxruntime", threads=1))
+    fallen_back = select.load(folder, select.EngineOptions(threads=1, slots=1))
+    assert (fallen_back.info.name, "shared" in fallen_back.info.notes["reason"]) == ("genai", True)

@@ -1,0 +1,231 @@
+"""Leaving clients, a full queue, a killed engine, SIGTERM under load, models that cannot be served."""
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+from server_harness import Server, free_port, wait_for
+
+Start = Callable[..., Server]
+LONG = {"prompt": [40, 41], "max_tokens": 500, "ignore_eos": True}
+
+
+def raw_request(server: Server, **fields: object) -> socket.socket:
+    """A request on a socket of one's own, to leave whenever one likes."""
+    body = json.dumps({"model": "tiny", "temperature": 0, **fields}).encode()
+    sock = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    sock.sendall(head.encode() + body)
+    return sock
+
+
+def test_clients_that_leave_are_forgotten_and_harm_nobody(start: Start) -> None:
+    server = start("--slots", "2", "--max-queue", "100")
+    expected = server.complete(**LONG).json()["choices"][0]["text"]
+    draw = random.Random(3)
+    leaving = []
+    for number in range(60):
+        sock = raw_request(server, **LONG, stream=number % 2 == 0)
+        if draw.random() < 0.5:
+            sock.settimeout(0.02)
+            with contextlib.suppress(TimeoutError):
+                sock.recv(draw.choice([1, 100, 5000]))
+        leaving.append(sock)
+        if draw.random() < 0.5:
+            leaving.pop(draw.randrange(len(leaving))).close()
+    while leaving:
+        leaving.pop().close()
+    wait_for(lambda: server.idle, "nothing runs for clients that left")
+    assert server.complete(**LONG).json()["choices"][0]["text"] == expected
+    assert server.metric("vllm:request_success_total", finished_reason="abort") > 0
+    assert server.metric("slmops_engine_restarts_total") == 0
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_a_full_queue_says_come_again(start: Start) -> None:
+    server = start("--slots", "1", "--max-queue", "2")
+    held = [raw_request(server, **LONG, stream=True) for _ in range(3)]
+    os.kill(server.engine_pid or 0, signal.SIGSTOP)  # so that nothing ends meanwhile
+    try:
+        wait_for(lambda: server.metric("vllm:num_requests_waiting") == 2, "the queue is full")
+        answer = server.complete()
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")
+        assert 1 <= int(answer.headers["retry-after"]) <= 60
+    finally:
+        os.kill(server.engine_pid or 0, signal.SIGCONT)
+    for sock in held:
+        assert read_all(sock).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+def read_all(sock: socket.socket) -> bytes:
+    """Until the end of the chunked response, or of the connection."""
+    data = b""
+    with sock:
+        while not data.endswith(b"0\r\n\r\n"):
+            part = sock.recv(1 << 16)
+            if not part:
+                break
+            data += part
+    return data
+
+
+def test_a_killed_engine_is_reported_and_started_again(start: Start) -> None:
+    server = start("--slots", "2")
+    before = server.complete().json()["choices"][0]["text"]
+    old = server.engine_pid
+    assert old
+    os.kill(old, signal.SIGSTOP)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        whole = pool.submit(server.complete)
+        wait_for(lambda: server.metric("vllm:num_requests_running") == 1, "a request is with the engine")
+        os.kill(old, signal.SIGKILL)
+        answer = whole.result(30)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_restarted")
+    wait_for(lambda: server.probe("readyz") == 200, "ready again")
+    assert server.engine_pid not in (None, old)
+    assert (server.probe("livez"), server.probe("startupz")) == (200, 200)
+    assert server.metric("slmops_engine_restarts_total") == 1
+    assert server.complete().json()["choices"][0]["text"] == before
+
+
+def test_a_stream_that_loses_its_engine_ends_with_an_error_frame(start: Start) -> None:
+    server = start("--slots", "1")
+    with server.http.stream("POST", "/v1/completions", json={"model": "tiny", **LONG, "stream": True}) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: {")
+        os.kill(server.engine_pid or 0, signal.SIGKILL)
+        rest = [line for line in lines if line]
+    if not rest[-1].endswith("[DONE]"):  # a tiny model may have been faster than the signal
+        assert json.loads(rest[-1][6:])["error"]["code"] == "engine_restarted"
+    wait_for(lambda: server.probe("readyz") == 200, "ready again")
+
+
+def test_not_ready_while_there_is_no_engine(start: Start) -> None:
+    server = start(ready=False)
+    seen = set()
+
+    def ready() -> bool:
+        answer = server.http.get("/readyz")
+        seen.add((answer.status_code, answer.json()["phase"] == "ready"))
+        if answer.status_code == 503:
+            refused = server.complete()
+            assert refused.status_code in (200, 503)
+        return answer.status_code == 200
+
+    wait_for(ready, "ready")
+    assert seen <= {(503, False), (200, True)}
+
+
+def test_sigterm_under_load_loses_nothing(start: Start) -> None:
+    server = start("--slots", "2", "--max-queue", "200", "--drain-grace", "1")
+    expected = server.complete(**LONG).json()["choices"][0]["text"]
+    results: list[str] = []
+    refused = threading.Event()
+
+    def work(number: int) -> None:
+        while not refused.is_set():
+            try:
+                with httpx.Client(base_url=server.url, timeout=60) as http:
+                    body = {"model": "tiny", "temperature": 0, **LONG, "stream": number % 2 == 0}
+                    answer = http.post("/v1/completions", json=body)
+            except httpx.ConnectError:
+                refused.set()
+                return
+            assert answer.status_code == 200
+            if number % 2:
+                results.append(answer.json()["choices"][0]["text"])
+            else:
+                assert answer.text.endswith("data: [DONE]\n\n")
+                frames = [f[6:] for f in answer.text.split("\n\n") if f.startswith("data: {")]
+                results.append("".join(json.loads(f)["choices"][0]["text"] for f in frames))
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        workers = [pool.submit(work, number) for number in range(6)]
+        wait_for(lambda: len(results) >= 6, "load runs")
+        server.terminate()
+        wait_for(lambda: server.probe("readyz") == 503, "readiness is taken away")
+        during = len(results)
+        assert server.complete().status_code == 200  # still serving in the grace
+        for worker in workers:
+            worker.result(60)
+    assert server.process.wait(30) == 0
+    assert len(results) > during
+    assert set(results) == {expected}
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_a_drain_waits_for_the_last_stream(start: Start) -> None:
+    server = start("--slots", "1", "--drain-grace", "0")
+    engine = server.engine_pid or 0
+    sock = raw_request(server, **LONG, stream=True)
+    first = sock.recv(1)
+    os.kill(engine, signal.SIGSTOP)
+    server.terminate()
+
+    def closed() -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", server.port), timeout=1).close()
+        except OSError:
+            return True
+        return False
+
+    wait_for(closed, "no new connections")
+    assert server.process.poll() is None
+    os.kill(engine, signal.SIGCONT)
+    assert (first + read_all(sock)).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert server.process.wait(30) == 0
+    wait_for(lambda: not Path(f"/proc/{engine}").exists(), "the engine process is gone")
+
+
+def test_a_stuck_engine_fails_liveness(start: Start) -> None:
+    server = start("--step-timeout", "1.5")
+    os.kill(server.engine_pid or 0, signal.SIGSTOP)
+    wait_for(lambda: server.probe("livez") == 503, "liveness fails")
+    assert server.http.get("/livez").json()["phase"] == "stuck"
+    os.kill(server.engine_pid or 0, signal.SIGCONT)
+    wait_for(lambda: server.probe("livez") == 200, "liveness is back")
+
+
+def test_keys_and_a_metrics_port(start: Start, tmp_path: Path) -> None:
+    keys, port = tmp_path / "keys", free_port()
+    keys.mkdir()
+    (keys / "key").write_text("sesame\n")
+    server = start("--api-keys-dir", str(keys), "--metrics-port", str(port))
+    refused = server.complete()
+    assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+    server.http.headers["authorization"] = "Bearer sesame"
+    assert server.complete().status_code == 200
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as other:
+        assert 'slmops_http_requests_total{code="401",model_name="tiny"} 1.0' in other.get("/metrics").text
+        assert other.get("/readyz").status_code == 200
+        assert other.post("/v1/completions", content=b"{}").status_code == 404
+
+
+def test_a_folder_that_is_no_model_ends_with_a_sentence(start: Start, tmp_path: Path) -> None:
+    server = start(model=tmp_path, ready=False)
+    assert server.process.wait(30) == 1
+    assert "genai_config.json is missing" in server.log.read_text()
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_a_graph_that_is_broken_ends_with_a_sentence(start: Start, tmp_path: Path, tiny: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "model.onnx").write_bytes(b"nonsense")
+    server = start(model=tmp_path / "model", ready=False)
+    assert server.process.wait(60) == 1
+    assert "Gave up problem=InvalidProtobuf" in server.log.read_text()
+
+
+def test_a_memory_that_cannot_hold_the_cache_is_refused_with_numbers(start: Start) -> None:
+    server = start("--slots", "100000000", ready=False)
+    assert server.process.wait(60) == 1
+    assert "Raise the memory limit or lower --slots" in server.log.read_text()
