@@ -1,0 +1,191 @@
+"""DistillationJob: a teacher writes the training set, a student learns it, both are held against the gold answers."""
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from slmops.api.batch import Evaluation
+from slmops.api.distillation import DistillationJobSpec
+from slmops.api.run import RunResult
+from slmops_trainer import answers, data, encoding, evaluate, filters, generation, measure, models, publish, synthetic
+from slmops_trainer.context import Context, read_secret
+from slmops_trainer.data import Examples
+from slmops_trainer.failure import RunFailure
+from slmops_trainer.progress import Stage
+from slmops_trainer.teacher import Sampling
+from slmops_trainer.train import TrainReport, train
+
+TEACHER, BEFORE, TRAINING, AFTER = "Evaluating teacher", "Evaluating base", "Training", "Evaluating"
+PLAN = [
+    Stage("Pulling prompts data", 1), Stage("Pulling evaluation data", 1), Stage("Pulling", 1), Stage("Loading", 1),
+    Stage(synthetic.GENERATING, 38), Stage(synthetic.FILTERING, 1), Stage(TEACHER, 6), Stage(BEFORE, 4),
+    Stage(TRAINING, 40), Stage(AFTER, 5), Stage("Publishing", 2),
+]  # fmt: skip
+
+log = logging.getLogger("slmops")
+
+
+def run(ctx: Context) -> RunResult:
+    """Ask, filter, measure, train, measure, publish. What can be known to fail does so before the teacher is asked.
+
+    Raises RunFailure.
+    """
+    spec = ctx.spec.distill
+    assert spec is not None  # main chose this recipe by it
+    ctx.board.plan(PLAN)
+    done = publish.earlier(ctx, spec.evaluation)
+    if done is not None:
+        log.info("Found the artifact of an earlier pod of this run")
+        return done
+    settings, rules = spec.data.generation, spec.data.filters
+    schema = filters.load_schema(rules.json_schema.name, rules.json_schema.key) if rules.json_schema else None
+    terms = _terms(ctx, spec)
+    prompts = data.load(ctx, spec.data.prompts, "prompts")
+    held_out = _held_out(ctx, spec, prompts)
+    folder, base = ctx.pull(ctx.spec.model, "student")
+    ctx.report("Loading", 0, 1, ctx.spec.model.uri)
+    loaded = models.load(folder, ctx.spec.model.uri)
+    # The chat template must take what it will be given: known now, or after the last answer is paid for.
+    encoding.encode_prompt(loaded.tokenizer, synthetic.instructed(prompts.items[0], settings.system_prompt))
+    ctx.checkpoints.load()
+    store = answers.Answers(ctx.checkpoints.folder / answers.PART)
+    made = synthetic.make(ctx, spec, terms, prompts, held_out, schema, store)
+    examples, system = made.examples, settings.system_prompt
+    if held_out is not None:
+        held_out = replace(held_out, items=tuple(synthetic.instructed(item, system) for item in held_out.items))
+    _measure_teacher(ctx, spec, terms, held_out, store)
+    encoded = encoding.encode(loaded.tokenizer, examples.items, loaded.stop_ids, "assistant", spec.training.max_length)
+    ctx.check()
+    _measure(ctx, loaded, spec.evaluation, held_out, BEFORE, "base_")
+    ctx.checkpoints.save()
+    watched = _watched(loaded, spec, held_out)
+    report = train(
+        ctx, loaded.model, loaded.tokenizer, encoded.items, spec.training, evaluation=watched, stage=TRAINING
+    )
+    ctx.check()
+    student = ctx.work / "trained"
+    models.write(loaded, loaded.model, student)
+    _measure(ctx, models.load(student, "the trained student"), spec.evaluation, held_out, AFTER, "")
+    _count(ctx, report, encoded, spec.evaluation)
+    origin = publish.Origin(
+        ctx.spec.model.uri,
+        # The set's own ancestors, the teacher among them, are the student's too.
+        base.model_copy(update={"lineage": (*made.manifest.lineage, *base.lineage)}),
+        ctx.spec.model.name,
+        (examples.parent,),
+    )
+    recipe = {
+        **spec.wire(),
+        "teacher": {"url": terms.endpoint.url, "model": terms.endpoint.model, "name": terms.endpoint.name},
+        "evaluationDigest": held_out.digest if held_out else None,
+    }
+    title = f"A student of {terms.endpoint.name or terms.endpoint.model}, distilled for {spec.task_type}."
+    return publish.publish(ctx, student, origin, spec.evaluation, recipe=recipe, seed=spec.training.seed, title=title)
+
+
+def _terms(ctx: Context, spec: DistillationJobSpec) -> generation.Terms:
+    """How training answers are asked for. Raises RunFailure(BadSpec) for a missing teacher or key."""
+    endpoint, settings = ctx.spec.teacher, spec.data.generation
+    if endpoint is None:
+        raise RunFailure("BadSpec", "The run names no teacher.")
+    key = None
+    if endpoint.secret:
+        key = (read_secret(endpoint.secret) or {}).get(endpoint.key or "", "").strip()
+        if not key or not key.isascii() or not key.isprintable():
+            where = f"Secret {endpoint.secret}, key {endpoint.key},"
+            raise RunFailure("BadSpec", f"{where} holds no usable API key. Put the teacher's key there.")
+    return generation.Terms(
+        endpoint=endpoint,
+        key=key,
+        sampling=synthetic.sampling(settings),
+        concurrency=settings.concurrency,
+        timeout=settings.request_timeout_seconds,
+        min_success_ratio=settings.min_success_ratio,
+        budget=settings.max_total_tokens,
+    )
+
+
+def _held_out(ctx: Context, spec: DistillationJobSpec, prompts: Examples) -> Examples | None:
+    """The evaluation set. Raises RunFailure(BadDataset) if the prompts hold some of it and nobody takes them out."""
+    if spec.evaluation is None:
+        return None
+    found = data.load(ctx, spec.evaluation.dataset, "evaluation")
+    if not spec.data.filters.decontaminate:
+        data.refuse_leaks(prompts, found)
+    # A metric that the references do not allow is known before any answer is paid for.
+    evaluate.evaluate(found.references, found.references, spec.evaluation.metrics)
+    return found
+
+
+def _measure_teacher(
+    ctx: Context, spec: DistillationJobSpec, terms: generation.Terms, held_out: Examples | None, store: answers.Answers
+) -> None:
+    """The teacher's own score on the held-out questions; a question that it does not answer counts as wrong."""
+    if held_out is None or spec.evaluation is None:
+        return
+    settings = spec.data.generation
+    longest = spec.evaluation.max_tokens
+    if settings.chain_of_thought:
+        longest = max(longest, settings.max_tokens)  # its thoughts need room before the answer
+    greedy = replace(terms, sampling=Sampling(0.0, 1.0, longest), min_success_ratio=0.0, budget=None)
+    shown = [synthetic.instructed(item, None, think=settings.chain_of_thought) for item in held_out.items]
+    model, seed = terms.endpoint.model, spec.training.seed
+    asked = generation.questions(synthetic.wire(shown), 1, model, greedy.sampling, seed)
+    generation.ask_all(ctx, asked, greedy, store, TEACHER)
+    replies = [store.get(question.key) for question in asked]
+    texts = [_answer(reply.text, think=settings.chain_of_thought) if reply else "" for reply in replies]
+    for name, value in evaluate.evaluate(texts, held_out.references, spec.evaluation.metrics).items():
+        ctx.metric(f"teacher_{name}", value)
+
+
+def _answer(text: str, *, think: bool) -> str:
+    return (filters.after_thoughts(text) or "") if think else text
+
+
+def _measure(
+    ctx: Context,
+    loaded: models.Loaded,
+    evaluation: Evaluation | None,
+    held_out: Examples | None,
+    stage: str,
+    prefix: str,
+) -> None:
+    """Evaluate and put the metrics into the result; what an earlier pod measured is not measured again."""
+    if held_out is None or evaluation is None:
+        return
+    values = measure.remembered(ctx, stage)
+    if values is None:
+        _, values = measure.measure(ctx, loaded, held_out, evaluation, stage)
+        measure.remember(ctx, stage, values)
+    for name, value in values.items():
+        ctx.metric(f"{prefix}{name}", value)
+
+
+def _watched(loaded: models.Loaded, spec: DistillationJobSpec, held_out: Examples | None) -> tuple[Any, ...]:
+    """The evaluation set as early stopping measures it."""
+    if spec.training.early_stopping is None:
+        return ()
+    if held_out is None:
+        raise RunFailure("BadSpec", "training.earlyStopping needs an evaluation set: give spec.evaluation.")
+    limit = spec.training.max_length
+    return encoding.encode(loaded.tokenizer, held_out.items, loaded.stop_ids, "assistant", limit).items
+
+
+def _count(ctx: Context, report: TrainReport, encoded: encoding.EncodedSet, evaluation: Evaluation | None) -> None:
+    """The rest of the metrics, and their order: what does not fit into the termination message goes from the end."""
+    wanted = list(evaluation.metrics) if evaluation else []
+    for name in wanted:
+        teacher, student = ctx.metrics.get(f"teacher_{name}"), ctx.metrics.get(name)
+        if teacher and student is not None:
+            ctx.metric(f"teacher_share_{name}", student / teacher)
+    ctx.metric("loss", report.loss)
+    if report.evaluation_loss is not None:
+        ctx.metric("evaluation_loss", report.evaluation_loss)
+    ctx.metric("steps", report.steps)
+    ctx.metric("epochs", report.epochs)
+    ctx.metric("examples", len(encoded.items))
+    ctx.metric("examples_too_long", encoded.too_long)
+    ctx.metric("tokens", report.tokens)
+    ctx.metric("training_seconds", report.seconds)
+    first = [f"{prefix}{name}" for prefix in ("", "teacher_", "teacher_share_", "base_") for name in wanted]
+    ctx.metrics = {name: ctx.metrics[name] for name in dict.fromkeys((*first, *ctx.metrics)) if name in ctx.metrics}

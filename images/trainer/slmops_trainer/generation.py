@@ -1,0 +1,244 @@
+"""Asking the teacher many questions: concurrency, token budget, success ratio, saving, and stopping in good order."""
+
+import asyncio
+import hashlib
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from slmops.api.run import TeacherEndpoint
+from slmops_trainer.answers import Answers, answer_key
+from slmops_trainer.failure import RunFailure, interrupted
+from slmops_trainer.teacher import Rejected, Sampling, Teacher
+
+if TYPE_CHECKING:
+    from slmops_trainer.context import Context
+
+SAVE_SECONDS = 5.0  # between two checkpoints: what a killed pod has to pay twice at most
+GRACE_SECONDS = 5.0  # that requests in flight get when the pod is asked to stop
+HOPELESS = 20  # prompts without any answer at all, after which it is no use to go on
+
+log = logging.getLogger("slmops")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One request. `prompt` is the number of its prompt: several samples share one."""
+
+    key: str
+    prompt: int
+    messages: tuple[dict[str, str], ...]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How the teacher is asked. `min_success_ratio`: least share of prompts with an answer; `budget`: answer tokens."""
+
+    endpoint: TeacherEndpoint
+    key: str | None
+    sampling: Sampling
+    concurrency: int
+    timeout: float
+    min_success_ratio: float = 0.0
+    budget: int | None = None
+
+
+@dataclass
+class Outcome:
+    """What came of the questions. The answers are in the store.
+
+    rejected  what came instead of an answer, by key
+    unasked   questions that the token budget left out
+    tokens    that the teacher wrote, over all pods of the run
+    """
+
+    rejected: dict[str, str] = field(default_factory=dict)
+    unasked: int = 0
+    tokens: int = 0
+
+
+def questions(
+    prompts: Sequence[Sequence[dict[str, str]]], samples: int, model: str, sampling: Sampling, seed: int
+) -> list[Question]:
+    """`samples` questions to each prompt, prompt by prompt. Equal prompts give equal keys: they are asked once."""
+    found: list[Question] = []
+    for number, messages in enumerate(prompts):
+        for sample in range(samples):
+            key = answer_key(messages, sample, model, sampling)
+            digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+            found.append(Question(key, number, tuple(messages), int.from_bytes(digest[:4], "big") >> 1))
+    return found
+
+
+def ask_all(ctx: "Context", asked: Sequence[Question], terms: Terms, store: Answers, stage: str) -> Outcome:
+    """Ask what the store does not hold, and keep each answer as it comes.
+
+    Raises RunFailure(TeacherUnavailable, TeacherAnswersRejected, AccessDenied, BadSpec, Interrupted) and those of the
+    checkpoint store; whatever it raises, the answers that came are saved first.
+    """
+    return asyncio.run(_Run(ctx, asked, terms, store, stage).go())
+
+
+class _Run:
+    """The variables of one ask_all."""
+
+    def __init__(self, ctx: "Context", asked: Sequence[Question], terms: Terms, store: Answers, stage: str) -> None:
+        self.ctx, self.terms, self.store, self.stage = ctx, terms, store, stage
+        unique = {question.key: question for question in asked}
+        self.all = list(unique.values())
+        self.prompts = len({question.prompt for question in self.all})
+        self.open = Counter(question.prompt for question in self.all)  # questions without a verdict, by prompt
+        self.answered: set[int] = set()  # prompts with an answer
+        self.failed = 0  # prompts whose every question was rejected
+        self.outcome = Outcome()
+        self.todo: list[Question] = []
+        for question in self.all:
+            saved = store.get(question.key)
+            if saved is None:
+                self.todo.append(question)
+            else:
+                self.open[question.prompt] -= 1
+                self.answered.add(question.prompt)
+                self.outcome.tokens += saved.tokens
+        self.done = len(self.all) - len(self.todo)
+        self.stopping = False
+        self.saving = threading.Lock()
+        self.trouble = ""
+
+    async def go(self) -> Outcome:
+        if self.done:
+            log.info("Found %d of %d answers saved", self.done, len(self.all))
+        self._tell()
+        terms = self.terms
+        width = min(terms.concurrency, len(self.todo))
+        async with Teacher(
+            terms.endpoint, terms.key, timeout=terms.timeout, concurrency=terms.concurrency, on_trouble=self._on_trouble
+        ) as teacher:
+            source = iter(self.todo)
+            workers = [asyncio.create_task(self._work(teacher, source)) for _ in range(width)]
+            keeper = asyncio.create_task(self._keep())
+            try:
+                await self._until_over(workers, keeper)
+            except Exception:
+                await self._wind_up([*workers, keeper])
+                await self._last_save(quiet=True)
+                raise
+            await self._wind_up([*workers, keeper])
+            await self._last_save()
+        if self.stopping:
+            raise interrupted(f"Stopped with {self.done} of {len(self.all)} answers, which are saved.")
+        self.outcome.unasked = len(self.all) - self.done - len(self.outcome.rejected)
+        self._check_ratio(final=True)
+        return self.outcome
+
+    async def _until_over(self, workers: Sequence["asyncio.Task[None]"], keeper: "asyncio.Task[None]") -> None:
+        """Until all workers are through, one of them fails, saving fails, or the pod is asked to stop."""
+        running: set[asyncio.Task[None]] = set(workers)
+        while running:
+            over, _ = await asyncio.wait({*running, keeper}, return_when=asyncio.FIRST_COMPLETED)
+            for task in over:
+                task.result()
+            if keeper in over:  # it returns when the pod is asked to stop
+                await asyncio.wait(running, timeout=GRACE_SECONDS)
+                return
+            running -= over
+
+    async def _work(self, teacher: Teacher, source: Iterator[Question]) -> None:
+        for question in source:
+            if self.stopping or (self.terms.budget is not None and self.outcome.tokens >= self.terms.budget):
+                return
+            self.open[question.prompt] -= 1
+            try:
+                reply = await teacher.ask(question.messages, self.terms.sampling, question.seed)
+            except Rejected as rejected:
+                self._reject(question, str(rejected))
+            else:
+                self.store.add(question.key, reply)
+                self.answered.add(question.prompt)
+                self.outcome.tokens += reply.tokens
+                self.done += 1
+            self.trouble = ""
+            self._tell()
+
+    def _reject(self, question: Question, what: str) -> None:
+        log.warning("The teacher gave no usable answer: %s", what)
+        self.outcome.rejected[question.key] = what
+        if not self.open[question.prompt] and question.prompt not in self.answered:
+            self.failed += 1
+        self._check_ratio()
+
+    def _check_ratio(self, *, final: bool = False) -> None:
+        """Fail as soon as the ratio cannot be reached any more, or when nothing usable came for long."""
+        ratio, asked = self.terms.min_success_ratio, self.prompts
+        if final:
+            asked = len(self.answered) + self.failed
+        lost = self.failed > (1 - ratio) * asked + 1e-9
+        hopeless = ratio > 0 and self.failed >= HOPELESS and not self.answered
+        if asked and (lost or hopeless):
+            counts = Counter(_kind(what) for what in self.outcome.rejected.values())
+            kinds = ", ".join(f"{count} x {kind}" for kind, count in counts.most_common(4))
+            raise RunFailure(
+                "TeacherAnswersRejected",
+                f"{self.failed} prompts got no usable answer from {self.terms.endpoint.url}, {len(self.answered)} got "
+                f"one; minSuccessRatio {ratio:g} of {asked} prompts cannot be reached. Instead came: {kinds}. "
+                f"An example: {next(iter(self.outcome.rejected.values()))}. Check spec.teacher (URL, model), or lower "
+                "data.generation.minSuccessRatio. The answers that came are saved.",
+            )
+
+    async def _keep(self) -> None:
+        """Save every few seconds; return when the pod is asked to stop."""
+        saved = time.monotonic()
+        while not self.ctx.stop.is_set():
+            await asyncio.sleep(0.1)
+            if time.monotonic() - saved >= SAVE_SECONDS:
+                await self._save()
+                saved = time.monotonic()
+        self.stopping = True
+
+    async def _save(self) -> None:
+        """Publish what is new. In a thread: requests go on meanwhile, into the next chunk."""
+        if self.store.seal():
+            await asyncio.to_thread(self._publish, seal=False)
+
+    async def _last_save(self, *, quiet: bool = False) -> None:
+        """After the last answer. `quiet`: the run fails already, and for another reason."""
+        try:
+            await asyncio.to_thread(self._publish, seal=True)
+        except RunFailure as failure:
+            if not quiet:
+                raise
+            log.error("The last answers could not be saved: %s", failure.message)  # noqa: TRY400  # no trace: it is named
+
+    def _publish(self, *, seal: bool) -> None:
+        # A save whose task was cancelled goes on in its thread: wait for it before touching the chunks it sends.
+        with self.saving:
+            if seal:
+                self.store.seal()
+            self.ctx.checkpoints.save()
+
+    @staticmethod
+    async def _wind_up(tasks: Sequence["asyncio.Task[None]"]) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _on_trouble(self, what: str) -> None:
+        if not self.trouble:
+            log.warning("%s", what)
+        self.trouble = what
+        self._tell()
+
+    def _tell(self) -> None:
+        total, rejected, tokens = len(self.all), len(self.outcome.rejected), self.outcome.tokens
+        text = f"{self.done} of {total} answers, {tokens:,} tokens" + (f", {rejected} rejected" if rejected else "")
+        self.ctx.live(answers=self.done, answers_rejected=rejected, teacher_tokens=tokens)
+        self.ctx.report(self.stage, self.done + rejected, total, f"{self.trouble}. {text}" if self.trouble else text)
+
+
+def _kind(what: str) -> str:
+    return what.partition(":")[0]

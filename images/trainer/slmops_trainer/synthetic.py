@@ -1,0 +1,173 @@
+"""The synthetic training set: prompts -> the teacher's answers -> filters -> an artifact of its own."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonschema.protocols import Validator
+
+from slmops.api.distillation import DistillationJobSpec, Generation
+from slmops.api.meta import Dataset
+from slmops.api.run import Input, TeacherEndpoint
+from slmops_artifacts import Manifest, Parent
+from slmops_artifacts.model import dedupe
+from slmops_trainer import answers, data, filters, generation, publish
+from slmops_trainer.data import Example, Examples, Message
+from slmops_trainer.failure import RunFailure
+from slmops_trainer.teacher import Sampling
+
+if TYPE_CHECKING:
+    from slmops_trainer.context import Context
+
+GENERATING, FILTERING = "Generating", "Filtering"
+FILE = "train.jsonl"
+THINK = (
+    "Think step by step inside <think></think> first. After </think> write the final answer alone, "
+    "without any explanation."
+)
+
+log = logging.getLogger("slmops")
+
+
+@dataclass(frozen=True, slots=True)
+class SyntheticSet:
+    """What the student learns from: the examples, and the manifest of the artifact that holds them."""
+
+    examples: Examples
+    manifest: Manifest
+
+
+def make(
+    ctx: "Context",
+    spec: DistillationJobSpec,
+    terms: generation.Terms,
+    prompts: Examples,
+    held_out: Examples | None,
+    schema: Validator | None,
+    store: answers.Answers,
+) -> SyntheticSet:
+    """The set, from the artifact that an earlier pod of this run published, or asked of the teacher and published.
+
+    Raises RunFailure(NothingToTrain) with the drop report, and those of generation.ask_all and the store.
+    """
+    found = ctx.existing(uri_of(ctx))
+    if found is not None:
+        log.info("Found the synthetic set of an earlier pod of this run")
+        folder, _ = ctx.pull(Input(uri=found[0].uri), "synthetic", "Pulling synthetic data")
+        return _read(ctx, folder, found[0].uri, found[1])
+    kept, metrics = _generate(ctx, spec, terms, prompts, held_out, schema, store)
+    folder = ctx.work / "synthetic"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / FILE).open("w", encoding="utf-8") as stream:
+        for example in kept:
+            stream.write(json.dumps({"messages": example.turns}, ensure_ascii=False) + "\n")
+    manifest = _manifest(ctx, spec, terms.endpoint, prompts, metrics)
+    artifact, manifest = ctx.push(folder, manifest, uri_of(ctx), FILTERING)
+    return _read(ctx, folder, artifact.uri, manifest)
+
+
+def uri_of(ctx: "Context") -> str:
+    """Beside the output, under a tag of this object alone, for the student's lineage points there."""
+    return f"{ctx.spec.output.rstrip('/')}-data-{ctx.spec.uid.replace('-', '')[:8]}"
+
+
+def instructed(example: Example, system: str | None, *, think: bool = False) -> Example:
+    """The prompt with the system prompt before it, and with the wish for thoughts, which is never trained on."""
+    parts = [system] if system else []
+    own = [message.content for message in example.messages if message.role == "system"]
+    text = "\n\n".join([*parts, *own, *([THINK] if think else [])])
+    rest = tuple(message for message in example.messages if message.role != "system")
+    return replace(example, messages=(Message("system", text), *rest) if text else rest)
+
+
+def wire(examples: Sequence[Example]) -> list[list[dict[str, str]]]:
+    """The questions as the OpenAI API takes them: a wanted answer is not shown."""
+    return [[message.wire() for message in example.messages] for example in examples]
+
+
+def sampling(settings: Generation) -> Sampling:
+    """How training answers are drawn."""
+    return Sampling(settings.temperature, settings.top_p, settings.max_tokens)
+
+
+def _generate(
+    ctx: "Context",
+    spec: DistillationJobSpec,
+    terms: generation.Terms,
+    prompts: Examples,
+    held_out: Examples | None,
+    schema: Validator | None,
+    store: answers.Answers,
+) -> tuple[list[Example], dict[str, float]]:
+    """Ask and filter. Returns what is trained on, and the report as metrics."""
+    settings, rules = spec.data.generation, spec.data.filters
+    # What would be dropped anyway is not asked: the teacher's tokens are the dear part.
+    leaked = filters.contaminated(prompts.items, held_out.items) if held_out and rules.decontaminate else set()
+    asked = [example for index, example in enumerate(prompts.items) if index not in leaked]
+    taught = [instructed(example, settings.system_prompt) for example in asked]
+    shown = wire([instructed(example, settings.system_prompt, think=settings.chain_of_thought) for example in asked])
+    samples = settings.samples_per_prompt
+    questions = generation.questions(shown, samples, terms.endpoint.model, terms.sampling, spec.training.seed)
+    outcome = generation.ask_all(ctx, questions, terms, store, GENERATING)
+    ctx.report(FILTERING, 0, 1, f"{len(store)} answers")
+    replies = [(store.get(question.key), taught[question.prompt]) for question in questions]
+    rows = [filters.Row(example, reply.text, reply.finish) for reply, example in replies if reply is not None]
+    kept, drops = filters.apply(rows, rules, schema, thoughts=settings.chain_of_thought)
+    drops["decontaminate"] = len(leaked) * samples
+    metrics = {
+        "prompts": len(prompts.items),
+        "answers": len(rows),
+        "unanswered": len(questions) - len(rows),
+        "kept": len(kept),
+        "teacher_tokens": outcome.tokens,
+        **{f"dropped_{name}": drops[name] for name in filters.NAMES},
+    }
+    log.info("Filtered: %s", _report(drops, len(kept)))
+    if not kept:
+        for name, value in metrics.items():
+            ctx.metric(name, value)
+        raise RunFailure(
+            "NothingToTrain",
+            f"No example is left of {len(prompts.items)} prompts: {len(rows)} answers, {_report(drops, 0)}. "
+            "Loosen data.filters, raise generation.maxTokens if answers are truncated, or use other prompts.",
+        )
+    return kept, {name: float(value) for name, value in metrics.items()}
+
+
+def _manifest(
+    ctx: "Context", spec: DistillationJobSpec, teacher: TeacherEndpoint, prompts: Examples, metrics: dict[str, float]
+) -> Manifest:
+    """The set comes from the prompts and, if the teacher is ours, from the model that it serves."""
+    line = tuple(Parent(kind=row.kind, uri=row.uri, digest=row.digest, name=row.name) for row in teacher.lineage)
+    parents = (prompts.parent, *line[:1])
+    return Manifest(
+        kind="dataset",
+        parents=parents,
+        lineage=dedupe((*parents, *line)),
+        recipe={
+            "teacher": {"url": teacher.url, "model": teacher.model, "name": teacher.name},
+            "data": spec.data.wire(),
+        },
+        seed=spec.training.seed,
+        versions=publish.versions(),
+        metrics=metrics,
+        created=ctx.started,
+    )
+
+
+def _read(ctx: "Context", folder: Path, uri: str, manifest: Manifest) -> SyntheticSet:
+    """Read the set as it was published: what is trained on is what the artifact holds."""
+    for name, value in manifest.metrics.items():
+        ctx.metric(name, value)
+    items, fmt = data.read(folder / FILE, Dataset(format="messages"), "training", f"{uri}, file {FILE}")
+    parent = Parent(kind="dataset", uri=uri, digest=manifest.digest, name=f"DistillationJob/{ctx.spec.name}")
+    return SyntheticSet(Examples(items, fmt, uri, parent), manifest)
+
+
+def _report(drops: Counter[str], kept: int) -> str:
+    parts = [f"{drops[name]} dropped by {name}" for name in filters.NAMES if drops[name]]
+    return ", ".join([f"{kept} kept", *parts])

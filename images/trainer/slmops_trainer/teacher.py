@@ -1,0 +1,262 @@
+"""The teacher: one OpenAI-compatible endpoint, asked with patience. What one question costs and yields is decided here.
+
+Three things can go wrong, and they end differently:
+  refused       the key or the URL is wrong: fatal at once (RunFailure)
+  trouble       429, 5xx, no connection, no answer in time: asked again, with jittered backoff and Retry-After, until
+                nothing was heard for `patience` seconds: then RunFailure(TeacherUnavailable), worth another pod
+  rejection     the endpoint answers, but not with an answer (no JSON, no choices, empty text, HTTP 400): Rejected
+"""
+
+import asyncio
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from slmops.api.run import TeacherEndpoint
+from slmops_trainer.failure import RunFailure
+
+ENV_PATIENCE = "SLMOPS_TEACHER_PATIENCE_SECONDS"
+PATIENCE = 300.0  # seconds without any answer before the pod gives up; the next one goes on from what was saved
+TRIES = 3  # of a question whose answer is garbage
+OWN_TRIES = 5  # of a question that alone runs into trouble while others are answered
+FIRST_PAUSE, LONGEST_PAUSE, LONGEST_HINT = 0.25, 15.0, 900.0  # seconds
+BODY_MAX = 16 << 20  # bytes of a response
+EXCERPT = 160  # characters of a bad response in messages
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How answers are drawn; temperature 0 is greedy."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer. `finish` is the endpoint's finish_reason ("length": cut off); `tokens` counts the answer's tokens."""
+
+    text: str
+    finish: str
+    tokens: int
+
+
+class Rejected(Exception):  # noqa: N818  # a verdict, not an error
+    """A question got no usable answer. The text says what came instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Trouble:
+    """Worth another try. `hint`: seconds that the endpoint asks for; `own`: may be this question's fault alone."""
+
+    what: str
+    hint: float = 0.0
+    own: bool = False
+
+
+class Teacher:
+    """A client for one endpoint; an async context manager.
+
+    timeout     seconds for one request
+    on_trouble  called with a sentence while the endpoint does not answer
+    patience    seconds without a sign of life before RunFailure(TeacherUnavailable)
+    """
+
+    def __init__(
+        self,
+        endpoint: TeacherEndpoint,
+        key: str | None,
+        *,
+        timeout: float,
+        concurrency: int,
+        on_trouble: Callable[[str], None],
+        patience: float | None = None,
+    ) -> None:
+        self._endpoint = endpoint
+        self._key = key
+        self._url = endpoint.url.rstrip("/") + "/chat/completions"
+        self._timeout = timeout
+        self._on_trouble = on_trouble
+        self._patience = float(os.environ.get(ENV_PATIENCE, PATIENCE)) if patience is None else patience
+        self._silent_since: float | None = None  # the first trouble after the last sign of life
+        self._not_before = 0.0  # the endpoint asked all of us to wait
+        self._last_answer = 0.0
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.AsyncClient(
+            headers={"User-Agent": "slmops", **headers},
+            timeout=None,  # noqa: S113  # asyncio.timeout below bounds the whole exchange, not each read
+            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._http.aclose()
+
+    async def ask(self, messages: Sequence[dict[str, str]], sampling: Sampling, seed: int) -> Reply:
+        """One answer to one conversation. Raises Rejected, RunFailure(AccessDenied, BadSpec, TeacherUnavailable)."""
+        body = self._body(messages, sampling, seed)
+        first, tries, garbage = time.monotonic(), 0, 0
+        while True:
+            await self._wait()
+            found = await self._once(body)
+            if isinstance(found, Reply):
+                self._last_answer = time.monotonic()
+                return found
+            if isinstance(found, Rejected):
+                garbage += 1
+                if garbage >= TRIES:
+                    raise found
+                await asyncio.sleep(FIRST_PAUSE * random.uniform(0.5, 1.5))  # noqa: S311  # jitter
+                continue
+            tries += 1
+            if found.own and tries >= OWN_TRIES and self._last_answer > first:
+                raise Rejected(f"{found.what}, {tries} times, while other questions were answered")
+            await self._pause(found, tries)
+
+    def _body(self, messages: Sequence[dict[str, str]], sampling: Sampling, seed: int) -> bytes:
+        body: dict[str, Any] = {
+            "model": self._endpoint.model,
+            "messages": list(messages),
+            "temperature": sampling.temperature,
+            "max_tokens": sampling.max_tokens,
+            "stream": False,
+        }
+        if sampling.temperature > 0:
+            body["seed"] = seed
+        if sampling.top_p < 1:
+            body["top_p"] = sampling.top_p
+        return json.dumps(body).encode()
+
+    async def _once(self, body: bytes) -> "Reply | Rejected | _Trouble":
+        """One exchange. Everything that the server says, as a value; only what is fatal is raised."""
+        try:
+            async with (
+                asyncio.timeout(self._timeout),
+                self._http.stream(
+                    "POST", self._url, content=body, headers={"Content-Type": "application/json"}
+                ) as response,
+            ):
+                raw = bytearray()
+                async for block in response.aiter_bytes():
+                    raw += block
+                    if len(raw) > BODY_MAX:
+                        self._alive()
+                        return Rejected(f"a response of more than {BODY_MAX >> 20} MiB")
+        except TimeoutError:
+            return _Trouble(f"no answer within {self._timeout:.0f} s", own=True)
+        except httpx.HTTPError as error:
+            return _Trouble(f"{str(error) or type(error).__name__}"[:EXCERPT])
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise RunFailure("BadSpec", f"The teacher's URL {self._endpoint.url} cannot be used: {error}.") from error
+        return self._judge(response, bytes(raw))
+
+    def _judge(self, response: httpx.Response, raw: bytes) -> "Reply | Rejected | _Trouble":
+        code = response.status_code
+        if code in (401, 403):
+            raise self._denied(code)
+        if code == 404 and not self._last_answer:
+            raise RunFailure(
+                "BadSpec",
+                f"The teacher at {self._endpoint.url} has no /chat/completions, or knows no model "
+                f"{self._endpoint.model!r} (HTTP 404: {self._excerpt(raw)}). Correct the URL (up to and with /v1) and "
+                "the model in spec.teacher.",
+            )
+        if code in (404, 408, 425, 429) or code >= 500:
+            return _Trouble(f"HTTP {code}", _retry_after(response), own=code in (408, 500))
+        self._alive()
+        if code != 200:
+            return Rejected(f"HTTP {code}: {self._excerpt(raw)}")
+        return self._read(raw)
+
+    def _read(self, raw: bytes) -> Reply | Rejected:
+        try:
+            body = json.loads(raw)
+        except (ValueError, RecursionError):
+            return Rejected(f"no JSON: {self._excerpt(raw)}")
+        try:
+            choice = body["choices"][0]
+            text = choice["message"]["content"]
+        except (KeyError, IndexError, TypeError):
+            return Rejected(f"no choices[0].message.content: {self._excerpt(raw)}")
+        if not isinstance(text, str) or not text.strip():
+            return Rejected(f"an empty answer: {self._excerpt(raw)}")
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            return Rejected("half a surrogate pair, which is no text")
+        usage = body.get("usage")
+        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+        # A server that counts nothing must not make the token budget endless: four characters are about a token.
+        counted = tokens if isinstance(tokens, int) and tokens > 0 else (len(text) + 3) // 4
+        return Reply(text, str(choice.get("finish_reason") or ""), counted)
+
+    def _alive(self) -> None:
+        self._silent_since = None
+
+    async def _wait(self) -> None:
+        """Wait until the moment that the endpoint asked for; a later answer may have moved it."""
+        while (rest := self._not_before - time.monotonic()) > 0:  # noqa: ASYNC110  # a moment, not an event
+            await asyncio.sleep(rest + random.uniform(0, 0.1))  # noqa: S311  # jitter
+
+    async def _pause(self, trouble: _Trouble, tries: int) -> None:
+        """Wait before the next try, or give up when the endpoint has been silent for too long."""
+        now = time.monotonic()
+        if self._silent_since is None:
+            self._silent_since = now
+        hint = min(trouble.hint, LONGEST_HINT)
+        if hint:
+            self._not_before = max(self._not_before, now + hint)
+        if now - self._silent_since >= self._patience + hint:
+            if trouble.own and self._last_answer:
+                raise Rejected(f"{trouble.what}, {tries} times")
+            raise RunFailure(
+                "TeacherUnavailable",
+                f"The teacher at {self._endpoint.url} did not answer for {now - self._silent_since:.0f} s "
+                f"({trouble.what}). What it had answered is saved. Check that it runs, its name, and network policies.",
+                retryable=True,
+            )
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(tries - 1, 10)) * random.uniform(0.5, 1.5)  # noqa: S311  # jitter
+        silent = now - self._silent_since
+        if tries > 1:
+            self._on_trouble(f"Teacher unavailable for {silent:.0f} s ({trouble.what}); trying again")
+        await asyncio.sleep(max(pause, hint))
+
+    def _denied(self, code: int) -> RunFailure:
+        # The body is not quoted: some servers repeat the key in it.
+        given = self._endpoint.secret
+        remedy = (
+            f"Put a valid key under {self._endpoint.key} in Secret {given}."
+            if given
+            else "Give a key with spec.teacher.endpoint.apiKeySecretRef."
+        )
+        return RunFailure("AccessDenied", f"The teacher at {self._endpoint.url} refused access (HTTP {code}). {remedy}")
+
+    def _excerpt(self, raw: bytes) -> str:
+        text = " ".join(raw[: 4 * EXCERPT].decode("utf-8", "replace").split())
+        if self._key:
+            text = text.replace(self._key, "***")
+        return repr(text[:EXCERPT]) if text else "an empty body"
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """Seconds that the endpoint asks us to wait: a number or an HTTP date."""
+    value = response.headers.get("retry-after", "").strip()
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return 0.0
