@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from localkube import images, mounts, paths, rootfs, shell, store
+from localkube import images, mounts, paths, rootfs, shell, store, tools
 from localkube.images import Image
 from localkube.say import Failure, step
 
@@ -21,6 +21,8 @@ CA_ARGUMENTS = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUND
 
 def ensure(*names: str) -> None:
     """Build what is not built yet and load what the node does not have yet."""
+    tools.require_root()
+    tools.ensure_packages()
     chosen = names or tuple(n for n, i in images.IMAGES.items() if i.dockerfile.exists())
     with _building():
         node = store.answers()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
-from localkube import build, control, daemons, leftovers, network, node, paths, seed, shell, tools
+from localkube import bare, build, control, daemons, leftovers, network, node, paths, seed, shell, tools
 from localkube.control import Endpoint
 from localkube.daemons import Daemon
 from localkube.paths import CLUSTER
@@ -19,6 +19,7 @@ DAEMONS = (
 
 
 def up() -> None:
+    tools.require_root()
     with shell.locked(paths.LOCK):
         trouble = problems()
         if not trouble:
@@ -34,6 +35,7 @@ def up() -> None:
 
 
 def down(*, purge: bool = False) -> None:
+    tools.require_root()
     with shell.locked(paths.LOCK):
         if paths.CONTAINERD_SOCKET.exists():
             step("stopping pods")
@@ -45,6 +47,7 @@ def down(*, purge: bool = False) -> None:
         shutil.rmtree(paths.VOLUMES, ignore_errors=True)
         if purge:
             step(f"removing the caches below {paths.CACHE}")
+            bare.down(paths.LOCAL / "apiserver")
             build.purge()
             shutil.rmtree(paths.LOCAL, ignore_errors=True)
     step("down")

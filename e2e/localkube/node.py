@@ -6,12 +6,26 @@ import json
 import shutil
 from pathlib import Path
 
-from localkube import build, config, control, daemons, images, leftovers, network, paths, seed, shell, store, tools
+from localkube import (
+    build,
+    config,
+    control,
+    daemons,
+    images,
+    leftovers,
+    mounts,
+    network,
+    paths,
+    seed,
+    shell,
+    store,
+    tools,
+)
 from localkube.control import Endpoint
 from localkube.daemons import Daemon
 from localkube.paths import CLUSTER
 from localkube.pki import Authority
-from localkube.say import step
+from localkube.say import Failure, step
 
 
 def apiserver_options(authority: Authority) -> dict[str, str | Path | int]:
@@ -29,7 +43,13 @@ def apiserver_options(authority: Authority) -> dict[str, str | Path | int]:
 
 def start_runtime() -> Daemon:
     """containerd on its kept image store, holding the pause image and no container of an earlier run."""
-    daemon = _start_containerd()
+    try:
+        daemon = _start_containerd()
+    except Failure:
+        step("containerd does not open its image store; starting with an empty one")
+        daemons.stop(d for name, d in daemons.recorded(CLUSTER.pids).items() if name == "containerd")
+        mounts.remove(paths.CONTAINERD_ROOT)
+        daemon = _start_containerd()
     if store.remove_containers():
         # Its CRI part has loaded them already and would go on listing them.
         daemons.stop([daemon])
@@ -51,7 +71,7 @@ def _start_containerd() -> Daemon:
         daemons.check(daemon, CLUSTER.log)
         return store.answers()
 
-    shell.wait_for("containerd", ready, seconds=60, log=CLUSTER.log / "containerd.log")
+    shell.wait_for("containerd", ready, seconds=30, log=CLUSTER.log / "containerd.log")
     return daemon
 
 

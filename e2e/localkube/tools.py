@@ -109,9 +109,12 @@ def _build(names: list[str]) -> None:
     step("built")
 
 
-def ensure_packages() -> None:
+def require_root() -> None:
     if os.geteuid() != 0:
         raise Failure("a node needs root", hint="run as root, or use a cluster you already have")
+
+
+def ensure_packages() -> None:
     missing = [package for package, proof in NODE_PACKAGES.items() if not Path(proof).exists()]
     if not missing:
         return
