@@ -152,6 +152,16 @@ class KubeCluster:
             body = {"count": int(known.get("count") or 1) + 1, "lastTimestamp": now}
             self._ask("PATCH", "Event", path, body=body, content=MERGE, verb="patch")
 
+    def served(self) -> set[str]:
+        """Which of our kinds the API server has: the CRDs may be missing, or be taken away. Raises ClusterError."""
+        try:
+            answer = self._ask("GET", "APIResourceList", f"/apis/{API_VERSION}", verb="get")
+        except ClusterError as error:
+            if error.status == 404:
+                return set()
+            raise
+        return {str(resource["kind"]) for resource in answer.get("resources") or []}
+
     def _ask(
         self,
         method: str,

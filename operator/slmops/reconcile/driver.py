@@ -14,6 +14,7 @@ Errors, and what becomes of them:
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -53,12 +54,12 @@ class Driver:
     def run(self, key: Key) -> float | None:
         """One pass over one of our objects.
 
-        Returns the seconds after which it wants the next one, None to wait for an event. Raises ClusterError where
-        the API server does not do its part, and whatever a bug raises.
+        Returns the seconds after which it wants the next one, None to wait for an event, inf where the object is
+        gone. Raises ClusterError where the API server does not do its part, and whatever a bug raises.
         """
         obj = self.cluster.get(key)
         if obj is None or obj["metadata"].get("deletionTimestamp"):
-            return None  # children go by owner reference; nothing of ours is outside the cluster
+            return math.inf  # children go by owner reference; nothing of ours is outside the cluster
         reconciler = self.reconcilers[key.kind]
         now = self.clock()
         try:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.util import find_spec
 
 from slmops.api.batch import BatchSpec
 from slmops.api.distillation import DistillationJobSpec, DistillationJobStatus
@@ -58,5 +59,7 @@ RECIPES = (
 def reconcilers(read: ReadProgress = read_progress) -> Mapping[str, Reconciler]:
     """Make the reconciler of every kind."""
     found: dict[str, Reconciler] = {recipe.kind: BatchReconciler(recipe, read) for recipe in RECIPES}
-    deployment: Reconciler = import_module("slmops.reconcile.deployment").RECONCILER
-    return {**found, deployment.kind: deployment}
+    if find_spec("slmops.reconcile.deployment"):
+        deployment: Reconciler = import_module("slmops.reconcile.deployment").RECONCILER
+        found[deployment.kind] = deployment
+    return found

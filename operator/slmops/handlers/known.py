@@ -1,0 +1,103 @@
+"""What the watches have told: whose child is whose, who names whom, which phase everything is in.
+
+An optimisation only: it decides who is woken when, never what is done. It is rebuilt from the watches at start, and
+what it misses the resync finds.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from slmops.api.keys import GROUP, LABEL_OWNER_UID
+from slmops.cluster.kinds import OURS
+from slmops.cluster.port import Key, Object
+from slmops.reconcile.sources import references
+
+
+@dataclass(frozen=True)
+class Note:
+    """As much of a watch event as is kept."""
+
+    key: Key
+    uid: str
+    deleted: bool = False
+    owner_uid: str = ""  # for children
+    owner: Key | None = None
+    names: frozenset[Key] = frozenset()  # for our objects: those of ours that it names
+    news: tuple[str, ...] = ()  # for our objects: what others that name it act upon
+    phase: str = ""
+
+
+def note_of(event: Mapping[str, Any]) -> Note:
+    """Condense a watch event (`type` and `object`)."""
+    obj: Object = event["object"]
+    metadata = obj["metadata"]
+    namespace = metadata.get("namespace", "")
+    key = Key(obj.get("kind", ""), namespace, metadata["name"])
+    deleted = event.get("type") == "DELETED"
+    if key.kind in OURS:
+        status = obj.get("status") or {}
+        return Note(
+            key,
+            metadata["uid"],
+            deleted,
+            names=frozenset(Key(kind, namespace, name) for kind, name in references(obj)),
+            news=_news(status),
+            phase=str(status.get("phase") or "Unknown"),
+        )
+    owner = next(
+        (
+            Key(ref["kind"], namespace, ref["name"])
+            for ref in metadata.get("ownerReferences") or []
+            if str(ref.get("apiVersion", "")).startswith(f"{GROUP}/")
+        ),
+        None,
+    )
+    labels = metadata.get("labels") or {}
+    return Note(key, metadata["uid"], deleted, owner_uid=labels.get(LABEL_OWNER_UID, ""), owner=owner)
+
+
+class Known:
+    """Fed with every note; says whom each one concerns."""
+
+    def __init__(self) -> None:
+        self._notes: dict[Key, Note] = {}
+        self._by_uid: dict[str, Key] = {}
+        self._named_by: dict[Key, set[Key]] = {}
+
+    def concerned(self, note: Note) -> set[Key]:
+        """Take a note; returns the objects of ours that are to be looked at."""
+        if note.key.kind not in OURS:
+            found = self._by_uid.get(note.owner_uid) or note.owner
+            return {found} if found else set()
+        before = self._notes.get(note.key)
+        self._keep(note, before)
+        unchanged = before is not None and before.news == note.news and before.uid == note.uid and not note.deleted
+        return {note.key} if unchanged else {note.key, *self._named_by.get(note.key, ())}
+
+    def phases(self) -> Counter[tuple[str, str]]:
+        """How many objects there are by kind and phase."""
+        return Counter((note.key.kind, note.phase) for note in self._notes.values())
+
+    def _keep(self, note: Note, before: Note | None) -> None:
+        if before is not None:
+            self._by_uid.pop(before.uid, None)
+            for named in before.names:
+                self._named_by.get(named, set()).discard(note.key)
+        if note.deleted:
+            self._notes.pop(note.key, None)
+            return
+        self._notes[note.key] = note
+        self._by_uid[note.uid] = note.key
+        for named in note.names:
+            self._named_by.setdefault(named, set()).add(note.key)
+
+
+def _news(status: Object) -> tuple[str, ...]:
+    """What those that name an object wait for: readiness and its reason, the artifact, failure."""
+    said: Iterable[Object] = status.get("conditions") or []
+    words = [
+        f"{c.get('type')}={c.get('status')}:{c.get('reason')}" for c in said if c.get("type") in ("Ready", "Stalled")
+    ]
+    return (*words, str((status.get("artifact") or {}).get("digest") or ""))

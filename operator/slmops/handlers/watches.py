@@ -1,0 +1,148 @@
+"""The watches: kopf looks at our kinds and at their labelled children, and every event wakes the queue.
+
+kopf is used for its watches alone. Without daemons, timers and change handlers it writes nothing: no finalizer, so
+that no deletion and no uninstall ever waits for this operator, and no annotation.
+
+Stock kopf ends when a watch yields an ERROR event and when API errors outlast its list of backoffs. Here the list is
+endless, and kopf runs in a thread with an event loop of its own: whenever it ends, it is started again, while the
+queue and the passes go on. (In a shared loop it would cancel whatever was started after itself.)
+"""
+
+import asyncio
+import logging
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from time import monotonic
+from typing import Any
+
+import kopf
+
+from slmops.api.keys import GROUP, LABEL_MANAGED_BY, LABEL_OWNER_UID, MANAGED_BY, VERSION
+from slmops.cluster.kinds import OURS, PLACES
+from slmops.handlers.known import Note, note_of
+
+log = logging.getLogger(__name__)
+
+CHILDREN = ("Job", "Pod", "Deployment")
+SELECTOR = f"{LABEL_MANAGED_BY}={MANAGED_BY},{LABEL_OWNER_UID}"
+RESTART_FIRST, RESTART_MOST = 1.0, 30.0
+LONG_ENOUGH = 60.0  # a run of this length ends the growth of the restart's delay
+
+
+class EndlessBackoffs:
+    """Delays between attempts at a call, without end: 1, 2, 4, 8, then about 15 seconds."""
+
+    def __iter__(self) -> Iterator[float]:
+        delay = 1.0
+        while True:
+            yield delay * random.uniform(0.8, 1.2)  # noqa: S311  # spreads load, guards nothing
+            delay = min(delay * 2, 15.0)
+
+
+class Watches:
+    """`tell` is called from the watches' thread with a note of every event; `served` says which kinds the API has."""
+
+    def __init__(
+        self,
+        tell: Callable[[Note], None],
+        served: Callable[[], set[str]],
+        namespaces: list[str],
+        on_restart: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._tell, self._served, self._namespaces, self._on_restart = tell, served, namespaces, on_restart
+        self._stop, self._ready = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._supervise, name="watches", daemon=True)
+
+    def start(self) -> None:
+        """Start watching."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask the watches to end; does not wait."""
+        self._stop.set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the watches are up."""
+        return self._ready.is_set()
+
+    @property
+    def alive(self) -> bool:
+        """Whether somebody still looks after the watches."""
+        return self._thread.is_alive()
+
+    def _supervise(self) -> None:
+        delay = RESTART_FIRST
+        while not self._stop.is_set():
+            began = monotonic()
+            try:
+                if self._all_served():
+                    asyncio.run(self._watch())
+                    log.info("Watches ended")
+            except Exception as error:  # noqa: BLE001  # whatever ends kopf must not end the operator
+                log.warning("Watches ended", extra={"error": f"{type(error).__name__}: {error}"})
+            self._ready.clear()
+            if self._stop.is_set():
+                return
+            self._on_restart()
+            delay = RESTART_FIRST if monotonic() - began > LONG_ENOUGH else min(delay * 2, RESTART_MOST)
+            self._stop.wait(delay * random.uniform(0.8, 1.2))  # noqa: S311  # spreads load, guards nothing
+
+    def _all_served(self) -> bool:
+        missing = sorted(set(OURS) - self._served())
+        if missing:
+            log.warning("CustomResourceDefinitions are missing: install them", extra={"kinds": missing})
+        return not missing
+
+    async def _watch(self) -> None:
+        scope: dict[str, Any] = {"namespaces": self._namespaces} if self._namespaces else {"clusterwide": True}
+        await kopf.operator(
+            registry=self._registry(),
+            settings=operator_settings(),
+            standalone=True,
+            stop_flag=self._stop,
+            ready_flag=self._ready,
+            **scope,
+        )
+
+    def _registry(self) -> kopf.OperatorRegistry:
+        registry = kopf.OperatorRegistry()
+        kopf.on.login(registry=registry)(log_in)
+        for kind in OURS:
+            kopf.on.event(GROUP, VERSION, PLACES[kind].plural, registry=registry, id=kind)(self._on_event)
+        for kind in CHILDREN:
+            place = PLACES[kind]
+            kopf.on.event(place.group, place.version, place.plural, registry=registry, id=kind)(self._on_event)
+        return registry
+
+    async def _on_event(self, event: Any, **_: Any) -> None:
+        self._tell(note_of(event))
+
+
+def operator_settings() -> kopf.OperatorSettings:
+    """Make kopf's settings as we need them."""
+    settings = kopf.OperatorSettings()
+    settings.posting.enabled = False
+    settings.scanning.disabled = True  # no list or watch of namespaces and CRDs: no rights for that
+    settings.process.ultimate_exiting_timeout = None  # it would kill the whole process
+    settings.networking.request_timeout = 30
+    settings.networking.connect_timeout = 5
+    settings.networking.error_backoffs = EndlessBackoffs()
+    settings.watching.chunk_size = 500
+    settings.watching.server_timeout = 600
+    settings.queueing.idle_timeout = 1.0
+    for kind in CHILDREN:
+        place = PLACES[kind]
+        settings.watching.label_selectors[place.group, place.version, place.plural] = SELECTOR
+    return settings
+
+
+def log_in(**kwargs: Any) -> kopf.ConnectionInfo | None:
+    """KUBECONFIG if it is set, else the pod's service account: the same order as cluster.kube.configuration."""
+    return kopf.login_with_kubeconfig(**kwargs) if _outside() else kopf.login_with_service_account(**kwargs)
+
+
+def _outside() -> bool:
+    return bool(os.environ.get("KUBECONFIG")) or not os.environ.get("KUBERNETES_SERVICE_HOST")
