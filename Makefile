@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help debs demo test check lint types unit kube images up down status install uninstall components e2e crds lock clean
+.PHONY: help debs demo test check lint types unit kube images up down status install uninstall components e2e bench crds lock clean
 
 CLUSTER ?= local
 VENV := .local/venv
@@ -59,6 +59,11 @@ components: $(READY) debs ## artifacts, server, router on this machine; the trai
 e2e: $(READY) ## the scenarios on a real node with real pods
 	@$(MAKE) --no-print-directory up images
 	@$(PY) -m pytest -q -x --timeout=1500 e2e/scenarios
+
+bench: $(READY) ## what the operator costs, on the local node
+	@$(MAKE) --no-print-directory up images
+	@PYTHONPATH=e2e $(PY) -m kit.chart install
+	@PYTHONPATH=e2e $(PY) -m kit.bench
 
 up: ## the local Kubernetes node
 	@$(KUBE) up

@@ -2,8 +2,9 @@
 
     python seed_tiny.py oci://registry/e2e
 
-`<root>/base:tiny` a randomly initialised Qwen2 of about 0.13 M parameters with its tokenizer, `<root>/data:tiny` the
-files train.jsonl (messages), prompts.jsonl (messages without the answer) and heldout.jsonl. The task: name colour and shape.
+`<root>/base:tiny` a randomly initialised Qwen2 of about 0.13 M parameters with its tokenizer,
+`<root>/data:tiny` the files train.jsonl (messages), prompts.jsonl (messages without the answer) and heldout.jsonl.
+The task: name colour and shape.
 """
 
 import json
