@@ -6,6 +6,7 @@ import sys
 from datetime import UTC, datetime
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_OF_KOPF = frozenset({"settings", "k8s_skip", "k8s_ref"})  # for its own poster of Events, which is off
 
 
 class JsonFormatter(logging.Formatter):
@@ -19,7 +20,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        line.update({name: value for name, value in vars(record).items() if name not in _STANDARD})
+        line.update({name: value for name, value in vars(record).items() if name not in _STANDARD | _OF_KOPF})
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str, ensure_ascii=False)
@@ -36,3 +37,4 @@ def set_up(level: int = logging.INFO) -> None:
     handler.setFormatter(JsonFormatter())
     handler.addFilter(_wanted)
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.getLogger("kopf").setLevel(logging.WARNING)  # below that it tells of every event
