@@ -211,9 +211,15 @@ def test_temperature_sharpens() -> None:
 
 @pytest.mark.parametrize(
     ("sampling", "kept"),
-    [(Sampling(seed=1, top_k=2), {2, 3}), (Sampling(seed=1, top_p=0.69), {2, 3}), (Sampling(seed=1, top_p=0.39), {3}),
-     (Sampling(seed=1, top_p=1e-9), {3}), (Sampling(seed=1, min_p=0.6), {2, 3}), (Sampling(seed=1, top_k=3, top_p=0.75), {2, 3})],
-)  # fmt: skip
+    [
+        (Sampling(seed=1, top_k=2), {2, 3}),
+        (Sampling(seed=1, top_p=0.69), {2, 3}),
+        (Sampling(seed=1, top_p=0.39), {3}),
+        (Sampling(seed=1, top_p=1e-9), {3}),
+        (Sampling(seed=1, min_p=0.6), {2, 3}),
+        (Sampling(seed=1, top_k=3, top_p=0.75), {2, 3}),
+    ],
+)
 def test_filters_keep_exactly_the_right_tokens(sampling: Sampling, kept: set[int]) -> None:
     assert set(draws(sampling, np.log(logits(0.1, 0.2, 0.3, 0.4)))) == kept
 

@@ -19,6 +19,7 @@ from slmops_server.model_folder import ModelFolder
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 SMALL = 256 << 20  # bytes of model up to which loading it twice to measure thread counts costs little
 LOGITS_BYTES = 64 << 20  # a prefill chunk's logits, [chunk, vocab], stay below this
+TINY_STEP = 0.0003  # seconds; below that threads wait for each other longer than they work
 GAIN = 0.7  # more threads must take at most this share of the time of one, or one it is
 
 
@@ -132,15 +133,15 @@ class OrtForward:
     def _bind(binding: ort.IOBinding, name: str, array: NDArray[np.int64], shape: tuple[int, ...]) -> None:
         binding.bind_input(name, "cpu", 0, np.int64, shape, array.ctypes.data)
 
-    def time_decode(self, rows: int, steps: int = 9, length: int = 32) -> float:
-        """Seconds of one decode step of `rows` rows: the median of `steps`, so that a busy machine counts as busy."""
+    def time_decode(self, rows: int, steps: int = 9, length: int = 32) -> list[float]:
+        """Seconds of `steps` decode steps of `rows` rows, sorted."""
         times = []
         length = min(length, self._max_len - 1)
         for _ in range(steps):
             start = time.perf_counter()
             self.decode(0, [0] * rows, [length] * rows)
             times.append(time.perf_counter() - start)
-        return sorted(times)[steps // 2]
+        return sorted(times)
 
 
 def load(
@@ -154,18 +155,27 @@ def load(
     if not threads and limit > 1 and folder.model_bytes <= SMALL:
         counts = [1, limit]
     tried = [OrtForward(folder, _session(folder, n), slots, max_len, chunk) for n in counts]
-    times = [float("inf")] * len(tried)
+    times: list[list[float]] = [[] for _ in tried]
     for _ in range(3):  # alternate, so that a noisy moment hits all
-        for index, forward in enumerate(tried):
-            times[index] = min(times[index], forward.time_decode(1))
-    best = 1 if len(tried) == 2 and times[1] < GAIN * times[0] else 0
+        for forward, seen in zip(tried, times, strict=True):
+            seen.extend(forward.time_decode(1))
+    best = 1 if len(tried) == 2 and _pays(*times) else 0
     forward = tried[best]
-    notes = {f"step_ms_{n}_threads": f"{t * 1e3:.3f}" for n, t in zip(counts, times, strict=True)}
-    per_row = {1: forward.time_decode(1)}
+    notes = {f"step_ms_{n}_threads": f"{_median(t) * 1e3:.3f}" for n, t in zip(counts, times, strict=True)}
+    per_row = {1: _median(forward.time_decode(1))}
     for rows in (2, 4, 8):
         if rows <= slots:
-            per_row[rows] = forward.time_decode(rows) / rows
+            per_row[rows] = _median(forward.time_decode(rows)) / rows
             notes[f"step_ms_{rows}_rows"] = f"{per_row[rows] * rows * 1e3:.3f}"
     forward.width = min(per_row, key=lambda rows: per_row[rows])
     notes["width"] = str(forward.width)
     return forward, counts[best], notes
+
+
+def _median(times: list[float]) -> float:
+    return sorted(times)[len(times) // 2]
+
+
+def _pays(one: list[float], many: list[float]) -> bool:
+    """Whether more threads are worth it: steps long enough, and faster both at best and in the middle of the noise."""
+    return min(one) > TINY_STEP and min(many) < GAIN * min(one) and _median(many) < GAIN * _median(one)
