@@ -26,7 +26,7 @@ STEPS = {"training": {**TRAINING, "maxSteps": 150}, "evaluation": None}
 
 def parse(stamp: str) -> float:
     """Seconds since the epoch of a Kubernetes timestamp."""
-    return datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
+    return datetime.fromisoformat(stamp).timestamp()
 
 
 def chain() -> list[Object]:
@@ -111,9 +111,11 @@ def by_hand(pod: Object, namespace: str, number: int, model: str) -> Object:
 
 def operator_metrics(kube: Kubectl) -> dict[str, float]:
     """The operator's own metrics, by name with labels."""
-    with kube.port_forward(f"deployment/{chart.RELEASE}-operator", 9090) as url:
-        with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
-            lines = answer.read().decode().splitlines()
+    with (
+        kube.port_forward(f"deployment/{chart.RELEASE}-operator", 9090) as url,
+        urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer,
+    ):
+        lines = answer.read().decode().splitlines()
     return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line and line[0] != "#"}
 
 

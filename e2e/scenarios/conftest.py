@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+
 from kit import chart
 from kit.kubectl import Kubectl
 from kit.seeding import seed
