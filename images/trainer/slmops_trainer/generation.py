@@ -106,7 +106,6 @@ class _Run:
                 self.answered.add(question.prompt)
                 self.outcome.tokens += saved.tokens
         self.done = len(self.all) - len(self.todo)
-        self.stopping = False
         self.saving = threading.Lock()
         self.trouble = ""
 
@@ -130,7 +129,7 @@ class _Run:
                 raise
             await self._wind_up([*workers, keeper])
             await self._last_save()
-        if self.stopping:
+        if self.ctx.stop.is_set():
             raise interrupted(f"Stopped with {self.done} of {len(self.all)} answers, which are saved.")
         self.outcome.unasked = len(self.all) - self.done - len(self.outcome.rejected)
         self._check_ratio(final=True)
@@ -150,7 +149,8 @@ class _Run:
 
     async def _work(self, teacher: Teacher, source: Iterator[Question]) -> None:
         for question in source:
-            if self.stopping or (self.terms.budget is not None and self.outcome.tokens >= self.terms.budget):
+            spent = self.terms.budget is not None and self.outcome.tokens >= self.terms.budget
+            if spent or self.ctx.stop.is_set():
                 return
             self.open[question.prompt] -= 1
             try:
@@ -198,7 +198,6 @@ class _Run:
             if time.monotonic() - saved >= SAVE_SECONDS:
                 await self._save()
                 saved = time.monotonic()
-        self.stopping = True
 
     async def _save(self) -> None:
         """Publish what is new. In a thread: requests go on meanwhile, into the next chunk."""
@@ -219,7 +218,8 @@ class _Run:
         with self.saving:
             if seal:
                 self.store.seal()
-            self.ctx.checkpoints.save()
+            if len(self.store):
+                self.ctx.checkpoints.save()
 
     @staticmethod
     async def _wind_up(tasks: Sequence["asyncio.Task[None]"]) -> None:

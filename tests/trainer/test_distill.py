@@ -1,0 +1,237 @@
+"""Whole distillation runs: a real HTTP teacher, a tiny student, the store."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_teacher import FakeTeacher, Fault, answer
+from slmops.api.run import EXIT_INTERRUPTED
+from slmops_artifacts import read_manifest
+from slmops_trainer import distill, train
+from slmops_trainer.context import Context
+from slmops_trainer.failure import RunFailure
+from tiny import chat, task
+
+RIGHT = dict(task())
+GOLD = [(f"please note: {question}", answer) for question, answer in task()[::3]]
+# Every question plainly, and those that are not held out in the held-out wording too.
+QUESTIONS = [*RIGHT, *(f"please note: {question}" for at, question in enumerate(RIGHT) if at % 3)]
+TEACHER_DIGEST = "sha256:" + "7" * 64
+BASE_DIGEST = "sha256:" + "8" * 64
+
+
+def knows(question: str) -> str:
+    """The teacher: right about everything but heaters."""
+    found = RIGHT[question.removeprefix("please note: ").rpartition("\n")[2]]
+    return found.replace("heater", "oven")
+
+
+@pytest.fixture
+def job(jsonl: Callable[..., str]) -> Callable[..., dict[str, Any]]:
+    """A spec; `data`, `training` and `evaluation` are merged into what it has."""
+    prompts = jsonl([{"prompt": question} for question in QUESTIONS], "prompts")
+    gold = jsonl([chat(*row) for row in GOLD], "gold")
+
+    def make(fake: FakeTeacher, **more: Any) -> dict[str, Any]:
+        spec = {
+            "teacher": {"deploymentRef": {"name": "big"}},
+            "student": {"uri": "pvc://models/tiny"},
+            "taskType": "extraction",
+            "data": {"prompts": {"uri": prompts}, **more.pop("data", {})},
+            "training": {"maxSteps": 2, "learningRate": 5e-3, "batchSize": 8, **more.pop("training", {})},
+            "evaluation": {
+                "dataset": {"uri": gold},
+                "metrics": ["exactMatch", "fieldMatch", "perplexity"],
+                "maxTokens": 40,
+                **more.pop("evaluation", {}),
+            },
+            **more,
+        }
+        teacher = {
+            "url": fake.url,
+            "model": "big",
+            "name": "ModelDeployment/big",
+            "lineage": [
+                {"kind": "model", "uri": "oci://r/big:1", "digest": TEACHER_DIGEST, "name": "QuantizedModel/big"},
+                {"kind": "model", "uri": "hf://o/base@1", "digest": BASE_DIGEST},
+            ],
+        }
+        return {"distill": spec, "teacher": teacher, "name": "student", "uid": "0123abcd-4567"}
+
+    return make
+
+
+def test_a_student_learns_from_its_teacher_and_both_are_measured(
+    make_run: Callable[..., Context], job: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    with FakeTeacher(knows) as fake:
+        ctx = make_run(**job(fake, training={"maxSteps": 250, "seed": 7}))
+        result = distill.run(ctx)
+    assert result.succeeded
+    assert result.format == "safetensors"
+    found = result.metrics
+    share = sum("heater" not in question for question, _ in GOLD) / len(GOLD)
+    assert found["teacher_exactMatch"] == pytest.approx(share)  # it is wrong about heaters, and so is its student
+    assert found["base_exactMatch"] == 0
+    assert found["teacher_share_fieldMatch"] == pytest.approx(found["fieldMatch"] / found["teacher_fieldMatch"])
+    assert found["fieldMatch"] > 0.7
+    assert "teacher_perplexity" not in found  # an endpoint that gives no logits has none
+    assert found["perplexity"] < found["base_perplexity"] / 10
+    assert (found["prompts"], found["answers"], found["kept"], found["teacher_tokens"]) == (106, 106, 106, 106 * 7)
+    assert list(found)[:6] == ["exactMatch", "fieldMatch", "perplexity", "teacher_exactMatch", "teacher_fieldMatch",
+                               "teacher_share_exactMatch"]  # fmt: skip
+    greedy = [request for request in fake.requests if request["temperature"] == 0]
+    assert len(greedy) == len(GOLD)
+    assert not any("seed" in request for request in greedy)
+    assert ctx.board.progress.percent >= 95
+    _check_lineage(tmp_path, result.lineage)
+
+
+def _check_lineage(tmp_path: Path, lineage: list[Any]) -> None:
+    data = read_manifest("pvc://store/out-data-0123abcd")
+    assert data is not None
+    assert (data.kind, data.format) == ("dataset", "jsonl")
+    assert [row.digest for row in data.parents][1] == TEACHER_DIGEST
+    assert data.metrics["kept"] == 106
+    assert data.recipe["teacher"]["model"] == "big"
+    first = json.loads((tmp_path / "store/out-data-0123abcd/train.jsonl").read_text().splitlines()[0])
+    assert first == chat(*task()[0])
+    student = read_manifest("pvc://store/out")
+    assert student is not None
+    assert student.dataset_digest == data.digest
+    assert [row.kind for row in student.parents] == ["model", "dataset"]
+    digests = [row.digest for row in lineage]
+    assert digests[1] == data.digest
+    assert {TEACHER_DIGEST, BASE_DIGEST} <= set(digests)
+    assert "teacher_exactMatch" in (tmp_path / "store/out/README.md").read_text()
+
+
+def test_a_pod_lost_in_training_goes_on_in_training(
+    make_run: Callable[..., Context], job: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FakeTeacher(knows) as fake:
+        spec = job(fake, training={"maxSteps": 6})
+        first = make_run(**spec)
+        one_step = train._Run.one_step
+
+        def stop_after_three(run: Any) -> None:
+            one_step(run)
+            if run.counters.step == 3:
+                first.stop.set()
+
+        monkeypatch.setattr(train._Run, "one_step", stop_after_three)
+        with pytest.raises(RunFailure) as caught:
+            distill.run(first)
+        assert caught.value.exit_code == EXIT_INTERRUPTED
+        requests = len(fake.requests)
+        assert requests == 106 + len(GOLD)
+        monkeypatch.setattr(train._Run, "one_step", one_step)
+        steps: list[int] = []
+        monkeypatch.setattr(train._Run, "one_step", lambda run: (steps.append(run.counters.step), one_step(run))[1])
+        result = distill.run(make_run(**spec))
+        assert steps == [3, 4, 5]
+        assert len(fake.requests) == requests  # the teacher heard nothing of it
+        assert result.metrics["kept"] == 106
+        assert result.metrics["teacher_exactMatch"] > 0.8
+        assert distill.run(make_run(**spec)) == result  # a third pod finds the work done
+        assert len(fake.requests) == requests
+
+
+def test_the_system_prompt_is_asked_with_and_trained_on_and_thoughts_are_neither(
+    make_run: Callable[..., Context], job: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    thinking = lambda question: f"<think>{question}?</think>\n{knows(question)}"  # noqa: E731
+    with FakeTeacher(thinking) as fake:
+        generation = {"systemPrompt": "Answer in JSON.", "chainOfThought": True, "maxTokens": 200, "samplesPerPrompt": 2}
+        spec = job(fake)
+        spec["distill"]["data"]["generation"] = generation
+        result = distill.run(make_run(**spec))
+    system = fake.requests[0]["messages"][0]
+    assert system["role"] == "system"
+    assert system["content"].startswith("Answer in JSON.\n\nThink step by step")
+    rows = [json.loads(line) for line in (tmp_path / "store/out-data-0123abcd/train.jsonl").read_text().splitlines()]
+    assert [turn["role"] for turn in rows[0]["messages"]] == ["system", "user", "assistant"]
+    assert rows[0]["messages"][0]["content"] == "Answer in JSON."
+    assert rows[0]["messages"][2]["content"] == task()[0][1]
+    assert len(rows) == 106  # the second sample of each said the same
+    assert result.metrics["dropped_dedupe"] == 106
+    assert result.metrics["teacher_exactMatch"] > 0.8  # its thoughts are cut out before it is scored
+    assert {request["max_tokens"] for request in fake.requests} == {200}
+
+
+def test_what_the_filters_drop_is_reported_and_held_out_prompts_are_not_asked(
+    make_run: Callable[..., Context], job: Callable[..., dict[str, Any]], jsonl: Callable[..., str]
+) -> None:
+    questions = list(RIGHT)
+    leaked = [question.upper() for question, _ in GOLD[:3]]
+    prompts = jsonl([{"prompt": text} for text in (*questions[:10], *leaked)], "some")
+
+    def script(number: int, question: str, body: dict[str, Any]) -> Fault | str | None:
+        faults = {questions[1]: Fault(body=answer("{", "length")), questions[2]: "no json", questions[3]: '{"a": 1}' * 99}
+        return faults.get(question)
+
+    with FakeTeacher(knows, script) as fake:
+        spec = job(fake)
+        spec["distill"]["data"] |= {"prompts": {"uri": prompts}, "filters": {"validJson": True, "maxCharacters": 99}}
+        found = distill.run(make_run(**spec)).metrics
+        assert not set(leaked) & set(fake.asked)
+    assert {name: value for name, value in found.items() if name.startswith("dropped_") and value} == {
+        "dropped_decontaminate": 3, "dropped_truncated": 1, "dropped_validJson": 1, "dropped_maxCharacters": 1
+    }  # fmt: skip
+    assert (found["prompts"], found["answers"], found["unanswered"], found["kept"]) == (13, 10, 0, 7)
+
+
+def test_nothing_left_says_why(make_run: Callable[..., Context], job: Callable[..., dict[str, Any]]) -> None:
+    with FakeTeacher(lambda _: "I am sorry") as fake:
+        spec = job(fake)
+        spec["distill"]["data"]["filters"] = {"validJson": True}
+        ctx = make_run(**spec)
+        with pytest.raises(RunFailure, match="106 dropped by validJson") as caught:
+            distill.run(ctx)
+    assert caught.value.reason == "NothingToTrain"
+    assert ctx.metrics["dropped_validJson"] == 106
+
+
+def test_faults_of_the_spec_cost_no_request(
+    make_run: Callable[..., Context], job: Callable[..., dict[str, Any]], jsonl: Callable[..., str], tmp_path: Path
+) -> None:
+    with FakeTeacher(knows) as fake:
+        leaky = job(fake)
+        leaky["distill"]["data"] |= {
+            "prompts": {"uri": jsonl([{"prompt": GOLD[0][0]}], "leaky")}, "filters": {"decontaminate": False}
+        }  # fmt: skip
+        broken = job(fake)
+        (tmp_path / "model").mkdir()
+        broken["model"] = tmp_path / "model"
+        (tmp_path / "model/config.json").write_text("{}")
+        schema = job(fake)
+        schema["distill"]["data"]["filters"] = {"jsonSchema": {"name": "none", "key": "schema.json"}}
+        prose = job(fake)
+        prose["distill"]["evaluation"]["dataset"]["uri"] = jsonl([chat("a", "prose")], "prose")
+        keyless = job(fake)
+        keyless["teacher"] |= {"secret": "absent", "key": "token"}
+        for spec, reason, message in (
+            (leaky, "BadDataset", "1 of 22 held-out examples also occur"),
+            (broken, "UnsupportedModel", "names no architecture"),
+            (schema, "SourceNotFound", "ConfigMap none, key schema.json"),
+            (prose, "BadDataset", "fieldMatch compares JSON objects"),
+            (keyless, "BadSpec", "Secret absent is not mounted"),
+        ):
+            with pytest.raises(RunFailure, match=message) as caught:
+                distill.run(make_run(**spec))
+            assert caught.value.reason == reason
+        assert not fake.requests
+
+
+def test_a_student_below_its_threshold_is_kept_aside(
+    make_run: Callable[..., Context], job: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    with FakeTeacher(knows) as fake:
+        spec = job(fake, evaluation={"thresholds": {"exactMatch": 0.99}})
+        with pytest.raises(RunFailure, match=r"exactMatch 0 is below 0.99.*pvc://store/out-rejected") as caught:
+            distill.run(make_run(**spec))
+    assert caught.value.reason == "QualityBelowThreshold"
+    assert not (tmp_path / "store/out").exists()
+    assert (tmp_path / "store/out-rejected/model.safetensors").is_file()

@@ -1,0 +1,339 @@
+"""Asking a real HTTP teacher that misbehaves: what is asked again, what is given up, what is saved."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ask import ask, context
+from fake_teacher import FakeTeacher, Fault, answer
+from slmops.api.run import TeacherEndpoint
+from slmops_artifacts import pull
+from slmops_trainer import generation, teacher
+from slmops_trainer.context import Context
+from slmops_trainer.failure import RunFailure
+
+TEXTS = [f"question {number}" for number in range(12)]
+STORE = "pvc://store/checkpoint"
+
+
+def upper(text: str) -> str:
+    return text.upper()
+
+
+@pytest.fixture
+def pod(tmp_path: Path) -> Callable[[], Context]:
+    """A new pod each time, on the same store."""
+    count = 0
+
+    def make() -> Context:
+        nonlocal count
+        count += 1
+        return context(tmp_path / f"pod-{count}", STORE)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(teacher, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(generation, "SAVE_SECONDS", 0.1)
+
+
+def saved(tmp_path: Path) -> int:
+    """Answers in the published checkpoint."""
+    folder = tmp_path / "store/checkpoint/generation"
+    return sum(len(path.read_text().splitlines()) for path in folder.glob("*.jsonl")) if folder.is_dir() else 0
+
+
+def wait_until(true: Callable[[], bool], timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except RunFailure as failure:
+            found.append(failure)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, found
+
+
+def test_answers_come_in_order_with_the_settings_asked_for(pod: Callable[[], Context]) -> None:
+    with FakeTeacher(upper) as fake:
+        ctx = pod()
+        outcome, texts = ask(ctx, fake.url, TEXTS, samples=2, key="s3cret")
+    assert texts == [text.upper() for text in TEXTS for _ in range(2)]
+    assert outcome.rejected == {}
+    assert outcome.tokens == 7 * 24
+    assert set(fake.keys) == {"Bearer s3cret"}
+    body = fake.requests[0]
+    assert (body["model"], body["temperature"], body["top_p"], body["max_tokens"]) == ("big", 0.7, 0.9, 16)
+    assert len({request["seed"] for request in fake.requests}) == 24  # each sample is drawn anew, and always alike
+    assert fake.most_at_once <= 4
+    assert ctx.board.progress.message == "24 of 24 answers, 168 tokens"
+
+
+def test_requests_run_side_by_side_up_to_the_limit(pod: Callable[[], Context]) -> None:
+    gate = threading.Event()
+
+    def script(number: int, question: str, body: dict[str, Any]) -> Fault:
+        if number == 3:
+            gate.set()  # three are in at once, or nobody ever gets an answer
+        return Fault(body=answer("x"), wait=gate)
+
+    with FakeTeacher(upper, script) as fake:
+        ask(pod(), fake.url, TEXTS, concurrency=3)
+    assert fake.most_at_once == 3
+
+
+def test_retry_after_is_obeyed_by_all(pod: Callable[[], Context]) -> None:
+    times: list[float] = []
+
+    def script(number: int, question: str, body: dict[str, Any]) -> Fault | None:
+        times.append(time.monotonic())
+        return Fault(429, "slow down", {"Retry-After": "1"}) if number == 1 else None
+
+    with FakeTeacher(upper, script) as fake:
+        _, texts = ask(pod(), fake.url, TEXTS[:4], concurrency=1)
+    assert texts == [text.upper() for text in TEXTS[:4]]
+    assert times[1] - times[0] >= 1.0
+    assert fake.asked[TEXTS[0]] == 2
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 429, 0])
+def test_passing_trouble_costs_no_answer(pod: Callable[[], Context], status: int) -> None:
+    script = lambda _, question, __: Fault(status, "busy") if fake.asked[question] < 4 else None  # noqa: E731
+    with FakeTeacher(upper, script) as fake:
+        outcome, texts = ask(pod(), fake.url, TEXTS)
+    assert texts == [text.upper() for text in TEXTS]
+    assert outcome.rejected == {}
+    assert set(fake.asked.values()) == {4}
+
+
+def test_a_teacher_that_is_down_is_waited_for(pod: Callable[[], Context]) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+    ctx = pod()
+    thread, found = in_thread(lambda: ask(ctx, f"http://127.0.0.1:{port}/v1", TEXTS))
+    wait_until(lambda: ctx.board.progress.message.startswith("Teacher unavailable for "))
+    assert ctx.board.progress.stage == "Generating"
+    with FakeTeacher(upper, port=port) as fake:
+        thread.join(60)
+        assert fake.asked == {text: 1 for text in TEXTS}
+    assert found[0][1] == [text.upper() for text in TEXTS]
+    assert "unavailable" not in ctx.board.progress.message
+
+
+def test_a_teacher_that_stays_away_ends_the_pod_with_its_answers_saved(
+    pod: Callable[[], Context], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(teacher.ENV_PATIENCE, "0.5")
+    with FakeTeacher(upper, lambda number, *_: Fault(503) if number > 5 else None) as fake:
+        with pytest.raises(RunFailure, match=r"did not answer for \d s \(HTTP 503\)") as caught:
+            ask(pod(), fake.url, TEXTS)
+        assert caught.value.reason == "TeacherUnavailable"
+        assert caught.value.retryable
+        assert saved(tmp_path) == 5
+        fake.script = None
+        _, texts = ask(pod(), fake.url, TEXTS)
+        assert texts == [text.upper() for text in TEXTS]
+        answered_first = [request["messages"][-1]["content"] for request in fake.requests[:5]]
+        assert all(fake.asked[text] == 1 for text in answered_first)
+
+
+def test_a_slow_request_is_cut_off_and_asked_again(pod: Callable[[], Context]) -> None:
+    never = threading.Event()
+    slow = lambda number, *_: Fault(body=answer("late"), wait=never) if number == 1 else None  # noqa: E731
+    with FakeTeacher(upper, slow) as fake:
+        _, texts = ask(pod(), fake.url, TEXTS, timeout=0.5)
+        never.set()
+    assert texts == [text.upper() for text in TEXTS]
+    assert sum(fake.asked.values()) == len(TEXTS) + 1
+
+
+def test_one_poisonous_question_does_not_hold_up_the_rest(pod: Callable[[], Context]) -> None:
+    poison = lambda number, question, _: Fault(500, "boom") if question == TEXTS[0] else None  # noqa: E731
+    with FakeTeacher(upper, poison) as fake:
+        outcome, texts = ask(pod(), fake.url, TEXTS, min_success_ratio=0.9)
+    assert texts[0] is None
+    assert texts[1:] == [text.upper() for text in TEXTS[1:]]
+    assert list(outcome.rejected.values()) == ["HTTP 500, 8 times, while other questions were answered"]
+
+
+GARBAGE = {
+    "no JSON": "<html>welcome</html>",
+    "no choices[0].message.content": '{"error": {"message": "quota"}}',
+    "an empty answer": answer("  "),
+    "half a surrogate pair, which is no text": answer("\ud800"),
+}
+
+
+@pytest.mark.parametrize(("kind", "body"), GARBAGE.items())
+def test_garbage_is_counted_and_ends_the_run_below_the_ratio(pod: Callable[[], Context], kind: str, body: str) -> None:
+    with FakeTeacher(upper, lambda *_: Fault(body=body)) as fake, pytest.raises(RunFailure) as caught:
+        ask(pod(), fake.url, TEXTS, min_success_ratio=0.9, concurrency=1)
+    assert caught.value.reason == "TeacherAnswersRejected"
+    assert not caught.value.retryable
+    assert f"2 x {kind}" in caught.value.message
+    assert "minSuccessRatio 0.9 of 12 prompts cannot be reached" in caught.value.message
+    assert len(fake.requests) == 2 * teacher.TRIES  # the second lost prompt decides: no further one is asked
+
+
+def test_garbage_that_passes_is_asked_again(pod: Callable[[], Context]) -> None:
+    with FakeTeacher(upper, lambda number, *_: Fault(body="oops") if number % 3 else None) as fake:
+        outcome, texts = ask(pod(), fake.url, TEXTS, concurrency=1)
+    assert texts == [text.upper() for text in TEXTS]
+    assert outcome.rejected == {}
+
+
+def test_a_ratio_that_holds_lets_the_run_go_on(pod: Callable[[], Context]) -> None:
+    bad = set(TEXTS[:3])
+    with FakeTeacher(upper, lambda _, question, __: Fault(400, "too long") if question in bad else None) as fake:
+        outcome, texts = ask(pod(), fake.url, TEXTS, min_success_ratio=0.75)
+        assert texts[:3] == [None] * 3
+        assert set(outcome.rejected.values()) == {"HTTP 400: 'too long'"}
+        with pytest.raises(RunFailure, match="3 prompts got no usable answer"):
+            ask(pod(), fake.url, TEXTS, min_success_ratio=0.76)
+
+
+def test_one_sample_of_several_is_an_answer_to_the_prompt(pod: Callable[[], Context]) -> None:
+    seen: set[str] = set()
+
+    def script(number: int, question: str, body: dict[str, Any]) -> Fault | None:
+        first = question not in seen
+        seen.add(question)
+        return None if first else Fault(400, "no second answer")
+
+    with FakeTeacher(upper, script) as fake:
+        outcome, texts = ask(pod(), fake.url, TEXTS[:4], samples=2, min_success_ratio=1.0)
+    assert sorted(text for text in texts if text) == sorted(text.upper() for text in TEXTS[:4])
+    assert len(outcome.rejected) == 4
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_key_is_fatal_and_never_told(pod: Callable[[], Context], status: int) -> None:
+    fault = Fault(status, json.dumps({"error": "Incorrect API key provided: s3cret"}))
+    with FakeTeacher(upper, lambda *_: fault) as fake:
+        endpoint = TeacherEndpoint(url=fake.url, model="big", secret="openai", key="token")
+        with pytest.raises(RunFailure) as caught:
+            ask(pod(), fake.url, TEXTS, key="s3cret", endpoint=endpoint)
+        assert len(fake.requests) <= 4
+    assert caught.value.reason == "AccessDenied"
+    assert not caught.value.retryable
+    assert "Put a valid key under token in Secret openai" in caught.value.message
+    assert "s3cret" not in caught.value.message
+
+
+def test_the_key_is_blotted_out_of_examples(pod: Callable[[], Context]) -> None:
+    with FakeTeacher(upper, lambda *_: Fault(400, "your key s3cret is odd")) as fake, pytest.raises(RunFailure) as caught:
+        ask(pod(), fake.url, TEXTS, key="s3cret", min_success_ratio=1.0)
+    assert "your key *** is odd" in caught.value.message
+
+
+def test_a_wrong_url_is_known_after_one_request_a_worker(pod: Callable[[], Context]) -> None:
+    with FakeTeacher(upper) as fake, pytest.raises(RunFailure, match=r"Correct the URL \(up to and with /v1\)") as caught:
+        ask(pod(), fake.url + "/chat", TEXTS, concurrency=1)
+    assert caught.value.reason == "BadSpec"
+    assert len(fake.requests) == 1
+
+
+def test_the_token_budget_ends_the_asking(pod: Callable[[], Context]) -> None:
+    with FakeTeacher(upper) as fake:
+        outcome, texts = ask(pod(), fake.url, TEXTS, budget=20, concurrency=1, min_success_ratio=1.0)
+        assert outcome.tokens == 21  # 7 each: the third answer crosses the line
+        assert outcome.unasked == 9
+        assert sum(text is not None for text in texts) == 3
+        again, _ = ask(pod(), fake.url, TEXTS, budget=20, concurrency=1)
+        assert (again.tokens, len(fake.requests)) == (21, 3)  # the budget is the run's, not the pod's
+
+
+def test_equal_questions_are_asked_once(pod: Callable[[], Context]) -> None:
+    with FakeTeacher(upper) as fake:
+        _, texts = ask(pod(), fake.url, ["same", "same", "other"])
+    assert texts == ["SAME", "SAME", "OTHER"]
+    assert fake.asked == {"same": 1, "other": 1}
+
+
+def test_sigterm_saves_what_came_and_lets_requests_in_flight_finish(pod: Callable[[], Context], tmp_path: Path) -> None:
+    gate = threading.Event()
+    script = lambda number, *_: Fault(body=answer(f"answer {number}"), wait=gate) if number > 4 else None  # noqa: E731
+    with FakeTeacher(upper, script) as fake:
+        ctx = pod()
+        thread, found = in_thread(lambda: ask(ctx, fake.url, TEXTS))
+        fake.wait_for(8)  # four answered, four in flight
+        ctx.stop.set()
+        gate.set()
+        thread.join(60)
+        assert found[0].reason == "Interrupted"
+        assert found[0].exit_code == 143
+        assert saved(tmp_path) == 8
+        _, texts = ask(pod(), fake.url, TEXTS)
+        assert all(texts)
+        assert fake.asked == {text: 1 for text in TEXTS}
+
+
+def test_a_killed_pod_has_to_ask_again_only_what_was_not_saved(pod: Callable[[], Context], tmp_path: Path) -> None:
+    gate = threading.Event()
+    script = lambda number, *_: Fault(body=answer("late"), wait=gate) if number > 6 else None  # noqa: E731
+    with FakeTeacher(upper, script) as fake:
+        order = {"pod": str(tmp_path / "killed"), "checkpoint": STORE, "url": fake.url, "texts": TEXTS}
+        (tmp_path / "order.json").write_text(json.dumps(order))
+        process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("ask.py")), str(tmp_path / "order.json")],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        fake.wait_for(10, 120)  # six answered, four in flight
+        wait_until(lambda: saved(tmp_path) == 6)
+        process.send_signal(signal.SIGKILL)
+        process.wait(60)
+        gate.set()
+        fake.script = None
+        _, texts = ask(pod(), fake.url, TEXTS)
+    assert texts == [text.upper() for text in TEXTS]
+    first = {request["messages"][-1]["content"] for request in fake.requests[:6]}
+    in_flight = {request["messages"][-1]["content"] for request in fake.requests[6:10]}
+    assert fake.asked == {text: 2 if text in in_flight else 1 for text in TEXTS}
+    assert not first & in_flight
+
+
+def test_many_saves_make_few_files(pod: Callable[[], Context], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from slmops_trainer import answers
+
+    monkeypatch.setattr(answers, "SMALL_CHUNKS", 4)
+    store = answers.Answers(tmp_path / "answers")
+    for number in range(10):
+        store.add(f"key {number}", teacher.Reply(f"text\u2028{number}\r\n", "stop", 3))
+        assert store.seal()
+    assert not store.seal()
+    names = sorted(path.name for path in (tmp_path / "answers").iterdir())
+    assert names == ["large-000005.jsonl", "large-000010.jsonl", "small-000011.jsonl", "small-000012.jsonl"]
+    again = answers.Answers(tmp_path / "answers")
+    assert len(again) == 10
+    assert again.get("key 7") == teacher.Reply("text\u20287\r\n", "stop", 3)
+
+
+def test_checkpoints_hold_whole_chunks_only(pod: Callable[[], Context], tmp_path: Path) -> None:
+    with FakeTeacher(upper) as fake:
+        ask(pod(), fake.url, TEXTS)
+    pull(STORE, tmp_path / "pulled")
+    lines = [line for path in (tmp_path / "pulled/generation").glob("*.jsonl") for line in path.read_text().splitlines()]
+    assert sorted(json.loads(line)["text"] for line in lines) == sorted(text.upper() for text in TEXTS)
