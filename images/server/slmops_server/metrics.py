@@ -1,11 +1,13 @@
 """Metrics in the names that tools already read: vllm:*, gen_ai_server_*, and a few of our own."""
 
 import time
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.gc_collector import GCCollector
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
@@ -77,6 +79,31 @@ class _Live(Collector):
             yield family
 
 
+class _Gaps(Collector):
+    """Inter-token latency under its two names: many values at once, for a fraction of a microsecond each."""
+
+    NAMES = ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds")
+
+    def __init__(self, model: str, buckets: Sequence[float]) -> None:
+        self._model, self._bounds = model, [round(b * 1e6) for b in buckets]
+        self._labels = [*(repr(float(b)) for b in buckets), "+Inf"]
+        self._counts = [0] * len(self._labels)
+        self._sum = 0  # microseconds
+
+    def observe(self, gaps: Sequence[int]) -> None:
+        """Microseconds from each token to the next."""
+        for gap in gaps:
+            self._counts[bisect_left(self._bounds, gap)] += 1
+        self._sum += sum(gaps)
+
+    def collect(self) -> Iterable[Metric]:
+        for name in self.NAMES:
+            family = HistogramMetricFamily(name, "From one token to the next.", labels=["model_name"])
+            totals = accumulate(self._counts)
+            family.add_metric([self._model], list(zip(self._labels, totals, strict=True)), self._sum / 1e6)
+            yield family
+
+
 class Metrics:
     """One registry, one series per name and pod."""
 
@@ -115,8 +142,8 @@ class Metrics:
         self._prompt = counter("vllm:prompt_tokens", "Prompt tokens read.")
         self._generated = counter("vllm:generation_tokens", "Tokens generated.")
         self._ttft = histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", TTFT)
-        self._itl = histogram("vllm:inter_token_latency_seconds", "From one token to the next.", ITL_FINE)
-        self._tpot_old = histogram("vllm:time_per_output_token_seconds", "Older name of inter-token latency.", ITL_FINE)
+        self._gaps = _Gaps(model, ITL_FINE)
+        self.registry.register(self._gaps)
         self._tpot = histogram(
             "vllm:request_time_per_output_token_seconds", "Mean of one answer, after its first token.", ITL_FINE
         )
@@ -155,7 +182,7 @@ class Metrics:
         arrival: float,
         first: float,
         last: float,
-        gaps: Iterable[int],
+        gaps: Sequence[int],
         prompt: int,
         made: int,
     ) -> None:
@@ -167,9 +194,7 @@ class Metrics:
         self._size_out.observe(made)
         self._ttft.observe(first - arrival)
         self._e2e.observe(last - arrival)
-        for gap in gaps:
-            self._itl.observe(gap / 1e6)
-            self._tpot_old.observe(gap / 1e6)
+        self._gaps.observe(gaps)
         operation = "chat" if kind == "chat" else "text_completion"
         duration, ttft, tpot = (h.labels(self._model, operation, self._model, "slmops") for h in self._otel)
         duration.observe(last - arrival)

@@ -144,7 +144,7 @@ class Supervisor:
                 "id": answer.number,
                 "prompt": prompt,
                 "max_tokens": max_tokens,
-                "sampling": asdict(sampling),
+                "sampling": sampling,  # orjson knows dataclasses
                 "stop": stop,
                 "ignore_eos": ignore_eos,
                 "stream": stream,
