@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 CHILDREN = ("Job", "Pod", "Deployment")
 SELECTOR = f"{LABEL_MANAGED_BY}={MANAGED_BY},{LABEL_OWNER_UID}"
 RESTART_FIRST, RESTART_MOST = 1.0, 30.0
-# Ours, because kopf would ask for the user's name, and a container's numeric user has none. Without peers it says nothing.
+# Ours: kopf would ask for the user's name, and a container's numeric user has none. Without peers it says nothing.
 IDENTITY: Any = "slmops"  # kopf keeps the type Identity, a NewType of str, in a private module
 LONG_ENOUGH = 60.0  # a run of this length ends the growth of the restart's delay
 

@@ -84,7 +84,9 @@ def _suspended(p: Pass, *, delete: bool = False, apply: Object | None = None) ->
 def _with_job(p: Pass, job: Object) -> Plan:
     retries = p.status.retries + (p.status.next_retry_time is not None)
     inputs = (job["metadata"].get("annotations") or {}).get(ANNOTATION_INPUTS) or p.status.inputs
-    begun = p.status.start_time or (p.seen.pods[0]["metadata"]["creationTimestamp"] if p.seen.pods else None)
+    begun = p.status.start_time
+    if begun is None and any(running(pod) or ended(pod) for pod in p.seen.pods):
+        begun = p.seen.pods[0]["metadata"]["creationTimestamp"]
     noted = p.status.model_copy(
         update={
             "retries": retries,

@@ -1,0 +1,521 @@
+"""decide() of a batch object, for every state of its Job and pods that users have met."""
+
+from typing import Any
+
+import pytest
+from tests.unit.objects import (
+    ARTIFACT,
+    NOW,
+    RUNNING,
+    Object,
+    at,
+    condition,
+    exited,
+    finetune,
+    job,
+    of,
+    ours,
+    pod,
+    said,
+    succeeded,
+    waiting,
+)
+
+from slmops.api.meta import Progress
+from slmops.reconcile.batch_life import decide
+from slmops.reconcile.batch_pass import Blocked, Pass, Seen
+from slmops.reconcile.state import Plan
+from slmops.reconcile.table import RECIPES
+
+WANTED = {"kind": "Job", "metadata": {"name": "tune-finetune", "namespace": "ns"}}
+
+
+def run(obj: Object, **seen: Any) -> Plan:
+    recipe = next(recipe for recipe in RECIPES if recipe.kind == obj["kind"])
+    spec = recipe.spec.model_validate(obj["spec"])
+    return decide(Pass(obj, spec, recipe.status.model_validate(obj["status"]), Seen(**seen), NOW))
+
+
+def after(obj: Object, plan: Plan) -> Object:
+    """The object as the next pass finds it."""
+    return {**obj, "status": plan.status}
+
+
+def ready(plan: Plan) -> tuple[str, str]:
+    found = next(c for c in plan.status["conditions"] if c["type"] == "Ready")
+    return found["status"], found["reason"]
+
+
+def kstatus(plan: Plan) -> str:
+    """What kstatus computes of these conditions."""
+    said = {c["type"]: c["status"] for c in plan.status["conditions"]}
+    assert "Ready" in said
+    assert not ("Reconciling" in said and "Stalled" in said)
+    if said.get("Reconciling") == "True":
+        return "InProgress"
+    if said.get("Stalled") == "True":
+        return "Failed"
+    return "Current" if said["Ready"] == "True" else "InProgress"
+
+
+FAILED_JOB = {"conditions": [condition("Failed", "BackoffLimitExceeded", "Job has reached the limit")], "failed": 4}
+FATAL_JOB = {"conditions": [condition("Failed", "PodFailurePolicy", "Container worker failed")], "failed": 1}
+
+# name -> (phase, Ready's reason, kstatus, what is seen of a FineTuneJob)
+STATES: dict[str, tuple[str, str, str, Any]] = {
+    "source not ready: waits, and nobody polls": (
+        "Waiting", "SourceNotReady", "InProgress",
+        lambda o: {"blocked": Blocked("SourceNotReady", "Waits for FineTuneJob/a.", None)},
+    ),
+    "nothing there yet: the Job is made": ("Pending", "Starting", "InProgress", lambda o: {"wanted": WANTED}),
+    "a pod of a former Job still saves its checkpoint": (
+        "Waiting", "PodTerminating", "InProgress", lambda o: {"wanted": WANTED, "former": ("old",)},
+    ),
+    "Job without a pod": ("Pending", "Starting", "InProgress", lambda o: {"job": job(o)}),
+    "pod waits for a node": (
+        "Pending", "Unschedulable", "InProgress",
+        lambda o: {"job": job(o), "pods": (pod(o, phase="Pending", conditions=[
+            condition("PodScheduled", "Unschedulable", "0/1 nodes: Insufficient nvidia.com/gpu", "False")]),)},
+    ),
+    "image cannot be pulled": (
+        "Pending", "ImagePullBackOff", "InProgress",
+        lambda o: {"job": job(o), "pods": (pod(o, phase="Pending", state=waiting("ErrImagePull", "not found")),)},
+    ),
+    "container cannot be made: a key is missing": (
+        "Pending", "CreateContainerConfigError", "InProgress",
+        lambda o: {"job": job(o), "pods": (
+            pod(o, phase="Pending", state=waiting("CreateContainerConfigError", "couldn't find key")),)},
+    ),
+    "pod is being made": (
+        "Pending", "Starting", "InProgress",
+        lambda o: {"job": job(o), "pods": (pod(o, phase="Pending", state=waiting("ContainerCreating")),)},
+    ),
+    "pod runs": ("Running", "Running", "InProgress", lambda o: {"job": job(o), "pods": (pod(o, state=RUNNING),)}),
+    "pod ended well, the Job's controller has not noticed yet": (
+        "Succeeded", "Succeeded", "Current",
+        lambda o: {"job": job(o), "pods": (pod(o, phase="Succeeded", state=succeeded()),)},
+    ),
+    "second attempt after a pod's own fault": (
+        "Pending", "Retrying", "InProgress",
+        lambda o: {"job": job(o, failed=1), "pods": (pod(o, phase="Failed", state=exited(1)),)},
+    ),
+    "pod stopped by SIGTERM: no failure": (
+        "Pending", "Starting", "InProgress",
+        lambda o: {"job": job(o), "pods": (pod(o, phase="Failed", state=said("Interrupted", "saved", 143)),)},
+    ),
+    "all attempts failed": (
+        "Failed", "InternalError", "Failed",
+        lambda o: {"job": job(o, **FAILED_JOB), "pods": (pod(o, phase="Failed", state=exited(1)),)},
+    ),
+    "out of memory to the end": (
+        "Failed", "OutOfMemory", "Failed",
+        lambda o: {"job": job(o, **FAILED_JOB), "pods": (
+            pod(o, phase="Failed", state=exited(137, reason="OOMKilled"), limits={"memory": "512Mi"}),)},
+    ),
+    "bad dataset: ends at once": (
+        "Failed", "BadDataset", "Failed",
+        lambda o: {"job": job(o, **FATAL_JOB), "pods": (
+            pod(o, phase="Failed", state=said("BadDataset", "line 3: no column prompt", 3)),)},
+    ),
+    "quality below threshold": (
+        "Failed", "QualityBelowThreshold", "Failed",
+        lambda o: {"job": job(o, **FATAL_JOB), "pods": (
+            pod(o, phase="Failed", state=said("QualityBelowThreshold", "0.4 < 0.9", 3)),)},
+    ),
+    "teacher unavailable to the end: tried again later": (
+        "Waiting", "TeacherUnavailable", "InProgress",
+        lambda o: {"job": job(o, **FAILED_JOB), "pods": (
+            pod(o, phase="Failed", state=said("TeacherUnavailable", "connection refused", 1)),)},
+    ),
+    "access denied, said to be fatal: tried again later": (
+        "Waiting", "AccessDenied", "InProgress",
+        lambda o: {"job": job(o, **FATAL_JOB), "pods": (
+            pod(o, phase="Failed", state=said("AccessDenied", "401", 3)),)},
+    ),
+    "deadline": (
+        "Failed", "DeadlineExceeded", "Failed",
+        lambda o: {"job": job(o, conditions=[condition("Failed", "DeadlineExceeded")], spec={
+            "activeDeadlineSeconds": 60}), "pods": (
+            pod(o, phase="Failed", state=said("Interrupted", "saved", 143)),)},
+    ),
+    "failed, and its pods are gone": (
+        "Failed", "BackoffLimitExceeded", "Failed", lambda o: {"job": job(o, **FAILED_JOB)},
+    ),
+    "evicted while running: no own fault, another pod follows": (
+        "Pending", "Retrying", "InProgress",
+        lambda o: {"job": job(o), "pods": (pod(o, phase="Failed", state=exited(137), conditions=[
+            condition("DisruptionTarget", "EvictionByEvictionAPI", "evicting")]),)},
+    ),
+    "complete, but the image left no result": (
+        "Failed", "InternalError", "Failed",
+        lambda o: {"job": job(o, conditions=[condition("Complete")]), "pods": (
+            pod(o, phase="Succeeded", state=exited(0, message="bye")),)},
+    ),
+    "complete, but the pod is gone: looked for again": (
+        "Waiting", "ResultLost", "InProgress", lambda o: {"job": job(o, conditions=[condition("Complete")])},
+    ),
+    "Job deleted by hand while running": (
+        "Pending", "JobDeleted", "InProgress", lambda o: {"job": job(o, deleting=True)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_state(name: str) -> None:
+    phase, reason, health, seen = STATES[name]
+    obj = finetune()
+    plan = run(obj, **seen(obj))
+    assert (plan.status["phase"], ready(plan)[1], kstatus(plan)) == (phase, reason, health)
+    assert plan.status["observedGeneration"] == 1
+    assert all(c["observedGeneration"] == 1 for c in plan.status["conditions"])
+    assert ("Failed" in [c["type"] for c in plan.status["conditions"]]) == (phase == "Failed")
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_deciding_twice_changes_nothing(name: str) -> None:
+    obj = finetune()
+    seen = STATES[name][3](obj)
+    first = run(obj, **seen)
+    second = run(after(obj, first), **seen)
+    if name == "complete, but the pod is gone: looked for again":
+        assert second.delete  # the next step of the same way
+    elif name == "nothing there yet: the Job is made":
+        assert second == first  # the write was lost: the same write again
+    else:
+        assert second.status == first.status
+        assert not second.events
+
+
+def test_the_sentence_for_out_of_memory_names_the_limit() -> None:
+    plan = run(finetune(), **STATES["out of memory to the end"][3](finetune()))
+    assert "512Mi" in plan.status["lastFailure"]["message"]
+    assert plan.status["lastFailure"]["exitCode"] == 137
+
+
+def test_success_keeps_the_result() -> None:
+    obj = finetune()
+    lineage = [{"kind": "model", "uri": "oci://r/base:1", "digest": "sha256:bb"}]
+    state = succeeded(lineage=lineage, metrics={"exactMatch": 0.97})
+    plan = run(obj, job=job(obj), pods=(pod(obj, phase="Succeeded", state=state),))
+    assert plan.status["artifact"] == ARTIFACT
+    assert plan.status["lineage"] == {"digest": "sha256:aa", "parents": [{**lineage[0], "name": ""}]}
+    assert plan.status["metrics"] == {"exactMatch": 0.97}
+    assert plan.status["quality"] == "0.97"
+    assert plan.status["progress"]["percent"] == 100
+    assert plan.status["completionTime"] == at(-5)
+    assert [event.reason for event in plan.events] == ["Succeeded"]
+
+
+def test_what_is_measured_but_not_finite_is_left_out() -> None:
+    obj = finetune()
+    plan = run(obj, job=job(obj), pods=(pod(obj, state=succeeded(metrics={"loss": 1.5}), phase="Succeeded"),))
+    assert plan.status["metrics"] == {"loss": 1.5}
+    broken = succeeded()
+    broken["terminated"]["message"] = broken["terminated"]["message"].replace(
+        '"format"', '"metrics": {"perplexity": Infinity, "loss": 2.0}, "format"'
+    )
+    plan = run(obj, job=job(obj), pods=(pod(obj, state=broken, phase="Succeeded"),))
+    assert plan.status["metrics"] == {"loss": 2.0}
+
+
+def test_sizes_of_a_quantized_model() -> None:
+    obj = ours("QuantizedModel", {"source": {"uri": "oci://r/m:1"}}, name="q")
+    state = succeeded(size="12 MB (25 %)", delta="-0.4 %")
+    plan = run(obj, job=job(obj), pods=(pod(obj, state=state, phase="Succeeded"),))
+    assert (plan.status["size"], plan.status["delta"]) == ("12 MB (25 %)", "-0.4 %")
+
+
+def finished(**spec: Any) -> Object:
+    obj = finetune(**spec)
+    plan = run(obj, job=job(obj), pods=(pod(obj, phase="Succeeded", state=succeeded()),))
+    return after(obj, plan)
+
+
+def test_a_finished_object_whose_job_is_gone_is_left_alone() -> None:
+    obj = finished()
+    plan = run(obj)
+    assert plan.status == obj["status"]
+    assert plan.apply == plan.delete == ()
+    assert plan.requeue is None
+
+
+def test_a_finished_job_stays_until_its_time_and_then_goes() -> None:
+    obj = finished(ttlSecondsAfterFinished=100)
+    assert run(obj, job=job(obj)).requeue == 95.0
+    late = finished(ttlSecondsAfterFinished=3)
+    plan = run(late, job=job(late))
+    assert [key.name for key in plan.delete] == ["tune-finetune"]
+    assert plan.status == late["status"]
+
+
+def test_a_job_without_time_limit_stays() -> None:
+    obj = finished()
+    assert run(obj, job=job(obj)).delete == ()
+
+
+# Suspending and queueing.
+
+
+def test_suspended_from_the_start_costs_no_job() -> None:
+    plan = run(finetune(suspend=True))
+    assert (plan.status["phase"], ready(plan)) == ("Suspended", ("False", "Suspended"))
+    assert plan.apply == plan.delete == ()
+    assert of({"status": plan.status}, "Suspended")["status"] == "True"  # type: ignore[index]
+
+
+def test_suspending_suspends_the_job_and_waits_for_its_pod() -> None:
+    obj = finetune(suspend=True)
+    plan = run(obj, job=job(obj), pods=(pod(obj, state=RUNNING),))
+    assert plan.apply[0]["spec"]["suspend"] is True
+    assert plan.apply[0]["metadata"]["resourceVersion"] == "7"
+    assert "saves a checkpoint" in of({"status": plan.status}, "Ready")["message"]  # type: ignore[index]
+
+
+def test_resuming_resumes_the_job_and_clears_the_condition() -> None:
+    suspended = run(finetune(suspend=True), job=job(finetune(), spec={"suspend": True}))
+    obj = finetune(suspended.status, generation=2)
+    plan = run(obj, job=job(obj, spec={"suspend": True}))
+    assert plan.apply[0]["spec"]["suspend"] is False
+    assert of({"status": plan.status}, "Suspended") is None
+
+
+def test_a_queued_job_is_kueues_until_it_is_admitted() -> None:
+    obj = finetune(queueName="gpus")
+    plan = run(obj, job=job(obj, spec={"suspend": True}))
+    assert plan.status["phase"] == "Queued"
+    assert plan.apply == ()
+    admitted = run(obj, job=job(obj), pods=(pod(obj, state=RUNNING),))
+    assert admitted.status["phase"] == "Running"
+
+
+def test_suspending_a_queued_object_takes_it_out_of_the_queue() -> None:
+    obj = finetune(queueName="gpus", suspend=True)
+    plan = run(obj, job=job(obj, spec={"suspend": True}))
+    assert [key.kind for key in plan.delete] == ["Job"]
+    assert plan.apply == ()
+
+
+def test_limits_may_change_while_it_runs() -> None:
+    obj = finetune(backoffLimit=7, activeDeadlineSeconds=900)
+    plan = run(obj, job=job(obj), pods=(pod(obj, state=RUNNING),))
+    assert plan.apply[0]["spec"]["backoffLimit"] == 7
+    assert plan.apply[0]["spec"]["activeDeadlineSeconds"] == 900
+    assert plan.apply[0]["spec"]["template"] == {"spec": {"containers": []}}
+
+
+# Trying again.
+
+
+def world_failed(retries: int = 0) -> tuple[Object, Plan]:
+    obj = finetune({"observedGeneration": 1, "retries": retries})
+    bad = pod(obj, phase="Failed", state=said("StoreUnavailable", "503", 1))
+    return obj, run(obj, job=job(obj, **FAILED_JOB), pods=(bad,))
+
+
+@pytest.mark.parametrize(("retries", "seconds"), [(0, 30), (1, 60), (4, 480), (7, 3600), (400, 3600)])
+def test_delay_grows_to_an_hour(retries: int, seconds: int) -> None:
+    _, plan = world_failed(retries)
+    assert plan.status["nextRetryTime"] == at(seconds)
+    assert plan.requeue == seconds
+
+
+def test_until_then_nothing_happens() -> None:
+    obj, plan = world_failed()
+    again = run(after(obj, plan), job=job(obj, **FAILED_JOB), inputs="i1")
+    assert again.status == plan.status
+    assert again.delete == again.apply == ()
+    assert again.requeue == 30.0
+
+
+def test_then_the_old_job_goes_and_a_new_one_follows() -> None:
+    obj, plan = world_failed()
+    obj = after(obj, plan)
+    obj["status"]["nextRetryTime"] = at(-1)
+    removing = run(obj, job=job(obj, **FAILED_JOB))
+    assert [key.name for key in removing.delete] == ["tune-finetune"]
+    assert removing.apply == ()
+    made = run(after(obj, removing), wanted=WANTED, inputs="i1")
+    assert made.apply == (WANTED,)
+    assert made.status["retries"] == 1
+    assert "nextRetryTime" not in made.status
+
+
+def test_killed_between_making_the_new_job_and_saying_so() -> None:
+    obj, plan = world_failed()
+    obj = after(obj, plan)
+    obj["status"]["nextRetryTime"] = at(-10)
+    plan = run(obj, job=job(obj, age=5), pods=(pod(obj, age=4, state=RUNNING),))
+    assert plan.status["phase"] == "Running"
+    assert plan.status["retries"] == 1
+    assert "nextRetryTime" not in plan.status
+
+
+def test_a_changed_secret_ends_the_wait_at_once() -> None:
+    obj, plan = world_failed()
+    plan = run(after(obj, plan), job=job(obj, **FAILED_JOB), inputs="i2")
+    assert [key.kind for key in plan.delete] == ["Job"]
+    assert run(after(obj, plan), job=job(obj, deleting=True, **FAILED_JOB), inputs="i2").delete == ()
+    made = run(after(obj, plan), wanted=WANTED, inputs="i2")
+    assert made.apply == (WANTED,)
+    assert made.status["inputs"] == "i2"
+
+
+def failed_for_good(state: Object, jobs: dict[str, Any], **spec: Any) -> Object:
+    obj = finetune(**spec)
+    plan = run(obj, job=job(obj, **jobs), pods=(pod(obj, phase="Failed", state=state),))
+    assert plan.status["phase"] == "Failed"
+    return after(obj, plan)
+
+
+def edited(obj: Object, **spec: Any) -> Object:
+    metadata = {**obj["metadata"], "generation": obj["metadata"]["generation"] + 1}
+    return {**obj, "metadata": metadata, "spec": {**obj["spec"], **spec}}
+
+
+def test_failed_stays_failed() -> None:
+    obj = failed_for_good(exited(1), FAILED_JOB)
+    plan = run(obj, job=job(obj, **FAILED_JOB), inputs="i1")
+    assert (plan.status, plan.apply, plan.delete, plan.events) == (obj["status"], (), (), ())
+    assert plan.requeue == 60.0  # its inputs are looked at from time to time
+    gone = run(obj, wanted=WANTED, inputs="i1")
+    assert (gone.status, gone.apply) == (obj["status"], ())  # its Job was removed: still failed
+
+
+AGAIN: dict[str, tuple[Object, dict[str, Any], dict[str, Any], dict[str, Any], bool]] = {
+    # name: container state, Job, spec before, change of the spec, goes on
+    "more attempts allowed": (exited(1), FAILED_JOB, {}, {"backoffLimit": 6}, True),
+    "fewer attempts allowed": (exited(1), FAILED_JOB, {}, {"backoffLimit": 2}, False),
+    "only the TTL changed": (exited(1), FAILED_JOB, {}, {"ttlSecondsAfterFinished": 9}, False),
+    "more attempts of what is useless": (said("BadDataset", "x", 3), FATAL_JOB, {}, {"backoffLimit": 9}, False),
+    "longer deadline": (
+        said("Interrupted", "", 143),
+        {"conditions": [condition("Failed", "DeadlineExceeded")]},
+        {"activeDeadlineSeconds": 30},
+        {"activeDeadlineSeconds": 3000},
+        True,
+    ),
+    "no deadline": (
+        said("Interrupted", "", 143),
+        {"conditions": [condition("Failed", "DeadlineExceeded")]},
+        {"activeDeadlineSeconds": 30},
+        {"activeDeadlineSeconds": None},
+        True,
+    ),
+    "shorter deadline": (
+        said("Interrupted", "", 143),
+        {"conditions": [condition("Failed", "DeadlineExceeded")]},
+        {"activeDeadlineSeconds": 30},
+        {"activeDeadlineSeconds": 10},
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_a_change_that_could_help_lets_a_failed_object_go_on(name: str) -> None:
+    state, jobs, before, change, goes_on = AGAIN[name]
+    obj = edited(failed_for_good(state, jobs, **before), **change)
+    plan = run(obj, job=job(obj, **jobs), inputs="i1")
+    assert bool(plan.delete) == goes_on
+    assert (kstatus(plan) == "InProgress") == goes_on
+    assert plan.status["observedGeneration"] == 2
+    if goes_on:
+        made = run(after(obj, plan), wanted=WANTED, inputs="i1")
+        assert made.apply == (WANTED,)
+        assert of({"status": made.status}, "Failed") is None
+
+
+def test_a_mended_configmap_lets_a_failed_object_go_on() -> None:
+    obj = failed_for_good(said("BadDataset", "line 3", 3), FATAL_JOB)
+    plan = run(obj, job=job(obj, **FATAL_JOB), inputs="i2")
+    assert [key.kind for key in plan.delete] == ["Job"]
+
+
+# What is said, and when.
+
+
+def test_quota_is_named() -> None:
+    obj = finetune()
+    owned = job(obj)
+    event = {
+        "reason": "FailedCreate",
+        "lastTimestamp": at(-1),
+        "involvedObject": {"uid": "job-1"},
+        "message": 'Error creating: pods "x" is forbidden: exceeded quota: q, requested: cpu=9, limited: cpu=1',
+    }
+    plan = run(obj, job=owned, events=(event,))
+    assert ready(plan) == ("False", "QuotaExceeded")
+    assert "requested: cpu=9" in of({"status": plan.status}, "Ready")["message"]  # type: ignore[index]
+    assert plan.requeue is not None
+    other = run(obj, job=owned, events=({**event, "involvedObject": {"uid": "another"}},))
+    assert ready(other)[1] == "Starting"
+    psa = {**event, "message": "Error creating: pods violates PodSecurity"}
+    assert ready(run(obj, job=owned, events=(psa,)))[1] == "PodRefused"
+
+
+def test_image_trouble_does_not_flap() -> None:
+    obj = finetune()
+    pulling = pod(obj, phase="Pending", state=waiting("ErrImagePull", "manifest unknown"))
+    first = run(obj, job=job(obj), pods=(pulling,))
+    backing_off = pod(obj, phase="Pending", state=waiting("ImagePullBackOff", "Back-off pulling image"))
+    second = run(after(obj, first), job=job(obj), pods=(backing_off,))
+    assert second.status == first.status
+    assert "manifest unknown" in of({"status": second.status}, "Ready")["message"]  # type: ignore[index]
+
+
+def test_each_failed_attempt_is_told_once() -> None:
+    obj = finetune()
+    bad = pod(obj, phase="Failed", state=exited(1))
+    plan = run(obj, job=job(obj, failed=1), pods=(bad,))
+    assert [event.reason for event in plan.events] == ["AttemptFailed"]
+    assert plan.status["attempts"] == 1
+    new = pod(obj, name="tune-def", age=10, state=RUNNING)
+    assert run(after(obj, plan), job=job(obj, failed=1), pods=(bad, new)).events == ()
+
+
+PROGRESS = [
+    # old (percent, stage, seconds ago), new (percent, stage), written
+    (None, (0, "Pulling"), True),
+    ((10, "Training", 5), (12, "Training"), False),
+    ((10, "Training", 5), (15, "Training"), True),
+    ((10, "Training", 5), (11, "Evaluating"), True),
+    ((10, "Training", 31), (11, "Training"), True),
+    ((10, "Training", 31), (10, "Training"), False),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "written"), PROGRESS)
+def test_progress_is_written_when_it_is_worth_a_write(
+    old: tuple[int, str, float] | None, new: tuple[int, str], written: bool
+) -> None:
+    obj = finetune()
+    before = run(obj, job=job(obj), pods=(pod(obj, state=RUNNING),)).status
+    if old:
+        before["progress"] = Progress(percent=old[0], stage=old[1], time=at(-old[2])).wire()
+    obj = finetune(before)
+    seen = Progress(percent=new[0], stage=new[1])
+    plan = run(obj, job=job(obj), pods=(pod(obj, state=RUNNING),), progress=seen)
+    assert (plan.status != before) == written
+    assert plan.requeue == 3.0
+
+
+def test_writes_of_a_quiet_life_are_few() -> None:
+    """Waiting, Job, Pending, Running, Succeeded and its Event: six writes."""
+    obj = finetune()
+    steps: list[dict[str, Any]] = [
+        {"blocked": Blocked("SourceNotReady", "Waits.", None)},
+        {"wanted": WANTED, "inputs": "i1"},
+        {"job": job(obj)},
+        {"job": job(obj), "pods": (pod(obj, phase="Pending", state=waiting("ContainerCreating")),)},
+        {"job": job(obj), "pods": (pod(obj, state=RUNNING),)},
+        {"job": job(obj), "pods": (pod(obj, state=RUNNING),)},
+        {"job": job(obj), "pods": (pod(obj, phase="Succeeded", state=succeeded()),)},
+        {"job": job(obj, conditions=[condition("Complete")])},
+    ]
+    writes = 0
+    for step in steps:
+        plan = run(obj, **step)
+        writes += len(plan.apply) + len(plan.delete) + len(plan.events) + (plan.status != obj["status"])
+        obj = after(obj, plan)
+    assert obj["status"]["phase"] == "Succeeded"
+    assert writes == 6

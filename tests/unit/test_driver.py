@@ -1,0 +1,216 @@
+"""The driver's wiring, on the cluster in memory: order, outcomes, foreign objects, what is written."""
+
+import math
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from tests.unit.objects import NOW, Object, finetune, of, pod, succeeded
+
+from slmops.api.finetune import FineTuneJobSpec
+from slmops.cluster.memory import MemoryCluster, key_of
+from slmops.cluster.port import ClusterError, Key
+from slmops.reconcile.driver import Driver
+from slmops.reconcile.protocol import World
+from slmops.reconcile.state import Event, Plan, Retry, Routes, Terminal
+from slmops.reconcile.table import reconcilers
+from slmops.remote.errors import RemoteError
+from slmops.settings import Settings
+
+CHILD = {"apiVersion": "v1", "kind": "Service", "spec": {}, "metadata": {"name": "c", "namespace": "ns"}}
+
+
+class Scripted:
+    """A reconciler that does what the test says."""
+
+    kind = "FineTuneJob"
+
+    def __init__(self, plan: Plan | Exception) -> None:
+        self.plan = plan
+
+    def observe(self, obj: Object, world: World) -> object:
+        assert world.now == NOW
+        return None
+
+    def decide(self, obj: Object, observed: object, now: datetime) -> Plan:
+        if isinstance(self.plan, Exception):
+            raise self.plan
+        return self.plan
+
+    def references(self, obj: Object) -> frozenset[tuple[str, str]]:
+        return frozenset()
+
+
+def setting(plan: Plan | Exception, push: Any = None) -> tuple[MemoryCluster, Driver, Key]:
+    cluster = MemoryCluster()
+    obj = cluster.put(finetune())
+    driver = Driver(
+        cluster, Settings(), {"FineTuneJob": Scripted(plan)}, push or (lambda routes: None), clock=lambda: NOW
+    )
+    return cluster, driver, key_of(obj)
+
+
+def owned(cluster: MemoryCluster, key: Key) -> Object:
+    uid = cluster.objects[key]["metadata"]["uid"]
+    metadata = {**CHILD["metadata"], "ownerReferences": [{"kind": key.kind, "name": key.name, "uid": uid}]}  # type: ignore[dict-item]
+    return {**CHILD, "metadata": metadata}
+
+
+def test_children_routes_status_events_in_this_order() -> None:
+    done: list[str] = []
+
+    def push(routes: Routes) -> None:
+        done.extend([*(verb for verb, _ in cluster.writes), "routes"])
+
+    plan = Plan(
+        status={"phase": "X"}, apply=(CHILD,), routes=(Routes("http://r", {"a": 100}),), events=(Event("Did", "it"),)
+    )
+    cluster, driver, key = setting(replace(plan, requeue=7.0), push)
+    assert driver.run(key) == 7.0
+    assert done == ["apply", "routes"]
+    assert [verb for verb, _ in cluster.writes] == ["apply", "patch_status"]
+    assert cluster.posted == [(key, "Did", "it")]
+
+
+def test_a_second_pass_writes_nothing() -> None:
+    cluster, driver, key = setting(Plan(status={"phase": "X"}))
+    child = owned(cluster, key)
+    driver = replace(driver, reconcilers={"FineTuneJob": Scripted(Plan(status={"phase": "X"}, apply=(child,)))})
+    driver.run(key)
+    before = list(cluster.writes)
+    assert len(before) == 2
+    driver.run(key)
+    assert cluster.writes == before
+
+
+def test_an_object_that_is_gone_or_going_is_left_alone() -> None:
+    cluster, driver, key = setting(AssertionError("no pass"))
+    assert driver.run(Key("FineTuneJob", "ns", "other")) == math.inf
+    cluster.objects[key]["metadata"]["deletionTimestamp"] = "2026-05-01T00:00:00Z"
+    assert driver.run(key) == math.inf
+    assert cluster.writes == []
+
+
+def test_retry_says_so_and_comes_again() -> None:
+    cluster, driver, key = setting(Retry("SecretNotFound", "Secret s does not exist.", after=10))
+    assert driver.run(key) == 10
+    obj = cluster.objects[key]
+    assert obj["status"]["observedGeneration"] == 1
+    ready, going = of(obj, "Ready"), of(obj, "Reconciling")
+    assert ready is not None
+    assert going is not None
+    assert (ready["status"], ready["reason"], going["status"]) == ("False", "SecretNotFound", "True")
+    writes = len(cluster.writes)
+    driver.run(key)
+    assert len(cluster.writes) == writes
+
+
+def test_terminal_is_told_once() -> None:
+    cluster, driver, key = setting(Terminal("NoStore", "Give spec.output."))
+    for _ in range(2):
+        assert driver.run(key) is None
+    obj = cluster.objects[key]
+    stalled = of(obj, "Stalled")
+    assert stalled is not None
+    assert (stalled["status"], obj["status"]["phase"]) == ("True", "Failed")
+    assert of(obj, "Reconciling") is None
+    assert cluster.posted == [(key, "NoStore", "Give spec.output.")]
+    assert len(cluster.writes) == 1
+
+
+def test_a_router_that_does_not_answer_keeps_the_status() -> None:
+    def push(routes: Routes) -> None:
+        raise RemoteError("connection refused")
+
+    plan = Plan(status={"phase": "Promoted"}, routes=(Routes("u", {}),), events=(Event("Promoted", ""),))
+    cluster, driver, key = setting(plan, push)
+    assert driver.run(key) == 5.0
+    assert cluster.objects[key]["status"].get("phase") != "Promoted"
+    assert cluster.posted == []
+
+
+REFUSED = [
+    (ClusterError(403, "Forbidden", "exceeded quota: q"), "Reconciling", "QuotaExceeded"),
+    (ClusterError(403, "Forbidden", "cannot create"), "Reconciling", "Forbidden"),
+    (ClusterError(403, "Forbidden", "namespace ns is being terminated"), "Reconciling", "NamespaceTerminating"),
+    (ClusterError(422, "Invalid", "spec.x: bad"), "Stalled", "Rejected"),
+]
+
+
+@pytest.mark.parametrize(("error", "condition", "reason"), REFUSED)
+def test_a_refused_child_is_explained(error: ClusterError, condition: str, reason: str) -> None:
+    cluster, driver, key = setting(Plan(status={"phase": "X"}, apply=(CHILD,)))
+    cluster.refuse["Service"] = error
+    driver.run(key)
+    found = of(cluster.objects[key], condition)
+    assert found is not None
+    assert found["reason"] == reason
+    assert cluster.objects[key]["status"].get("phase") != "X"
+
+
+@pytest.mark.parametrize("status", [0, 409, 429, 500, 503])
+def test_an_ill_api_server_goes_up_to_the_queue(status: int) -> None:
+    cluster, driver, key = setting(Plan(status={"phase": "X"}, apply=(CHILD,)))
+    cluster.refuse["Service"] = ClusterError(status, "", "")
+    with pytest.raises(ClusterError):
+        driver.run(key)
+    assert cluster.writes == []
+
+
+def test_a_foreign_object_of_the_childs_name_is_not_touched() -> None:
+    cluster, driver, key = setting(Plan(status={"phase": "X"}, apply=(CHILD,), delete=(Key("Service", "ns", "c"),)))
+    cluster.put({**CHILD, "spec": {"mine": True}})
+    assert driver.run(key) == 30.0
+    assert cluster.objects[Key("Service", "ns", "c")]["spec"] == {"mine": True}
+    ready = of(cluster.objects[key], "Ready")
+    assert ready is not None
+    assert ready["reason"] == "NameConflict"
+
+
+def test_a_child_of_a_deleted_namesake_is_waited_for() -> None:
+    cluster, driver, key = setting(Plan(status={}, apply=(CHILD,)))
+    child = owned(cluster, key)
+    child["metadata"]["ownerReferences"][0]["uid"] = "former"
+    cluster.put(child)
+    assert driver.run(key) == 5.0
+    ready = of(cluster.objects[key], "Ready")
+    assert ready is not None
+    assert ready["reason"] == "ChildTerminating"
+
+
+def test_an_object_of_an_older_schema_is_explained() -> None:
+    try:
+        FineTuneJobSpec.model_validate({"base": {}})
+    except ValidationError as error:
+        cluster, driver, key = setting(error)
+    assert driver.run(key) is None
+    stalled = of(cluster.objects[key], "Stalled")
+    assert stalled is not None
+    assert stalled["reason"] == "InvalidSpec"
+    assert "dataset" in stalled["message"]
+
+
+def test_a_whole_life_with_the_real_reconciler() -> None:
+    cluster = MemoryCluster()
+    key = key_of(cluster.put(finetune()))
+    uid = cluster.objects[key]["metadata"]["uid"]
+    driver = Driver(
+        cluster, Settings(store="oci://s"), reconcilers(lambda address: None), lambda routes: None, clock=lambda: NOW
+    )
+    driver.run(key)
+    job = Key("Job", "ns", "tune-finetune")
+    assert cluster.objects[job]["metadata"]["ownerReferences"][0]["uid"] == uid
+    worker = pod(cluster.objects[key], phase="Succeeded", state=succeeded(), of=cluster.objects[job]["metadata"]["uid"])
+    cluster.put(worker)
+    cluster.set_status(key_of(worker), worker["status"])
+    driver.run(key)
+    assert cluster.objects[key]["status"]["phase"] == "Succeeded"
+    assert [verb for verb, _ in cluster.writes] == ["apply", "patch_status", "patch_status"]
+    cluster.delete(job)
+    driver.run(key)
+    assert job not in cluster.objects
+    cluster.delete(key)
+    assert driver.run(key) == math.inf
+    assert cluster.objects == {} or all(found.kind == "Pod" for found in cluster.objects)

@@ -1,0 +1,86 @@
+"""Who is woken by which event."""
+
+from typing import Any
+
+from tests.unit.objects import ARTIFACT, Object, at, finetune, job, pod
+
+from slmops.cluster.port import Key
+from slmops.handlers.known import Known, Note, note_of
+
+TUNE = Key("FineTuneJob", "ns", "tune")
+NEXT = Key("FineTuneJob", "ns", "next")
+
+
+def event(obj: Object, kind: str | None = "MODIFIED") -> Note:
+    return note_of({"type": kind, "object": obj})
+
+
+def next_of(name: str = "tune", **more: Any) -> Object:
+    obj = finetune(base={"ref": {"kind": "FineTuneJob", "name": name}}, name="next", **more)
+    obj["metadata"]["uid"] = "next-uid"
+    return obj
+
+
+def ready(reason: str = "Running", status: str = "False", **more: Any) -> Object:
+    return {
+        "phase": reason,
+        "conditions": [
+            {"type": "Ready", "status": status, "reason": reason, "message": "", "lastTransitionTime": at(0)}
+        ],
+        **more,
+    }
+
+
+def test_an_object_wakes_itself_and_its_children_wake_it() -> None:
+    known = Known()
+    assert known.concerned(event(finetune(), None)) == {TUNE}
+    assert known.concerned(event(job(finetune()))) == {TUNE}
+    assert known.concerned(event(pod(finetune()))) == {TUNE}
+
+
+def test_a_child_seen_before_its_owner_wakes_it_by_reference() -> None:
+    assert Known().concerned(event(job(finetune()), None)) == {TUNE}
+    assert Known().concerned(event(pod(finetune()), None)) == set()  # a pod's owner is its Job
+
+
+def test_dependents_are_woken_by_news_alone() -> None:
+    known = Known()
+    known.concerned(event(next_of(), None))
+    assert known.concerned(event(finetune(ready()))) == {TUNE, NEXT}
+    assert known.concerned(event(finetune(ready(progress={"percent": 5})))) == {TUNE}
+    done = finetune(ready("Succeeded", "True", artifact=ARTIFACT))
+    assert known.concerned(event(done)) == {TUNE, NEXT}
+    assert known.concerned(event(done, "DELETED")) == {TUNE, NEXT}
+
+
+def test_a_new_object_of_the_same_name_is_news() -> None:
+    known = Known()
+    known.concerned(event(next_of(), None))
+    known.concerned(event(finetune(ready())))
+    again = finetune(ready())
+    again["metadata"]["uid"] = "other"
+    assert known.concerned(event(again)) == {TUNE, NEXT}
+
+
+def test_who_no_longer_names_it_is_no_longer_woken() -> None:
+    known = Known()
+    known.concerned(event(next_of(), None))
+    known.concerned(event(next_of(), "DELETED"))
+    assert known.concerned(event(finetune(ready()))) == {TUNE}
+
+
+def test_other_namespaces_are_other_worlds() -> None:
+    known = Known()
+    other = next_of()
+    other["metadata"]["namespace"] = "elsewhere"
+    known.concerned(event(other, None))
+    assert known.concerned(event(finetune(ready()))) == {TUNE}
+
+
+def test_phases_are_counted() -> None:
+    known = Known()
+    known.concerned(event(finetune(ready())))
+    known.concerned(event(next_of()))
+    assert known.phases() == {("FineTuneJob", "Running"): 1, ("FineTuneJob", "Unknown"): 1}
+    known.concerned(event(finetune(), "DELETED"))
+    assert known.phases() == {("FineTuneJob", "Unknown"): 1}

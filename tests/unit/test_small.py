@@ -1,0 +1,237 @@
+"""Conditions, comparison, progress, settings, pods, logs: the small parts."""
+
+import json
+import logging
+import sys
+from datetime import timedelta
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from tests.unit.objects import NOW, Object, at, condition, exited, finetune, pod, waiting
+
+from slmops.api import keys
+from slmops.api.meta import Condition
+from slmops.cluster.same import covers, merge_patch, stamped
+from slmops.handlers.logs import JsonFormatter
+from slmops.handlers.watches import EndlessBackoffs
+from slmops.reconcile import conditions
+from slmops.reconcile.pods import failure_of, trouble_of
+from slmops.remote.progress import BODY_MAX, read_progress
+from slmops.settings import Settings
+
+
+def test_transition_time_moves_only_with_the_status() -> None:
+    first = conditions.reconciling([], "Starting", "a", generation=1, now=NOW)
+    later = NOW + timedelta(minutes=1)
+    second = conditions.reconciling(first, "Running", "b", generation=2, now=later)
+    assert [c.last_transition_time for c in second] == [at(0), at(0)]
+    done = conditions.ready(second, "Succeeded", "c", generation=2, now=later)
+    assert [(c.type, c.status, c.last_transition_time) for c in done] == [("Ready", "True", at(60))]
+
+
+def test_never_reconciling_and_stalled_at_once() -> None:
+    said: list[Condition] = []
+    for step in (conditions.reconciling, conditions.stalled, conditions.reconciling):
+        said = step(said, "R", "m", generation=1, now=NOW)
+        names = {c.type for c in said}
+        assert "Ready" in names
+        assert len(names & {"Reconciling", "Stalled"}) == 1
+
+
+def test_messages_are_one_line_of_bounded_length() -> None:
+    said = conditions.ready([], "R", "a\nb " + "x" * 5000, generation=1, now=NOW)
+    assert said[0].message.startswith("a b x")
+    assert len(said[0].message) == conditions.MESSAGE_MAX
+
+
+# Comparison.
+
+COVERS: list[tuple[Any, Any, bool]] = [
+    ({"a": 1, "added": 2}, {"a": 1}, True),
+    ({"a": 1}, {"a": 2}, False),
+    ({"a": [1, 2]}, {"a": [1]}, False),
+    ({"a": [{"x": 1, "y": 2}]}, {"a": [{"x": 1}]}, True),
+    ({}, {"emptyDir": {}}, True),
+    ({}, {"value": ""}, True),
+    ({}, {"value": "x"}, False),
+    ({}, {"suspend": False}, False),
+    ({"limits": {"cpu": "1", "memory": "1Gi"}}, {"limits": {"cpu": "1000m", "memory": "1024Mi"}}, True),
+    ({"limits": {"cpu": "1"}}, {"limits": {"cpu": "2"}}, False),
+    ({"limits": {"nvidia.com/gpu": "1"}}, {"limits": {"nvidia.com/gpu": 1}}, True),
+    ({"env": [{"value": "1"}]}, {"env": [{"value": "1.0"}]}, False),
+]
+
+
+@pytest.mark.parametrize(("current", "wanted", "same"), COVERS)
+def test_covers(current: Any, wanted: Any, same: bool) -> None:
+    assert covers(current, wanted) == same
+
+
+def test_the_stamp_changes_with_the_object_and_not_with_itself() -> None:
+    obj: Object = {"kind": "Job", "metadata": {"name": "a", "annotations": {"x": "y"}}, "spec": {"b": 1, "a": 2}}
+    once = stamped(obj)
+    assert stamped(once) == once
+    assert stamped({**obj, "spec": {"a": 2, "b": 1}}) == once
+    assert stamped({**obj, "spec": {"a": 3}}) != once
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.text("ab", max_size=2),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abcd"), inner, max_size=4),
+    max_leaves=8,
+)
+DOCUMENT = st.dictionaries(st.sampled_from("abcd"), JSON, max_size=4)
+
+
+def without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def patched(target: Any, patch: Any) -> Any:
+    """RFC 7386, as in its text."""
+    if not isinstance(patch, dict):
+        return patch
+    result = dict(target) if isinstance(target, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            result.pop(key, None)
+        else:
+            result[key] = patched(result.get(key), value)
+    return result
+
+
+@given(DOCUMENT, DOCUMENT)
+def test_the_merge_patch_leads_there_and_is_empty_only_at_the_end(current: Object, wanted: Object) -> None:
+    current, wanted = without_nulls(current), without_nulls(wanted)
+    patch = merge_patch(current, wanted)
+    assert patched(current, patch) == wanted
+    assert (not patch) == (current == wanted)
+
+
+# Names.
+
+
+@given(st.from_regex(r"[a-z0-9]([-a-z0-9.]{0,250}[a-z0-9])?", fullmatch=True), st.sampled_from(["", "finetune"]))
+def test_names_of_children_are_dns_labels(owner: str, role: str) -> None:
+    name = keys.child_name(owner, role)
+    assert len(name) <= 63
+    assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+    assert name[-1] != "-"
+    assert name == keys.child_name(owner, role)
+
+
+@given(st.from_regex(r"[a-z0-9]([-a-z0-9.]{0,250}[a-z0-9])?", fullmatch=True))
+def test_label_values(name: str) -> None:
+    value = keys.label_value(name)
+    assert len(value) <= 63
+    assert value[0].isalnum()
+    assert value[-1].isalnum()
+
+
+# Progress.
+
+
+def reading(answer: httpx.Response | Exception) -> Any:
+    def respond(request: httpx.Request) -> httpx.Response:
+        assert str(request.url) == "http://10.0.0.1:9090/progress"
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    return read_progress("10.0.0.1", client=httpx.Client(transport=httpx.MockTransport(respond)))
+
+
+def test_progress_is_read() -> None:
+    found = reading(httpx.Response(200, json={"percent": 40, "stage": "Training", "etaSeconds": 9}))
+    assert (found.percent, found.stage, found.eta_seconds) == (40, "Training", 9)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        httpx.Response(500),
+        httpx.Response(200, text="<html>"),
+        httpx.Response(200, json={"percent": 400}),
+        httpx.Response(200, json=[]),
+        httpx.Response(200, text='{"percent": 1, "message": "' + "x" * BODY_MAX),
+        httpx.ConnectError("refused"),
+        httpx.ReadTimeout("slow"),
+    ],
+    ids=["500", "html", "400 percent", "list", "endless", "refused", "slow"],
+)
+def test_bad_progress_is_none(answer: httpx.Response | Exception) -> None:
+    assert reading(answer) is None
+
+
+# Pods.
+
+
+def test_evictions_are_named() -> None:
+    found = failure_of(pod(finetune(), phase="Failed", reason="Evicted", message="low on memory"), NOW)
+    assert found is not None
+    assert (found.reason, found.message) == ("Evicted", "The pod was taken off its node: low on memory")
+
+
+def test_a_pod_that_never_ran_says_so() -> None:
+    found = failure_of(pod(finetune(), phase="Failed"), NOW)
+    assert found is not None
+    assert "before its container ran" in found.message
+
+
+def test_a_bare_exit_code_names_the_log() -> None:
+    found = failure_of(pod(finetune(), phase="Failed", state=exited(2)), NOW)
+    assert found is not None
+    assert found.message.endswith("kubectl -n ns logs tune-abc")
+
+
+def test_node_memory_without_a_limit() -> None:
+    found = failure_of(pod(finetune(), phase="Failed", state=exited(137, reason="OOMKilled")), NOW)
+    assert found is not None
+    assert "the memory of its node" in found.message
+
+
+def test_a_pod_being_made_is_no_trouble() -> None:
+    assert trouble_of(pod(finetune(), phase="Pending", state=waiting("ContainerCreating"))) is None
+    assert trouble_of(pod(finetune(), phase="Pending")) is None
+    gated = pod(finetune(), phase="Pending", conditions=[condition("PodScheduled", "SchedulingGated", "", "False")])
+    found = trouble_of(gated)
+    assert found is not None
+    assert found.reason == "SchedulingGated"
+
+
+# Settings, logs, backoffs.
+
+
+def test_settings_come_from_the_environment() -> None:
+    env = {"SLMOPS_STORE": "oci://s", "SLMOPS_WORKERS": "3", "SLMOPS_NAMESPACES": "", "OTHER": "x"}
+    found = Settings.from_env(env)
+    assert (found.store, found.workers, found.namespaces) == ("oci://s", 3, "")
+    with pytest.raises(ValidationError):
+        Settings.from_env({"SLMOPS_WORKERS": "many"})
+
+
+def test_logs_are_one_json_object_a_line() -> None:
+    try:
+        raise ValueError("a\nb")
+    except ValueError:
+        record = logging.LogRecord("n", logging.ERROR, __file__, 1, "Could not %s", ("x\ny",), sys.exc_info())
+    record.object = "tune"
+    line = JsonFormatter().format(record)
+    assert "\n" not in line
+    found = json.loads(line)
+    assert (found["level"], found["message"], found["object"]) == ("error", "Could not x\ny", "tune")
+    assert "ValueError" in found["trace"]
+
+
+def test_backoffs_never_end_and_stay_short() -> None:
+    delays = iter(EndlessBackoffs())
+    found = [next(delays) for _ in range(1000)]
+    assert max(found) <= 18
+    assert min(found[10:]) >= 12
+    assert not hasattr(EndlessBackoffs(), "__len__")  # kopf would count them

@@ -1,0 +1,193 @@
+"""Resolving sources, and what has to be in the namespace, against the cluster in memory."""
+
+from typing import Any
+
+import pytest
+from tests.unit.objects import ARTIFACT, Object, at, finetune, ours
+
+from slmops.api.distillation import Teacher
+from slmops.api.finetune import FineTuneJobSpec
+from slmops.api.meta import ModelSource
+from slmops.build.inputs import Inputs, inputs
+from slmops.cluster.memory import MemoryCluster
+from slmops.reconcile import needs, sources
+from slmops.reconcile.state import Retry, Terminal
+from slmops.settings import Settings
+
+REF = ModelSource.model_validate({"ref": {"kind": "FineTuneJob", "name": "tune"}})
+
+
+def conditions(**types: str) -> list[Object]:
+    return [
+        {
+            "type": name,
+            "status": value.split()[0],
+            "reason": value.split()[1],
+            "message": "m",
+            "lastTransitionTime": at(0),
+        }
+        for name, value in types.items()
+    ]
+
+
+def with_source(status: Object) -> MemoryCluster:
+    cluster = MemoryCluster()
+    cluster.put(finetune(status))
+    return cluster
+
+
+def test_a_uri_is_taken_as_it_is() -> None:
+    source = ModelSource.model_validate({"uri": "hf://a/b", "secretRef": {"name": "s"}})
+    found = sources.resolve_model(MemoryCluster(), "ns", source)
+    assert (found.uri, found.secret, found.name) == ("hf://a/b", "s", "")
+
+
+def test_a_ready_source_gives_its_artifact() -> None:
+    cluster = with_source({"conditions": conditions(Ready="True Succeeded"), "artifact": ARTIFACT})
+    found = sources.resolve_model(cluster, "ns", REF)
+    assert (found.uri, found.name) == (ARTIFACT["uri"], "FineTuneJob/tune")
+
+
+NOT_READY: dict[str, tuple[Object | None, str]] = {
+    "absent": (None, "does not exist yet"),
+    "new": ({}, "Waits for FineTuneJob/tune."),
+    "running": ({"conditions": conditions(Ready="False Running")}, "not ready yet: Running"),
+    "failed": ({"conditions": conditions(Ready="False BadDataset", Stalled="True BadDataset")}, "has failed"),
+    "ready without artifact": ({"conditions": conditions(Ready="True Succeeded")}, "names no artifact"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_READY)
+def test_a_source_that_is_not_ready_is_waited_for(name: str) -> None:
+    status, words = NOT_READY[name]
+    cluster = MemoryCluster() if status is None else with_source(status)
+    with pytest.raises(Retry, match=words) as caught:
+        sources.resolve_model(cluster, "ns", REF)
+    assert caught.value.reason == "SourceNotReady"
+
+
+def teacher(**fields: Any) -> Teacher:
+    return Teacher.model_validate(fields)
+
+
+def test_an_endpoint_is_taken_as_it_is() -> None:
+    ref = {"name": "s", "key": "k"}
+    found = sources.resolve_teacher(
+        MemoryCluster(), "ns", teacher(endpoint={"url": "https://t/v1", "model": "m", "apiKeySecretRef": ref})
+    )
+    assert (found.url, found.model, found.secret, found.key) == ("https://t/v1", "m", "s", "k")
+
+
+def test_a_deployment_gives_its_service_its_key_and_its_lineage() -> None:
+    cluster = MemoryCluster()
+    parent = {"kind": "model", "uri": "oci://r/base", "digest": "sha256:bb", "name": ""}
+    status = {
+        "conditions": conditions(Ready="True Stable"),
+        "stable": {"revision": "r1", "model": "oci://r/m", "digest": "sha256:mm", "source": "QuantizedModel/q"},
+        "lineage": {"digest": "sha256:mm", "parents": [parent]},
+    }
+    spec = {"model": {"uri": "oci://r/m"}, "servedName": "big", "endpoint": {"apiKeysSecretRef": {"name": "keys"}}}
+    cluster.put(ours("ModelDeployment", spec, name="t", status=status))
+    wanted = teacher(deploymentRef={"name": "t"})
+    with pytest.raises(Retry) as caught:
+        sources.resolve_teacher(cluster, "ns", wanted)
+    assert caught.value.reason == "SecretNotFound"
+    cluster.put({"kind": "Secret", "metadata": {"name": "keys", "namespace": "ns"}, "data": {"b": "", "a": ""}})
+    found = sources.resolve_teacher(cluster, "ns", wanted)
+    assert (found.url, found.model) == ("http://t.ns.svc:8000/v1", "big")
+    assert (found.secret, found.key, found.name) == ("keys", "a", "ModelDeployment/t")
+    assert [(a.digest, a.name) for a in found.lineage] == [("sha256:mm", "QuantizedModel/q"), ("sha256:bb", "")]
+
+
+OUTPUTS = [
+    (None, "oci://s:5000/ns/finetunejob-tune:11111111", "oci://s:5000/ns/finetunejob-tune:ckpt-11111111"),
+    ("oci://r:5000/a/b", "oci://r:5000/a/b:11111111", "oci://r:5000/a/b:ckpt-11111111"),
+    ("oci://r:5000/a/b:v1", "oci://r:5000/a/b:v1", "oci://r:5000/a/b:ckpt-11111111"),
+    ("pvc://c/x/", "pvc://c/x", "pvc://c/x-ckpt-11111111"),
+]
+
+
+@pytest.mark.parametrize(("given", "artifact", "checkpoint"), OUTPUTS)
+def test_output(given: str | None, artifact: str, checkpoint: str) -> None:
+    found = sources.resolve_output(finetune(), given, Settings(store="oci://s:5000/"))
+    assert (found.artifact, found.checkpoint) == (artifact, checkpoint)
+
+
+def test_nowhere_to_write_is_said_at_once() -> None:
+    with pytest.raises(Terminal, match=r"spec\.output"):
+        sources.resolve_output(finetune(), None, Settings())
+
+
+def test_a_long_name_gives_a_repository_that_registries_take() -> None:
+    found = sources.resolve_output(finetune(name="n" * 253), None, Settings(store="oci://s"))
+    assert len(found.artifact) < 255
+
+
+def test_references() -> None:
+    spec = {"teacher": {"deploymentRef": {"name": "t"}}, "student": {"ref": {"kind": "FineTuneJob", "name": "s"}}}
+    assert sources.references(ours("DistillationJob", spec)) == {("ModelDeployment", "t"), ("FineTuneJob", "s")}
+    assert sources.references(finetune()) == frozenset()
+
+
+# needs
+
+
+def config_map(name: str, **data: str) -> Object:
+    return {"kind": "ConfigMap", "metadata": {"name": name, "namespace": "ns"}, "data": data}
+
+
+def secret(name: str, **data: str) -> Object:
+    return {"kind": "Secret", "metadata": {"name": name, "namespace": "ns"}, "data": data}
+
+
+def needed(**spec: Any) -> Inputs:
+    return inputs(FineTuneJobSpec.model_validate(finetune(**spec)["spec"]))
+
+
+SPEC: dict[str, Any] = {
+    "base": {"uri": "hf://a/b", "secretRef": {"name": "hub"}},
+    "dataset": {"configMap": {"name": "data", "key": "train"}},
+}
+GOOD = '{"prompt": "a", "completion": "b"}\n'
+
+MISSING: dict[str, tuple[list[Object], str, str]] = {
+    "no Secret": ([], "SecretNotFound", "Secret hub does not exist"),
+    "no ConfigMap": ([secret("hub")], "ConfigMapNotFound", "ConfigMap data does not exist"),
+    "no key": ([secret("hub"), config_map("data", other="")], "ConfigMapNotFound", "has no key train; its keys: other"),
+    "not JSON": ([secret("hub"), config_map("data", train=GOOD + "\n{oops\n")], "BadDataset", "line 3: not JSON"),
+    "not an object": ([secret("hub"), config_map("data", train="[1]")], "BadDataset", "line 1: not a JSON object"),
+    "empty": ([secret("hub"), config_map("data", train="\n\n")], "BadDataset", "no example"),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_what_is_missing_is_named(name: str) -> None:
+    there, reason, words = MISSING[name]
+    cluster = MemoryCluster()
+    for obj in there:
+        cluster.put(obj)
+    with pytest.raises(Retry, match=words) as caught:
+        needs.check(cluster, "ns", needed(**SPEC))
+    assert (caught.value.reason, caught.value.after) == (reason, 10.0)
+
+
+def test_the_hash_follows_contents_of_configmaps_and_versions_of_secrets() -> None:
+    cluster = MemoryCluster()
+    cluster.put(secret("hub", token="x"))
+    cluster.put(config_map("data", train=GOOD))
+    first = needs.check(cluster, "ns", needed(**SPEC))
+    assert needs.check(cluster, "ns", needed(**SPEC)) == first
+    cluster.put(config_map("data", train=GOOD, unrelated="x"))
+    assert needs.check(cluster, "ns", needed(**SPEC)) == first
+    cluster.put(config_map("data", train=GOOD + GOOD))
+    second = needs.check(cluster, "ns", needed(**SPEC))
+    cluster.put(secret("hub", token="y"))
+    third = needs.check(cluster, "ns", needed(**SPEC))
+    assert len({first, second, third}) == 3
+
+
+def test_a_schema_is_no_dataset() -> None:
+    spec = {"configMap": {"name": "data", "key": "train"}}
+    found = needed(dataset=spec, evaluation={"dataset": {"configMap": {"name": "eval", "key": "e"}}})
+    assert found.jsonl == {("data", "train"), ("eval", "e")}
+    assert found.config_maps == {"data": {"train"}, "eval": {"e"}}
