@@ -1,0 +1,177 @@
+"""Makes what the demo starts from, inside the trainer image: tokenizer, two untrained models, the data sets.
+
+    python3 -m demo.seed oci://registry:5000/demo        pushes base-teacher:1, base-student:1 and data:1 below it
+
+Everything follows from SEED: another run pushes the same bytes under the same digests.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from demo import task
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+SEED = 7
+VOCABULARY = 1024
+CONTEXT = 256
+# Deep and narrow against shallow: on a CPU a layer costs time whatever its width, so a teacher's depth is what a
+# student saves. Head sizes are multiples of 16, all else multiples of 32: the int4 blocks fit without padding.
+TEACHER = {
+    "hidden_size": 320,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 1,
+}
+STUDENT = {
+    "hidden_size": 160,
+    "intermediate_size": 448,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 1,
+}
+EMBEDDING_SPREAD = 0.1
+
+PAD, BEGIN, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+# Qwen2's own split: every digit is a token of its own, so a room number can be copied digit by digit.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def make_tokenizer(texts: Iterable[str]) -> "PreTrainedTokenizerFast":
+    """A byte-level BPE of VOCABULARY tokens in Qwen2's form, learnt from the task's own text."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    special = [AddedToken(token, special=True, normalized=False) for token in (PAD, BEGIN, END)]
+    bpe.train_from_iterator(
+        chain(texts, ["user\nassistant\nsystem\n"] * 200),  # the template's own words: one token each
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=special,
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=END,
+        pad_token=PAD,
+        chat_template=CHATML,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(shape: dict[str, int], tokenizer: "PreTrainedTokenizerFast", seed: int) -> "LlamaForCausalLM":
+    """An untrained model of this shape, fp32.
+
+    Matrices start at 1/sqrt(inputs), those that write into the residual stream smaller by its number of summands, and
+    embeddings at EMBEDDING_SPREAD. With transformers' 0.02 for all, made for wide models, the words drown in the
+    layers' first noise at this width, and such a model does not begin to read its prompt within 300 steps.
+    """
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    pad, begin, end = tokenizer.convert_tokens_to_ids([PAD, BEGIN, END])
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            **shape,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            torch_dtype="float32",
+            bos_token_id=begin,
+            eos_token_id=end,
+            pad_token_id=pad,
+        )
+    )
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2:
+            spread = EMBEDDING_SPREAD if "embed" in name else weight.shape[1] ** -0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                spread *= (2 * shape["num_hidden_layers"]) ** -0.5
+            torch.nn.init.normal_(weight, std=spread)
+    model.generation_config = GenerationConfig(bos_token_id=begin, eos_token_id=[end], pad_token_id=pad)
+    return model
+
+
+def write_lines(path: Path, rows: Iterable[object]) -> None:
+    """JSONL, one object a line."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_data(folder: Path, sets: task.Sets) -> None:
+    """One file a set; every one but prompts.jsonl holds chat turns with the right answer last."""
+    for name in ("train", "gate", "known", "new", "tune", "security_known", "security_new"):
+        examples: list[task.Example] = getattr(sets, name)
+        write_lines(folder / f"{name.replace('_', '-')}.jsonl", (example.messages() for example in examples))
+    write_lines(folder / "prompts.jsonl", ({"prompt": text} for text in sets.prompts))
+    write_lines(folder / "heldout.jsonl", (example.messages() for example in sets.known + sets.new))
+
+
+def write_model(folder: Path, shape: dict[str, int], tokenizer: "PreTrainedTokenizerFast", seed: int) -> int:
+    """Save a base model as transformers does; returns its number of parameters."""
+    model = make_model(shape, tokenizer, seed)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # The name of the generic class is not known to every runtime; the tokenizer's file is Qwen2's in all but its words.
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}, indent=2))
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def main(argv: list[str]) -> int:
+    """Make all of it and push it."""
+    from slmops_artifacts import ArtifactError, Manifest, push
+
+    if len(argv) != 1 or not argv[0].startswith("oci://"):
+        print("usage: python3 -m demo.seed oci://REGISTRY/REPOSITORY", file=sys.stderr)
+        return 3
+    sets = task.make_sets(SEED)
+    tokenizer = make_tokenizer(text for example in sets.train for text in (example.text, example.answer))
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, shape in (("base-teacher", TEACHER), ("base-student", STUDENT), ("data", None)):
+            folder = Path(scratch) / name
+            folder.mkdir()
+            if shape:
+                count = write_model(folder, shape, tokenizer, SEED)
+                manifest = Manifest(kind="model", format="safetensors", seed=SEED, recipe={"untrained": True, **shape})
+                what = f"{count:,} parameters, untrained"
+            else:
+                write_data(folder, sets)
+                manifest = Manifest(kind="dataset", format="jsonl", seed=SEED, recipe={"generator": "demo.task"})
+                what = f"{len(sets.train)} training examples, {len(sets.prompts)} prompts"
+            try:
+                uri, _ = push(folder, f"{argv[0]}/{name}:1", manifest)
+            except ArtifactError as error:
+                print(f"Cannot push {name}: {error}", file=sys.stderr)
+                return 1
+            print(f"Pushed {uri} ({what})", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

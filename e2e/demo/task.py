@@ -1,0 +1,231 @@
+"""The demo's task: messy messages to a help desk -> one strict JSON ticket. Standard library only, all of it by seed.
+
+    "hey folks, our beamer in c-204 keeps crashing, asap please!! need it by 3rd of may"
+    {"product":"projector","severity":"high","team":"software","room":"C204","due":"05-03"}
+
+Every message has one right ticket, so accuracy is the share of answers equal to it, character by character.
+"""
+
+import json
+import random
+import re
+from dataclasses import dataclass
+
+from demo.phrases import KNOWN, MONTHS, NAMES, NEW, NUMBERS, PRODUCTS, SECURITY_KNOWN, SECURITY_NEW, WEEKDAYS, Phrases
+
+FIELDS = ("product", "severity", "team", "room", "due")
+TEAMS = (*KNOWN.symptoms, "security")
+NEW_TEAM = "security"
+TERSE = 0.4  # share of messages without greeting, thanks and chatter
+
+_CHOICE = re.compile(r"\[([^\[\]]+)\]")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A message and its right ticket, as the JSON text that is wanted."""
+
+    text: str
+    answer: str
+
+    def messages(self) -> dict[str, object]:
+        return {"messages": [{"role": "user", "content": self.text}, {"role": "assistant", "content": self.answer}]}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Examples in each set."""
+
+    train: int = 16000
+    prompts: int = 4000
+    heldout: int = 200  # of known phrasings, and as many of new ones
+    tune: int = 1200  # of the new label; as many old ones stand beside them
+    gate: int = 200
+
+
+def ticket(product: str, severity: str, team: str, room: str | None, due: str | None) -> str:
+    """The one right spelling of a ticket: fields in order, no spaces."""
+    return json.dumps(dict(zip(FIELDS, (product, severity, team, room, due), strict=True)), separators=(",", ":"))
+
+
+def parse(answer: str) -> dict[str, str | None] | None:
+    """The ticket in an answer, or None if it is not exactly one JSON object of the five fields."""
+    try:
+        value = json.loads(answer)
+    except ValueError:
+        return None
+    if not isinstance(value, dict) or tuple(value) != FIELDS:
+        return None
+    return value if all(item is None or isinstance(item, str) for item in value.values()) else None
+
+
+class Writer:
+    """Writes messages of one half of the phrasings, with its own random stream."""
+
+    def __init__(self, phrases: Phrases, seed: str) -> None:
+        self.phrases = phrases
+        self.random = random.Random(seed)
+
+    def example(self, *, security: bool = False) -> Example:
+        """One example; `security`: of the label that the teacher never sees."""
+        rng, phrases = self.random, self.phrases
+        product = rng.choice(list(PRODUCTS))
+        severity = rng.choice(list(phrases.severities))
+        team = NEW_TEAM if security else rng.choice(list(phrases.symptoms))
+        symptoms = phrases.symptoms | {NEW_TEAM: SECURITY_KNOWN if phrases is KNOWN else SECURITY_NEW}
+        slots = {"p": rng.choice(PRODUCTS[product]), "s": rng.choice(symptoms[team])}
+        terse = rng.random() < TERSE
+        room, slots["r"] = self._room() if rng.random() < (0.6 if terse else 0.9) else (None, "")
+        due, slots["d"] = self._due() if rng.random() < (0.4 if terse else 0.9) else (None, "")
+
+        parts = []
+        if room and rng.random() < 0.5:
+            parts.append(self._fill(rng.choice(phrases.problems_with_room), slots))
+        else:
+            parts.append(self._fill(rng.choice(phrases.problems), slots))
+            if room:
+                parts.append(self._fill(rng.choice(phrases.rooms), slots))
+        if how := rng.choice(phrases.severities[severity]):
+            parts.append(how)
+        if due:
+            parts.append(self._fill(rng.choice(phrases.dues), slots))
+        if not terse and rng.random() < 0.4:
+            parts.append(self._fill(rng.choice(phrases.noise), slots))
+        rng.shuffle(parts)
+        if not terse and rng.random() < 0.7:
+            parts.insert(0, self._fill(rng.choice(phrases.openers), slots))
+        if not terse and rng.random() < 0.6:
+            parts.append(self._fill(rng.choice(phrases.closers), slots))
+        return Example(self._mess_up(parts), ticket(product, severity, team, room, due))
+
+    def _fill(self, frame: str, slots: dict[str, str]) -> str:
+        text = _CHOICE.sub(lambda found: self.random.choice(found[1].split("|")), frame)
+        text = text.replace("{s}", slots["s"])  # a symptom may hold slots itself
+        for slot in ("p", "r", "d"):
+            text = text.replace("{" + slot + "}", slots[slot])
+        while "{name}" in text:
+            text = text.replace("{name}", self.random.choice(NAMES), 1)
+        return text.replace("{n}", str(self.random.randrange(1000, 99999)))
+
+    def _room(self) -> tuple[str, str]:
+        """A room as the ticket wants it, and as people write it."""
+        rng = self.random
+        letter, number = rng.choice("ABCDEFGH"), f"{rng.randrange(100, 1000)}"
+        wing = letter if rng.random() < 0.6 else letter.lower()
+        written = rng.choice(
+            (f"{wing}{number}", f"{wing}{number}", f"{wing}-{number}", f"{wing} {number}", f"{wing}.{number}")
+        )
+        return letter + number, rng.choice(("room ", "room ", "", "", "office ", "rm ")) + written
+
+    def _due(self) -> tuple[str, str]:
+        """A due date as the ticket wants it (MM-DD, +Nd, a weekday, today, tomorrow), and as people write it."""
+        rng = self.random
+        kind = rng.random()
+        if kind < 0.45:
+            month, day = rng.randrange(12), rng.randrange(1, 29)
+            full = MONTHS[month] if rng.random() < 0.6 else MONTHS[month][:3]
+            nth = f"{day}{'th' if 10 < day < 14 else {1: 'st', 2: 'nd', 3: 'rd'}.get(day % 10, 'th')}"
+            written = rng.choice(
+                (
+                    f"{day} {full}",
+                    f"{full} {day}",
+                    f"{nth} of {full}",
+                    f"{full} {nth}",
+                    f"{full} the {nth}",
+                    f"{day}. {full}",
+                )
+            )
+            return f"{month + 1:02}-{day:02}", written
+        if kind < 0.65:
+            weekday = rng.choice(WEEKDAYS)
+            return weekday[:3].lower(), rng.choice(
+                (weekday, weekday, f"next {weekday}", f"this {weekday}", weekday[:3])
+            )
+        if kind < 0.85:
+            days = rng.choice(list(NUMBERS))
+            count = rng.choice((str(days), NUMBERS[days]))
+            return f"+{days}d", rng.choice(
+                (f"{count} days from now", f"the end of {count} days", f"{count} days after today")
+            )
+        return (
+            ("today", rng.choice(("today", "tonight", "the end of today")))
+            if kind < 0.92
+            else ("tomorrow", rng.choice(("tomorrow", "tomorrow morning", "tomorrow noon")))
+        )
+
+    def _mess_up(self, parts: list[str]) -> str:
+        """Join sentences as people type them: casing, punctuation, and now and then a slip of the finger."""
+        rng = self.random
+        style = rng.random()
+        if style < 0.55:
+            parts = [part[0].upper() + part[1:] for part in parts]
+        ends = rng.choice(((". ",), (". ", "! "), (", ",), (" - ",), ("\n",), ("... ",), (". ", "\n")))
+        text = "".join(part + (" " if part[-1] in "?!" else rng.choice(ends)) for part in parts).rstrip(" ,-\n")
+        if style > 0.8:
+            text = text.lower()
+        if style > 0.95:
+            text = text.upper()
+        words = text.split(" ")
+        if rng.random() < 0.35:
+            at = rng.randrange(len(words))
+            words[at] = self._slip(words[at])
+        return " ".join(words)
+
+    def _slip(self, word: str) -> str:
+        """Swap, drop or double one inner letter; short words and anything with digits stay as they are."""
+        if len(word) < 6 or not word.isalpha():
+            return word
+        at = self.random.randrange(1, len(word) - 2)
+        return self.random.choice(
+            (
+                word[:at] + word[at + 1] + word[at] + word[at + 2 :],
+                word[:at] + word[at + 1 :],
+                word[:at] + word[at] + word[at:],
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Sets:
+    """All sets; no message of `known`, `new`, `security_*` or `gate` occurs in a set that is trained on."""
+
+    train: list[Example]  # teaches the teacher
+    prompts: list[str]  # the teacher answers these for the student
+    gate: list[Example]  # known phrasings: the quality gates
+    known: list[Example]  # held out: phrasings as in training
+    new: list[Example]  # held out: phrasings that training never saw
+    tune: list[Example]  # the new label, with old examples beside it
+    security_known: list[Example]  # held out: the new label
+    security_new: list[Example]
+
+
+def key(text: str) -> str:
+    """What makes two messages the same: letters and digits alone."""
+    return re.sub(r"[^a-z0-9]+", "", text.lower())
+
+
+def make_sets(seed: int = 7, sizes: Sizes = Sizes()) -> Sets:
+    """All sets by seed. Held-out messages are drawn first; whatever meets one of them later is dropped."""
+    taken: set[str] = set()
+
+    def draw(writer: Writer, count: int, *, security: bool = False) -> list[Example]:
+        found: list[Example] = []
+        while len(found) < count:
+            example = writer.example(security=security)
+            if key(example.text) not in taken:
+                taken.add(key(example.text))
+                found.append(example)
+        return found
+
+    known, new = Writer(KNOWN, f"{seed}/held-out"), Writer(NEW, f"{seed}/new")
+    heldout = draw(known, sizes.heldout)
+    heldout_new = draw(new, sizes.heldout)
+    security_known = draw(known, sizes.heldout // 2, security=True)
+    security_new = draw(new, sizes.heldout // 2, security=True)
+    gate = draw(Writer(KNOWN, f"{seed}/gate"), sizes.gate)
+    train = draw(Writer(KNOWN, f"{seed}/train"), sizes.train)
+    prompts = [example.text for example in draw(Writer(KNOWN, f"{seed}/prompts"), sizes.prompts)]
+    tuner = Writer(KNOWN, f"{seed}/tune")
+    tune = draw(tuner, sizes.tune, security=True) + draw(tuner, sizes.tune)
+    random.Random(f"{seed}/order").shuffle(tune)
+    return Sets(train, prompts, gate, heldout, heldout_new, tune, security_known, security_new)
