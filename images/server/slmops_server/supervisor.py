@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 BACKOFF = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds before the n-th restart in a row
 STEADY = 30.0  # an engine that ran this long has earned a fresh count
-GIVE_UP = 5  # failed starts in a row, before ever being ready, after which the server ends and says why
+GIVE_UP = 5  # starts in a row that never came to be ready, after which the server ends and says why
 BEAT = 1.0  # seconds between pings
 
 
@@ -159,15 +159,16 @@ class Supervisor:
 
     async def run(self) -> None:
         """Start the engine and start it again whenever it ends, until closed or given up (`failed` is set)."""
-        in_a_row = 0
+        in_a_row = unready = 0
         while not self._closing:
             begin = time.monotonic()
             code = await self._once()
             if self._closing:
                 return
             in_a_row = 1 if time.monotonic() - begin > STEADY else in_a_row + 1
+            unready = 0 if self.ready else unready + 1
             log.error("Engine process ended code=%s phase=%s problem=%s", code, self.phase, self.problem or "none")
-            if not self.was_ready.is_set() and in_a_row >= GIVE_UP:
+            if unready >= GIVE_UP:
                 self.phase = "failed"
                 self.failed.set()
                 return
@@ -233,7 +234,7 @@ class Supervisor:
             for number, text, tokens, finish, times in events:
                 self._deliver(number, text, tokens, finish, times)
         elif "phase" in message:
-            self.phase = message["phase"] if not self.was_ready.is_set() else "restarting"
+            self.phase = message["phase"]
         elif "ready" in message:
             self.info, self.phase, self.problem = message["ready"], "ready", ""
             self.was_ready.set()
