@@ -108,6 +108,7 @@ class Routes:
             "status": "ok" if good else "unavailable",
             "phase": phase,
             "problem": supervisor.problem or None,
+            "engine": supervisor.info.get("name"),
             "elapsed_seconds": round(time.monotonic() - self._service.begin, 3),
             "restarts": supervisor.restarts,
         }
