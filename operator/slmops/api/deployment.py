@@ -141,6 +141,7 @@ class Revision(Model):
     model: str = Field(max_length=1024, description="Artifact URI.")
     digest: str = Field(default="", max_length=128, description="Artifact digest, where it is known.")
     source: str = Field(default="", max_length=317, description="Kind/name it came from.")
+    hash_version: int = Field(default=1, description="How the hash was made; an operator upgrade never re-rolls.")
 
 
 class Verdict(Model):
@@ -160,10 +161,19 @@ class RolloutStatus(Model):
     phase: str = Field(
         default="Stable", max_length=32, description="Preparing, Step, Promoting, Draining, RollingBack, ..."
     )
+    state: str = Field(
+        default="", max_length=32, description="Within the phase: Scaling, Routing, Analyzing, Pausing, Holding."
+    )
     step: int = Field(default=0, description="Index into steps.")
     entered_at: str | None = Field(
         default=None, description="When this phase and step began.", json_schema_extra={"format": "date-time"}
     )
+    routed_at: str | None = Field(
+        default=None,
+        description="When every router was seen to give this step's weight.",
+        json_schema_extra={"format": "date-time"},
+    )
+    approved: bool = Field(default=False, description="This step's pause was cut short, or its approval given.")
     deadline_at: str | None = Field(
         default=None, description="When it is given up.", json_schema_extra={"format": "date-time"}
     )
@@ -176,6 +186,11 @@ class RolloutStatus(Model):
     verdicts: list[Verdict] = Field(default_factory=list, max_length=16, description="Last measurement by metric.")
     hold: str = Field(default="", max_length=512, description="Why it does not move on, if it holds.")
     outcome: str = Field(default="", max_length=512, description="How the last rollout ended.")
+    retiring: dict[str, str] = Field(
+        default_factory=dict,
+        max_length=16,
+        description="Revisions on their way out, and when they go; empty while a router may still send them requests.",
+    )
     handled: dict[str, str] = Field(
         default_factory=dict, max_length=8, description="Verbs already obeyed, by annotation."
     )

@@ -1,1 +1,1 @@
-"""The rollout state machine, its verdicts and statistics: pure."""
+"""The rollout of a new revision: identity, verdicts, and the state machine. Pure: no I/O, no clock."""

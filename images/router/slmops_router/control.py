@@ -1,0 +1,215 @@
+"""HAProxy as a child process that is brought to the wanted routes.
+
+New weights go through the runtime API: no reload, no connection is touched. Another set of revisions is a seamless
+reload: the new process takes over the listening sockets and the servers' addresses and health, the old one ends its
+answers. Whatever is set is also on disk, so that a restart begins with it.
+"""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slmops_router import runtime
+from slmops_router.haproxy_cfg import Place, fingerprint, render, slots_map, takes_over
+from slmops_router.routes import BadRoutesError, Routes, parse
+from slmops_router.runtime import Counts, RuntimeApiError, Seen
+
+log = logging.getLogger(__name__)
+
+START_SECONDS = 10.0
+POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Counters that outlive HAProxy's processes."""
+
+    counts: dict[str, Counts] = field(default_factory=dict)
+    turns: int = 0
+
+
+class Haproxy:
+    """One HAProxy. All methods may be called from any thread; changes happen one after the other."""
+
+    def __init__(self, place: Place, program: str = "haproxy", clock: Callable[[], float] = time.monotonic) -> None:
+        self.place, self._program, self._clock = place, program, clock
+        self._lock = threading.RLock()
+        self._routes = Routes()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._before = Totals()  # counted by processes before the last reload
+        self._base = Totals()  # counted when the epoch began
+
+    @property
+    def routes(self) -> Routes:
+        """The routes that are in force."""
+        return self._routes
+
+    def start(self, routes: Routes) -> None:
+        """Start the process with these routes. Raises RuntimeApiError, BadRoutesError."""
+        with self._lock:
+            self.place.folder.mkdir(parents=True, exist_ok=True)
+            self.place.state.write_text("1\n")  # nothing known: just the format's version
+            self._write(routes)
+            self._process = subprocess.Popen(
+                [self._program, "-W", "-db", "-f", str(self._config)], cwd=self.place.folder
+            )
+            self._await(fingerprint(routes))
+            self._routes = routes
+
+    def set(self, routes: Routes) -> None:
+        """Bring HAProxy to these routes; it has them when this returns. Raises RuntimeApiError, BadRoutesError."""
+        with self._lock:
+            if routes.structure == self._routes.structure:
+                self._reweigh(routes)
+            else:
+                self._reload(routes)
+            if routes.epoch != self._routes.epoch:
+                self._base = self._total(self._see(routes))
+            self._routes = routes
+            self._remember(routes)
+
+    def observe(self) -> dict[str, Any]:
+        """Routes in force, and by revision what was answered since the epoch began. Raises RuntimeApiError."""
+        with self._lock:
+            now = self._see(self._routes)
+            total = self._total(now)
+            revisions = {}
+            for revision in self._routes.revisions:
+                name = revision.revision
+                since = total.counts[name].plus(self._base.counts.get(name, Counts()), -1)
+                revisions[name] = {
+                    "weight": revision.weight,
+                    "ready": now.up[name],
+                    "requests": sum(since.responses.values()),
+                    "responses": since.responses,
+                    "aborted": since.aborted,
+                    "chosen": since.chosen,
+                }
+            turns = total.turns - self._base.turns
+            return {
+                "routes": self._routes.dump(),
+                "epoch": self._routes.epoch,
+                "turns": turns,
+                "revisions": revisions,
+            }
+
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def answers(self) -> bool:
+        """Whether it runs what it shall."""
+        try:
+            return runtime.running(self.place.socket) == fingerprint(self._routes)
+        except RuntimeApiError:
+            return False
+
+    def drain(self) -> None:
+        """Take no new connections; the process ends with the last answer."""
+        if self._process is not None and self.alive():
+            self._process.send_signal(signal.SIGUSR1)
+
+    def stop(self) -> None:
+        """End at once."""
+        if self._process is not None and self.alive():
+            self._process.terminate()
+            self._process.wait(10)
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        """The exit code, None where it still runs after that time."""
+        assert self._process is not None
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    @property
+    def _config(self) -> Path:
+        return self.place.folder / "haproxy.cfg"
+
+    @property
+    def _saved(self) -> Path:
+        return self.place.folder / "routes.json"
+
+    def remembered(self) -> Routes | None:
+        """The routes set last by a process before this one on the same folder (a restarted container)."""
+        try:
+            return parse(self._saved.read_bytes())
+        except (OSError, BadRoutesError):
+            return None
+
+    def _remember(self, routes: Routes) -> None:
+        _replace(self._saved, json.dumps(routes.dump()))
+
+    def _reweigh(self, routes: Routes) -> None:
+        path = self.place.socket
+        content = slots_map(routes)
+        for revision in routes.revisions:
+            weight = takes_over(routes, revision)
+            for backend in ("split", "sticky"):
+                runtime.order(path, f"set server {backend}/{revision.revision} weight {weight}")
+        runtime.replace_map(path, self.place.slots, content)
+        self._write(routes)
+
+    def _reload(self, routes: Routes) -> None:
+        """Reload into another set of revisions."""
+        assert self._process is not None
+        last = self._see(self._routes)
+        _replace(self.place.state, runtime.ask(self.place.socket, "show servers state") + "\n")
+        old = self._routes
+        self._write(routes)
+        self._process.send_signal(signal.SIGUSR2)
+        try:
+            self._await(fingerprint(routes))
+        except RuntimeApiError:
+            self._write(old)
+            raise
+        self._before = self._total(last)
+
+    def _write(self, routes: Routes) -> None:
+        """Put configuration and map on disk, checked. Raises BadRoutesError."""
+        fresh = self._config.with_suffix(".new")
+        _replace(self.place.slots, slots_map(routes))
+        fresh.write_text(render(routes, self.place))
+        done = subprocess.run(
+            [self._program, "-c", "-q", "-f", str(fresh)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise BadRoutesError(f"HAProxy refuses the configuration: {done.stderr.strip()}")
+        os.replace(fresh, self._config)  # noqa: PTH105
+
+    def _await(self, wanted: str) -> None:
+        end = self._clock() + START_SECONDS
+        while True:
+            try:
+                if runtime.running(self.place.socket) == wanted:
+                    return
+                problem = "it still runs the old configuration"
+            except RuntimeApiError as error:
+                problem = str(error)
+            if not self.alive() or self._clock() > end:
+                raise RuntimeApiError(f"HAProxy did not take the configuration: {problem}")
+            time.sleep(POLL_SECONDS)
+
+    def _see(self, routes: Routes) -> Seen:
+        return runtime.seen(self.place.socket, routes)
+
+    def _total(self, now: Seen) -> Totals:
+        before = self._before
+        counts = {name: one.plus(before.counts.get(name, Counts())) for name, one in now.counts.items()}
+        return Totals(counts, now.turns + before.turns)
+
+
+def _replace(path: Path, content: str) -> None:
+    """Write a file so that a reader sees the old or the new content."""
+    fresh = path.with_name(path.name + ".tmp")
+    fresh.write_text(content)
+    fresh.replace(path)

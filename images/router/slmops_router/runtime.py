@@ -1,0 +1,105 @@
+"""HAProxy's runtime API: commands over its unix socket, and what its counters say."""
+
+import csv
+import io
+import re
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from slmops_router.routes import Routes
+
+TIMEOUT = 5.0  # seconds for one command
+PASSED = ("L7OK", "L7OKC")
+CLASSES = ("1xx", "2xx", "3xx", "4xx", "5xx", "other")
+
+
+class RuntimeApiError(Exception):
+    """HAProxy did not answer, or refused a command."""
+
+
+def ask(path: Path, command: str) -> str:
+    """Send one command; its output. Raises RuntimeApiError."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(TIMEOUT)
+            connection.connect(str(path))
+            connection.sendall(command.encode() + b"\n")
+            chunks = []
+            while chunk := connection.recv(65536):
+                chunks.append(chunk)
+    except OSError as error:
+        raise RuntimeApiError(f"HAProxy does not answer: {error}") from error
+    return b"".join(chunks).decode(errors="replace").strip()
+
+
+def order(path: Path, command: str) -> None:
+    """Send a command that says nothing when it worked. Raises RuntimeApiError."""
+    said = ask(path, command)
+    if said:
+        raise RuntimeApiError(f"HAProxy refused {command.splitlines()[0]!r}: {said}")
+
+
+def running(path: Path) -> str:
+    """The fingerprint of the configuration that answers on the socket. Raises RuntimeApiError."""
+    found = re.search(r"^description: (\S+)$", ask(path, "show info"), re.MULTILINE)
+    return found.group(1) if found else ""
+
+
+def replace_map(path: Path, name: Path, content: str) -> None:
+    """Swap the whole content of a map at once: no request sees half of it. Raises RuntimeApiError."""
+    said = ask(path, f"prepare map {name}")
+    version = re.search(r"New version created: (\d+)", said)
+    if version is None:
+        raise RuntimeApiError(f"HAProxy refused to prepare the map: {said}")
+    if content:
+        order(path, f"add map @{version.group(1)} {name} <<\n{content}")
+    order(path, f"commit map @{version.group(1)} {name}")
+
+
+@dataclass
+class Counts:
+    """Counters of one revision."""
+
+    responses: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CLASSES, 0))
+    aborted: int = 0  # answers that a server cut off
+    chosen: int = 0  # requests without a conversation whose turn was its, or that it took over
+
+    def plus(self, other: "Counts", sign: int = 1) -> "Counts":
+        """Sum, or difference."""
+        return Counts(
+            {c: self.responses[c] + sign * other.responses[c] for c in CLASSES},
+            self.aborted + sign * other.aborted,
+            self.chosen + sign * other.chosen,
+        )
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What HAProxy says at one moment."""
+
+    counts: dict[str, Counts]  # by revision
+    turns: int  # requests without a conversation
+    up: dict[str, int]  # servers that passed their check, 0 before the upper level knows it too
+
+
+def seen(path: Path, routes: Routes) -> Seen:
+    """Counters and healthy servers by revision. Raises RuntimeApiError."""
+    names = [r.revision for r in routes.revisions]
+    counts = {name: Counts() for name in names}
+    up = dict.fromkeys(names, 0)
+    open_ = dict.fromkeys(names, False)
+    turns = 0
+    for row in csv.DictReader(io.StringIO(ask(path, "show stat").removeprefix("# "))):
+        proxy, server = row["pxname"], row["svname"]
+        if proxy in counts and server == "BACKEND":
+            counts[proxy].responses = {c: int(row[f"hrsp_{c}"] or 0) for c in CLASSES}
+            counts[proxy].aborted = int(row["srv_abrt"] or 0)
+        elif proxy == "split" and server == "BACKEND":
+            turns = int(row["stot"] or 0)
+        elif proxy == "split" and server in counts:
+            counts[server].chosen = int(row["stot"] or 0)
+            open_[server] = row["status"].startswith("UP") and row["check_status"] in PASSED
+        elif proxy in up and server not in ("BACKEND", "FRONTEND"):
+            up[proxy] += row["status"].startswith("UP") and row["check_status"] in PASSED
+    return Seen(counts, turns, {name: up[name] if open_[name] else 0 for name in names})

@@ -1,0 +1,72 @@
+"""What the state machine sees, and what it decides."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from slmops.api.deployment import Revision, RolloutStatus, Verdict
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why something is not as it should be: a word for machines, a sentence for people."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Pods:
+    """The Deployment of one revision."""
+
+    wanted: int  # its spec.replicas
+    ready: int
+    problem: Problem | None = None  # what its pods say of themselves
+
+
+@dataclass(frozen=True)
+class Router:
+    """One ready router pod, as its agent tells; `weights` is None where the agent does not answer."""
+
+    weights: Mapping[str, int] | None = None
+    epoch: str = ""
+    ready: Mapping[str, int] = field(default_factory=dict)  # servers that it finds healthy, by revision
+    answered: Mapping[str, int] = field(default_factory=dict)  # requests since the epoch began
+    chosen: Mapping[str, int] = field(default_factory=dict)  # of `turns`, those whose turn was this revision's
+    turns: int = 0  # requests without a conversation since the epoch began
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The world at the moment of a decision."""
+
+    target: Revision | None = None  # what the spec asks for; None where its source is not ready
+    pods: Mapping[str, Pods] = field(default_factory=dict)  # revisions that have a Deployment
+    routers: tuple[Router, ...] = ()
+    router_problem: Problem | None = None  # why there is no router
+    verdicts: tuple[Verdict, ...] = ()  # measured in this pass; empty where nothing was due
+    annotations: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something users should hear of."""
+
+    reason: str
+    message: str
+    warning: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The wanted state. `replicas` has every revision that shall have a Deployment, `remove` those that shall go."""
+
+    stable: Revision | None
+    candidate: Revision | None
+    weight: int  # percent that goes to the candidate
+    rollout: RolloutStatus
+    replicas: dict[str, int]
+    weights: dict[str, int]  # of the routers; adds up to 100, or to 0 before anything is ready
+    epoch: str
+    remove: tuple[str, ...]
+    notes: tuple[Note, ...]
+    requeue: float | None  # seconds

@@ -1,0 +1,54 @@
+"""Verbs by annotation. Each is bound to a revision and obeyed once: status says what was obeyed.
+
+The value is a revision, or `*` for the candidate of the moment; after a slash may stand anything, so that the same can
+be said again (`3f2a91c07d/second-step`). Pause is no verb but a state: it lasts as long as the annotation.
+"""
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+from slmops.api import keys
+from slmops.api.deployment import Revision, RolloutStatus
+
+
+class Verb(StrEnum):
+    """The annotations."""
+
+    ABORT = keys.ANNOTATION_ABORT
+    RETRY = keys.ANNOTATION_RETRY
+    PROMOTE = keys.ANNOTATION_PROMOTE
+    PAUSE = keys.ANNOTATION_PAUSE
+
+
+_ROLLING_OUT = ("Preparing", "Step", "Promoting")
+_APPLIES = {Verb.ABORT: _ROLLING_OUT, Verb.RETRY: ("RolledBack",), Verb.PROMOTE: ("Step",)}
+_WAITS = {Verb.ABORT: (), Verb.RETRY: ("RollingBack",), Verb.PROMOTE: ("Preparing",)}
+
+
+def obey(
+    annotations: Mapping[str, str], rollout: RolloutStatus, stable: Revision | None, candidate: Revision | None
+) -> tuple[dict[str, str], list[Verb]]:
+    """Return what is handled now, and the verbs to carry out.
+
+    A verb for the candidate that has nothing to do is handled all the same, and so is one for the stable revision, so
+    that it cannot hit a later rollout. One for a revision that is not here yet waits for it.
+    """
+    handled: dict[str, str] = {}
+    todo: list[Verb] = []
+    for verb, applies in _APPLIES.items():
+        value = annotations.get(verb)
+        if value is None:
+            continue
+        value = value[:253]
+        if rollout.handled.get(verb) == value:
+            handled[verb] = value
+            continue
+        meant = value.partition("/")[0].strip()
+        ours = candidate is not None and meant in ("*", candidate.revision)
+        past = meant == "*" or (stable is not None and meant == stable.revision)
+        if ours and rollout.phase in applies and not todo:
+            todo.append(verb)
+            handled[verb] = value
+        elif (ours or past) and rollout.phase not in _WAITS[verb]:
+            handled[verb] = value
+    return handled, todo

@@ -1,0 +1,42 @@
+"""From measured values to verdicts, and from verdicts to what they mean together."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from slmops.api.deployment import AnalysisMetric, Verdict
+
+PASS: Literal["Pass"] = "Pass"  # noqa: S105  # a verdict
+FAIL: Literal["Fail"] = "Fail"
+
+
+def judge(metric: AnalysisMetric, value: float) -> Verdict:
+    """Pass within the bounds, Fail outside; NoData for what is no number."""
+    if not math.isfinite(value):
+        return Verdict(name=metric.name, verdict="NoData", message="The query gave no number (NaN or infinite).")
+    if metric.max is not None and value > metric.max:
+        return Verdict(name=metric.name, verdict=FAIL, value=value, message=f"{value:.4g} is above {metric.max:g}")
+    if metric.min is not None and value < metric.min:
+        return Verdict(name=metric.name, verdict=FAIL, value=value, message=f"{value:.4g} is below {metric.min:g}")
+    return Verdict(name=metric.name, verdict=PASS, value=value, message="")
+
+
+def too_few(metrics: Iterable[AnalysisMetric], samples: int, least: int) -> tuple[Verdict, ...]:
+    """The verdicts before there is enough evidence: nothing is asked, nothing is judged."""
+    message = f"{samples} of {least} requests answered in this step"
+    return tuple(Verdict(name=m.name, verdict="TooFewSamples", message=message) for m in metrics)
+
+
+def first_failed(verdicts: Iterable[Verdict]) -> Verdict | None:
+    """The first Fail."""
+    return next((v for v in verdicts if v.verdict == FAIL), None)
+
+
+def first_unknown(verdicts: Iterable[Verdict]) -> Verdict | None:
+    """The first that is neither Pass nor Fail."""
+    return next((v for v in verdicts if v.verdict not in (PASS, FAIL)), None)
+
+
+def all_pass(verdicts: Sequence[Verdict]) -> bool:
+    """Whether there is evidence, and all of it is good."""
+    return bool(verdicts) and all(v.verdict == PASS for v in verdicts)

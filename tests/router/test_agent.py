@@ -1,0 +1,128 @@
+"""The agent: who may set routes, what it refuses, what a restart keeps, and how it ends."""
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from router_world import ROOT, ask, eventually, routes
+
+
+def test_only_the_bearer_of_the_token_sets_or_reads_routes(router, port):
+    one = router(routes({"a": 100}, port))
+    for token in (None, "", "wrong", "é"):
+        headers = {"authorization": f"Bearer {token}".encode()} if token is not None else {}
+        for method, path in (("PUT", "/routes"), ("GET", "/observed")):
+            connection = http.client.HTTPConnection("127.0.0.1", one.agent_port, timeout=5)
+            connection.request(method, path, json.dumps(routes({"b": 100}, port)), headers)
+            assert connection.getresponse().status == 401
+    assert one.get("/observed")[1]["routes"]["revisions"][0]["revision"] == "a"
+
+
+def test_the_kubelet_needs_no_token(router, port):
+    one = router()
+    assert one.call("GET", "/livez", token=None)[0] == 200
+    assert one.call("GET", "/readyz", token=None)[0] == 200
+
+
+def test_bad_routes_are_refused_in_words_and_change_nothing(router, port):
+    one = router(routes({"a": 100}, port))
+    good = one.get("/observed")[1]["routes"]
+    cases = [
+        ({"revisions": [{"revision": "x", "host": "x", "weight": 7}]}, "add up to 100"),
+        ({"revisions": [{"revision": "x\n    stats socket /tmp/y", "host": "x", "weight": 100}]}, "DNS label"),
+        ({"revisions": [{"revision": "x", "host": "x; rm", "weight": 100}]}, "DNS name"),
+        ({"revisions": [{"revision": "x", "host": "x", "weight": True}]}, "whole number"),
+        ({"revisions": [{"revision": "x", "host": "x", "weight": 100}], "fallback": "y"}, "fallback"),
+        ({"revisions": [{"revision": "x", "host": "x", "weight": 50}] * 2}, "each once"),
+        ([], "object"),
+    ]
+    for body, words in cases:
+        status, said = one.call("PUT", "/routes", body)
+        assert status == 400, body
+        assert words in said["error"]
+    assert one.call("PUT", "/routes", {"pad": "x" * 70_000})[0] == 413
+    assert one.get("/observed")[1]["routes"] == good
+
+
+def test_a_restarted_container_goes_on_with_the_last_weights(pod, router, port):
+    pod("a"), pod("b")
+    one = router(routes({"a": 100, "b": 0}, port))
+    one.ready("a"), one.ready("b")
+    one.set(routes({"a": 30, "b": 70}, port))
+    one.end()
+    one.start()
+    one.ready("a"), one.ready("b")
+    assert sum(ask(one.port)[0] == "b" for _ in range(100)) == 70
+
+
+def test_a_new_pod_starts_with_the_weights_of_its_config_map(pod, router, port):
+    pod("a"), pod("b")
+    one = router(routes({"a": 60, "b": 40}, port, epoch="mounted"))
+    one.ready("a"), one.ready("b")
+    assert one.get("/observed")[1]["epoch"] == "mounted"
+    assert sum(ask(one.port)[0] == "b" for _ in range(100)) == 40
+
+
+def test_counts_begin_again_with_each_epoch(pod, router, port):
+    pod("a")
+    one = router(routes({"a": 100}, port, epoch="one"))
+    one.ready("a")
+    for _ in range(7):
+        ask(one.port)
+    assert one.seen("a")["requests"] == 7
+    one.set(routes({"a": 100}, port, epoch="one"))
+    assert one.seen("a")["requests"] == 7
+    one.set(routes({"a": 100}, port, epoch="two"))
+    assert one.seen("a")["requests"] == 0
+    ask(one.port)
+    seen = one.seen("a")
+    assert (seen["requests"], seen["responses"]["2xx"], seen["chosen"]) == (1, 1, 1)
+
+
+def test_prometheus_sees_every_revision_from_the_start(pod, router, port):
+    pod("a")
+    one = router(routes({"a": 100, "b": 0}, port))
+    one.ready("a")
+    ask(one.port)
+    text = one.metrics()
+    assert 'haproxy_backend_http_responses_total{proxy="a",code="2xx"} 1' in text
+    assert 'haproxy_backend_http_responses_total{proxy="b",code="5xx"} 0' in text
+    assert 'haproxy_backend_server_aborts_total{proxy="a"} 0' in text
+
+
+def test_sigterm_ends_answers_before_the_process(pod, router, port):
+    pod("a", chunks=20, pause=0.1)
+    one = router(routes({"a": 100}, port))
+    one.ready("a")
+    results = []
+    thread = threading.Thread(target=lambda: results.append(ask(one.port)))
+    thread.start()
+    eventually(lambda: "haproxy_backend_current_sessions{proxy=\"a\"} 1" in one.metrics(), "the answer runs")
+    one.process.send_signal(signal.SIGTERM)
+    eventually(lambda: one.call("GET", "/readyz", token=None)[0] == 503, "not ready while draining")
+    assert ask(one.port)[1] == "ok"  # still served: the cluster has not heard yet
+    assert one.process.wait(60) == 0
+    thread.join(10)
+    assert results == [("a", "ok")]
+
+
+def test_a_dead_haproxy_ends_the_container(router, port):
+    one = router(routes({"a": 100}, port))
+    pid = one.process.pid
+    master = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+    os.kill(master, signal.SIGKILL)
+    assert one.process.wait(20) == 1
+
+
+def test_without_a_token_it_does_not_start(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "slmops_router"], env={"PYTHONPATH": str(ROOT / "images/router")},
+        capture_output=True, text=True, timeout=30, check=False,
+    )
+    assert done.returncode == 2
+    assert "SLMOPS_ROUTER_TOKEN" in done.stderr

@@ -1,0 +1,263 @@
+"""The data plane, for real: HAProxy, HTTP servers that stream, clients that count what they lose."""
+
+import http.client
+import json
+import time
+from collections import Counter
+from itertools import pairwise
+
+from router_world import Load, ask, eventually, routes
+
+
+def shares(port, count):
+    """How many of so many requests each revision answered, asked one after the other."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    return Counter(ask(port, connection=connection)[0] for _ in range(count))
+
+
+def on(port, revision, names):
+    """Which of these conversations the revision answers."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    return {name for name in names if ask(port, name, connection)[0] == revision}
+
+
+def test_every_hundred_requests_are_split_exactly(pod, router, port):
+    pod("a", chunks=0), pod("b", chunks=0)
+    one = router(routes({"a": 90, "b": 10}, port))
+    one.ready("a"), one.ready("b")
+    for weight in (10, 1, 37, 50, 99, 100, 0):
+        one.set(routes({"a": 100 - weight, "b": weight}, port, epoch=str(weight)))
+        got = shares(one.port, 100)
+        assert got["b"] == weight
+        assert got["a"] == 100 - weight
+        assert one.seen("b")["chosen"] == weight
+
+
+def test_turns_are_spread_evenly_and_do_not_come_in_blocks(pod, router, port):
+    pod("a"), pod("b")
+    one = router(routes({"a": 80, "b": 20}, port))
+    one.ready("a"), one.ready("b")
+    got = [ask(one.port)[0] for _ in range(100)]
+    gaps = [i for i, revision in enumerate(got) if revision == "b"]
+    assert max(b - a for a, b in pairwise(gaps)) <= 8  # 5 on average
+
+
+def test_weights_change_under_streaming_load_and_nothing_is_lost(pod, router, port):
+    for _ in range(2):
+        pod("a"), pod("b")
+    one = router(routes({"a": 100, "b": 0}, port))
+    one.ready("a", 2), one.ready("b", 2)
+    with Load(one.port) as load:
+        for weight in (10, 50, 25, 100, 0, 60):
+            before = Counter(load.by_revision)
+            one.set(routes({"a": 100 - weight, "b": weight}, port, epoch=str(weight)))
+            load.more(300)
+            turns = one.get("/observed")[1]["turns"]
+            assert abs(one.seen("b")["chosen"] / turns * 100 - weight) <= 2.0  # a few came between the two readings
+            assert sum((Counter(load.by_revision) - before).values()) >= 300
+    assert load.lost == []
+
+
+def test_revisions_come_and_go_under_load_and_nothing_is_lost(pod, router, port):
+    pod("a")
+    one = router(routes({"a": 100}, port))
+    one.ready("a")
+    with Load(one.port) as load:
+        for name in ("b", "c", "d"):
+            load.more(100)
+            pod(name)
+            one.set(routes({"a": 100, name: 0}, port))
+            one.ready(name)
+            one.set(routes({"a": 50, name: 50}, port))
+            load.more(100)
+            one.set(routes({"a": 100, name: 0}, port))
+            load.more(50)
+            one.set(routes({"a": 100}, port))
+    assert load.lost == []
+    assert {"a", "b", "c", "d"} <= set(load.by_revision)
+
+
+def test_a_reload_keeps_the_counts_and_long_answers(pod, router, port):
+    slow = pod("a", chunks=40, pause=0.05)
+    one = router(routes({"a": 100}, port, epoch="one"))
+    one.ready("a")
+    slow.chunks = 1
+    assert shares(one.port, 20)["a"] == 20
+    slow.chunks = 40
+    with Load(one.port, clients=4) as load:
+        eventually(lambda: slow.answered >= 24, "long answers run")
+        one.set(routes({"a": 100, "b": 0}, port, epoch="one"))
+        assert one.seen("a")["requests"] >= 20
+    assert load.lost == []
+
+
+def test_a_killed_pod_costs_no_request(pod, router, port, dns):
+    first, _ = pod("a"), pod("a")
+    one = router(routes({"a": 100}, port))
+    one.ready("a", 2)
+    with Load(one.port) as load:
+        load.more(100)
+        first.kill()
+        load.more(300)
+        dns.records["a.test"].remove(first.host)
+        load.more(100)
+    assert load.lost == []
+
+
+def test_the_only_pod_of_a_candidate_dies_and_the_stable_revision_takes_over(pod, router, port):
+    pod("a")
+    bad = pod("b")
+    one = router(routes({"a": 50, "b": 50}, port))
+    one.ready("a"), one.ready("b")
+    with Load(one.port) as load:
+        load.more(100)
+        bad.kill()
+        load.more(300)
+        one.ready("b", 0)
+        load.more(100)
+    assert load.lost == []
+
+
+def test_a_draining_pod_gets_no_new_requests_and_costs_none(pod, router, port):
+    first, second = pod("a"), pod("a")
+    one = router(routes({"a": 100}, port))
+    one.ready("a", 2)
+    with Load(one.port) as load:
+        load.more(50)
+        first.drain()
+        down = 'haproxy_server_status{proxy="a",server="pod-%d",state="DOWN"} 1'
+        eventually(lambda: any(down % n in one.metrics() for n in (1, 2)), "the router knows")
+        before = first.answered
+        load.more(200)
+        assert first.answered <= before + 8  # at most what was on its way
+        first.kill()
+        load.more(100)
+    assert load.lost == []
+    assert second.answered > 200
+
+
+def test_a_candidate_that_answers_500_loses_nobodys_request_but_is_counted(pod, router, port):
+    pod("a")
+    pod("b", status=500)
+    one = router(routes({"a": 50, "b": 50}, port, epoch="step"))
+    one.ready("a"), one.ready("b")
+    assert [ask(one.port) for _ in range(100)] == [("a", "ok")] * 100
+    seen = one.seen("b")
+    assert seen["responses"]["5xx"] == 50
+    assert seen["chosen"] == 50
+    assert one.seen("a")["responses"]["2xx"] == 100
+
+
+def test_a_stable_revision_without_pods_is_replaced_by_the_candidate(pod, router, port):
+    last, _ = pod("a"), pod("b")
+    one = router(routes({"a": 50, "b": 50}, port))
+    one.ready("a"), one.ready("b")
+    last.kill()
+    eventually(lambda: 'haproxy_server_status{proxy="a",server="pod-1",state="DOWN"} 1' in one.metrics(), "noticed")
+    assert shares(one.port, 20) == {"b": 20}
+
+
+def test_what_the_stable_revision_cannot_answer_is_not_held_against_the_candidate(pod, router, port):
+    pod("a", status=500)
+    pod("b")
+    one = router(routes({"a": 90, "b": 10}, port, epoch="step"))
+    one.ready("a"), one.ready("b")
+    got = [ask(one.port)[1] for _ in range(100)]
+    assert sum(how.startswith("500") for how in got) == 90
+    assert one.seen("b")["requests"] == 10
+
+
+def test_a_conversation_stays_with_its_revision_while_the_weight_rises(pod, router, port):
+    pod("a", chunks=0), pod("b", chunks=0)
+    one = router(routes({"a": 90, "b": 10}, port))
+    one.ready("a"), one.ready("b")
+    names = [f"conversation-{n}" for n in range(150)]
+    on_b: set[str] = set()
+    for weight in (10, 30, 60, 100):
+        one.set(routes({"a": 100 - weight, "b": weight}, port))
+        now = on(one.port, "b", names)
+        assert on_b <= now
+        assert abs(len(now) / len(names) * 100 - weight) <= 15  # hashes of 150 fixed names
+        on_b = now
+
+
+def test_events_arrive_one_by_one(pod, router, port):
+    pod("a", chunks=4, pause=0.3)
+    one = router(routes({"a": 100}, port))
+    one.ready("a")
+    connection = http.client.HTTPConnection("127.0.0.1", one.port, timeout=20)
+    connection.request("POST", "/v1/chat/completions", "{}")
+    answer = connection.getresponse()
+    times = []
+    while answer.readline().startswith(b"data: a"):
+        times.append(time.monotonic())
+        answer.readline()
+    assert len(times) == 4
+    assert all(later - earlier > 0.1 for earlier, later in pairwise(times))
+
+
+def test_a_client_that_leaves_frees_its_model_server(pod, router, port):
+    server = pod("a", chunks=200, pause=0.05)
+    one = router(routes({"a": 100}, port))
+    one.ready("a")
+    connection = http.client.HTTPConnection("127.0.0.1", one.port, timeout=20)
+    connection.request("POST", "/v1/chat/completions", "{}")
+    connection.getresponse().readline()
+    connection.close()
+    eventually(lambda: server.cut == 1, "the server notices", 5)
+
+
+def test_without_a_ready_pod_the_error_is_openais_and_says_when_to_come_back(router, port):
+    one = router(routes({"a": 100}, port))
+    connection = http.client.HTTPConnection("127.0.0.1", one.port, timeout=20)
+    connection.request("POST", "/v1/chat/completions", "{}")
+    answer = connection.getresponse()
+    body = json.loads(answer.read())
+    assert answer.status == 503
+    assert int(answer.headers["retry-after"]) > 0
+    assert answer.headers["content-type"] == "application/json"
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+
+
+def test_the_inner_probe_is_not_for_clients(pod, router, port):
+    pod("a")
+    one = router(routes({"a": 100}, port))
+    one.ready("a")
+    connection = http.client.HTTPConnection("127.0.0.1", one.port, timeout=20)
+    connection.request("GET", "/.slmops/ready")
+    assert connection.getresponse().status == 404
+
+
+def test_pods_are_followed_in_dns(pod, router, port, dns):
+    pod("a")
+    one = router(routes({"a": 100}, port))
+    one.ready("a", 1)
+    pod("a"), pod("a")
+    one.ready("a", 3)
+    dns.records["a.test"].pop()
+    one.ready("a", 2)
+
+
+def test_a_deaf_dns_loses_nothing(pod, router, port, dns):
+    pod("a")
+    one = router(routes({"a": 100}, port))
+    one.ready("a")
+    dns.close()
+    with Load(one.port, clients=2) as load:
+        end = time.monotonic() + 4
+        eventually(lambda: time.monotonic() > end, "four polls of DNS")
+    assert load.lost == []
+
+
+def test_more_pods_than_places_makes_room(pod, router, port):
+    for _ in range(3):
+        pod("a")
+    one = router(routes({"a": 100}, port, a=1))
+    one.ready("a", 1)
+    with Load(one.port) as load:
+        one.set(routes({"a": 100}, port, a=4))
+        one.ready("a", 3)
+        load.more(50)
+    assert load.lost == []
+
+
