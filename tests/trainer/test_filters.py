@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+
 from slmops.api.distillation import Filters
 from slmops_trainer import filters
 from slmops_trainer.data import Example, Message
@@ -16,7 +17,9 @@ def row(text: str, prompt: str = "q", finish: str = "stop") -> filters.Row:
     return filters.Row(Example((Message("user", prompt),), None), text, finish)
 
 
-def run(rows: list[filters.Row], thoughts: bool = False, schema: Any = None, **rules: Any) -> tuple[list[str], dict[str, int]]:
+def run(
+    rows: list[filters.Row], thoughts: bool = False, schema: Any = None, **rules: Any
+) -> tuple[list[str], dict[str, int]]:
     validator = filters.schema_of(json.dumps(schema), "test") if schema is not None else None
     kept, drops = filters.apply(rows, Filters.model_validate(rules), validator, thoughts=thoughts)
     return [example.answer or "" for example in kept], dict(drops)
