@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "images" / "server"))
 from server_harness import Server
 
 from slmops_server import model_folder
-from slmops_server.engines import select
+from slmops_server.engines import choose
 from slmops_server.engines.base import Engine, Job, Sampling
 
 
@@ -54,7 +54,7 @@ def main() -> None:
         name, _, path = text.partition("=")
         folder = model_folder.read(Path(path))
         for kind in ("onnxruntime", "genai"):
-            engine = select.load(folder, select.EngineOptions(engine=kind, threads=args.threads, slots=1))
+            engine = choose.load(folder, choose.EngineOptions(engine=kind, threads=args.threads, slots=1))
             runs[f"{name}: engine {kind}"] = lambda e=engine: in_process(e, prompt, args.tokens)  # type: ignore[misc]
         log = Path(tempfile.mkdtemp()) / "log"
         server = Server(log, "--threads", str(args.threads), model=Path(path))

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from slmops_server import model_folder
-from slmops_server.engines import select
+from slmops_server.engines import choose
 from slmops_server.engines.base import Engine, EngineRefusedError, Job, Sampling
 
 GREEDY = Sampling(temperature=0.0)
 
 
 def load(path: Path, engine: str = "onnxruntime", **more: int) -> Engine:
-    return select.load(model_folder.read(path), select.EngineOptions(engine=engine, threads=1, **more))
+    return choose.load(model_folder.read(path), choose.EngineOptions(engine=engine, threads=1, **more))
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +108,8 @@ def test_chunks_do_not_change_the_answer(engine: Engine, tiny: Path) -> None:
 def test_an_answer_ends_at_the_end_token_unless_told_otherwise(engine: Engine, tiny: Path) -> None:
     tokens = run(engine, [job(1, [40, 41], 30)])[1]
     wanted = next(t for t in tokens[2:] if t not in tokens[:2])
-    special = select.load(
-        replace(model_folder.read(tiny), eos_ids=frozenset({wanted})), select.EngineOptions(threads=1)
+    special = choose.load(
+        replace(model_folder.read(tiny), eos_ids=frozenset({wanted})), choose.EngineOptions(threads=1)
     )
     special.submit(job(1, [40, 41], 30, ignore_eos=False))
     last = None
@@ -128,6 +128,6 @@ def test_the_last_token_of_the_context_can_be_used(engine: Engine) -> None:
 def test_a_model_that_the_slot_engine_refuses_goes_to_genai(tiny: Path) -> None:
     folder = replace(model_folder.read(tiny), share_buffer=False)
     with pytest.raises(EngineRefusedError, match="shared"):
-        select.load(folder, select.EngineOptions(engine="onnxruntime", threads=1))
-    fallen_back = select.load(folder, select.EngineOptions(threads=1, slots=1))
+        choose.load(folder, choose.EngineOptions(engine="onnxruntime", threads=1))
+    fallen_back = choose.load(folder, choose.EngineOptions(threads=1, slots=1))
     assert (fallen_back.info.name, "shared" in fallen_back.info.notes["reason"]) == ("genai", True)

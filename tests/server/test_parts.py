@@ -9,8 +9,8 @@ import pytest
 
 from slmops_server import cgroup, model_folder, settings
 from slmops_server.engines.base import Sampling
+from slmops_server.engines.choose import DoesNotFitError, plan_slots
 from slmops_server.engines.sampler import Sampler
-from slmops_server.engines.select import DoesNotFitError, plan_slots
 from slmops_server.errors import ApiError
 from slmops_server.keys import ApiKeys
 from slmops_server.wire import Frames

@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from slmops_server import model_folder
-from slmops_server.engines.select import EngineOptions
+from slmops_server.engines.choose import EngineOptions
 from slmops_server.errors import bad_request, unavailable
 from slmops_server.keys import ApiKeys
 from slmops_server.metrics import Metrics

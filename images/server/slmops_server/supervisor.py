@@ -15,7 +15,7 @@ from typing import Any, cast
 import orjson
 
 from slmops_server.engines.base import Sampling
-from slmops_server.engines.select import EngineOptions
+from slmops_server.engines.choose import EngineOptions
 from slmops_server.errors import ApiError, internal, unavailable
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from slmops_server import model_folder
 from slmops_server.detok import DetokenizerFactory, StopScanner
-from slmops_server.engines import select as engines
+from slmops_server.engines import choose as engines
 from slmops_server.engines.base import Engine, EngineRefusedError, Job, Sampling
 
 log = logging.getLogger("slmops_server.engine")
