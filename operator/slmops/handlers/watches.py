@@ -4,8 +4,9 @@ kopf is used for its watches alone. Without daemons, timers and change handlers 
 that no deletion and no uninstall ever waits for this operator, and no annotation.
 
 Stock kopf ends when a watch yields an ERROR event and when API errors outlast its list of backoffs. Here the list is
-endless, and kopf runs in a thread with an event loop of its own: whenever it ends, it is started again, while the
-queue and the passes go on. (In a shared loop it would cancel whatever was started after itself.)
+endless, and kopf runs in a thread with an event loop of its own: whenever one of its root tasks ends, all of them are
+cancelled and it is started again, while the queue and the passes go on. kopf's own way of ending is not used: in a
+shared loop it cancels whatever was started after it, and after an error at start it has been seen to wait for ever.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ import logging
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from time import monotonic
 from typing import Any
 
@@ -30,6 +31,7 @@ SELECTOR = f"{LABEL_MANAGED_BY}={MANAGED_BY},{LABEL_OWNER_UID}"
 RESTART_FIRST, RESTART_MOST = 1.0, 30.0
 # Ours: kopf would ask for the user's name, and a container's numeric user has none. Without peers it says nothing.
 IDENTITY: Any = "slmops"  # kopf keeps the type Identity, a NewType of str, in a private module
+CANCEL_SECONDS = 3.0
 LONG_ENOUGH = 60.0  # a run of this length ends the growth of the restart's delay
 
 
@@ -81,7 +83,7 @@ class Watches:
             began = monotonic()
             try:
                 if self._all_served():
-                    asyncio.run(self._watch())
+                    self._in_a_loop_of_its_own(self._watch())
                     log.info("Watches ended")
             except Exception as error:  # noqa: BLE001  # whatever ends kopf must not end the operator
                 log.warning("Watches ended", extra={"error": f"{type(error).__name__}: {error}"})
@@ -98,9 +100,24 @@ class Watches:
             log.warning("CustomResourceDefinitions are missing: install them", extra={"kinds": missing})
         return not missing
 
+    def _in_a_loop_of_its_own(self, main: Coroutine[Any, Any, None]) -> None:
+        """Run `main`; whatever it leaves running is cancelled, and abandoned if it does not mind that."""
+        loop = asyncio.new_event_loop()
+        try:
+            asyncio.set_event_loop(loop)
+            loop.run_until_complete(main)
+        finally:
+            left = asyncio.all_tasks(loop)
+            for task in left:
+                task.cancel()
+            if left:
+                loop.run_until_complete(asyncio.wait(left, timeout=CANCEL_SECONDS))
+            asyncio.set_event_loop(None)
+            loop.close()
+
     async def _watch(self) -> None:
         scope: dict[str, Any] = {"namespaces": self._namespaces} if self._namespaces else {"clusterwide": True}
-        await kopf.operator(
+        tasks = await kopf.spawn_tasks(
             registry=self._registry(),
             settings=operator_settings(),
             standalone=True,
@@ -109,6 +126,9 @@ class Watches:
             ready_flag=self._ready,
             **scope,
         )
+        ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in ended:
+            task.result()
 
     def _registry(self) -> kopf.OperatorRegistry:
         registry = kopf.OperatorRegistry()

@@ -1,0 +1,178 @@
+"""A real API server for the session, a namespace for every test, the operator as a child process."""
+
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from tests.kube.api import Access, Api, wait_for
+from tests.kube.proxy import Proxy
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def access(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Access]:
+    """The API server, with our CRDs served. It is stopped at the end, whatever happened."""
+    folder = tmp_path_factory.mktemp("apiserver")
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "e2e")}
+
+    def localkube(command: str) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "localkube", command, "--dir", str(folder / "k8s")],
+            env=env, capture_output=True, text=True, timeout=1200, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+    try:
+        localkube("apiserver")
+        found = Access.read(folder / "k8s" / "kubeconfig", folder)
+        _install_crds(Api(found))
+        yield found
+    finally:
+        localkube("apiserver-down")
+
+
+def _install_crds(api: Api) -> None:
+    for path in sorted((ROOT / "crds").glob("*.yaml")):
+        crd = yaml.safe_load(path.read_text())
+        name = crd["metadata"]["name"]
+        url = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{name}"
+        api.ask("PATCH", url, crd, content="application/apply-patch+yaml", fieldManager="test", force="true")
+
+        def established(url: str = url) -> bool:
+            conditions = api.ask("GET", url)["status"].get("conditions") or []
+            assert not [c for c in conditions if c["type"] == "NonStructuralSchema"], conditions
+            return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
+
+        wait_for(f"{name} to be established", established)
+
+    def served() -> bool:
+        try:
+            for plural in ("distillationjobs", "finetunejobs", "quantizedmodels", "modeldeployments"):
+                api.ask("GET", f"/apis/slmops.dev/v1alpha1/{plural}")
+        except Exception:  # noqa: BLE001  # not yet, whatever it says
+            return False
+        return True
+
+    wait_for("our kinds to be served", served)
+
+
+@pytest.fixture
+def api(access: Access) -> Iterator[Api]:
+    """A client in a namespace of its own. No namespace controller runs: what is in it is deleted here."""
+    name = f"t{next(NAMES)}"
+    client = Api(access, name)
+    client.ask("POST", "/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+    yield client
+    for kind in ("DistillationJob", "FineTuneJob", "QuantizedModel", "ModelDeployment", "Job", "Pod"):
+        client.ask("DELETE", client.path(kind), {"gracePeriodSeconds": 0})
+    client.http.close()
+
+
+@pytest.fixture
+def proxy(access: Access) -> Iterator[Proxy]:
+    """A proxy of its own."""
+    found = Proxy(access).start()
+    yield found
+    found.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Operator:
+    """The operator as a process of its own."""
+
+    def __init__(self, server: str, folder: Path, namespace: str, **settings: str) -> None:
+        self.folder, self.log = folder, folder / f"operator-{next(NAMES)}.log"
+        config = {
+            "apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "clusters": [{"name": "c", "cluster": {"server": server}}],
+            "users": [{"name": "u", "user": {}}],
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+        }  # fmt: skip
+        kubeconfig = folder / f"kubeconfig-{next(NAMES)}"
+        kubeconfig.write_text(yaml.safe_dump(config))
+        self.probes, self.metrics = free_port(), free_port()
+        env = {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(ROOT / "operator"),
+            "KUBECONFIG": str(kubeconfig),
+            "SLMOPS_STORE": "oci://store:5000",
+            "SLMOPS_NAMESPACES": namespace,
+            "SLMOPS_PROBE_PORT": str(self.probes),
+            "SLMOPS_METRICS_PORT": str(self.metrics),
+            **settings,
+        }
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "slmops.main"], env=env, stdout=log, stderr=log, cwd=folder
+            )
+
+    def get(self, path: str, *, metrics: bool = False) -> httpx.Response | None:
+        port = self.metrics if metrics else self.probes
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}{path}", trust_env=False, timeout=5)
+        except httpx.HTTPError:
+            return None
+
+    def until_ready(self, seconds: float = 30.0) -> "Operator":
+        def ready() -> bool:
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            answer = self.get("/readyz")
+            return answer is not None and answer.status_code == 200
+
+        wait_for("the operator to be ready", ready, seconds)
+        return self
+
+    def healthy(self) -> bool:
+        answer = self.get("/healthz")
+        return self.process.poll() is None and answer is not None and answer.status_code == 200
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(10)
+
+    def terminate(self) -> float:
+        """Seconds from SIGTERM to the end; the exit status has to be 0."""
+        began = time.monotonic()
+        self.process.terminate()
+        assert self.process.wait(15) == 0, self.log.read_text()[-3000:]
+        return time.monotonic() - began
+
+
+Start = Callable[..., Operator]
+
+
+@pytest.fixture
+def start(access: Access, api: Api, proxy: Proxy, tmp_path: Path) -> Iterator[Start]:
+    """Start operators, behind the proxy, for the test's namespace; none outlives the test. Bugs in logs fail it."""
+    started: list[Operator] = []
+
+    def begin(**settings: str) -> Operator:
+        operator = Operator(proxy.url, tmp_path, api.namespace, **settings)
+        started.append(operator)
+        return operator
+
+    yield begin
+    for operator in started:
+        if operator.process.poll() is None:
+            operator.kill()
+    for operator in started:
+        text = operator.log.read_text()
+        assert "Traceback" not in text, text[-4000:]
+        assert "pass: bug" not in text, text[-4000:]
