@@ -115,11 +115,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def card(ctx: "Context", manifest: Manifest, title: str) -> str:
+def card(ctx: "Context", manifest: Manifest, title: str, library: str = "transformers") -> str:
     """The model card: what it is, what it was made from, how, and how good it is."""
     spec = ctx.spec
     lines = [
-        "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [slmops]", "---",
+        "---", f"library_name: {library}", "pipeline_tag: text-generation", "tags: [slmops]", "---",
         f"# {spec.name}", "", f"{title} Made in namespace {spec.namespace} by slmops {__version__}.", "",
         "## Made from", "", *_table(("what", "where", "digest"), [
             (row.name or row.kind, row.uri, row.digest) for row in manifest.parents
