@@ -273,4 +273,5 @@ def test_an_object_of_an_older_schema_stops_nobody(api: Api, start: Start) -> No
     start().until_ready()
     tune(api)
     until_job(api)
-    wait_for("the old one to say so", lambda: api.reason("FineTuneJob", "old") == "InvalidSpec")
+    wait_for("the Event", lambda: any(event["reason"] == "InvalidSpec" for event in api.list("Event")))
+    assert api.status("FineTuneJob", "old") == {"observedGeneration": -1}  # it cannot be written any more

@@ -21,7 +21,7 @@ class JsonFormatter(logging.Formatter):
             "message": record.getMessage(),
         }
         line.update({name: value for name, value in vars(record).items() if name not in _STANDARD | _OF_KOPF})
-        if record.exc_info:
+        if record.exc_info and record.name.split(".")[0] != "kopf":  # kopf's watches end and are started again
             line["trace"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str, ensure_ascii=False)
 

@@ -36,13 +36,13 @@ LONG_ENOUGH = 60.0  # a run of this length ends the growth of the restart's dela
 
 
 class EndlessBackoffs:
-    """Delays between attempts at a call, without end: 1, 2, 4, 8, then about 15 seconds."""
+    """Delays between attempts at a call, without end: 1, 2, 4, 8, then about 10 seconds."""
 
     def __iter__(self) -> Iterator[float]:
         delay = 1.0
         while True:
             yield delay * random.uniform(0.8, 1.2)  # noqa: S311  # spreads load, guards nothing
-            delay = min(delay * 2, 15.0)
+            delay = min(delay * 2, 10.0)
 
 
 class Watches:
@@ -103,6 +103,7 @@ class Watches:
     def _in_a_loop_of_its_own(self, main: Coroutine[Any, Any, None]) -> None:
         """Run `main`; whatever it leaves running is cancelled, and abandoned if it does not mind that."""
         loop = asyncio.new_event_loop()
+        loop.set_exception_handler(_abandoned)
         try:
             asyncio.set_event_loop(loop)
             loop.run_until_complete(main)
@@ -160,6 +161,11 @@ def operator_settings() -> kopf.OperatorSettings:
         place = PLACES[kind]
         settings.watching.label_selectors[place.group, place.version, place.plural] = SELECTOR
     return settings
+
+
+def _abandoned(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Tell of errors that nobody waited for any more."""
+    log.debug("Watch left something behind", extra={"context": str(context.get("message"))})
 
 
 def log_in(**kwargs: Any) -> kopf.ConnectionInfo | None:

@@ -134,9 +134,17 @@ class Driver:
             still_ready=conditions.is_true(before, conditions.READY) and _serves(obj),
         )
         status = _merged(obj, marked, generation) | ({} if _serves(obj) else {"phase": "Failed"})
-        written = self.cluster.patch_status(obj, status)
+        event = Event(terminal.reason, terminal.message, warning=True)
+        try:
+            self.cluster.patch_status(obj, status)
+        except ClusterError as error:
+            if error.retryable:
+                raise
+            # Not even its status can be written: the object does not fit the schema of today. An Event can be.
+            self._post(obj, (event,))
+            return
         if known is None or known.reason != terminal.reason:
-            self._post(written, (Event(terminal.reason, terminal.message, warning=True),))
+            self._post(obj, (event,))
 
     def _post(self, obj: Object, events: tuple[Event, ...]) -> None:
         for event in events:
