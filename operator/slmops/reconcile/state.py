@@ -1,6 +1,6 @@
 """What a decision is made of."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from slmops.cluster.port import Key, Object
@@ -21,6 +21,8 @@ class Routes:
 
     url: str  # base URL of the router's agent
     weights: dict[str, int]
+    token: str = field(default="", repr=False)  # of that agent
+    body: Object = field(default_factory=dict)  # all that the agent is told: the weights, and more
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,14 @@ _WAITS = {Verb.ABORT: (), Verb.RETRY: ("RollingBack",), Verb.PROMOTE: ("Preparin
 
 def obey(
     annotations: Mapping[str, str], rollout: RolloutStatus, stable: Revision | None, candidate: Revision | None
-) -> tuple[dict[str, str], list[Verb]]:
-    """Return what is handled now, and the verbs to carry out.
+) -> tuple[dict[str, str], Verb | None]:
+    """Return what is handled now, and the verb to carry out.
 
     A verb for the candidate that has nothing to do is handled all the same, and so is one for the stable revision, so
     that it cannot hit a later rollout. One for a revision that is not here yet waits for it.
     """
     handled: dict[str, str] = {}
-    todo: list[Verb] = []
+    todo: Verb | None = None
     for verb, applies in _APPLIES.items():
         value = annotations.get(verb)
         if value is None:
@@ -46,8 +46,8 @@ def obey(
         meant = value.partition("/")[0].strip()
         ours = candidate is not None and meant in ("*", candidate.revision)
         past = meant == "*" or (stable is not None and meant == stable.revision)
-        if ours and rollout.phase in applies and not todo:
-            todo.append(verb)
+        if ours and rollout.phase in applies and todo is None:
+            todo = verb
             handled[verb] = value
         elif (ours or past) and rollout.phase not in _WAITS[verb]:
             handled[verb] = value

@@ -1,0 +1,197 @@
+"""A ModelDeployment -> its router: Deployment, Service with the stable address, token, and the ConfigMap of its routes.
+
+The ConfigMap carries the routes, so that a new router pod starts with the weights of the moment, and on record the
+Deployment of every revision (build/serving.py), so that a revision whose spec is history can still be made again.
+"""
+
+import base64
+import json
+
+from slmops.api import keys
+from slmops.api.deployment import ModelDeploymentSpec
+from slmops.build import parts
+from slmops.build.parts import Object
+from slmops.build.serving import revision_name
+from slmops.settings import Settings
+
+ROUTER = "router"
+AGENT_PORT = 9091
+ROUTES_KEY = "routes.json"
+RECORD_PREFIX, RECORD_SUFFIX = "deployment-", ".json"
+GRACE_SECONDS = 120  # for answers that run when a router pod is stopped
+
+
+def service_name(owner: Object) -> str:
+    """Name of the Service that clients use."""
+    return keys.child_name(owner["metadata"]["name"])
+
+
+def router_name(owner: Object) -> str:
+    """Name of the router's Deployment, ConfigMap and Secret."""
+    return keys.child_name(owner["metadata"]["name"], ROUTER)
+
+
+def endpoint(owner: Object) -> str:
+    """Base URL of the API inside the cluster."""
+    return f"http://{service_name(owner)}.{owner['metadata']['namespace']}.svc:{keys.API_PORT}/v1"
+
+
+def selector(owner: Object) -> dict[str, str]:
+    """Labels of the router pods."""
+    return {keys.LABEL_OWNER_UID: owner["metadata"]["uid"], keys.LABEL_ROLE: keys.ROLE_ROUTER}
+
+
+def routes(owner: Object, weights: dict[str, int], fallback: str, epoch: str, replicas: int) -> Object:
+    """Build the routes, in the shape that the agent gives them back."""
+    return {
+        "port": keys.API_PORT,
+        "fallback": fallback if fallback in weights else "",
+        "epoch": epoch,
+        "revisions": [
+            {
+                "revision": revision,
+                "host": revision_name(owner, revision),
+                "weight": weight,
+                "servers": _places(replicas),
+            }
+            for revision, weight in sorted(weights.items())
+        ],
+    }
+
+
+def config_map(owner: Object, wanted: Object, records: dict[str, Object]) -> Object:
+    """Build the ConfigMap of routes and records."""
+    data = {ROUTES_KEY: _json(wanted)}
+    data |= {f"{RECORD_PREFIX}{name}{RECORD_SUFFIX}": _json(record) for name, record in records.items()}
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": parts.metadata(owner, router_name(owner), keys.ROLE_ROUTER),
+        "data": data,
+    }
+
+
+def records_of(found: Object | None) -> dict[str, Object]:
+    """Read the records back, by revision; one that somebody broke counts as lost."""
+    records: dict[str, Object] = {}
+    for key, text in ((found or {}).get("data") or {}).items():
+        if key.startswith(RECORD_PREFIX) and key.endswith(RECORD_SUFFIX):
+            try:
+                record = json.loads(text)
+                record["spec"]["template"]["spec"]["containers"]
+            except (ValueError, TypeError, KeyError):
+                continue
+            records[key.removeprefix(RECORD_PREFIX).removesuffix(RECORD_SUFFIX)] = record
+    return records
+
+
+def token_secret(owner: Object, token: str) -> Object:
+    """Build the Secret with the agent's token: not in the pod's spec, which more people may read."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": parts.metadata(owner, router_name(owner), keys.ROLE_ROUTER),
+        "type": "Opaque",
+        "data": {"token": base64.b64encode(token.encode()).decode()},
+    }
+
+
+def service(owner: Object) -> Object:
+    """Build the Service that clients use."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": parts.metadata(owner, service_name(owner), keys.ROLE_ROUTER),
+        "spec": {
+            "selector": selector(owner),
+            "ports": [{"name": "http", "port": keys.API_PORT, "targetPort": "http", "protocol": "TCP"}],
+        },
+    }
+
+
+def deployment(owner: Object, spec: ModelDeploymentSpec, settings: Settings) -> Object:
+    """Build the router's Deployment: two pods where the model has several."""
+    name = router_name(owner)
+    pull_secrets = [secret.wire() for secret in (spec.pod.image_pull_secrets if spec.pod else None) or []]
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": parts.metadata(owner, name, keys.ROLE_ROUTER),
+        "spec": {
+            "replicas": router_pods(spec),
+            "revisionHistoryLimit": 1,
+            "selector": {"matchLabels": selector(owner)},
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
+            "template": {
+                "metadata": {
+                    "labels": parts.labels(owner, keys.ROLE_ROUTER),
+                    "annotations": {"prometheus.io/scrape": "true", "prometheus.io/port": str(keys.METRICS_PORT)},
+                },
+                "spec": {
+                    "automountServiceAccountToken": False,
+                    "enableServiceLinks": False,
+                    "terminationGracePeriodSeconds": GRACE_SECONDS,
+                    "securityContext": parts.POD_SECURITY,
+                    **({"imagePullSecrets": pull_secrets} if pull_secrets else {}),
+                    "containers": [_container(name, settings)],
+                    "volumes": [
+                        {"name": "tmp", "emptyDir": {}},
+                        {
+                            "name": "routes",
+                            "configMap": {"name": name, "items": [{"key": ROUTES_KEY, "path": ROUTES_KEY}]},
+                        },
+                    ],
+                },
+            },
+        },
+    }
+
+
+def router_pods(spec: ModelDeploymentSpec) -> int:
+    """How many router pods there are."""
+    return 2 if spec.replicas > 1 else 1
+
+
+def _container(name: str, settings: Settings) -> Object:
+    return {
+        "name": ROUTER,
+        "image": settings.router_image,
+        "imagePullPolicy": settings.image_pull_policy,
+        "env": [{"name": "SLMOPS_ROUTER_TOKEN", "valueFrom": {"secretKeyRef": {"name": name, "key": "token"}}}],
+        "ports": [
+            {"name": "http", "containerPort": keys.API_PORT, "protocol": "TCP"},
+            {"name": "metrics", "containerPort": keys.METRICS_PORT, "protocol": "TCP"},
+            {"name": "agent", "containerPort": AGENT_PORT, "protocol": "TCP"},
+        ],
+        "startupProbe": _probe("/readyz", 1, 60),
+        "readinessProbe": _probe("/readyz", 2, 2),
+        "livenessProbe": _probe("/livez", 10, 3),
+        "resources": {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"memory": "512Mi"}},
+        "securityContext": parts.CONTAINER_SECURITY,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [
+            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108  # an emptyDir: the root file system is read-only
+            {"name": "routes", "mountPath": "/etc/slmops/router", "readOnly": True},
+        ],
+    }
+
+
+def _probe(path: str, period: int, failures: int) -> Object:
+    return {
+        "httpGet": {"path": path, "port": "agent"},
+        "periodSeconds": period,
+        "timeoutSeconds": 5,
+        "failureThreshold": failures,
+    }
+
+
+def _places(replicas: int) -> int:
+    """Servers that the router has room for: twice the pods, in steps, for each new number costs a reload."""
+    places = 8
+    while places < 2 * replicas:
+        places *= 2
+    return places
+
+
+def _json(value: Object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,305 @@
+"""ModelDeployment: reads its world, lets the rollout decide, and says what has to be applied.
+
+A problem of the new revision (its source is not ready, a Secret is missing, it cannot be served) never stops the pass:
+the stable revision is looked after in any case.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from slmops.api import keys
+from slmops.api.deployment import ModelDeploymentSpec, ModelDeploymentStatus, Revision, Verdict
+from slmops.api.meta import Lineage
+from slmops.api.run import Input
+from slmops.build import router as router_parts
+from slmops.build import serving
+from slmops.cluster.port import Cluster, Key, Object
+from slmops.reconcile import sources
+from slmops.reconcile.deployment_measure import measure
+from slmops.reconcile.deployment_report import Facts, report
+from slmops.reconcile.protocol import World
+from slmops.reconcile.serverpods import is_ready, problem_of
+from slmops.reconcile.state import Event, Plan, Retry, Routes
+from slmops.remote import prometheus, router
+from slmops.remote.errors import RemoteError
+from slmops.remote.router import Report
+from slmops.rollout.machine import decide, measurement_due
+from slmops.rollout.revision import identify
+from slmops.rollout.seen import Decision, Pods, Problem, Router, Seen
+from slmops.settings import Settings
+
+RECHECK_SECONDS = 10.0  # until a missing Secret is looked for again
+
+Ask = Callable[[str, str], Report]
+Query = Callable[[str, str, datetime], prometheus.Answer]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the spec asks for, as far as it can be told now."""
+
+    revision: Revision | None = None
+    model: Input | None = None
+    lineage: Lineage | None = None  # of the model that is asked for
+    waiting: Problem | None = None  # SourceNotReady, SecretNotFound: mends itself
+    refused: Problem | None = None  # only another spec helps
+
+
+@dataclass(frozen=True)
+class Agent:
+    """A ready router pod."""
+
+    url: str
+    report: Report | None  # None where it does not answer
+
+
+@dataclass(frozen=True)
+class Observed:
+    """All that a decision needs."""
+
+    settings: Settings
+    wanted: Wanted
+    seen: Seen
+    agents: tuple[Agent, ...] = ()
+    live: Mapping[str, Object] = field(default_factory=dict)  # Deployments by revision
+    records: Mapping[str, Object] = field(default_factory=dict)
+    budgets: frozenset[str] = frozenset()  # names of disruption budgets that exist
+
+
+class DeploymentReconciler:
+    """Implements protocol.Reconciler; `ask` and `query` are its edges to routers and Prometheus."""
+
+    kind = "ModelDeployment"
+
+    def __init__(self, ask: Ask = router.observe, query: Query = prometheus.query) -> None:
+        self._ask, self._query = ask, query
+
+    def references(self, obj: Object) -> frozenset[tuple[str, str]]:
+        """See protocol.Reconciler."""
+        return sources.references(obj)
+
+    def observe(self, obj: Object, world: World) -> Observed:
+        """Read Deployments, pods, routers, and Prometheus where a measurement is due. Raises Retry, ClusterError."""
+        if not world.settings.router_key:
+            raise Retry("OperatorMisconfigured", "The operator has no SLMOPS_ROUTER_KEY.", after=60.0)
+        spec = ModelDeploymentSpec.model_validate(obj["spec"])
+        status = ModelDeploymentStatus.model_validate(obj.get("status") or {})
+        namespace, cluster = obj["metadata"]["namespace"], world.cluster
+        wanted = _wanted(cluster, obj, spec, status)
+        owned = {keys.LABEL_OWNER_UID: obj["metadata"]["uid"]}
+        pods = cluster.list("Pod", namespace, owned)
+        live = {
+            found["metadata"]["labels"][keys.LABEL_REVISION]: found
+            for found in cluster.list("Deployment", namespace, owned | {keys.LABEL_ROLE: keys.ROLE_SERVER})
+            if keys.LABEL_REVISION in found["metadata"]["labels"] and not found["metadata"].get("deletionTimestamp")
+        }
+        routers = [pod for pod in pods if _role(pod) == keys.ROLE_ROUTER]
+        agents = tuple(self._agent(obj, pod, world.settings) for pod in routers if is_ready(pod) and _address(pod))
+        seen = Seen(
+            target=wanted.revision,
+            pods={name: _pods(found, pods) for name, found in live.items()},
+            routers=tuple(_router(agent.report) for agent in agents),
+            router_problem=problem_of({}, routers),
+            annotations=obj["metadata"].get("annotations") or {},
+        )
+        if measurement_due(spec, status, seen, world.now):
+            seen = Seen(**{**vars(seen), "verdicts": self._measure(obj, spec, status, world)})
+        config_map = cluster.get(Key("ConfigMap", namespace, router_parts.router_name(obj)))
+        names = [serving.budget_name(obj, role) for role in (keys.ROLE_SERVER, keys.ROLE_ROUTER)]
+        return Observed(
+            settings=world.settings,
+            wanted=wanted,
+            seen=seen,
+            agents=agents,
+            live=live,
+            records=router_parts.records_of(config_map),
+            budgets=frozenset(n for n in names if cluster.get(Key("PodDisruptionBudget", namespace, n))),
+        )
+
+    def decide(self, obj: Object, observed: Observed, now: datetime) -> Plan:
+        """Pure."""
+        spec = ModelDeploymentSpec.model_validate(obj["spec"])
+        before = ModelDeploymentStatus.model_validate(obj.get("status") or {})
+        decision = decide(spec, before, observed.seen, now)
+        wanted = observed.wanted
+        facts = Facts(
+            spec, before, observed.seen, obj["metadata"].get("generation", 0), wanted.waiting, wanted.refused, now
+        )
+        status = report(facts, decision).model_copy(
+            update={
+                "endpoint": router_parts.endpoint(obj),
+                "selector": ",".join(f"{k}={v}" for k, v in serving.selector(obj).items()),
+                "lineage": _lineage(decision.stable, wanted.lineage, before.lineage),
+            }
+        )
+        routes = _routes(obj, spec, decision)
+        return Plan(
+            status=status.wire(),
+            apply=_children(obj, spec, observed, decision, routes),
+            routes=_orders(obj, observed, decision, routes),
+            delete=_removed(obj, spec, observed, decision),
+            events=tuple(Event(note.reason, note.message, note.warning) for note in decision.notes),
+            requeue=_requeue(decision, wanted),
+        )
+
+    def _agent(self, obj: Object, pod: Object, settings: Settings) -> Agent:
+        url = router.agent_url(_address(pod))
+        try:
+            return Agent(url, self._ask(url, router.token(settings.router_key, obj["metadata"]["uid"])))
+        except RemoteError:
+            return Agent(url, None)
+
+    def _measure(
+        self, obj: Object, spec: ModelDeploymentSpec, status: ModelDeploymentStatus, world: World
+    ) -> tuple[Verdict, ...]:
+        return measure(obj, spec, status, world.settings.prometheus_url, world.now, self._query)
+
+
+def _wanted(cluster: Cluster, obj: Object, spec: ModelDeploymentSpec, status: ModelDeploymentStatus) -> Wanted:
+    """Resolve the model. Raises ClusterError."""
+    namespace, name = obj["metadata"]["namespace"], obj["metadata"]["name"]
+    ref, lineage, digest = spec.model.ref, None, ""
+    if ref is not None and ref.kind != "QuantizedModel":
+        return Wanted(
+            refused=Problem(
+                "UnsupportedModel",
+                f"{ref.kind}/{ref.name} makes safetensors, and a model is served as ONNX: "
+                "make a QuantizedModel of it (precision fp32 changes nothing) and refer to that.",
+            )
+        )
+    try:
+        model = sources.resolve_model(cluster, namespace, spec.model)
+        if ref is not None:
+            said = sources.ready_object(cluster, Key(ref.kind, namespace, ref.name)).get("status") or {}
+            digest = said["artifact"]["digest"]
+            lineage = Lineage.model_validate(said.get("lineage") or {"digest": digest})
+    except Retry as retry:
+        return Wanted(waiting=Problem(retry.reason, retry.message))
+    revision = identify(name, spec, model, digest)
+    if not digest and "@sha256:" in model.uri:  # a pinned URI names its content
+        revision = revision.model_copy(update={"digest": model.uri.rpartition("@")[2]})
+    known = {r.revision for r in (status.stable, status.candidate) if r}
+    missing = None if revision.revision in known else _missing_secret(cluster, namespace, spec, model)
+    if missing:
+        return Wanted(waiting=Problem("SecretNotFound", f"Secret {missing} does not exist: create it."))
+    return Wanted(revision=revision, model=model, lineage=lineage)
+
+
+def _missing_secret(cluster: Cluster, namespace: str, spec: ModelDeploymentSpec, model: Input) -> str:
+    """Name a Secret that pods would wait for in vain."""
+    ref = spec.endpoint.api_keys_secret_ref
+    names = (model.secret, ref.name if ref else None)
+    return next((name for name in names if name and cluster.get(Key("Secret", namespace, name)) is None), "")
+
+
+def _lineage(stable: Revision | None, asked: Lineage | None, before: Lineage | None) -> Lineage | None:
+    """Of the stable model, from its source while that still has this artifact, then from memory."""
+    if stable is None or not stable.digest:
+        return None
+    known = (one for one in (asked, before) if one is not None and one.digest == stable.digest)
+    return next(known, Lineage(digest=stable.digest))
+
+
+def _pods(deployment: Object, pods: Sequence[Object]) -> Pods:
+    revision = deployment["metadata"]["labels"][keys.LABEL_REVISION]
+    mine = [p for p in pods if p["metadata"]["labels"].get(keys.LABEL_REVISION) == revision]
+    ready = sum(is_ready(pod) for pod in mine if _role(pod) == keys.ROLE_SERVER)
+    return Pods(deployment["spec"].get("replicas", 1), ready, problem_of(deployment, mine))
+
+
+def _router(said: Report | None) -> Router:
+    if said is None:
+        return Router()
+    shares = said.revisions
+    return Router(
+        weights={name: share.weight for name, share in shares.items()},
+        epoch=said.epoch,
+        ready={name: share.ready for name, share in shares.items()},
+        answered={name: share.requests for name, share in shares.items()},
+        chosen={name: share.chosen for name, share in shares.items()},
+        turns=said.turns,
+    )
+
+
+def _role(pod: Object) -> str:
+    return str((pod["metadata"].get("labels") or {}).get(keys.LABEL_ROLE, ""))
+
+
+def _address(pod: Object) -> str:
+    return str((pod.get("status") or {}).get("podIP") or "")
+
+
+def _routes(obj: Object, spec: ModelDeploymentSpec, decision: Decision) -> Object:
+    first = decision.stable or decision.candidate
+    fallback = first.revision if first else ""
+    return router_parts.routes(obj, decision.weights, fallback, decision.epoch, spec.replicas)
+
+
+def _orders(obj: Object, observed: Observed, decision: Decision, routes: Object) -> tuple[Routes, ...]:
+    """To every router that answers and has other routes; one that is silent is held against the rollout elsewhere."""
+    token = router.token(observed.settings.router_key, obj["metadata"]["uid"])
+    return tuple(
+        Routes(url=agent.url, weights=decision.weights, token=token, body=routes)
+        for agent in observed.agents
+        if agent.report is not None and agent.report.routes != routes
+    )
+
+
+def _children(
+    obj: Object, spec: ModelDeploymentSpec, observed: Observed, decision: Decision, routes: Object
+) -> tuple[Object, ...]:
+    settings, records = observed.settings, _records(obj, spec, observed, decision)
+    token = router.token(settings.router_key, obj["metadata"]["uid"])
+    made: list[Object] = [
+        router_parts.token_secret(obj, token),
+        router_parts.config_map(obj, routes, records),
+        router_parts.service(obj),
+        router_parts.deployment(obj, spec, settings),
+    ]
+    for revision, replicas in sorted(decision.replicas.items()):
+        if revision in records:
+            made += [serving.headless_service(obj, revision), serving.scaled(records[revision], replicas)]
+    if spec.replicas > 1:
+        made += [serving.disruption_budget(obj, role) for role in (keys.ROLE_SERVER, keys.ROLE_ROUTER)]
+    return tuple(made)
+
+
+def _records(
+    obj: Object, spec: ModelDeploymentSpec, observed: Observed, decision: Decision
+) -> dict[str, Object]:
+    """The manifest of each wanted revision: as recorded, else as it stands in the cluster, else built anew."""
+    records: dict[str, Object] = {}
+    wanted = observed.wanted
+    for revision in decision.replicas:
+        if revision in observed.records:
+            records[revision] = observed.records[revision]
+        elif revision in observed.live:
+            records[revision] = serving.record_of(observed.live[revision])
+        elif wanted.revision is not None and wanted.model is not None and revision == wanted.revision.revision:
+            records[revision] = serving.deployment(obj, spec, revision, wanted.model, observed.settings)
+    return records
+
+
+def _removed(
+    obj: Object, spec: ModelDeploymentSpec, observed: Observed, decision: Decision
+) -> tuple[Key, ...]:
+    namespace = obj["metadata"]["namespace"]
+    gone = [
+        Key(kind, namespace, serving.revision_name(obj, revision))
+        for revision in decision.remove
+        for kind in ("Deployment", "Service")
+    ]
+    if spec.replicas <= 1:
+        gone += [Key("PodDisruptionBudget", namespace, name) for name in sorted(observed.budgets)]
+    return tuple(gone)
+
+
+def _requeue(decision: Decision, wanted: Wanted) -> float | None:
+    wakes = [decision.requeue] if decision.requeue is not None else []
+    if wanted.waiting and wanted.waiting.reason == "SecretNotFound":
+        wakes.append(RECHECK_SECONDS)
+    return min(wakes, default=None)
+
+
+RECONCILER = DeploymentReconciler()

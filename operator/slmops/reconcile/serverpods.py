@@ -1,0 +1,79 @@
+"""What the pods of a revision, or of the router, say of themselves when they are not ready."""
+
+import json
+from collections.abc import Iterable
+
+from slmops.cluster.port import Object
+from slmops.reconcile.conditions import cut
+from slmops.rollout.seen import Problem
+
+_IMAGE = {"ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull"}
+_CONFIG = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
+SAID_MAX = 400  # characters of what a container said
+
+
+def is_ready(pod: Object) -> bool:
+    """Whether the pod is Ready and not on its way out."""
+    if pod["metadata"].get("deletionTimestamp"):
+        return False
+    conditions = (pod.get("status") or {}).get("conditions") or []
+    return any(c.get("type") == "Ready" and c.get("status") == "True" for c in conditions)
+
+
+def problem_of(deployment: Object, pods: Iterable[Object]) -> Problem | None:
+    """The first reason found why pods of `deployment` are missing or not ready; None where they just take their time.
+
+    What forbids pods altogether comes first, then what each pod says, its containers in the order in which they start.
+    """
+    for condition in (deployment.get("status") or {}).get("conditions") or []:
+        if condition.get("type") == "ReplicaFailure" and condition.get("status") == "True":
+            return Problem("PodsForbidden", cut(f"The API server refuses the pods: {condition.get('message')}"))
+    for pod in pods:
+        if not is_ready(pod) and not pod["metadata"].get("deletionTimestamp"):
+            found = _problem(pod)
+            if found:
+                return found
+    return None
+
+
+def _problem(pod: Object) -> Problem | None:
+    status = pod.get("status") or {}
+    for condition in status.get("conditions") or []:
+        if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
+            return Problem("Unschedulable", cut(f"No node takes the pod: {condition.get('message')}"))
+    containers = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
+    for container in containers:
+        found = _container(container)
+        if found:
+            return found
+    return None
+
+
+def _container(container: Object) -> Problem | None:
+    state = container.get("state") or {}
+    waiting = state.get("waiting") or {}
+    reason, said = waiting.get("reason", ""), waiting.get("message", "")
+    if reason in _IMAGE:
+        return Problem("ImagePullFailed", cut(f"Image {container.get('image')} cannot be pulled: {said or reason}"))
+    if reason in _CONFIG:
+        return Problem(reason, cut(f"The container cannot start: {said or reason}"))
+    ended = state.get("terminated") or (container.get("lastState") or {}).get("terminated") or {}
+    if ended.get("exitCode", 0) == 0:
+        return None
+    return _ended(container, ended)
+
+
+def _ended(container: Object, ended: Object) -> Problem:
+    said = str(ended.get("message") or "").strip()
+    try:
+        told = json.loads(said)
+        return Problem(str(told["reason"]), cut(str(told["message"])))
+    except (ValueError, TypeError, KeyError):
+        pass
+    name, code = container.get("name"), ended.get("exitCode")
+    if ended.get("reason") == "OOMKilled":
+        return Problem(
+            "OutOfMemory", f"Container {name} hit its memory limit: raise spec.pod.resources.limits.memory."
+        )
+    last = f": {said[-SAID_MAX:]}" if said else ""
+    return Problem("CrashLoopBackOff", cut(f"Container {name} ends with exit code {code}{last}"))

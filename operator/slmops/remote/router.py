@@ -1,0 +1,103 @@
+"""Talking to the agent of a router pod."""
+
+import hashlib
+import hmac
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import httpx
+from pydantic import Field, ValidationError
+
+from slmops.api.base import Model
+from slmops.remote.errors import RemoteError
+from slmops.settings import Settings
+
+AGENT_PORT = 9091
+READ_SECONDS = 3.0
+WRITE_SECONDS = 20.0  # another set of revisions is a reload of HAProxy
+BODY_MAX = 262_144  # bytes
+
+
+class Share(Model):
+    """What one revision did since the epoch began."""
+
+    weight: int = 0
+    ready: int = 0  # servers that the router finds healthy
+    requests: int = 0  # answered
+    chosen: int = 0  # requests without a conversation whose turn was this revision's
+
+
+class Report(Model):
+    """An agent's answer."""
+
+    routes: dict[str, Any] = Field(default_factory=dict)
+    epoch: str = ""
+    turns: int = 0  # requests without a conversation since the epoch began
+    revisions: dict[str, Share] = Field(default_factory=dict)
+
+
+class Order(Protocol):
+    """What the pusher takes: state.Routes, which this layer may not import."""
+
+    @property
+    def url(self) -> str:
+        """Base URL of the agent."""
+
+    @property
+    def token(self) -> str:
+        """Its token."""
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The routes."""
+
+
+def token(key: str, uid: str) -> str:
+    """The token of the router of the ModelDeployment with this uid: only who has the operator's key can make it."""
+    return hmac.new(key.encode(), uid.encode(), hashlib.sha256).hexdigest()
+
+
+def agent_url(address: str) -> str:
+    """Base URL of the agent on the pod with this IP address."""
+    return f"http://[{address}]:{AGENT_PORT}" if ":" in address else f"http://{address}:{AGENT_PORT}"
+
+
+def observe(url: str, secret: str, *, client: httpx.Client | None = None) -> Report:
+    """Read what the router does. Raises RemoteError."""
+    return _call("GET", f"{url}/observed", secret, None, READ_SECONDS, client)
+
+
+def push(url: str, secret: str, body: dict[str, Any], *, client: httpx.Client | None = None) -> Report:
+    """Set the routes; the router has them when this returns. Raises RemoteError."""
+    return _call("PUT", f"{url}/routes", secret, body, WRITE_SECONDS, client)
+
+
+def pusher(settings: Settings) -> Callable[[Order], None]:  # noqa: ARG001  # the driver's seam
+    """Make what the driver calls for each wanted change. It raises RemoteError."""
+
+    def send(order: Order) -> None:
+        push(order.url, order.token, order.body)
+
+    return send
+
+
+def _call(
+    method: str, url: str, secret: str, body: dict[str, Any] | None, seconds: float, client: httpx.Client | None
+) -> Report:
+    opened = client or httpx.Client(trust_env=False)
+    try:
+        answer = opened.request(
+            method, url, json=body, headers={"authorization": f"Bearer {secret}"},
+            timeout=httpx.Timeout(seconds, connect=READ_SECONDS),
+        )
+        if answer.status_code != httpx.codes.OK or len(answer.content) > BODY_MAX:
+            said = answer.text[:300]
+            raise RemoteError(f"The router's agent at {url} answered with HTTP {answer.status_code}: {said}")
+        return Report.model_validate_json(answer.content)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise RemoteError(f"The router's agent at {url} does not answer: {error or type(error).__name__}") from error
+    except ValidationError as error:
+        raise RemoteError(f"The router's agent at {url} gave an answer that is none.") from error
+    finally:
+        if client is None:
+            opened.close()

@@ -1,0 +1,108 @@
+"""What a step has to earn: time, requests, good measurements, approval. Unknown holds; only a Fail counts against."""
+
+from slmops.api import keys
+from slmops.api.deployment import Step
+from slmops.api.times import stamp
+from slmops.rollout.phases import SAMPLES_SECONDS, STEP
+from slmops.rollout.seen import Problem
+from slmops.rollout.verdicts import all_pass, first_failed, first_unknown, too_few
+from slmops.rollout.work import Work
+
+SPLIT_TURNS = 100  # requests from which the observed split is compared
+SPLIT_POINTS = 5.0  # percent points by which it may be off
+
+
+def earned(work: Work, step: Step) -> bool:
+    """Whether the candidate may go on to the next step; says what it waits for where not."""
+    analysis = work.spec.rollout.analysis if step.weight else None
+    least = step.pause_seconds
+    if least is None:
+        least = analysis.interval_seconds if analysis else 0
+    left = 0.0 if work.roll.approved else work.left(work.roll.routed_at, least)
+    if analysis:
+        enough = work.samples() >= analysis.min_samples
+        work.wakes.append(max(_left_to_measure(work), 0.5) if enough else SAMPLES_SECONDS)
+    if paused(work) or _split_is_off(work, step):
+        return False
+    if left > 0:
+        work.wakes.append(left)
+        work.set(state="Pausing" if step.pause_seconds else "Analyzing")
+        return False
+    if analysis and not _enough(work, analysis.min_samples, analysis.passes):
+        return False
+    if step.approval and not work.roll.approved:
+        work.hold("Approval", f"Waits for the annotation {keys.ANNOTATION_PROMOTE}={work.name}.")
+        return False
+    return True
+
+
+def paused(work: Work) -> bool:
+    """Whether somebody asked to stay here."""
+    if work.seen.annotations.get(keys.ANNOTATION_PAUSE) not in ("*", work.name):
+        return False
+    work.hold("Paused", f"Paused by annotation; remove {keys.ANNOTATION_PAUSE} to go on.")
+    return True
+
+
+def due(work: Work) -> bool:
+    """Whether this pass measures: in a step that is routed, with enough requests, once in an interval."""
+    analysis = work.spec.rollout.analysis
+    if work.roll.phase != STEP or analysis is None or work.roll.step >= len(work.steps):
+        return False
+    if work.roll.routed_at is None or work.steps[work.roll.step].weight == 0:
+        return False
+    return _left_to_measure(work) <= 0 and work.samples() >= analysis.min_samples
+
+
+def judged(work: Work) -> bool:
+    """Account for what was measured; True where that ends the rollout."""
+    analysis, verdicts = work.spec.rollout.analysis, work.seen.verdicts
+    if not verdicts or analysis is None or not due(work):
+        return False
+    failed = first_failed(verdicts)
+    work.set(
+        measured_at=stamp(work.now),
+        verdicts=list(verdicts),
+        passes=work.roll.passes + 1 if all_pass(verdicts) else 0,
+        failures=work.roll.failures + (failed is not None),
+    )
+    if failed is None:
+        return False
+    work.note("AnalysisFailed", f"Revision {work.name}, metric {failed.name}: {failed.message}.", warning=True)
+    if work.roll.failures <= analysis.failure_limit:
+        return False
+    work.roll_back(Problem("AnalysisFailed", f"Metric {failed.name}: {failed.message}."))
+    return True
+
+
+def _enough(work: Work, min_samples: int, passes: int) -> bool:
+    analysis, samples = work.spec.rollout.analysis, work.samples()
+    assert analysis is not None
+    if samples < min_samples:
+        short = too_few(analysis.metrics, samples, min_samples)
+        work.set(verdicts=list(short))
+        work.hold("TooFewSamples", f"Revision {work.name}: {short[0].message}.")
+        return False
+    if work.roll.passes >= passes:
+        return True
+    work.set(state="Analyzing")
+    unknown = first_unknown(work.roll.verdicts)
+    if unknown is not None and unknown.verdict != "TooFewSamples":  # which is over
+        work.hold(unknown.verdict, f"Metric {unknown.name}: {unknown.message}")
+    return False
+
+
+def _left_to_measure(work: Work) -> float:
+    analysis = work.spec.rollout.analysis
+    since = max((t for t in (work.roll.measured_at, work.roll.routed_at) if t), default=None)
+    return work.left(since, analysis.interval_seconds) if analysis else 0.0
+
+
+def _split_is_off(work: Work, step: Step) -> bool:
+    """Compare what the routers did with what they were told, by the requests that are free of a conversation."""
+    turns = sum(router.turns for router in work.seen.routers)
+    chosen = sum(router.chosen.get(work.name, 0) for router in work.seen.routers)
+    if turns < SPLIT_TURNS or abs(chosen / turns * 100 - step.weight) <= SPLIT_POINTS:
+        return False
+    work.hold("SplitMismatch", f"The routers gave {chosen} of {turns} requests to {work.name}, not {step.weight} %.")
+    return True

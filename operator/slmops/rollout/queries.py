@@ -1,0 +1,55 @@
+"""PromQL of a metric. What it assumes of the scrape configuration stands in docs/metrics.md."""
+
+from dataclasses import dataclass
+
+from slmops.api.deployment import AnalysisMetric
+from slmops.api.keys import label_value
+
+
+@dataclass(frozen=True)
+class Context:
+    """What fills the placeholders."""
+
+    namespace: str
+    name: str
+    revision: str
+    stable: str
+    window: int  # seconds
+
+
+# Seen by the router: every answer of a revision's pods, also one that a client never saw because another revision
+# answered in its place. An answer that broke off in the middle counts as an error.
+_ERROR_RATE = (
+    "(sum(rate(haproxy_backend_http_responses_total{%(router)s,code=\"5xx\"}[%(window)ds]))"
+    " + sum(rate(haproxy_backend_server_aborts_total{%(router)s}[%(window)ds])))"
+    " / sum(rate(haproxy_backend_http_responses_total{%(router)s,code=~\"2xx|3xx|4xx|5xx\"}[%(window)ds]))"
+)
+_LATENCY_P95 = (
+    "histogram_quantile(0.95, sum by (le) (rate(vllm:e2e_request_latency_seconds_bucket{%(server)s}[%(window)ds])))"
+)
+_BUILTINS = {"errorRate": _ERROR_RATE, "latencyP95": _LATENCY_P95}
+
+
+def promql(metric: AnalysisMetric, context: Context) -> str:
+    """Write the query of a metric: a builtin, or the user's with its placeholders filled in."""
+    if metric.builtin is None:
+        return _fill(metric.query or "", context)
+    owner = f'namespace="{context.namespace}",slmops_owner="{label_value(context.name)}"'
+    return _BUILTINS[metric.builtin] % {
+        "router": f'{owner},proxy="{context.revision}"',
+        "server": f'{owner},slmops_revision="{context.revision}"',
+        "window": context.window,
+    }
+
+
+def _fill(query: str, context: Context) -> str:
+    values = {
+        "namespace": context.namespace,
+        "name": context.name,
+        "revision": context.revision,
+        "stable": context.stable,
+        "window": f"{context.window}s",
+    }
+    for name, value in values.items():
+        query = query.replace("{{" + name + "}}", value)
+    return query

@@ -1,0 +1,259 @@
+"""One decision in the making: the status as it changes, what is known of pods and routers, and the outcome."""
+
+from datetime import datetime, timedelta
+
+from slmops.api.deployment import ModelDeploymentSpec, ModelDeploymentStatus, Revision, Step
+from slmops.api.times import parse, stamp
+from slmops.rollout.phases import (
+    DRAINING,
+    PREPARING,
+    PROMOTING,
+    READY_SECONDS,
+    ROLLING_BACK,
+    ROLLING_OUT,
+    ROUTER_SECONDS,
+    SILENT_SECONDS,
+    STABLE,
+    STEP,
+)
+from slmops.rollout.seen import Decision, Note, Pods, Problem, Router, Seen
+from slmops.rollout.sizes import candidate_pods
+
+
+class Work:
+    """Starts as the status says; `decision` is what it has become."""
+
+    def __init__(self, spec: ModelDeploymentSpec, status: ModelDeploymentStatus, seen: Seen, now: datetime) -> None:
+        self.spec, self.seen, self.now = spec, seen, now
+        self.stable, self.candidate = status.stable, status.candidate
+        self.weight = (status.weight or 0) if status.candidate else 0
+        self.roll = status.rollout
+        self.retiring = dict(status.rollout.retiring)
+        self.remove: list[str] = []
+        self.notes: list[Note] = []
+        self.wakes: list[float] = []
+
+    # Words.
+
+    def set(self, **changes: object) -> None:
+        """Change fields of status.rollout."""
+        self.roll = self.roll.model_copy(update=changes)
+
+    def enter(self, phase: str) -> None:
+        """Begin a phase, or the next step."""
+        self.set(
+            phase=phase, entered_at=stamp(self.now), deadline_at=None, routed_at=None, measured_at=None,
+            approved=False, passes=0, hold="", state="",
+        )  # fmt: skip
+
+    def hold(self, reason: str, message: str) -> None:
+        """Say why it does not go on."""
+        self.set(hold=f"{reason}: {message}"[:512], state=self.roll.state or "Holding")
+
+    def note(self, reason: str, message: str, *, warning: bool = False) -> None:
+        """Tell users."""
+        self.notes.append(Note(reason, message, warning))
+
+    def start(self, target: Revision) -> None:
+        """Make `target` the candidate."""
+        self.retiring.pop(target.revision, None)
+        self.candidate, self.weight = target, 0
+        self.set(step=0, passes=0, failures=0, samples=None, verdicts=[], outcome="")
+        self.enter(PREPARING)
+        self.note("RolloutStarted", f"Revision {target.revision} of {target.model} is prepared.")
+
+    def roll_back(self, why: Problem) -> None:
+        """Give the candidate up: weight 0 now, its pods once the routers have obeyed."""
+        assert self.candidate is not None
+        self.weight = 0
+        self.leave(self.candidate)
+        self.set(outcome=f"{why.reason}: {why.message}"[:512])
+        self.enter(ROLLING_BACK)
+        self.note("RollingBack", f"Revision {self.name}: {why.message}", warning=True)
+
+    def leave(self, old: Revision) -> None:
+        """Let a revision go, once no router sends it requests, and after the delay."""
+        self.retiring.setdefault(old.revision, "")
+
+    # Facts.
+
+    @property
+    def steps(self) -> list[Step]:
+        """The plan, as the spec has it now: editing it restarts nothing."""
+        return self.spec.rollout.steps
+
+    @property
+    def name(self) -> str:
+        """The candidate's revision."""
+        return self.candidate.revision if self.candidate else ""
+
+    @property
+    def pods(self) -> Pods:
+        """The candidate's."""
+        return self.seen.pods.get(self.name) or Pods(0, 0)
+
+    def need(self, step: Step | None) -> int:
+        """Pods of the candidate that a step needs."""
+        return candidate_pods(self.spec.replicas, step.weight if step else 100)
+
+    def samples(self) -> int:
+        """Requests that the candidate answered at this weight of this step."""
+        epoch = self.epoch()
+        return sum(r.answered.get(self.name, 0) for r in self.seen.routers if r.epoch == epoch)
+
+    def left(self, since: str | None, seconds: float) -> float:
+        """Seconds until `seconds` after that time; 0 or less where it is past."""
+        if since is None:
+            return 0.0
+        return (parse(since) + timedelta(seconds=seconds) - self.now).total_seconds()
+
+    def after(self, seconds: float) -> str:
+        """That time from now."""
+        return stamp(self.now + timedelta(seconds=seconds))
+
+    def asleep(self) -> bool:
+        """Whether there shall be no pods at all: then nothing moves, and nothing is a failure."""
+        if self.spec.replicas > 0:
+            return False
+        self.weight = 0
+        self.set(routed_at=None, deadline_at=None, passes=0)
+        self.hold("ScaledToZero", "spec.replicas is 0; the rollout goes on when there are pods.")
+        return True
+
+    def reached(self) -> int:
+        """Pods of the candidate that are ready, also in the eyes of every router that answers."""
+        views = [router.ready.get(self.name, 0) for router in self.seen.routers if router.weights is not None]
+        return min([self.pods.ready, *views])
+
+    def pods_ready(self, need: int) -> bool:
+        """Wait for pods; roll back where they take too long, except for the first revision, which goes on trying."""
+        if self.reached() >= need:
+            self.set(deadline_at=None)
+            return True
+        limit = self.spec.rollout.progress_deadline_seconds
+        self.set(state="Scaling", deadline_at=self.roll.deadline_at or self.after(limit))
+        problem = self.pods.problem
+        if self.pods.ready >= need:
+            self.wakes.append(READY_SECONDS)
+            problem = Problem("NotReached", "the pods are ready, but the router does not reach them all yet.")
+        said = f"{self.reached()} of {need} pods of revision {self.name} are ready"
+        if problem:
+            self.hold(problem.reason, f"{said}: {problem.message}")
+        left = self.left(self.roll.deadline_at, 0)
+        if left > 0:
+            self.wakes.append(left)
+            return False
+        reason = problem.reason if problem else "ProgressDeadlineExceeded"
+        message = f"Not ready within {limit} s: {said}" + (f": {problem.message}" if problem else ".")
+        if self.stable is None:
+            self.hold("ProgressDeadlineExceeded", message)
+        else:
+            self.roll_back(Problem(reason, message))
+        return False
+
+    # Routers.
+
+    def routed(self) -> bool:
+        """Whether every router has these weights, since this epoch; says so where not."""
+        if self.seen.routers and all(self._obeys(router) for router in self.seen.routers):
+            return True
+        self.set(state="Routing")
+        self.await_routers()
+        return False
+
+    def await_routers(self) -> None:
+        """Ask again soon; hold where that will not help by itself."""
+        self.wakes.append(ROUTER_SECONDS)
+        silent = sum(router.weights is None for router in self.seen.routers)
+        if not self.seen.routers:
+            problem = self.seen.router_problem or Problem("RouterNotReady", "No router pod is ready.")
+            self.hold(problem.reason, problem.message)
+        elif silent:
+            self.hold("RouterUnreachable", f"{silent} of {len(self.seen.routers)} routers do not answer the operator.")
+
+    def rid_of(self, revision: str) -> bool:
+        """Whether every router was seen to send nothing to this revision."""
+        views = [router.weights for router in self.seen.routers]
+        return bool(views) and all(view is not None and view.get(revision, 0) == 0 for view in views)
+
+    def _obeys(self, router: Router) -> bool:
+        """Whether it has these weights and counts for this epoch; a revision that it does not know has weight 0."""
+        have, wanted = router.weights, self.weights()
+        if have is None or router.epoch != self.epoch():
+            return False
+        return all(have.get(name, 0) == wanted.get(name, 0) for name in {*have, *wanted})
+
+    def weights(self) -> dict[str, int]:
+        """Percent of the requests by revision."""
+        active = self.candidate is not None and self.roll.phase in ROLLING_OUT
+        weights = dict.fromkeys((r for r in self.retiring if r in self.seen.pods), 0)
+        if self.candidate is not None and (active or self.name in weights):
+            weights[self.name] = self.weight if active else 0
+        if self.stable is not None:
+            weights[self.stable.revision] = 100 - (self.weight if active else 0)
+        return {name: weight for name, weight in weights.items() if name not in self.remove}
+
+    def epoch(self) -> str:
+        """Name of the stretch over which requests are counted: one weight of one step."""
+        if self.candidate is None or self.roll.phase not in ROLLING_OUT:
+            return "stable"
+        return f"{self.name}/{self.roll.phase}/{self.roll.step}/{self.weight}"
+
+    # The end of a pass.
+
+    def retire(self) -> None:
+        """Remove what serves nobody any more."""
+        keep = {r.revision for r in (self.stable, self.candidate) if r}
+        for revision in self.seen.pods:
+            if revision not in keep:
+                self.retiring.setdefault(revision, "")
+        for revision, when in list(self.retiring.items()):
+            if revision not in self.seen.pods:
+                del self.retiring[revision]
+            elif not self.rid_of(revision):
+                self.retiring[revision] = ""
+                self.wakes.append(ROUTER_SECONDS)
+            elif not when:
+                delay = self.spec.rollout.scale_down_delay_seconds
+                self.retiring[revision] = self.after(delay)
+                self.wakes.append(max(delay, 0.1))
+            elif (left := self.left(when, 0)) > 0:
+                self.wakes.append(left)
+            else:
+                self.remove.append(revision)
+                self.wakes.append(ROUTER_SECONDS)
+        self.set(retiring=self.retiring)
+        if self.roll.phase == DRAINING and not self.retiring:
+            self.enter(STABLE)
+
+    def decision(self) -> Decision:
+        """The outcome of this pass."""
+        leaving = [r for r in self.retiring if r in self.seen.pods and r not in self.remove]
+        replicas = {r: self.seen.pods[r].wanted if self.spec.replicas else 0 for r in leaving}
+        if self.stable is not None:
+            replicas[self.stable.revision] = self.spec.replicas
+        if self.candidate is not None and self.roll.phase in ROLLING_OUT:
+            replicas[self.name] = self._candidate_pods()
+        if any(router.weights is None for router in self.seen.routers):
+            self.wakes.append(SILENT_SECONDS)
+        elif not all(self._obeys(router) for router in self.seen.routers):
+            self.wakes.append(ROUTER_SECONDS)
+        return Decision(
+            stable=self.stable,
+            candidate=self.candidate,
+            weight=self.weight,
+            rollout=self.roll,
+            replicas=replicas,
+            weights=self.weights(),
+            epoch=self.epoch(),
+            remove=tuple(self.remove),
+            notes=tuple(self.notes),
+            requeue=min(self.wakes, default=None),
+        )
+
+    def _candidate_pods(self) -> int:
+        """Enough for the greatest weight so far; all of them where nobody else serves or before it takes over."""
+        if self.stable is None or self.roll.phase == PROMOTING or not self.steps:
+            return self.spec.replicas
+        last = self.roll.step if self.roll.phase == STEP else 0
+        return max(self.need(step) for step in self.steps[: last + 1])
