@@ -15,8 +15,9 @@ def limit(root: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def apply() -> int:
-    """Tell the libraries, before they are loaded. A user's own value stays."""
-    count = limit()
+    """Tell the libraries, before they are loaded. A user's own value stays, and OMP_NUM_THREADS speaks for all."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    count = int(given) if given.isdecimal() and int(given) else limit()
     for name in VARIABLES:
         os.environ.setdefault(name, str(count))
     return count
