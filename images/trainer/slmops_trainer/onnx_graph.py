@@ -1,0 +1,122 @@
+"""What a built ONNX model really is: its graph is read, not believed, for builders ignore what they do not know."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from slmops.api.quantized import QuantizedModelSpec
+from slmops_trainer.failure import RunFailure
+
+GRAPH = "model.onnx"
+QUANTIZED = ("MatMulNBits", "GatherBlockQuantized")
+ITEM_BYTES = {onnx.TensorProto.FLOAT: 4, onnx.TensorProto.FLOAT16: 2}
+NAMES = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the graph holds.
+
+    operators     how often each operator occurs
+    floats        elements of floating point tensors by precision (fp32, fp16)
+    largest       name and elements of the largest floating point matrix
+    settings      (operator, bits, block size, accuracy level, has zero points) of each quantized node
+    kv_precision  of the KV cache's tensors
+    kv_bytes      of the KV cache for one token
+    """
+
+    operators: Counter[str]
+    floats: Counter[str]
+    largest: tuple[str, int]
+    settings: frozenset[tuple[str, int, int, int, bool]]
+    kv_precision: str
+    kv_bytes: int
+
+
+def read(folder: Path) -> Facts:
+    """Read the graph in `folder` without its weights."""
+    graph = onnx.load(folder / GRAPH, load_external_data=False).graph
+    floats: Counter[str] = Counter()
+    largest = ("", 0)
+    for tensor in graph.initializer:
+        if tensor.data_type not in NAMES:
+            continue
+        count = _product(tensor.dims)
+        floats[NAMES[tensor.data_type]] += count
+        # Caches of the rotary embedding are tables, no weights.
+        if len(tensor.dims) > 1 and count > largest[1] and not tensor.name.endswith(("_cache", "_scales")):
+            largest = (tensor.name, count)
+    cache = [value.type.tensor_type for value in graph.input if value.name.startswith("past_key_values.")]
+    kinds = {entry.elem_type for entry in cache}
+    kind = next(iter(kinds), onnx.TensorProto.FLOAT)
+    # [batch, kv heads, past length, head size]
+    items = sum(entry.shape.dim[1].dim_value * entry.shape.dim[3].dim_value for entry in cache)
+    return Facts(
+        operators=Counter(node.op_type for node in graph.node),
+        floats=floats,
+        largest=largest,
+        settings=frozenset(_setting(node) for node in graph.node if node.op_type in QUANTIZED),
+        kv_precision=NAMES.get(kind, str(kind)),
+        kv_bytes=items * ITEM_BYTES.get(kind, 4),
+    )
+
+
+def check(facts: Facts, spec: QuantizedModelSpec, parameters: int) -> None:
+    """Raise RunFailure(UnsupportedModel) if the graph is not what the spec asks for. `parameters`: of the source."""
+    wrong = _not_int4(facts, spec, parameters) if spec.precision == "int4" else _not_float(facts, spec.precision)
+    if wrong:
+        raise RunFailure(
+            "UnsupportedModel",
+            f"Olive was asked for {spec.precision} and built something else: {wrong}. Use another precision for this "
+            "architecture.",
+        )
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of all files that hold weights: the graph and its external data."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.name.startswith(GRAPH))
+
+
+def _not_float(facts: Facts, precision: str) -> str:
+    if facts.settings:
+        return f"{len(facts.settings)} kinds of quantized nodes"
+    others = {name: count for name, count in facts.floats.items() if name != precision}
+    if others:
+        return f"weights in {', '.join(f'{name} ({count} values)' for name, count in others.items())}"
+    return "" if facts.floats else "no weights"
+
+
+def _not_int4(facts: Facts, spec: QuantizedModelSpec, parameters: int) -> str:
+    block = spec.block_size or 32
+    level = 4 if spec.accuracy_level is None else spec.accuracy_level
+    points = spec.symmetric is False
+    if not facts.operators["MatMulNBits"]:
+        return "no MatMulNBits node"
+    for operator, bits, size, found, zero in sorted(facts.settings):
+        if bits != 4 or size != block or zero != points or (operator == "MatMulNBits" and found != level):
+            return f"a {operator} with bits {bits}, block size {size}, accuracy level {found}, zero points: {zero}"
+    if facts.largest[1] > parameters // 100:
+        return f"{facts.largest[0]} with {facts.largest[1]} values is not quantized"
+    return ""
+
+
+def _setting(node: Any) -> tuple[str, int, int, int, bool]:
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    zero_points = len(node.input) > 3 and bool(node.input[3])
+    return (
+        node.op_type,
+        attributes.get("bits", 4),
+        attributes["block_size"],
+        attributes.get("accuracy_level", 0),
+        zero_points,
+    )
+
+
+def _product(dims: Any) -> int:
+    count = 1
+    for dim in dims:
+        count *= dim
+    return count

@@ -1,0 +1,240 @@
+"""QuantizedModel: a transformers model becomes an ONNX model at a precision, checked, measured, and held at a gate."""
+
+import gc
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from slmops.api.batch import Evaluation
+from slmops.api.meta import Artifact
+from slmops.api.quantized import Gate
+from slmops.api.run import RunResult
+from slmops_artifacts import Manifest, Parent
+from slmops_trainer import data, encoding, evaluate, measure, models, onnx_build, onnx_graph, publish, result
+from slmops_trainer.context import Context
+from slmops_trainer.data import Example, Examples, Message
+from slmops_trainer.failure import RunFailure
+from slmops_trainer.onnx_generate import OnnxModel
+from slmops_trainer.progress import Stage
+
+CHECKING, BEFORE, AFTER = "Checking", "Evaluating source", "Evaluating"
+PLAN = [
+    Stage("Pulling evaluation data", 1), Stage("Pulling", 5), Stage(onnx_build.STAGE, 40), Stage("Loading", 4),
+    Stage(BEFORE, 20), Stage(CHECKING, 5), Stage(AFTER, 20), Stage("Publishing", 5),
+]  # fmt: skip
+PACKAGES = ("olive-ai", "onnx", "onnxruntime", "onnxruntime-genai")
+CONFIG = "genai_config.json"
+HEAD_MULTIPLE = 16  # of onnxruntime's GroupQueryAttention with rotary embeddings on CPUs
+PROBE = Example((Message("user", "Hello"),), None)
+
+log = logging.getLogger("slmops")
+
+
+def run(ctx: Context) -> RunResult:
+    """Pull, convert, check the graph, generate, compare with the source, publish. Raises RunFailure."""
+    spec = ctx.spec.quantize
+    assert spec is not None  # main chose this recipe by it
+    ctx.board.plan(PLAN)
+    done = _earlier(ctx, spec.gate)
+    if done is not None:
+        log.info("Found the artifact of an earlier pod of this run")
+        return done
+    held_out = _held_out(ctx, spec.gate)
+    uri = ctx.spec.model.uri
+    folder, source = ctx.pull(ctx.spec.model, "source")
+    refuse(models.check(folder, uri), uri)
+    out = ctx.work / "onnx"
+    onnx_build.build(ctx, folder, out, onnx_build.options(spec), uri)
+    ctx.check()
+    ctx.report("Loading", 0, 1, uri)
+    loaded = models.load(folder, uri)
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    facts = onnx_graph.read(out)
+    onnx_graph.check(facts, spec, parameters)
+    finish(loaded, out)
+    _measure_source(ctx, loaded, spec.gate, held_out)
+    # What the source says is known: its memory is needed by now, its tokenizer goes on being used.
+    loaded = replace(loaded, model=None)
+    gc.collect()
+    ctx.report(CHECKING, 0, 1, "Loading the converted model")
+    model = OnnxModel(out)
+    ctx.metric("load_seconds", model.load_seconds)
+    ctx.metric("tokens_per_second", model.probe(encoding.encode_prompt(loaded.tokenizer, PROBE)))
+    _measure_result(ctx, loaded, model, spec.gate, held_out)
+    _sizes(ctx, folder, out, parameters, facts.kv_bytes)
+    return _publish(ctx, out, source, held_out)
+
+
+def refuse(config: Mapping[str, Any], source: str) -> None:
+    """Raise RunFailure(UnsupportedModel) for shapes that convert and then do not run."""
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    if not heads or not hidden:
+        return
+    size = config.get("head_dim") or hidden // heads
+    groups = config.get("num_key_value_heads") or heads
+    if size % HEAD_MULTIPLE or heads % groups:
+        what = f"heads of {size} values" if size % HEAD_MULTIPLE else f"{heads} heads over {groups} key-value heads"
+        raise RunFailure(
+            "UnsupportedModel",
+            f"{source} has {what}: onnxruntime computes heads of a multiple of {HEAD_MULTIPLE} values, in groups of "
+            "equal size. Use another model, or train it with such a shape.",
+        )
+
+
+def finish(loaded: models.Loaded, out: Path) -> None:
+    """Make the builder's folder complete: the source's tokenizer files, every stop token, no provider but the CPU."""
+    models.copy_tokenizer(loaded, out)
+    path = out / CONFIG
+    config = json.loads(path.read_text())
+    model = config["model"]
+    declared = model.get("eos_token_id")
+    known = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    model["eos_token_id"] = list(dict.fromkeys((*loaded.stop_ids, *known)))
+    # The fp16 graph is built for CUDA (see onnx_build); the servers choose their providers themselves.
+    model["decoder"]["session_options"]["provider_options"] = []
+    path.write_text(json.dumps(config, indent=2))
+    # Some tokenizers say 1e30 where they mean no limit: too large an integer for the JSON readers of other languages.
+    settings = out / "tokenizer_config.json"
+    if settings.is_file():
+        found = json.loads(settings.read_text())
+        found["model_max_length"] = model["context_length"]
+        settings.write_text(json.dumps(found, indent=2, ensure_ascii=False))
+
+
+def delta(metric: str, before: float, after: float) -> float:
+    """How much the gate's metric got worse: absolute, and for perplexity the relative rise; below 0 it got better."""
+    return (after - before) / before if metric == "perplexity" else before - after
+
+
+def columns(metrics: Mapping[str, float], gate: Gate | None) -> dict[str, str]:
+    """The texts of the table, from the metrics of the run."""
+    found = {"size": f"{_human(metrics['size_bytes'])} ({metrics['size_ratio'] - 1:+.0%})".replace("%", " %")}
+    if gate is not None:
+        drop = metrics["drop"]
+        value = f"{drop:+.1%} perplexity".replace("%", " %") if gate.metric == "perplexity" else f"{0 - drop:+.3f}"
+        found |= {"delta": value, "quality": result.quality(gate.metric, metrics[gate.metric])}
+    return found
+
+
+def _earlier(ctx: Context, gate: Gate | None) -> RunResult | None:
+    """The result, if an earlier pod published it. Raises RunFailure(GateFailed) if it published a rejected model."""
+    found = ctx.existing()
+    if found is not None:
+        artifact, manifest = found
+        return result.success(artifact, manifest, **columns(manifest.metrics, gate))
+    rejected = ctx.existing(publish.rejected_uri(ctx.spec.output)) if gate else None
+    if rejected is not None and gate is not None:
+        ctx.metrics.update(rejected[1].metrics)
+        raise _failed(gate, ctx.metrics, rejected[0])
+    return None
+
+
+def _held_out(ctx: Context, gate: Gate | None) -> Examples | None:
+    if gate is None:
+        return None
+    found = data.load(ctx, gate.dataset, "evaluation")
+    # A metric that the references do not allow is known before anything is converted.
+    evaluate.evaluate(found.references, found.references, [gate.metric])
+    return found
+
+
+def _measure_source(ctx: Context, loaded: models.Loaded, gate: Gate | None, held_out: Examples | None) -> None:
+    """The source's score; what an earlier pod measured is not measured again."""
+    if gate is None or held_out is None:
+        return
+    values = measure.remembered(ctx, BEFORE)
+    if values is None:
+        asked = Evaluation(dataset=gate.dataset, metrics=[gate.metric], max_tokens=gate.max_tokens)
+        _, values = measure.measure(ctx, loaded, held_out, asked, BEFORE)
+        measure.remember(ctx, BEFORE, values)
+        ctx.checkpoints.save()
+    ctx.metric(f"source_{gate.metric}", values[gate.metric])
+
+
+def _measure_result(
+    ctx: Context, loaded: models.Loaded, model: OnnxModel, gate: Gate | None, held_out: Examples | None
+) -> None:
+    """The converted model's score on the same examples, and what was lost."""
+    if gate is None or held_out is None:
+        return
+    total = len(held_out.items)
+
+    def on_row(done: int, of: int) -> None:
+        ctx.check()
+        ctx.report(AFTER, done, of, f"{done} of {of} answers")
+
+    if gate.metric == "perplexity":
+        rows = encoding.encode(loaded.tokenizer, held_out.items, loaded.stop_ids, "assistant", model.context).items
+        value = math.exp(min(700.0, model.mean_loss(rows, on_row)))
+    else:
+        answers = []
+        for number, example in enumerate(held_out.items, 1):
+            ids = model.answer(encoding.encode_prompt(loaded.tokenizer, example), gate.max_tokens)
+            answers.append(loaded.tokenizer.decode(ids, skip_special_tokens=True))
+            on_row(number, total)
+        value = evaluate.evaluate(answers, held_out.references, [gate.metric])[gate.metric]
+    ctx.metric(gate.metric, value)
+    ctx.metric("drop", delta(gate.metric, ctx.metrics[f"source_{gate.metric}"], value))
+
+
+def _sizes(ctx: Context, folder: Path, out: Path, parameters: int, kv_bytes: int) -> None:
+    """Bytes of the files that hold weights, against the weights in fp32 and against the source's files."""
+    size = onnx_graph.weight_bytes(out)
+    before = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    ctx.metric("size_bytes", size)
+    ctx.metric("size_ratio", size / (4 * parameters))
+    ctx.metric("source_size_bytes", before)
+    ctx.metric("source_size_ratio", size / before)
+    ctx.metric("parameters", parameters)
+    ctx.metric("kv_bytes_per_token", kv_bytes)
+
+
+def _publish(ctx: Context, out: Path, source: Manifest, held_out: Examples | None) -> RunResult:
+    spec = ctx.spec.quantize
+    assert spec is not None
+    gate = spec.gate
+    if gate is not None:
+        # The main metrics first: what does not fit into the termination message goes from the end.
+        first = (gate.metric, f"source_{gate.metric}", "drop")
+        ctx.metrics = {name: ctx.metrics[name] for name in dict.fromkeys((*first, *ctx.metrics))}
+    manifest = Manifest(
+        kind="model",
+        parents=(Parent(kind="model", uri=ctx.spec.model.uri, digest=source.digest, name=ctx.spec.model.name),),
+        lineage=source.lineage,
+        dataset_digest=source.dataset_digest,
+        recipe={**spec.wire(), "olive": onnx_build.options(spec), "gateDigest": held_out.digest if held_out else None},
+        versions={**publish.versions(), **{name: metadata.version(name) for name in PACKAGES}},
+        metrics=dict(ctx.metrics),
+        created=ctx.started,
+    )
+    title = f"An ONNX model for onnxruntime-genai, weights in {spec.precision}."
+    (out / "README.md").write_text(publish.card(ctx, manifest, title, "onnxruntime-genai"), encoding="utf-8")
+    failed = gate is not None and ctx.metrics["drop"] > gate.max_drop + 1e-9
+    artifact, pushed = ctx.push(out, manifest, publish.rejected_uri(ctx.spec.output) if failed else ctx.spec.output)
+    if failed and gate is not None:
+        raise _failed(gate, ctx.metrics, artifact)
+    return result.success(artifact, pushed, **columns(ctx.metrics, gate))
+
+
+def _failed(gate: Gate, metrics: Mapping[str, float], artifact: Artifact) -> RunFailure:
+    name = gate.metric
+    verb = "rose" if name == "perplexity" else "fell"
+    return RunFailure(
+        "GateFailed",
+        f"{name} {verb} from {metrics[f'source_{name}']:.4g} to {metrics[name]:.4g}, a loss of {metrics['drop']:.4g}; "
+        f"gate.maxDrop allows {gate.max_drop:g}. The model is kept at {artifact.uri}. Use a smaller blockSize, "
+        "symmetric: false, precision fp16, or allow more.",
+    )
+
+
+def _human(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.1f} {unit}" if unit != "B" else f"{size:.0f} B"
+        size /= 1000
+    return f"{size:.1f} GB"
