@@ -50,8 +50,8 @@ def test_a_ready_source_gives_its_artifact() -> None:
 
 NOT_READY: dict[str, tuple[Object | None, str]] = {
     "absent": (None, "does not exist yet"),
-    "new": ({}, "Waits for FineTuneJob/tune."),
-    "running": ({"conditions": conditions(Ready="False Running")}, "not ready yet: Running"),
+    "new": ({}, "Waits for FineTuneJob/tune to be ready"),
+    "running": ({"conditions": conditions(Ready="False Running")}, "Waits for FineTuneJob/tune to be ready"),
     "failed": ({"conditions": conditions(Ready="False BadDataset", Stalled="True BadDataset")}, "has failed"),
     "ready without artifact": ({"conditions": conditions(Ready="True Succeeded")}, "names no artifact"),
 }

@@ -112,4 +112,9 @@ class BatchSpec(Model):
         pattern=r"^(oci|pvc)://[^\s@]+$",
         description="Where to write the artifact; default: the operator's store, <namespace>/<kind>-<name>.",
     )
+
+
+class TrainedSpec(BatchSpec):
+    """What the kinds that train share beyond it."""
+
     evaluation: Evaluation | None = Field(default=None, description="Held-out evaluation.")

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from slmops.api.base import Model
-from slmops.api.batch import BatchSpec, Training
+from slmops.api.batch import TrainedSpec, Training
 from slmops.api.meta import BatchStatus, ConfigMapKeyRef, Dataset, ModelSource, Name, SecretKeyRef, cel
 
 TaskType = Literal["nli", "conversation", "qa", "math", "summarization", "classification", "extraction", "generation"]
@@ -80,7 +80,7 @@ class DistillationData(Model):
     filters: Filters = Field(default=Filters(), description="What is not trained on.")
 
 
-class DistillationJobSpec(BatchSpec):
+class DistillationJobSpec(TrainedSpec):
     """Distil a teacher into a student."""
 
     model_config = cel(

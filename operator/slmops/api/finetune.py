@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from slmops.api.base import Model
-from slmops.api.batch import BatchSpec, Training
+from slmops.api.batch import TrainedSpec, Training
 from slmops.api.meta import BatchStatus, Dataset, ModelSource, cel
 
 
@@ -20,7 +20,7 @@ class Lora(Model):
     )
 
 
-class FineTuneJobSpec(BatchSpec):
+class FineTuneJobSpec(TrainedSpec):
     """Fine-tune a base model on a dataset."""
 
     model_config = cel(

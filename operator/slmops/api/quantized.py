@@ -27,7 +27,6 @@ class QuantizedModelSpec(BatchSpec):
         ("!has(self.blockSize) || self.precision == 'int4'", "blockSize goes with precision: int4"),
         ("!has(self.symmetric) || self.precision == 'int4'", "symmetric goes with precision: int4"),
         ("!has(self.accuracyLevel) || self.precision == 'int4'", "accuracyLevel goes with precision: int4"),
-        ("!has(self.evaluation)", "a QuantizedModel is measured by its gate, not by evaluation"),
         (
             "!has(self.source.ref) || self.source.ref.kind != 'QuantizedModel'",
             "source: a QuantizedModel is quantized already; name the model it was made from",

@@ -72,8 +72,7 @@ def ready_object(cluster: Cluster, key: Key) -> Object:
     stalled = conditions.find(said, conditions.STALLED)
     if stalled is not None and stalled.status == "True":
         raise not_ready(f"Waits for {name}, which has failed ({stalled.reason}: {stalled.message})")
-    why = conditions.find(said, conditions.READY)
-    raise not_ready(f"Waits for {name}" + (f", which is not ready yet: {why.reason}." if why else "."))
+    raise not_ready(f"Waits for {name} to be ready.")  # not why it is not: each of its steps would be a write here
 
 
 def resolve_output(owner: Object, output: str | None, settings: Settings) -> Output:
