@@ -7,8 +7,6 @@ import random
 import signal
 import sys
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
 
 from pydantic import ValidationError
 
@@ -21,10 +19,9 @@ from slmops.handlers.metrics import Metrics
 from slmops.handlers.schedule import Schedule
 from slmops.handlers.watches import Watches
 from slmops.handlers.work import Work
-from slmops.reconcile.driver import Driver, PushRoutes
-from slmops.reconcile.state import Routes
+from slmops.reconcile.driver import Driver
 from slmops.reconcile.table import reconcilers
-from slmops.remote.errors import RemoteError
+from slmops.remote.router import pusher
 from slmops.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -53,7 +50,7 @@ async def run(settings: Settings) -> None:
     """Put the parts together and serve. Raises ClusterError, OSError where that is impossible."""
     metrics, known = Metrics(), Known()
     cluster = KubeCluster(configuration(), threads=settings.workers, on_call=metrics.on_call)
-    driver = Driver(cluster, settings, reconcilers(), _routes(settings))
+    driver = Driver(cluster, settings, reconcilers(), pusher(settings))
     work = Work(
         driver.run,
         Schedule[Key](lambda: random.uniform(-1, 1)),  # noqa: S311  # spreads load, guards nothing
@@ -104,17 +101,6 @@ def _ill(work: Work, watches: Watches) -> str:
 
 def _unready(watches: Watches) -> str:
     return "" if watches.ready else "the watches are not up"
-
-
-def _routes(settings: Settings) -> PushRoutes:
-    if find_spec("slmops.remote.router"):
-        push: PushRoutes = import_module("slmops.remote.router").pusher(settings)
-        return push
-
-    def refuse(_routes: Routes) -> None:
-        raise RemoteError("This operator has no router.")
-
-    return refuse
 
 
 if __name__ == "__main__":

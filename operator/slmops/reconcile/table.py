@@ -1,14 +1,13 @@
 """Every kind with its reconciler: the one place that knows them all."""
 
 from collections.abc import Mapping
-from importlib import import_module
-from importlib.util import find_spec
 
 from slmops.api.batch import BatchSpec
 from slmops.api.distillation import DistillationJobSpec, DistillationJobStatus
 from slmops.api.finetune import FineTuneJobSpec
 from slmops.api.meta import BatchStatus, ModelSource
 from slmops.api.quantized import QuantizedModelSpec, QuantizedModelStatus
+from slmops.reconcile import deployment
 from slmops.reconcile.batch import BatchReconciler, ReadProgress, Recipe
 from slmops.reconcile.protocol import Reconciler
 from slmops.reconcile.sources import source_label, teacher_label
@@ -59,7 +58,4 @@ RECIPES = (
 def reconcilers(read: ReadProgress = read_progress) -> Mapping[str, Reconciler]:
     """Make the reconciler of every kind."""
     found: dict[str, Reconciler] = {recipe.kind: BatchReconciler(recipe, read) for recipe in RECIPES}
-    if find_spec("slmops.reconcile.deployment"):
-        deployment: Reconciler = import_module("slmops.reconcile.deployment").RECONCILER
-        found[deployment.kind] = deployment
-    return found
+    return {**found, deployment.RECONCILER.kind: deployment.RECONCILER}
