@@ -46,8 +46,6 @@ def _take_target(work: Work) -> None:
     current = old or work.stable
     if target is None or (current and target.revision == current.revision):
         return
-    if old is not None:
-        work.leave(old)
     if work.stable is not None and target.revision == work.stable.revision:
         work.candidate, work.weight = None, 0
         if work.roll.phase in ROLLING_OUT:
@@ -131,11 +129,9 @@ def _promoting(work: Work) -> None:
     work.weight = 100
     if not work.routed():
         return
-    old, new = work.stable, work.candidate
+    new = work.candidate
     assert new is not None
     work.stable, work.candidate, work.weight = new, None, 0
-    if old is not None:
-        work.leave(old)
     work.set(outcome=f"Promoted: revision {new.revision} at {stamp(work.now)}.", samples=None, step=0)
     work.enter(DRAINING)
     work.note("RolloutPromoted", f"Revision {new.revision} gets all requests.")

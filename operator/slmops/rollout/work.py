@@ -202,7 +202,7 @@ class Work:
     # The end of a pass.
 
     def retire(self) -> None:
-        """Remove what serves nobody any more."""
+        """Remove what serves nobody any more: whatever has a Deployment and no role."""
         keep = {r.revision for r in (self.stable, self.candidate) if r}
         for revision in self.seen.pods:
             if revision not in keep:
