@@ -14,8 +14,9 @@ SMALL_POD = {"resources": {"limits": {"memory": "3Gi"}}, "env": [{"name": "OMP_N
 
 
 def obj(kind: str, name: str, spec: Object) -> Object:
-    """One of our objects."""
-    return {"apiVersion": "slmops.dev/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec}
+    """One of our objects; None leaves a field out."""
+    given = {field: value for field, value in spec.items() if value is not None}
+    return {"apiVersion": "slmops.dev/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": given}
 
 
 def dataset(file: str) -> Object:
