@@ -16,7 +16,7 @@ from tiny import chat, task
 FULL: dict[str, Any] = {
     "method": "full",
     "base": {"uri": "pvc://models/tiny"},
-    "training": {"maxSteps": 250, "learningRate": 5e-3, "batchSize": 8, "seed": 7, "checkpoint": {"everySeconds": 3600}},
+    "training": {"maxSteps": 300, "learningRate": 2e-3, "batchSize": 16, "seed": 7, "checkpoint": {"everySeconds": 3600}},
 }
 
 
@@ -34,11 +34,10 @@ def spec(train: str, held_out: str | None = None, **more: Any) -> dict[str, Any]
 
 @pytest.fixture
 def sets(jsonl: Callable[..., str]) -> tuple[str, str]:
-    """The task's rows for training, and the same questions in other words, with the same answers, held out."""
-    rows = task()
-    return jsonl([chat(*row) for row in rows], "train"), jsonl(
-        [chat("please note: " + question, answer) for question, answer in rows[::3]], "held-out"
-    )
+    """The task, without every ninth combination of thing and room: those are held out."""
+    rows = [chat(*row) for row in task()]
+    kept = [row for index, row in enumerate(rows) if index % 9]
+    return jsonl(kept, "train"), jsonl(rows[::9], "held-out")
 
 
 def test_a_full_run_learns_and_says_from_what(
@@ -49,8 +48,8 @@ def test_a_full_run_learns_and_says_from_what(
     assert result.succeeded
     assert result.format == "safetensors"
     assert result.metrics["base_exactMatch"] == 0
-    assert result.metrics["loss"] < 0.05
-    assert result.metrics["fieldMatch"] > 0.8
+    assert result.metrics["loss"] < 0.25
+    assert result.metrics["exactMatch"] == 1
     assert result.metrics["perplexity"] < result.metrics["base_perplexity"] / 50
     assert list(result.metrics)[:4] == ["exactMatch", "fieldMatch", "jsonValid", "perplexity"]
     assert result.quality.endswith(" exactMatch")
@@ -58,7 +57,7 @@ def test_a_full_run_learns_and_says_from_what(
     manifest = read_manifest("pvc://store/out")
     assert manifest is not None
     assert manifest.seed == 7
-    assert manifest.recipe["training"]["learningRate"] == 5e-3
+    assert manifest.recipe["training"]["learningRate"] == 2e-3
     assert manifest.versions["transformers"] == "4.57.6"
     assert "fieldMatch" in (tmp_path / "store/out/README.md").read_text()
     assert json.loads((tmp_path / "store/out/generation_config.json").read_text())["eos_token_id"] == 2

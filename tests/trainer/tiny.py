@@ -11,8 +11,8 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-ROOMS = ("kitchen", "lab", "office", "hall")
-THINGS = ("printer", "door", "lamp", "screen", "heater")
+ROOMS = ("kitchen", "lab", "office", "hall", "garage", "library", "cellar", "studio")
+THINGS = ("printer", "door", "lamp", "screen", "heater", "window", "chair", "phone")
 
 
 def task() -> list[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from slmops_artifacts import Manifest, pull, push
+from slmops_artifacts import Manifest, pull, push, read_manifest
 from slmops_artifacts.errors import ArtifactError
 from slmops_artifacts.files import folder_digest, hash_file, list_files
 
@@ -31,12 +31,11 @@ class Checkpoints:
         """
         if self._found is None:
             try:
-                pull(self.uri, self.folder)
-                self._found = True
+                self._found = read_manifest(self.uri) is not None
+                if self._found:
+                    pull(self.uri, self.folder)
             except ArtifactError as error:
-                if error.reason != "SourceNotFound":
-                    raise from_artifact(error, writing=True) from error
-                self._found = False
+                raise from_artifact(error, writing=True) from error
         return self.folder if self._found else None
 
     def save(self, folder: Path | None = None) -> None:

@@ -1,0 +1,177 @@
+"""The loop: exact resume wherever it is stopped, exact loss over accumulated batches, honest failures."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from slmops.api.batch import Training
+from slmops_trainer import encoding, finetune, models, state
+from slmops_trainer.context import Context
+from slmops_trainer.data import Example, Message
+from slmops_trainer.failure import RunFailure
+from slmops_trainer.loss import collate, loss_sum
+from slmops_trainer.train import TrainReport, train
+from tiny import task
+
+STEPS = 6
+
+
+def examples() -> list[Example]:
+    return [Example((Message("user", question),), answer, line) for line, (question, answer) in enumerate(task(), 1)]
+
+
+def recipe(**more: Any) -> Training:
+    return Training.model_validate(
+        {"maxSteps": STEPS, "learningRate": 1e-3, "batchSize": 4, "seed": 3, "gradientAccumulation": 2,
+         "checkpoint": {"everySeconds": 3600}, **more}
+    )  # fmt: skip
+
+
+def fit(ctx: Context, folder: Path, training: Training, lora: bool = False) -> tuple[dict[str, torch.Tensor], TrainReport]:
+    """Train in this `pod`; the weights as they are afterwards, whether or not it was stopped."""
+    loaded = models.load(folder, "tiny")
+    encoded = encoding.encode(loaded.tokenizer, examples(), loaded.stop_ids, "assistant", 256)
+    model = loaded.model
+    if lora:
+        from slmops.api.finetune import Lora
+
+        model = finetune.adapt(model, Lora(r=4, dropout=0.3), training.seed)
+    report = train(ctx, model, loaded.tokenizer, encoded.items, training)
+    return {name: value.detach().clone() for name, value in state.trainable(model).items()}, report
+
+
+def stop_after(ctx: Context, step: int) -> None:
+    """SIGTERM arrives while step `step` is being computed."""
+    report = ctx.report
+
+    def reporting(stage: str, done: int, total: int, message: str = "", percent: int | None = None) -> None:
+        report(stage, done, total, message, percent)
+        if done >= step:
+            ctx.stop.set()
+
+    ctx.report = reporting  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora-with-dropout"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_stopped_after_every_step_ends_bit_equal(
+    make_run: Callable[..., Context], tiny_model: Path, lora: bool, precision: str
+) -> None:
+    training = recipe(precision=precision)
+    whole, report = fit(make_run(uid="whole", finetune=None), tiny_model, training, lora)
+    for step in range(1, STEPS + 1):
+        ctx = make_run(uid="torn", finetune=None)
+        stop_after(ctx, step)
+        with pytest.raises(RunFailure) as caught:
+            fit(ctx, tiny_model, training, lora)
+        assert caught.value.reason == "Interrupted"
+        assert caught.value.exit_code == 143
+    torn, resumed = fit(make_run(uid="torn", finetune=None), tiny_model, training, lora)
+    assert resumed.resumed_at == STEPS
+    assert (resumed.steps, resumed.tokens, resumed.loss) == (report.steps, report.tokens, report.loss)
+    assert all(torch.equal(whole[name], torn[name]) for name in whole)
+
+
+def test_a_pod_killed_without_warning_costs_the_steps_since_its_checkpoint(
+    make_run: Callable[..., Context], tiny_model: Path
+) -> None:
+    class PowerCut(BaseException):
+        """Nothing gets to run after it."""
+
+    training = recipe()
+    whole, _ = fit(make_run(uid="whole", finetune=None), tiny_model, training)
+    ctx = make_run(uid="torn", finetune=None)
+    stop_after(ctx, 2)
+    with pytest.raises(RunFailure):
+        fit(ctx, tiny_model, training)
+    ctx = make_run(uid="torn", finetune=None)
+    ctx.live = lambda **values: (_ for _ in ()).throw(PowerCut()) if values.get("step") == 5 else None  # type: ignore[method-assign]
+    with pytest.raises(PowerCut):
+        fit(ctx, tiny_model, training)
+    torn, report = fit(make_run(uid="torn", finetune=None), tiny_model, training)
+    assert report.resumed_at == 2
+    assert all(torch.equal(whole[name], torn[name]) for name in whole)
+
+
+def test_a_checkpoint_is_written_every_so_many_seconds(
+    make_run: Callable[..., Context], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 10_000, 10))  # each look at the clock is 10 s later
+    monkeypatch.setattr("slmops_trainer.train.time.monotonic", lambda: float(next(clock)))
+    ctx = make_run(finetune=None)
+    saved: list[int] = []
+    save = ctx.checkpoints.save
+
+    def saving(folder: Path | None = None) -> None:
+        counters = state.read_counters(ctx.checkpoints.folder / "training")
+        assert counters is not None
+        saved.append(counters.step)
+        save(folder)
+
+    monkeypatch.setattr(ctx.checkpoints, "save", saving)
+    fit(ctx, tiny_model, recipe(checkpoint={"everySeconds": 100}))
+    assert saved == [2, 4, 6]  # a step looks five times
+
+
+def test_a_checkpoint_of_other_data_is_not_used(make_run: Callable[..., Context], tiny_model: Path) -> None:
+    fit(make_run(finetune=None), tiny_model, recipe(maxSteps=1))
+    _, report = fit(make_run(finetune=None), tiny_model, recipe(maxSteps=2))
+    assert report.resumed_at is None
+
+
+def test_accumulated_batches_weigh_tokens_not_batches(make_run: Callable[..., Context], tiny_model: Path) -> None:
+    """One step over all examples at once and one step over them in small batches are the same step."""
+    rows = len(examples())
+    once, first = fit(make_run(uid="a", finetune=None), tiny_model, recipe(maxSteps=1, batchSize=rows, gradientAccumulation=1))
+    parts, second = fit(make_run(uid="b", finetune=None), tiny_model, recipe(maxSteps=1, batchSize=3, gradientAccumulation=22))
+    assert first.tokens == second.tokens
+    assert first.loss == pytest.approx(second.loss, rel=1e-5)
+    assert all(torch.allclose(once[name], parts[name], atol=1e-5) for name in once)
+
+
+def test_gradient_checkpointing_changes_memory_only(make_run: Callable[..., Context], tiny_model: Path) -> None:
+    plain, _ = fit(make_run(uid="a", finetune=None), tiny_model, recipe())
+    less, _ = fit(make_run(uid="b", finetune=None), tiny_model, recipe(gradientCheckpointing=True))
+    assert all(torch.allclose(plain[name], less[name], atol=1e-6) for name in plain)
+
+
+def test_loss_is_that_of_transformers(tiny_model: Path) -> None:
+    loaded = models.load(tiny_model, "tiny")
+    encoded = encoding.encode(loaded.tokenizer, examples()[:5], loaded.stop_ids, "assistant", 256).items
+    batch = collate(encoded, 0, "cpu")
+    with torch.no_grad():
+        ours = loss_sum(loaded.model, batch) / batch.trained
+        theirs = loaded.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
+
+
+def test_a_diverging_loss_is_named_with_its_step(make_run: Callable[..., Context], tiny_model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    loaded = models.load(broken, "tiny")
+    with torch.no_grad():
+        loaded.model.model.norm.weight.fill_(float("inf"))
+    loaded.model.save_pretrained(broken)
+    with pytest.raises(RunFailure, match="became nan at step 1 .*learningRate") as caught:
+        fit(make_run(finetune=None), broken, recipe())
+    assert caught.value.reason == "LossDiverged"
+    assert not caught.value.retryable
+
+
+def test_an_unreachable_store_stops_the_run_rather_than_restart_it(
+    make_run: Callable[..., Context], tiny_model: Path
+) -> None:
+    ctx = make_run(finetune=None, checkpoint="pvc://gone/checkpoint")
+    with pytest.raises(RunFailure) as caught:
+        fit(ctx, tiny_model, recipe())
+    assert caught.value.reason in ("SourceNotFound", "StoreUnavailable")
+
+
+def test_counters_survive_json(tmp_path: Path) -> None:
+    counters = state.Counters("f", step=3, loss=0.1 + 0.2, seconds=1e-9)
+    (tmp_path / state.COUNTERS).write_text(json.dumps(counters.__dict__))
+    assert state.read_counters(tmp_path) == counters
