@@ -58,8 +58,8 @@ def kstatus(plan: Plan) -> str:
     return "Current" if said["Ready"] == "True" else "InProgress"
 
 
-FAILED_JOB = {"conditions": [condition("Failed", "BackoffLimitExceeded", "Job has reached the limit")], "failed": 4}
-FATAL_JOB = {"conditions": [condition("Failed", "PodFailurePolicy", "Container worker failed")], "failed": 1}
+FAILED_JOB: dict[str, Any] = {"conditions": [condition("Failed", "BackoffLimitExceeded", "Job has reached the limit")], "failed": 4}
+FATAL_JOB: dict[str, Any] = {"conditions": [condition("Failed", "PodFailurePolicy", "Container worker failed")], "failed": 1}
 
 # name -> (phase, Ready's reason, kstatus, what is seen of a FineTuneJob)
 STATES: dict[str, tuple[str, str, str, Any]] = {
@@ -312,11 +312,19 @@ def world_failed(retries: int = 0) -> tuple[Object, Plan]:
     return obj, run(obj, job=job(obj, **FAILED_JOB), pods=(bad,))
 
 
+UNNAMED = {
+    "job": job(finetune(), inputs="", **FAILED_JOB),
+    "pods": (pod(finetune(), phase="Failed", state=said("StoreUnavailable", "503", 1)),),
+}
+
+
 @pytest.mark.parametrize(("retries", "seconds"), [(0, 30), (1, 60), (4, 480), (7, 3600), (400, 3600)])
 def test_delay_grows_to_an_hour(retries: int, seconds: int) -> None:
     _, plan = world_failed(retries)
     assert plan.status["nextRetryTime"] == at(seconds)
-    assert plan.requeue == seconds
+    assert plan.requeue == 5.0  # the Secrets and ConfigMaps that it names are looked at meanwhile
+    without = run(finetune({"observedGeneration": 1, "retries": retries}), **UNNAMED)
+    assert without.requeue == seconds
 
 
 def test_until_then_nothing_happens() -> None:
@@ -324,7 +332,7 @@ def test_until_then_nothing_happens() -> None:
     again = run(after(obj, plan), job=job(obj, **FAILED_JOB), inputs="i1")
     assert again.status == plan.status
     assert again.delete == again.apply == ()
-    assert again.requeue == 30.0
+    assert again.requeue == 5.0
 
 
 def test_then_the_old_job_goes_and_a_new_one_follows() -> None:

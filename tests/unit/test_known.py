@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tests.unit.objects import ARTIFACT, Object, at, finetune, job, pod
+from tests.unit.objects import ARTIFACT, Object, at, finetune, job, ours, pod
 
 from slmops.cluster.port import Key
 from slmops.handlers.known import Known, Note, note_of
@@ -47,10 +47,25 @@ def test_dependents_are_woken_by_news_alone() -> None:
     known = Known()
     known.concerned(event(next_of(), None))
     assert known.concerned(event(finetune(ready()))) == {TUNE, NEXT}
-    assert known.concerned(event(finetune(ready(progress={"percent": 5})))) == {TUNE}
+    assert known.concerned(event(finetune(ready(progress={"percent": 5})))) == set()
     done = finetune(ready("Succeeded", "True", artifact=ARTIFACT))
-    assert known.concerned(event(done)) == {TUNE, NEXT}
+    assert known.concerned(event(done)) == {NEXT}
     assert known.concerned(event(done, "DELETED")) == {TUNE, NEXT}
+
+
+def test_its_own_status_does_not_wake_a_run_but_what_users_change_does() -> None:
+    known = Known()
+    assert known.concerned(event(finetune(), None)) == {TUNE}
+    assert known.concerned(event(finetune(ready()))) == set()
+    assert known.concerned(event(finetune(ready(), generation=2))) == {TUNE}
+    annotated = finetune(ready(), generation=2)
+    annotated["metadata"]["annotations"] = {"slmops.dev/retry": "*"}
+    assert known.concerned(event(annotated)) == {TUNE}
+    assert known.concerned(event(annotated)) == set()
+    deployment = ours("ModelDeployment", {}, name="d")
+    key = Key("ModelDeployment", "ns", "d")
+    assert known.concerned(event(deployment, None)) == {key}
+    assert known.concerned(event({**deployment, "status": ready()})) == {key}
 
 
 def test_a_new_object_of_the_same_name_is_news() -> None:

@@ -20,7 +20,7 @@ from slmops.handlers.logs import JsonFormatter
 from slmops.handlers.watches import EndlessBackoffs
 from slmops.reconcile import conditions
 from slmops.reconcile.pods import failure_of, trouble_of
-from slmops.remote.progress import BODY_MAX, read_progress
+from slmops.remote.progress import BODY_MAX, SILENT_SECONDS, ProgressReader
 from slmops.settings import Settings
 
 
@@ -144,7 +144,7 @@ def reading(answer: httpx.Response | Exception) -> Any:
             raise answer
         return answer
 
-    return read_progress("10.0.0.1", client=httpx.Client(transport=httpx.MockTransport(respond)))
+    return ProgressReader(transport=httpx.MockTransport(respond))("10.0.0.1")
 
 
 def test_progress_is_read() -> None:
@@ -167,6 +167,25 @@ def test_progress_is_read() -> None:
 )
 def test_bad_progress_is_none(answer: httpx.Response | Exception) -> None:
     assert reading(answer) is None
+
+
+def test_a_pod_that_lets_us_wait_is_left_alone_for_a_while() -> None:
+    asked = 0
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        nonlocal asked
+        asked += 1
+        raise httpx.ConnectTimeout("silence")
+
+    read, now = ProgressReader(transport=httpx.MockTransport(respond)), 0.0
+    for _ in range(5):
+        assert read("10.0.0.1", clock=lambda: now) is None
+    assert asked == 1
+    read("10.0.0.2", clock=lambda: now)
+    assert asked == 2
+    now = SILENT_SECONDS + 1
+    read("10.0.0.1", clock=lambda: now)
+    assert asked == 3
 
 
 # Pods.

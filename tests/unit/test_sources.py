@@ -168,7 +168,7 @@ def test_what_is_missing_is_named(name: str) -> None:
         cluster.put(obj)
     with pytest.raises(Retry, match=words) as caught:
         needs.check(cluster, "ns", needed(**SPEC))
-    assert (caught.value.reason, caught.value.after) == (reason, 10.0)
+    assert (caught.value.reason, caught.value.after) == (reason, needs.RECHECK_SECONDS)
 
 
 def test_the_hash_follows_contents_of_configmaps_and_versions_of_secrets() -> None:

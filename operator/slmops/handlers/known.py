@@ -14,6 +14,9 @@ from slmops.cluster.kinds import OURS
 from slmops.cluster.port import Key, Object
 from slmops.reconcile.sources import references
 
+# Their passes say when they want the next one, so that their own status writes need not wake them.
+BATCH = frozenset(OURS) - {"ModelDeployment"}
+
 
 @dataclass(frozen=True)
 class Note:
@@ -27,6 +30,7 @@ class Note:
     names: frozenset[Key] = frozenset()  # for our objects: those of ours that it names
     news: tuple[str, ...] = ()  # for our objects: what others that name it act upon
     phase: str = ""
+    asked: tuple[str, ...] = ()  # for our objects: what users can change
 
 
 def note_of(event: Mapping[str, Any]) -> Note:
@@ -45,6 +49,7 @@ def note_of(event: Mapping[str, Any]) -> Note:
             names=frozenset(Key(kind, namespace, name) for kind, name in references(obj)),
             news=_news(status),
             phase=str(status.get("phase") or "Unknown"),
+            asked=_asked(metadata),
         )
     owner = next(
         (
@@ -73,8 +78,14 @@ class Known:
             return {found} if found else set()
         before = self._notes.get(note.key)
         self._keep(note, before)
-        unchanged = before is not None and before.news == note.news and before.uid == note.uid and not note.deleted
-        return {note.key} if unchanged else {note.key, *self._named_by.get(note.key, ())}
+        if before is None or before.uid != note.uid or note.deleted:
+            return {note.key, *self._named_by.get(note.key, ())}
+        woken: set[Key] = set()
+        if before.asked != note.asked or note.key.kind not in BATCH:
+            woken.add(note.key)
+        if before.news != note.news:
+            woken |= self._named_by.get(note.key, set())
+        return woken
 
     def phases(self) -> Counter[tuple[str, str]]:
         """How many objects there are by kind and phase."""
@@ -92,6 +103,16 @@ class Known:
         self._by_uid[note.uid] = note.key
         for named in note.names:
             self._named_by.setdefault(named, set()).add(note.key)
+
+
+def _asked(metadata: Object) -> tuple[str, ...]:
+    """What only others than this operator change: the rest of an object is its own status, written by itself."""
+    annotations = metadata.get("annotations") or {}
+    return (
+        str(metadata.get("generation")),
+        str(metadata.get("deletionTimestamp")),
+        *(f"{name}={value}" for name, value in sorted(annotations.items())),
+    )
 
 
 def _news(status: Object) -> tuple[str, ...]:

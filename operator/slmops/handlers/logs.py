@@ -37,4 +37,5 @@ def set_up(level: int = logging.INFO) -> None:
     handler.setFormatter(JsonFormatter())
     handler.addFilter(_wanted)
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    logging.getLogger("kopf").setLevel(logging.WARNING)  # below that it tells of every event
+    for name in ("kopf", "httpx"):  # below that they tell of every event and every request
+        logging.getLogger(name).setLevel(logging.WARNING)

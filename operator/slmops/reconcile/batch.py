@@ -113,8 +113,9 @@ class BatchReconciler:
         needed = inputs(spec, extra_secrets=run_secrets(run, world.settings))
         digest = needs.check(world.cluster, obj["metadata"]["namespace"], needed)
         made = job(obj, spec, run, world.settings)
-        metadata = {**made["metadata"], "annotations": {ANNOTATION_INPUTS: digest}}
-        return {**made, "metadata": metadata}, digest
+        if digest:
+            made = {**made, "metadata": {**made["metadata"], "annotations": {ANNOTATION_INPUTS: digest}}}
+        return made, digest
 
     def _run(self, obj: Object, spec: BatchSpec, world: World) -> RunSpec:
         metadata = obj["metadata"]

@@ -11,6 +11,7 @@ from slmops.cluster.port import Object
 from slmops.reconcile import conditions
 from slmops.reconcile.batch_pass import Pass, complete, failed, going_on, plan
 from slmops.reconcile.conditions import cut
+from slmops.reconcile.needs import RECHECK_SECONDS
 from slmops.reconcile.pods import INTERRUPTED, failure_of, result_of
 from slmops.reconcile.state import Event, Plan
 
@@ -71,6 +72,11 @@ def retry_delay(retries: int) -> timedelta:
     return min(RETRY_FIRST * (1 << min(retries, 16)), RETRY_MOST)
 
 
+def retry_requeue(p: Pass, at: str) -> float:
+    """When to look again while waiting for a retry: at its time, or sooner if something that is named may change."""
+    return min(p.until(at), RECHECK_SECONDS) if p.status.inputs else p.until(at)
+
+
 def _succeeded(p: Pass, pod: Object, result: RunResult) -> Plan:
     assert result.artifact is not None
     artifact = result.artifact
@@ -111,9 +117,10 @@ def _failed(p: Pass, failure: Failure) -> Plan:
         at = stamp(p.now + retry_delay(p.status.retries))
         message = f"{failure.message} The next try starts at {at}."
         status = going_on(p, "Waiting", failure.reason, message, next_retry_time=at, last_failure=failure, **found)
-        return plan(status, event, requeue=p.until(at))
+        return plan(status, event, requeue=retry_requeue(p, at))
     status = failed(p, failure, completion_time=failure.time, **found)
-    return plan(status, event, requeue=p.spec.ttl_seconds_after_finished)
+    ttl = p.spec.ttl_seconds_after_finished
+    return plan(status, event, requeue=RECHECK_FAILED if ttl is None else min(ttl, RECHECK_FAILED))
 
 
 def _cause(p: Pass, job: Object) -> Failure:

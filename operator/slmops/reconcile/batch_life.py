@@ -7,7 +7,7 @@ from slmops.api.times import parse, stamp
 from slmops.build.job import revised
 from slmops.cluster.port import Object
 from slmops.reconcile import conditions
-from slmops.reconcile.batch_end import collected, conclude, worth_again
+from slmops.reconcile.batch_end import collected, conclude, retry_requeue, worth_again
 from slmops.reconcile.batch_pass import ANNOTATION_INPUTS, Pass, going_on, plan, progress
 from slmops.reconcile.pods import INTERRUPTED, Trouble, created, ended, failure_of, running, trouble_of
 from slmops.reconcile.state import Event, Plan
@@ -41,7 +41,7 @@ def _between_jobs(p: Pass) -> Plan:
     retry_at, failure = p.status.next_retry_time, p.status.last_failure
     if retry_at and failure and p.until(retry_at) and not _changed(p):
         status = going_on(p, "Waiting", failure.reason, f"{failure.message} The next try starts at {retry_at}.")
-        return plan(status, requeue=p.until(retry_at))
+        return plan(status, requeue=retry_requeue(p, retry_at))
     if old is not None:
         # A retry whose time was brought forward: the old Job has to be older than it in the next pass, too.
         due = retry_at if retry_at and not p.until(retry_at) else p.stamp()

@@ -11,14 +11,17 @@ from slmops.build.inputs import Inputs
 from slmops.cluster.port import Cluster, Key, Object
 from slmops.reconcile.state import Retry
 
-RECHECK_SECONDS = 10.0
+RECHECK_SECONDS = 5.0
 
 
 def check(cluster: Cluster, namespace: str, needed: Inputs) -> str:
     """Return the hash of all that is needed. Raises Retry(SecretNotFound, ConfigMapNotFound, BadDataset), ClusterError.
 
-    The hash is of contents for ConfigMaps and of versions for Secrets, whose contents shall not be guessed from it.
+    The hash is of contents for ConfigMaps and of versions for Secrets, whose contents shall not be guessed from it;
+    where nothing is needed it is empty.
     """
+    if not needed.secrets and not needed.config_maps:
+        return ""
     digest = sha256()
     for name, wanted in sorted(needed.secrets.items()):
         secret = cluster.get(Key("Secret", namespace, name))

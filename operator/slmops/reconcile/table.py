@@ -11,7 +11,7 @@ from slmops.reconcile import deployment
 from slmops.reconcile.batch import BatchReconciler, ReadProgress, Recipe
 from slmops.reconcile.protocol import Reconciler
 from slmops.reconcile.sources import source_label, teacher_label
-from slmops.remote.progress import read_progress
+from slmops.remote.progress import ProgressReader
 
 
 def _student(spec: BatchSpec) -> ModelSource:
@@ -55,7 +55,8 @@ RECIPES = (
 )
 
 
-def reconcilers(read: ReadProgress = read_progress) -> Mapping[str, Reconciler]:
+def reconcilers(read: ReadProgress | None = None) -> Mapping[str, Reconciler]:
     """Make the reconciler of every kind."""
+    read = read or ProgressReader()
     found: dict[str, Reconciler] = {recipe.kind: BatchReconciler(recipe, read) for recipe in RECIPES}
     return {**found, deployment.RECONCILER.kind: deployment.RECONCILER}
