@@ -93,7 +93,9 @@ class Teacher:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.AsyncClient(
             headers={"User-Agent": "slmops", **headers},
-            timeout=None,  # noqa: S113  # asyncio.timeout below bounds the whole exchange, not each read
+            # asyncio.timeout below bounds the whole exchange, not each read; a host that does not even take the
+            # connection (a Service without pods, say) is known sooner
+            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
             limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
         )
 
