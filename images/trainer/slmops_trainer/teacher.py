@@ -27,6 +27,7 @@ ENV_PATIENCE = "SLMOPS_TEACHER_PATIENCE_SECONDS"
 PATIENCE = 300.0  # seconds without any answer before the pod gives up; the next one goes on from what was saved
 TRIES = 3  # of a question whose answer is garbage
 OWN_TRIES = 8  # of a question that alone runs into trouble, over half a minute, while others are answered
+CONNECT_SECONDS = 10.0
 FIRST_PAUSE, LONGEST_PAUSE, LONGEST_HINT = 0.25, 15.0, 900.0  # seconds
 BODY_MAX = 16 << 20  # bytes of a response
 EXCERPT = 160  # characters of a bad response in messages
