@@ -58,8 +58,19 @@ def kstatus(plan: Plan) -> str:
     return "Current" if said["Ready"] == "True" else "InProgress"
 
 
-FAILED_JOB: dict[str, Any] = {"conditions": [condition("Failed", "BackoffLimitExceeded", "Job has reached the limit")], "failed": 4}
-FATAL_JOB: dict[str, Any] = {"conditions": [condition("Failed", "PodFailurePolicy", "Container worker failed")], "failed": 1}
+FAILED_JOB: dict[str, Any] = {
+    "conditions": [condition("Failed", "BackoffLimitExceeded", "Job has reached the limit")],
+    "failed": 4,
+}
+FATAL_JOB: dict[str, Any] = {
+    "conditions": [condition("Failed", "PodFailurePolicy", "Container worker failed")],
+    "failed": 1,
+}
+
+
+def deleting(obj: Object) -> Object:
+    return {**obj, "metadata": {**obj["metadata"], "deletionTimestamp": at(-1)}}
+
 
 # name -> (phase, Ready's reason, kstatus, what is seen of a FineTuneJob)
 STATES: dict[str, tuple[str, str, str, Any]] = {
@@ -85,6 +96,17 @@ STATES: dict[str, tuple[str, str, str, Any]] = {
         "Pending", "CreateContainerConfigError", "InProgress",
         lambda o: {"job": job(o), "pods": (
             pod(o, phase="Pending", state=waiting("CreateContainerConfigError", "couldn't find key")),)},
+    ),
+    "pod is long in being made, and an Event tells why": (
+        "Pending", "FailedMount", "InProgress",
+        lambda o: {"job": job(o), "pods": (pod(o, phase="Pending", state=waiting("ContainerCreating")),), "events": (
+            {"reason": "FailedMount", "message": 'configmap "x" not found', "involvedObject": {"uid": "pod-tune-abc"}},
+            {"reason": "Pulled", "message": "Pulled", "involvedObject": {"uid": "pod-tune-abc"}},
+        )},
+    ),
+    "pod is being deleted": (
+        "Pending", "PodTerminating", "InProgress",
+        lambda o: {"job": job(o), "pods": (deleting(pod(o, state=RUNNING)),)},
     ),
     "pod is being made": (
         "Pending", "Starting", "InProgress",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from tests.unit.objects import NOW, Object, finetune, of, pod, succeeded
+from tests.unit.objects import ARTIFACT, NOW, Object, at, finetune, of, pod, succeeded
 
 from slmops.api.finetune import FineTuneJobSpec
 from slmops.cluster.memory import MemoryCluster, key_of
@@ -190,6 +190,36 @@ def test_an_object_of_an_older_schema_is_explained() -> None:
     assert stalled is not None
     assert stalled["reason"] == "InvalidSpec"
     assert "dataset" in stalled["message"]
+
+
+def test_what_was_reached_is_not_taken_back() -> None:
+    cluster, driver, key = setting(ClusterError(403, "Forbidden", "cannot get jobs"))
+    assert driver.run(key) == 15.0
+    ready = of(cluster.objects[key], "Ready")
+    assert ready is not None
+    assert (ready["reason"], ready["status"]) == ("Forbidden", "False")
+    said = {"status": "True", "reason": "Succeeded", "message": "", "lastTransitionTime": at(0)}
+    done = {"conditions": [{**said, "type": kind} for kind in ("Ready", "Complete")], "observedGeneration": 1}
+    cluster.set_status(key, done)
+    assert driver.run(key) == 15.0
+    assert cluster.objects[key]["status"] == done
+
+
+def test_a_foreign_job_of_the_name_does_not_trouble_a_finished_object() -> None:
+    cluster = MemoryCluster()
+    key = key_of(cluster.put(finetune()))
+    said = {"status": "True", "reason": "Succeeded", "message": "", "lastTransitionTime": at(0)}
+    done = {
+        "conditions": [{**said, "type": kind} for kind in ("Ready", "Complete")],
+        "artifact": ARTIFACT,
+        "observedGeneration": 1,
+    }
+    cluster.set_status(key, done)
+    cluster.put({"kind": "Job", "metadata": {"name": "tune-finetune", "namespace": "ns"}, "spec": {}})
+    driver = Driver(cluster, Settings(store="oci://s"), reconcilers(lambda address: None), lambda routes: None)
+    driver.run(key)
+    assert cluster.objects[key]["status"]["conditions"][0]["status"] == "True"
+    assert ("delete", Key("Job", "ns", "tune-finetune")) not in cluster.writes
 
 
 def test_a_whole_life_with_the_real_reconciler() -> None:

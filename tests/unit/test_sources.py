@@ -186,6 +186,12 @@ def test_the_hash_follows_contents_of_configmaps_and_versions_of_secrets() -> No
     assert len({first, second, third}) == 3
 
 
+def test_lines_end_with_newlines_alone() -> None:
+    cluster = MemoryCluster()
+    cluster.put(config_map("data", train='{"prompt": "a\u2028b\u0085", "completion": "c"}\r\n' + GOOD))
+    assert needs.check(cluster, "ns", needed(dataset=SPEC["dataset"]))
+
+
 def test_a_schema_is_no_dataset() -> None:
     spec = {"configMap": {"name": "data", "key": "train"}}
     found = needed(dataset=spec, evaluation={"dataset": {"configMap": {"name": "eval", "key": "e"}}})

@@ -35,6 +35,7 @@ from slmops.reconcile.pods import created, ended, running
 from slmops.reconcile.protocol import World
 from slmops.reconcile.state import Plan, Retry
 
+LATE_SECONDS = 30.0  # a pod that has not started by then is asked why
 ReadProgress = Callable[[str], Progress | None]
 
 
@@ -71,10 +72,10 @@ class BatchReconciler:
         spec = self._recipe.spec.model_validate(obj["spec"])
         status = self._status(obj)
         found = cluster.get(Key("Job", namespace, job_name(obj)))
+        if status.artifact is not None:
+            return Seen(job=found if found is not None and _belongs(found, obj) else None)
         if found is not None:
             check_ours(obj, found)
-        if status.artifact is not None:
-            return Seen(job=found)
         labels = {keys.LABEL_OWNER_UID: obj["metadata"]["uid"], keys.LABEL_ROLE: keys.ROLE_WORKER}
         pods = sorted(cluster.list("Pod", namespace, labels), key=created)
         mine = tuple(pod for pod in pods if found is not None and _belongs(pod, found))
@@ -93,7 +94,7 @@ class BatchReconciler:
             wanted=wanted,
             blocked=blocked,
             inputs=digest,
-            events=tuple(cluster.events(namespace, kind="Job", name=job_name(obj))) if found and not mine else (),
+            events=self._events(found, mine, world),
             progress=self._progress(mine),
         )
 
@@ -133,6 +134,17 @@ class BatchReconciler:
             checkpoint=output.checkpoint,
             **slot,  # type: ignore[arg-type]  # distill, finetune or quantize
         )
+
+    def _events(self, found: Object | None, pods: tuple[Object, ...], world: World) -> tuple[Object, ...]:
+        """What has been told of a Job without a pod, or of a pod that is long in starting. Raises ClusterError."""
+        if found is None:
+            return ()
+        about = pods[-1] if pods else found
+        late = (world.now - created(about)).total_seconds() > LATE_SECONDS
+        if pods and (running(about) or ended(about) or not late):
+            return ()
+        kind, metadata = ("Pod" if pods else "Job"), about["metadata"]
+        return tuple(world.cluster.events(metadata["namespace"], kind=kind, name=metadata["name"]))
 
     def _progress(self, pods: tuple[Object, ...]) -> Progress | None:
         for pod in reversed(pods):

@@ -13,6 +13,7 @@ from slmops.reconcile.pods import INTERRUPTED, Trouble, created, ended, failure_
 from slmops.reconcile.state import Event, Plan
 
 POLL_RUNNING = 3.0  # seconds between two looks at a run's progress
+POLL_STARTING = 15.0  # at a pod that does not start: some causes are told by Events alone
 POLL_PODLESS = 5.0  # and at the Job's events while it has no pod: nothing else tells why
 
 
@@ -116,6 +117,10 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
     failure = _last_failure(p)
     news = () if failure is None or failure == p.status.last_failure else (_attempt_failed(failure),)
     pod = next((pod for pod in reversed(p.seen.pods) if not ended(pod)), None)
+    if pod is not None and pod["metadata"].get("deletionTimestamp"):
+        message = f"Pod {pod['metadata']['name']} is being stopped; the next one goes on from its checkpoint."
+        status = going_on(p, "Pending", "PodTerminating", message, last_failure=failure)
+        return plan(status, *news, apply=apply)
     if pod is not None and running(pod):
         message = f"Pod {pod['metadata']['name']} runs."
         status = going_on(p, "Running", "Running", message, progress=progress(p), last_failure=failure)
@@ -123,7 +128,7 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
     if p.spec.queue_name and job["spec"].get("suspend"):
         message = f"Waits in queue {p.spec.queue_name} to be admitted."
         return plan(going_on(p, "Queued", "Queued", message, last_failure=failure), *news, apply=apply)
-    trouble = trouble_of(pod) if pod is not None else _refused(p, job)
+    trouble = (trouble_of(pod) or _told(p, pod)) if pod is not None else _refused(p, job)
     if trouble is not None:
         message = trouble.message
         known = conditions.find(p.status.conditions, conditions.READY)
@@ -132,13 +137,13 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
         status = going_on(p, "Pending", trouble.reason, message, last_failure=failure)
         first = known is None or known.reason != trouble.reason
         events = (*news, Event(trouble.reason, message, warning=True)) if first else news
-        return plan(status, *events, apply=apply, requeue=None if pod else POLL_PODLESS)
+        return plan(status, *events, apply=apply, requeue=POLL_STARTING if pod else POLL_PODLESS)
     reason, message = "Starting", "The pod starts."
     if failure is not None:
         reason = "Retrying"
         message = f"Attempt {p.status.attempts + 1} of {p.spec.backoff_limit + 1} starts; before: {failure.message}"
     status = going_on(p, "Pending", reason, message, last_failure=failure)
-    return plan(status, *news, apply=apply, requeue=None if pod else POLL_PODLESS)
+    return plan(status, *news, apply=apply, requeue=POLL_STARTING if pod else POLL_PODLESS)
 
 
 def _last_failure(p: Pass) -> Failure | None:
@@ -152,6 +157,15 @@ def _last_failure(p: Pass) -> Failure | None:
 
 def _attempt_failed(failure: Failure) -> Event:
     return Event("AttemptFailed", f"{failure.reason}: {failure.message}", warning=True)
+
+
+def _told(p: Pass, pod: Object) -> Trouble | None:
+    """Why a pod is long in starting: the kubelet tells of volumes and sandboxes by Events alone."""
+    for event in reversed(p.seen.events):
+        about = (event.get("involvedObject") or {}).get("uid")
+        if about == pod["metadata"]["uid"] and str(event.get("reason")).startswith("Failed"):
+            return Trouble(str(event["reason"]), f"The pod cannot start: {event.get('message') or event['reason']}")
+    return None
 
 
 def _refused(p: Pass, job: Object) -> Trouble | None:

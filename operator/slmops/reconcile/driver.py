@@ -6,7 +6,7 @@ killed anywhere and started again; the status is written last and says only what
 Errors, and what becomes of them:
   Retry             Ready=False and Reconciling=True with its reason; the pass comes again
   Terminal          Stalled=True with its reason; nothing more happens until an event or the resync
-  ClusterError      403 of a child: Retry (a quota, a missing right); 400 and 422 of a child: Terminal;
+  ClusterError      403: Retry (a quota, a missing right); 400 and 422 of a child: Terminal;
                     all else goes up: the API server is ill, and the queue backs off
   RemoteError       Retry
   ValidationError   Terminal InvalidSpec: the object was stored under an older schema
@@ -68,6 +68,10 @@ class Driver:
             self._carry_out(obj, plan)
         except Retry as retry:
             return self._not_yet(obj, retry, now)
+        except ClusterError as error:
+            if error.status != 403:
+                raise
+            return self._not_yet(obj, Retry("Forbidden", f"The operator may not do this: {error.message}", 15.0), now)
         except RemoteError as error:
             return self._not_yet(obj, Retry("Unreachable", str(error), after=5.0), now)
         except Terminal as terminal:
@@ -110,6 +114,9 @@ class Driver:
     def _not_yet(self, obj: Object, retry: Retry, now: datetime) -> float:
         generation = obj["metadata"].get("generation", 0)
         status = Status.model_validate(obj.get("status") or {})
+        if conditions.is_true(status.conditions, conditions.COMPLETE):
+            log.warning("Could not look after finished object", extra={"reason": retry.reason, "error": str(retry)})
+            return retry.after  # what has been reached is not taken back
         marked = conditions.reconciling(
             status.conditions,
             retry.reason,

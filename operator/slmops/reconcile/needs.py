@@ -52,7 +52,7 @@ def _keys(reason: str, what: str, wanted: set[str], data: Object) -> None:
 def _jsonl(what: str, text: str) -> None:
     """Each line one JSON object. Columns are the worker's to judge. Raises Retry(BadDataset)."""
     found = False
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() also splits within strings
         if not line.strip():
             continue
         found = True
