@@ -82,7 +82,8 @@ def below(values: dict[str, float], thresholds: dict[str, float] | None) -> list
     for name, bar in (thresholds or {}).items():
         if name not in values:
             missed.append(f"{name} was not measured")
-        elif values[name] > bar if name == "perplexity" else values[name] < bar:
+        # Written so that NaN misses.
+        elif not (values[name] <= bar if name == "perplexity" else values[name] >= bar):
             side = "above" if name == "perplexity" else "below"
             missed.append(f"{name} {values[name]:.4g} is {side} {bar:.4g}")
     return missed

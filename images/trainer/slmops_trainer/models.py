@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from slmops_trainer.encoding import turn_end
-from slmops_trainer.failure import RunFailure
+from slmops_trainer.failure import RunFailure, translate
 
 # What a tokenizer consists of. Copied, not written anew: training changes no tokenizer, and rewriting one has
 # broken end-of-text tokens and templates in other tools.
@@ -52,13 +53,21 @@ def load(folder: Path, source: str) -> Loaded:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
-            local_files_only=True,
+            local_files_only=True, output_loading_info=True,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
+        if translate(error).reason in ("OutOfMemory", "DiskFull"):
+            raise
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunFailure("UnsupportedModel", f"{source} cannot be loaded by transformers: {text[:300]}") from error
+    if info["missing_keys"]:
+        # transformers would go on with random numbers in their place.
+        raise RunFailure(
+            "UnsupportedModel",
+            f"{source} lacks weights of its architecture, among them {min(info['missing_keys'])}. Publish it whole.",
+        )
     if isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if tokenizer.eos_token_id is None:
@@ -180,8 +189,6 @@ def _stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 def _disk_dtype(folder: Path) -> torch.dtype:
     """The dtype of most weights on disk."""
-    from safetensors import safe_open
-
     names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     counts: dict[str, int] = {}
     for path in folder.glob("*.safetensors"):

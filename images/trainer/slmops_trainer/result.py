@@ -39,7 +39,7 @@ def success(artifact: Artifact, manifest: Manifest, **more: str) -> RunResult:
 def failed(failure: RunFailure, metrics: dict[str, float]) -> RunResult:
     """The result of a run that ended badly, with what it had measured."""
     return RunResult(
-        succeeded=False, reason=failure.reason, message=_cut(failure.message, MESSAGE_MAX), metrics=metrics
+        succeeded=False, reason=failure.reason, message=failure.message, metrics=metrics
     )
 
 
@@ -48,7 +48,7 @@ def encode(result: RunResult, limit: int = LIMIT) -> bytes:
 
     Lineage keeps its nearest rows, metrics their first ones (recipes put the main ones first).
     """
-    metrics, lineage, message = list(result.metrics.items()), list(result.lineage), result.message
+    metrics, lineage, message = list(result.metrics.items()), list(result.lineage), _cut(result.message, MESSAGE_MAX)
     # JSON has no NaN: a metric that is none is left out.
     metrics = [(name, value) for name, value in metrics if value == value and abs(value) != float("inf")]
     while True:

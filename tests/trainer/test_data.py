@@ -1,0 +1,144 @@
+"""Datasets: what is read, and what each fault is called."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from slmops.api.meta import Dataset
+from slmops_trainer import data
+from slmops_trainer.data import Example, Message
+from slmops_trainer.failure import RunFailure
+
+GOOD = '{"prompt": "p", "completion": "c"}\n'
+CHAT = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n'
+
+
+def read(tmp_path: Path, content: str | bytes, role: data.Role = "training", **dataset: Any) -> tuple[Example, ...]:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return data.read(path, Dataset.model_validate({"uri": "pvc://data/x", **dataset}), role)[0]
+
+
+FAULTS: list[tuple[str, str | bytes, dict[str, Any], str]] = [
+    ("empty", "", {}, r"rows.jsonl holds no example"),
+    ("blank", "\n  \n", {}, r"rows.jsonl holds no example"),
+    ("not JSON", GOOD + "{prompt: 1}\n", {}, r"rows.jsonl, line 2 is not JSON \(Expecting property name"),
+    ("cut off", GOOD + '{"prompt": "x', {}, r"line 2 is not JSON \(Unterminated string"),
+    ("one array", '[{"prompt": "p"}]', {}, r"line 1 is a JSON array, not an object.*JSONL"),
+    ("bare number", "12", {}, r"line 1 is a JSON number, not an object"),
+    ("not UTF-8", GOOD.encode() + b'{"prompt": "\xff"}\n', {}, r"line 2 is not UTF-8 \(byte 13\)"),
+    ("utf-16", GOOD.encode("utf-16"), {}, r"line 1 is not UTF-8 \(byte 1\)"),
+    ("deep", "[" * 100_000, {}, r"line 1 is not JSON"),
+    ("no known columns", '{"input": "p", "output": "c"}', {}, r"line 1 has neither 'messages' nor 'prompt' and 'completion'; it has 'input', 'output'.*dataset.columns"),
+    ("prompt alone", '{"prompt": "p"}', {}, r"it has 'prompt'"),
+    ("named column is missing", GOOD, {"columns": {"completion": "wanted"}, "format": "prompt-completion"}, r"line 1 has no column 'wanted'; it has 'prompt', 'completion'.*dataset.columns.completion"),
+    ("column is missing later", GOOD + '{"prompt": "p"}', {}, r"line 2 has no column 'completion'; it has 'prompt'"),
+    ("messages are missing", GOOD, {"format": "messages"}, r"line 1 has no column 'messages'"),
+    ("completion is no text", '{"prompt": "p", "completion": {"a": 1}}', {}, r"'completion' must be text, it is a JSON object"),
+    ("completion is null", '{"prompt": "p", "completion": null}', {}, r"'completion' must be text, it is a JSON null"),
+    ("completion is empty", '{"prompt": "p", "completion": " "}', {}, r"line 1: 'completion' is empty"),
+    ("half a surrogate", r'{"prompt": "\ud800", "completion": "c"}', {}, r"half a surrogate pair"),
+    ("messages is text", '{"messages": "hello"}', {}, r"'messages' must be a list of turns"),
+    ("messages is empty", '{"messages": []}', {}, r"'messages' must be a list of turns"),
+    ("turn without content", '{"messages": [{"role": "user"}]}', {}, r"line 1, turn 1 must be an object with role and content"),
+    ("sharegpt roles", '{"messages": [{"role": "human", "content": "q"}]}', {}, r"turn 1 has the role 'human'; known are system, user, assistant"),
+    ("no answer", '{"messages": [{"role": "user", "content": "q"}]}', {}, r"the last turn must be the assistant's, it is the user's"),
+    ("answers itself", '{"messages": [{"role": "assistant", "content": "a"}]}', {}, r"turn 1 is the assistant's, expected the user's"),
+    ("late system turn", CHAT[:-3] + ', {"role": "system", "content": "s"}]}', {}, r"turn 3 is the system's, expected the user's"),
+    ("system alone", '{"messages": [{"role": "system", "content": "s"}]}', {}, r"has no user turn"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "dataset", "message"), [row[1:] for row in FAULTS], ids=[row[0] for row in FAULTS])
+def test_faults_are_named_with_their_line(
+    tmp_path: Path, content: str | bytes, dataset: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RunFailure, match=message) as caught:
+        read(tmp_path, content, **dataset)
+    assert caught.value.reason == "BadDataset"
+    assert not caught.value.retryable
+
+
+def test_both_formats_are_told_by_their_columns(tmp_path: Path) -> None:
+    pair = Example((Message("user", "p"),), "c", 1)
+    assert read(tmp_path, GOOD) == (pair,)
+    assert read(tmp_path, CHAT) == (Example((Message("user", "q"),), "a", 1),)
+    renamed = '{"in": "p", "out": "c", "prompt": 1}'
+    assert read(tmp_path, renamed, columns={"prompt": "in", "completion": "out"}) == (pair,)
+
+
+def test_a_conversation_keeps_its_turns(tmp_path: Path) -> None:
+    row = (
+        '{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q1"}, '
+        '{"role": "assistant", "content": "a1"}, {"role": "user", "content": "q2"}, {"role": "assistant", "content": "a2"}]}'
+    )
+    (example,) = read(tmp_path, row)
+    assert [turn["content"] for turn in example.turns] == ["s", "q1", "a1", "q2", "a2"]
+    assert example.answer == "a2"
+
+
+def test_prompts_need_no_answers(tmp_path: Path) -> None:
+    assert read(tmp_path, '{"prompt": "p"}\n' + GOOD, "prompts") == (
+        Example((Message("user", "p"),), None, 1),
+        Example((Message("user", "p"),), "c", 2),
+    )
+    assert read(tmp_path, '{"messages": [{"role": "user", "content": "q"}]}', "prompts")[0].answer is None
+
+
+def test_what_editors_leave_behind_does_no_harm(tmp_path: Path) -> None:
+    content = b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode() + b"\r\n\r\n" + GOOD.strip().encode()
+    assert [example.line for example in read(tmp_path, content)] == [1, 4]
+
+
+def test_limit_stops_reading(tmp_path: Path) -> None:
+    assert len(read(tmp_path, GOOD * 3 + "broken", limit=2)) == 2
+
+
+def test_leaks_are_found_over_case_and_white_space() -> None:
+    def ask(text: str, line: int) -> Example:
+        return Example((Message("user", text),), "a", line)
+
+    training = [ask("one", 1), ask("Two  words", 2), ask("two words", 3)]
+    assert data.leaks(training, [ask("three", 1), ask(" TWO words", 2)]) == [(2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("files", "file", "message"),
+    [
+        (["a.jsonl", "b.jsonl"], None, r"holds 2 .jsonl files: a.jsonl, b.jsonl. Name one in dataset.file"),
+        (["a.json"], None, r"holds 0 .jsonl files: none"),
+        (["a.jsonl"], "b.jsonl", r"has no file 'b.jsonl'. Its .jsonl files: a.jsonl"),
+    ],
+)
+def test_the_file_must_be_clear(tmp_path: Path, make_run: Any, files: list[str], file: str | None, message: str) -> None:
+    folder = tmp_path / "data/several"
+    folder.mkdir()
+    for name in files:
+        (folder / name).write_text(GOOD)
+    dataset = Dataset.model_validate({"uri": "pvc://data/several", "file": file})
+    with pytest.raises(RunFailure, match=message):
+        data.load(make_run(), dataset, "training")
+
+
+def test_a_config_map_is_a_dataset(tmp_path: Path, make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "CONFIGMAP_ROOT", str(tmp_path))
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/train.jsonl").write_text(GOOD)
+    dataset = Dataset.model_validate({"configMap": {"name": "rows", "key": "train.jsonl"}})
+    examples = data.load(make_run(), dataset, "training")
+    assert len(examples.items) == 1
+    assert examples.parent.uri == "configmap://rows/train.jsonl"
+    assert examples.digest.startswith("sha256:")
+    missing = Dataset.model_validate({"configMap": {"name": "rows", "key": "other"}})
+    with pytest.raises(RunFailure, match="ConfigMap rows, key other is not there"):
+        data.load(make_run(), missing, "training")
+
+
+def test_an_artifact_is_a_dataset(make_run: Any, jsonl: Any) -> None:
+    uri = jsonl([{"prompt": "p", "completion": "c"}])
+    examples = data.load(make_run(), Dataset.model_validate({"uri": uri}), "training")
+    assert examples.source == f"{uri}, file rows.jsonl"
+    assert examples.parent.uri == uri
+    with pytest.raises(RunFailure) as caught:
+        data.load(make_run(), Dataset.model_validate({"uri": "pvc://data/none"}), "training")
+    assert caught.value.reason == "SourceNotFound"

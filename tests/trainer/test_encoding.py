@@ -1,0 +1,133 @@
+"""Token ids and labels: golden masks, what inference sees, what ends an answer."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from slmops_trainer import encoding
+from slmops_trainer.data import Example, Message
+from slmops_trainer.encoding import IGNORED
+from slmops_trainer.failure import RunFailure
+from tiny import CHATML, write_tokenizer
+
+MARKED = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Shows earlier answers without their end: the text of a shorter conversation is no prefix of a longer one's.
+FORGETFUL = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}"
+    "{% if loop.last or message['role'] != 'assistant' %}<|im_end|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+ENDLESS = CHATML.replace("<|im_end|>", "")
+STERN = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+
+TALK = Example(
+    (Message("system", "be brief"), Message("user", "lamp?"), Message("assistant", "lab"), Message("user", "door?")), "hall", 4
+)
+ASK = Example((Message("user", "the lamp"),), '{"room": "lab"}', 1)
+END = 2  # <|im_end|>
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
+    return write_tokenizer(tmp_path, request.param)
+
+
+def trained(tokenizer: Any, example: Example, loss_on: encoding.LossOn = "assistant") -> tuple[str, str]:
+    """The whole text, and the text of what is trained, with a bar between separate stretches."""
+    (item,) = encoding.encode(tokenizer, [example], [END], loss_on, 10_000).items
+    parts: list[list[int]] = [[]]
+    for token, label in zip(item.input_ids, item.labels, strict=True):
+        assert label in (token, IGNORED)
+        if label == IGNORED and parts[-1]:
+            parts.append([])
+        elif label != IGNORED:
+            parts[-1].append(label)
+    return tokenizer.decode(item.input_ids), "|".join(tokenizer.decode(part) for part in parts if part)
+
+
+@pytest.mark.parametrize("tokenizer", [CHATML, MARKED], indirect=True, ids=["prefixes", "generation-marks"])
+def test_every_answer_of_a_conversation_is_trained_with_its_end(tokenizer: Any) -> None:
+    whole, answers = trained(tokenizer, TALK)
+    assert whole == (
+        "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nlamp?<|im_end|>\n<|im_start|>assistant\nlab<|im_end|>\n"
+        "<|im_start|>user\ndoor?<|im_end|>\n<|im_start|>assistant\nhall<|im_end|>\n"
+    )
+    assert answers == "lab<|im_end|>|hall<|im_end|>"
+
+
+@pytest.mark.parametrize("tokenizer", [CHATML], indirect=True)
+def test_golden_ids_and_labels(tokenizer: Any) -> None:
+    (item,) = encoding.encode(tokenizer, [ASK], [END], "assistant", 64).items
+    prompt = encoding.encode_prompt(tokenizer, ASK)
+    assert item.input_ids[: len(prompt)] == tuple(prompt)
+    assert item.labels[: len(prompt)] == (IGNORED,) * len(prompt)
+    answer = tuple(tokenizer('{"room": "lab"}', add_special_tokens=False)["input_ids"])
+    newline = tuple(tokenizer("\n", add_special_tokens=False)["input_ids"])
+    assert item.input_ids[len(prompt) :] == (*answer, END, *newline)
+    assert item.labels[len(prompt) :] == (*answer, END, IGNORED)
+    assert item.trained == len(answer) + 1
+
+
+@pytest.mark.parametrize("tokenizer", [CHATML], indirect=True)
+def test_all_means_every_token(tokenizer: Any) -> None:
+    whole, answers = trained(tokenizer, TALK, "all")
+    assert answers == whole
+
+
+@pytest.mark.parametrize("tokenizer", [CHATML], indirect=True)
+@pytest.mark.parametrize("answer", ["\nhall", " hall", "hall\n\n", "h", "<|im_end|>", "größe 😀"])
+def test_what_stands_before_an_answer_is_what_inference_gives(tokenizer: Any, answer: str) -> None:
+    example = Example((Message("user", "door?\n"),), answer, 1)
+    (item,) = encoding.encode(tokenizer, [example], [END], "assistant", 64).items
+    prompt = encoding.encode_prompt(tokenizer, example)
+    assert item.input_ids[: len(prompt)] == tuple(prompt)
+    assert item.labels[len(prompt)] != IGNORED
+
+
+@pytest.mark.parametrize("tokenizer", [ENDLESS], indirect=True)
+def test_an_answer_without_an_end_gets_one(tokenizer: Any) -> None:
+    whole, answers = trained(tokenizer, ASK)
+    assert whole.endswith('{"room": "lab"}\n<|im_end|>')
+    assert answers == '{"room": "lab"}|<|im_end|>'
+
+
+@pytest.mark.parametrize("tokenizer", [None], indirect=True)
+def test_without_a_template_prompt_and_completion_are_joined(tokenizer: Any) -> None:
+    assert trained(tokenizer, ASK) == ('the lamp{"room": "lab"}<|im_end|>', '{"room": "lab"}<|im_end|>')
+    assert tokenizer.decode(encoding.encode_prompt(tokenizer, ASK)) == "the lamp"
+    with pytest.raises(RunFailure, match="Line 4 is a conversation and the model has no chat template") as caught:
+        trained(tokenizer, TALK)
+    assert caught.value.reason == "UnsupportedModel"
+
+
+@pytest.mark.parametrize("tokenizer", [FORGETFUL], indirect=True)
+def test_a_template_that_rewrites_the_past_is_refused(tokenizer: Any) -> None:
+    assert trained(tokenizer, ASK)[1] == '{"room": "lab"}<|im_end|>'
+    with pytest.raises(RunFailure, match=r"renders turn 3 of line 4 differently once more turns follow"):
+        trained(tokenizer, TALK)
+
+
+@pytest.mark.parametrize("tokenizer", [STERN], indirect=True)
+def test_what_a_template_refuses_is_said_with_the_line(tokenizer: Any) -> None:
+    with pytest.raises(RunFailure, match="refuses the conversation of line 4: System role not supported"):
+        trained(tokenizer, TALK)
+
+
+@pytest.mark.parametrize("tokenizer", [CHATML], indirect=True)
+def test_long_examples_are_left_out_and_counted(tokenizer: Any) -> None:
+    long = Example((Message("user", "the lamp " * 50),), "x", 2)
+    found = encoding.encode(tokenizer, [ASK, long, ASK], [END], "assistant", 40)
+    assert (len(found.items), found.too_long) == (2, 1)
+    with pytest.raises(RunFailure, match=r"All 1 examples are longer than training.maxLength = 8 tokens; the shortest has \d+"):
+        encoding.encode(tokenizer, [ASK], [END], "assistant", 8)
+
+
+@pytest.mark.parametrize("tokenizer", [CHATML], indirect=True)
+def test_the_end_of_a_turn_is_found(tokenizer: Any) -> None:
+    assert encoding.turn_end(tokenizer) == END
+    tokenizer.chat_template = ENDLESS
+    assert encoding.turn_end(tokenizer) is None

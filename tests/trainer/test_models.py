@@ -1,0 +1,156 @@
+"""Models on disk: what is refused and why, what is mended, what is written; answers in batches."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from slmops_trainer import encoding, generate, models
+from slmops_trainer.data import Example, Message
+from slmops_trainer.failure import RunFailure
+from tiny import CHATML, task, write_model
+from transformers import AutoConfig
+
+
+@pytest.fixture
+def folder(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model to spoil."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def edit(folder: Path, name: str = "config.json", **changes: Any) -> None:
+    """Change keys of a JSON file; None removes."""
+    path = folder / name
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def drop_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+REFUSED: list[tuple[str, Callable[[Path], object], str]] = [
+    ("bert", lambda f: edit(f, architectures=["BertForMaskedLM"]), r"the model is a BertForMaskedLM; a causal language model"),
+    ("encoder-decoder", lambda f: edit(f, architectures=["T5ForConditionalGeneration"]), r"is a T5ForConditionalGeneration"),
+    ("own code", lambda f: edit(f, architectures=["EvilForCausalLM"], auto_map={"AutoModelForCausalLM": "evil.Evil"}), r"is a EvilForCausalLM.*bring their own code are refused"),
+    ("no architecture", lambda f: edit(f, architectures=None), r"names no architecture in config.json"),
+    ("quantized", lambda f: edit(f, quantization_config={"quant_method": "gptq"}), r"is quantized already \(gptq\)"),
+    ("no config", lambda f: (f / "config.json").unlink(), r"has no config.json: it is not a transformers model"),
+    ("broken config", lambda f: (f / "config.json").write_text("{"), r"config.json is not JSON"),
+    ("list config", lambda f: (f / "config.json").write_text("[]"), r"config.json is not a JSON object"),
+    ("no weights", lambda f: (f / "model.safetensors").unlink(), r"has no .safetensors weights"),
+    ("no tokenizer", lambda f: [(f / n).unlink(missing_ok=True) for n in models.TOKENIZER_FILES], r"has no tokenizer"),
+    ("adapter", lambda f: (f / "config.json").rename(f / "adapter_config.json"), r"is a LoRA adapter, not a model. Merge it"),
+    ("cut weights", lambda f: (f / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{"), r"cannot be loaded by transformers"),
+    ("other model's weights", lambda f: edit(f, hidden_size=128), r"cannot be loaded by transformers"),
+    ("missing weights", drop_a_weight, r"lacks weights of its architecture, among them model.layers.1.mlp.up_proj.weight"),
+    ("no eos", lambda f: (edit(f, "tokenizer_config.json", eos_token=None, tokenizer_class="PreTrainedTokenizerFast"), (f / "special_tokens_map.json").unlink()), r"has no eos_token"),
+    ("rope by layer type", lambda f: edit(f, rope_parameters={"full_attention": {"rope_theta": 1e6}}), r"written by transformers 5"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "message"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+def test_what_cannot_be_trained_is_refused_with_the_reason(
+    folder: Path, spoil: Callable[[Path], object], message: str
+) -> None:
+    spoil(folder)
+    with pytest.raises(RunFailure, match=message) as caught:
+        models.load(folder, "the model")
+    assert caught.value.reason == "UnsupportedModel"
+
+
+def test_a_checkpoint_of_transformers_5_keeps_its_rope_base(folder: Path) -> None:
+    edit(folder, rope_theta=None, rope_scaling=None, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    edit(folder, "tokenizer_config.json", tokenizer_class="TokenizersBackend")
+    assert AutoConfig.from_pretrained(folder).rope_theta == 10000.0  # the silent damage
+    assert models.load(folder, "the model").model.config.rope_theta == 5e5
+
+
+def test_rope_scaling_of_transformers_5_is_kept() -> None:
+    scaled = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "partial_rotary_factor": 0.5}
+    found = models.modernise({"rope_parameters": scaled, "x": 1}, "m")
+    assert found == {
+        "x": 1, "rope_theta": 5e5, "partial_rotary_factor": 0.5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}
+    }  # fmt: skip
+
+
+def test_writing_keeps_tokenizer_dtype_and_every_end(tmp_path: Path) -> None:
+    source = write_model(tmp_path, CHATML, torch.bfloat16)
+    edit(source, "tokenizer_config.json", eos_token="<|endoftext|>")
+    (source / "special_tokens_map.json").unlink()
+    edit(source, "generation_config.json", eos_token_id=0, temperature=0.3, do_sample=True)
+    loaded = models.load(source, "m")
+    assert loaded.model.dtype == torch.float32
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.stop_ids == (0, 2)  # the base's declared end of text, and the end that its chat template writes
+    out = tmp_path / "out"
+    models.write(loaded, loaded.model, out)
+    again = models.load(out, "again")
+    assert again.stop_ids == (0, 2)
+    assert again.dtype == torch.bfloat16
+    assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert (out / "chat_template.jinja").read_text() == CHATML
+    assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"] == CHATML
+    assert "temperature" not in json.loads((out / "generation_config.json").read_text())
+    before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in after)
+
+
+def examples() -> list[Example]:
+    texts = ["", "the ", "please, please, note that the "]
+    rows = [Example((Message("user", texts[at % 3] + question),), answer) for at, (question, answer) in enumerate(task()[:12])]
+    return [*rows, Example((Message("user", "lamp " * 190),), "x")]
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, 64])
+def test_batches_change_no_answer(tiny_model: Path, batch_size: int) -> None:
+    loaded = models.load(tiny_model, "tiny")
+    with torch.no_grad():  # a random model repeats one token; this one has more to say
+        for parameter in loaded.model.model.layers.parameters():
+            parameter.mul_(5)
+    seen: list[tuple[int, int]] = []
+    alone = generate.generate(loaded.model, loaded.tokenizer, examples(), 20, 1)
+    together = generate.generate(
+        loaded.model, loaded.tokenizer, examples(), 20, batch_size, on_batch=lambda done, total: seen.append((done, total))
+    )
+    assert together == alone
+    assert len(set(alone)) > 3
+    assert seen[-1] == (13, 13)
+
+
+def test_answers_are_the_argmax_of_the_model_step_by_step(tiny_model: Path) -> None:
+    loaded = models.load(tiny_model, "tiny")
+    example = examples()[1]
+    ids = encoding.encode_prompt(loaded.tokenizer, example)
+    start = len(ids)
+    with torch.no_grad():
+        for _ in range(10):
+            ids.append(int(loaded.model(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] in loaded.stop_ids:
+                break
+    expected = loaded.tokenizer.decode([token for token in ids[start:] if token not in loaded.stop_ids], skip_special_tokens=True)
+    assert generate.generate(loaded.model, loaded.tokenizer, [example], 10, 4) == [expected]
+
+
+def test_a_prompt_as_long_as_the_context_gets_no_answer(tiny_model: Path) -> None:
+    loaded = models.load(tiny_model, "tiny")
+    long = Example((Message("user", "lamp " * 300),), "x")
+    tight = Example((Message("user", "lamp " * 236),), "x")
+    assert 240 < len(encoding.encode_prompt(loaded.tokenizer, tight)) < 256
+    answers = generate.generate(loaded.model, loaded.tokenizer, [long, tight, examples()[0]], 30, 8)
+    assert answers[0] == ""
+    assert answers[2] == generate.generate(loaded.model, loaded.tokenizer, [examples()[0]], 30, 8)[0]
+
+
+def test_perplexity_of_a_uniform_model_is_its_vocabulary(tiny_model: Path) -> None:
+    loaded = models.load(tiny_model, "tiny")
+    with torch.no_grad():
+        loaded.model.model.norm.weight.zero_()
+    encoded = encoding.encode(loaded.tokenizer, examples()[:3], loaded.stop_ids, "assistant", 256).items
+    assert generate.perplexity(loaded.model, encoded, 0, 2) == pytest.approx(1024, rel=1e-4)
