@@ -39,7 +39,12 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule()
     def the_operator_works(self) -> None:
-        self.world.run()
+        """And when it asks for no other pass, there is nothing that another one would do."""
+        decision = self.world.run()
+        if decision.requeue is None:
+            deployments, status = dict(self.world.deployments), self.world.status
+            self.world.run()
+            assert (self.world.deployments, self.world.status) == (deployments, status)
 
     @rule(actions=st.integers(0, 7))
     def the_operator_is_killed(self, actions: int) -> None:

@@ -38,8 +38,9 @@ class Kubernetes:
 
     def create(self, **spec: Any) -> None:
         whole = {"model": {"uri": "oci://store:5000/m@sha256:" + "a" * 64}, "replicas": 2, **spec}
-        self.cluster.put({"apiVersion": keys.API_VERSION, "kind": "ModelDeployment", "spec": whole,
-                          "metadata": {"name": "chat", "namespace": "ns"}, "status": {"observedGeneration": -1}})  # fmt: skip
+        obj = {"apiVersion": keys.API_VERSION, "kind": "ModelDeployment", "spec": whole}
+        metadata = {"name": "chat", "namespace": "ns"}
+        self.cluster.put(obj | {"metadata": metadata, "status": {"observedGeneration": -1}})
 
     def edit(self, **spec: Any) -> None:
         obj = self.obj
@@ -98,8 +99,8 @@ class Kubernetes:
         status: Object = {"podIP": f"10.0.0.{number + 1}", "conditions": [{"type": "Ready", "status": "True"}]}
         if broken:
             status = {"conditions": [{"type": "Ready", "status": "False"}], **broken}
-        return {"kind": "Pod", "status": status, "spec": {},
-                "metadata": {"name": f"{deployment['metadata']['name']}-{number}", "namespace": "ns", "labels": labels}}  # fmt: skip
+        metadata = {"name": f"{deployment['metadata']['name']}-{number}", "namespace": "ns", "labels": labels}
+        return {"kind": "Pod", "status": status, "spec": {}, "metadata": metadata}
 
     def ask(self, url: str, secret: str) -> Report:
         assert secret == token(SETTINGS.router_key, self.obj["metadata"]["uid"])
@@ -112,11 +113,10 @@ class Kubernetes:
         routes = self.agents[url]
         ready = {k.name.rsplit("-", 2)[1] for k, v in self.cluster.objects.items() if k.kind == "Pod"
                  and v["status"]["conditions"][0]["status"] == "True"}  # fmt: skip
-        shares = {
-            r["revision"]: {"weight": r["weight"], "ready": 9 if r["revision"] in ready else 0,
-                            "requests": self.requests * r["weight"] // 100, "chosen": self.requests * r["weight"] // 100}
-            for r in routes["revisions"]
-        }  # fmt: skip
+        shares = {}
+        for r in routes["revisions"]:
+            name, weight, count = r["revision"], r["weight"], self.requests * r["weight"] // 100
+            shares[name] = {"weight": weight, "ready": 9 * (name in ready), "requests": count, "chosen": count}
         return Report.model_validate(
             {"routes": routes, "epoch": routes["epoch"], "turns": self.requests, "revisions": shares}
         )

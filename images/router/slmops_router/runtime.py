@@ -99,7 +99,12 @@ def seen(path: Path, routes: Routes) -> Seen:
             turns = int(row["stot"] or 0)
         elif proxy == "split" and server in counts:
             counts[server].chosen = int(row["stot"] or 0)
-            open_[server] = row["status"].startswith("UP") and row["check_status"] in PASSED
+            open_[server] = _passed(row)
         elif proxy in up and server not in ("BACKEND", "FRONTEND"):
-            up[proxy] += row["status"].startswith("UP") and row["check_status"] in PASSED
+            up[proxy] += _passed(row)
     return Seen(counts, turns, {name: up[name] if open_[name] else 0 for name in names})
+
+
+def _passed(row: dict[str, str]) -> bool:
+    """Up, and its last check that ended was good; a star marks a check that runs."""
+    return row["status"].startswith("UP") and row["check_status"].removeprefix("* ") in PASSED

@@ -72,8 +72,6 @@ def _ended(container: Object, ended: Object) -> Problem:
         pass
     name, code = container.get("name"), ended.get("exitCode")
     if ended.get("reason") == "OOMKilled":
-        return Problem(
-            "OutOfMemory", f"Container {name} hit its memory limit: raise spec.pod.resources.limits.memory."
-        )
-    last = f": {said[-SAID_MAX:]}" if said else ""
+        return Problem("OutOfMemory", f"Container {name} hit its memory limit: raise spec.pod.resources.limits.memory.")
+    last = f": {said.splitlines()[-1][-SAID_MAX:]}" if said else ""  # of a log or a traceback, the last line says it
     return Problem("CrashLoopBackOff", cut(f"Container {name} ends with exit code {code}{last}"))

@@ -1,0 +1,301 @@
+"""The small parts: identity, queries, verdicts, verbs, sizes, what pods say, and the manifests."""
+
+import json
+from typing import Any
+
+import pytest
+from tests.unit.objects import ours
+from tests.unit.rollout_world import revision
+
+from slmops.api import keys
+from slmops.api.deployment import AnalysisMetric, ModelDeploymentSpec, RolloutStatus
+from slmops.api.run import Input
+from slmops.build import router, serving
+from slmops.reconcile.serverpods import is_ready, problem_of
+from slmops.rollout.queries import Context, promql
+from slmops.rollout.revision import identify
+from slmops.rollout.verbs import Verb, obey
+from slmops.rollout.verdicts import judge
+from slmops.settings import Settings
+
+DIGEST = "sha256:" + "a" * 64
+MODEL = Input(uri="oci://store/m@" + DIGEST, name="QuantizedModel/q")
+SETTINGS = Settings(server_image="server:1", router_image="router:1")
+FULL: dict[str, Any] = {
+    "model": {"ref": {"kind": "QuantizedModel", "name": "q"}},
+    "servedName": "shop",
+    "engine": {"args": ["--slots", "4"]},
+    "pod": {"resources": {"limits": {"nvidia.com/gpu": 1, "memory": "1Gi"}}, "nodeSelector": {"gpu": "yes"}},
+}
+
+
+def spec(**changes: Any) -> ModelDeploymentSpec:
+    return ModelDeploymentSpec.model_validate(FULL | changes)
+
+
+def name_of(one: ModelDeploymentSpec, model: Input = MODEL, digest: str = DIGEST) -> str:
+    return identify("chat", one, model, digest).revision
+
+
+# Identity.
+
+
+def test_revisions_never_change_between_versions_of_the_operator():
+    """These hashes are in users' clusters: if this test fails, every deployment would roll at the next upgrade."""
+    assert name_of(spec()) == "a886c76203"
+    plain = ModelDeploymentSpec.model_validate({"model": {"uri": "oci://store/m:1"}})
+    assert name_of(plain, Input(uri="oci://store/m:1"), "") == "06d1250d63"  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"replicas": 9},
+        {"rollout": {"steps": []}},
+        {"engine": {"name": "onnxruntime-genai", "args": ["--slots", "4"]}},
+        {"pod": FULL["pod"] | {"env": [], "tolerations": []}},
+        {"model": {"ref": {"kind": "QuantizedModel", "name": "other-object-same-artifact"}}},
+    ],
+)
+def test_what_is_no_new_revision(changes):
+    assert name_of(spec(**changes)) == name_of(spec())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"servedName": "other"},
+        {"engine": {"args": ["--slots", "8"]}},
+        {"engine": {"args": ["--slots", "4"], "image": "mine:1"}},
+        {"pod": {}},
+        {"pod": FULL["pod"] | {"image": "mine:1"}},
+        {"endpoint": {"apiKeysSecretRef": {"name": "keys"}}},
+    ],
+)
+def test_what_is_a_new_revision(changes):
+    assert name_of(spec(**changes)) != name_of(spec())
+
+
+def test_a_model_is_its_content_where_that_is_known_and_its_address_where_not():
+    moved = MODEL.model_copy(update={"uri": "oci://elsewhere/m@" + DIGEST})
+    assert name_of(spec(), moved) == name_of(spec())
+    assert name_of(spec(), digest="sha256:b") != name_of(spec())
+    assert name_of(spec(), moved, "") != name_of(spec(), MODEL, "")
+    assert name_of(spec(), MODEL.model_copy(update={"secret": "s"})) != name_of(spec())
+
+
+# Verdicts and queries.
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "value", "verdict"),
+    [
+        (None, 1.0, 1.0, "Pass"),
+        (None, 1.0, 1.01, "Fail"),
+        (0.5, None, 0.5, "Pass"),
+        (0.5, None, 0.4, "Fail"),
+        (0.5, 1.0, 0.7, "Pass"),
+        (None, 1.0, float("nan"), "NoData"),
+        (None, 1.0, float("inf"), "NoData"),
+    ],
+)
+def test_judging(low, high, value, verdict):
+    said = judge(AnalysisMetric(name="m", query="x", min=low, max=high), value)
+    assert said.verdict == verdict
+    json.dumps(said.wire(), allow_nan=False)  # it can be stored
+
+
+def test_queries_are_filled_in():
+    context = Context("ns", "shop", "bbb", "aaa", 60)
+    text = 'x{ns="{{namespace}}",o="{{name}}",r=~"{{revision}}|{{stable}}"}[{{window}}]'
+    mine = AnalysisMetric(name="m", query=text, max=1)
+    assert promql(mine, context) == 'x{ns="ns",o="shop",r=~"bbb|aaa"}[60s]'
+    errors = promql(AnalysisMetric(name="m", builtin="errorRate", max=1), context)
+    assert '_responses_total{namespace="ns",slmops_owner="shop",proxy="bbb",code="5xx"}[60s]' in errors
+    latency = promql(AnalysisMetric(name="m", builtin="latencyP95", max=1), context)
+    assert '_seconds_bucket{namespace="ns",slmops_owner="shop",slmops_revision="bbb"}[60s]' in latency
+    long = promql(AnalysisMetric(name="m", builtin="errorRate", max=1), Context("ns", "m" * 63 + ".x", "b", "a", 5))
+    assert f'slmops_owner="{keys.label_value("m" * 63 + ".x")}"' in long
+
+
+# Verbs.
+
+
+@pytest.mark.parametrize(
+    ("verb", "value", "phase", "wanted", "handled"),
+    [
+        (Verb.ABORT, "bbb", "Step", Verb.ABORT, True),
+        (Verb.ABORT, "*", "Preparing", Verb.ABORT, True),
+        (Verb.ABORT, "ccc", "Step", None, False),
+        (Verb.ABORT, "aaa", "Step", None, True),
+        (Verb.ABORT, "bbb", "RolledBack", None, True),
+        (Verb.PROMOTE, "bbb", "Preparing", None, False),
+        (Verb.PROMOTE, "bbb/2", "Step", Verb.PROMOTE, True),
+        (Verb.PROMOTE, "*", "Promoting", None, True),
+        (Verb.RETRY, "bbb", "RollingBack", None, False),
+        (Verb.RETRY, "*", "RolledBack", Verb.RETRY, True),
+        (Verb.RETRY, "bbb", "Step", None, True),
+        (Verb.RETRY, "", "RolledBack", None, False),
+    ],
+)
+def test_verbs(verb, value, phase, wanted, handled):
+    done, todo = obey({verb: value}, RolloutStatus(phase=phase), revision("aaa"), revision("bbb"))
+    assert todo == wanted
+    assert done == ({verb: value} if handled else {})
+    again = obey({verb: value}, RolloutStatus(phase=phase, handled=done), revision("aaa"), revision("bbb"))
+    assert again[1] == (None if handled else wanted)
+
+
+# What pods say.
+
+
+def pod(*, ready: bool = False, init: Any = None, server: Any = None, **status: Any) -> Any:
+    words = [{"type": "Ready", "status": "True" if ready else "False"}, *status.pop("conditions", [])]
+    return {
+        "metadata": {"name": "p"},
+        "status": {
+            "conditions": words,
+            "initContainerStatuses": [{"name": "pull", "image": "server:1", **init}] if init else [],
+            "containerStatuses": [{"name": "server", "image": "server:1", **server}] if server else [],
+            **status,
+        },
+    }
+
+
+def waiting(reason: str, message: str = "") -> Any:
+    return {"state": {"waiting": {"reason": reason, "message": message}}}
+
+
+def died(code: int, reason: str = "Error", message: str = "") -> Any:
+    return {
+        "state": {"waiting": {"reason": "CrashLoopBackOff"}},
+        "lastState": {"terminated": {"exitCode": code, "reason": reason, "message": message}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("found", "reason", "words"),
+    [
+        (pod(init=waiting("ImagePullBackOff", "not found")), "ImagePullFailed", "server:1 cannot be pulled: not found"),
+        (pod(init=died(3, message='{"reason": "AccessDenied", "message": "Wrong key."}')), "AccessDenied", "Wrong"),
+        (pod(server=died(137, "OOMKilled")), "OutOfMemory", "limits.memory"),
+        (pod(server=died(2, message="usage:\nerror: no --such-flag\n")), "CrashLoopBackOff", "exit code 2: error: no"),
+        (pod(server=waiting("CreateContainerConfigError", 'secret "x"')), "CreateContainerConfigError", 'secret "x"'),
+        (pod(conditions=[{"type": "PodScheduled", "status": "False", "message": "0/1 free"}]), "Unschedulable", "0/1"),
+    ],
+)
+def test_pods_say_why_they_are_not_ready(found, reason, words):
+    problem = problem_of({}, [pod(ready=True), found])
+    assert problem is not None
+    assert problem.reason == reason
+    assert words in problem.message
+
+
+def test_pods_that_just_start_have_no_problem():
+    assert problem_of({}, [pod(init=waiting("PodInitializing")), pod(server={"state": {"running": {}}})]) is None
+    assert problem_of({}, [pod(ready=True, server=died(1))]) is None
+    leaving = pod(server=died(1))
+    leaving["metadata"]["deletionTimestamp"] = "now"
+    assert problem_of({}, [leaving]) is None
+    assert not is_ready({**pod(ready=True), "metadata": {"deletionTimestamp": "now"}})
+
+
+def test_a_quota_that_forbids_pods_is_named():
+    deployment = {"status": {"conditions": [{"type": "ReplicaFailure", "status": "True", "message": "exceeded quota"}]}}
+    problem = problem_of(deployment, [])
+    assert problem is not None
+    assert (problem.reason, "exceeded quota" in problem.message) == ("PodsForbidden", True)
+
+
+# Manifests.
+
+OWNER = ours("ModelDeployment", FULL, name="chat")
+
+
+def pods_of(*manifests: Any) -> list[Any]:
+    return [m["spec"]["template"]["spec"] for m in manifests]
+
+
+def test_all_pods_satisfy_pod_security_restricted_and_have_no_token():
+    made = serving.deployment(OWNER, spec(), "rev", MODEL, SETTINGS), router.deployment(OWNER, spec(), SETTINGS)
+    for one in pods_of(*made):
+        assert one["automountServiceAccountToken"] is False
+        assert one["securityContext"]["runAsNonRoot"] is True
+        assert one["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in [*one.get("initContainers", []), *one["containers"]]:
+            security = container["securityContext"]
+            assert security["allowPrivilegeEscalation"] is False
+            assert security["readOnlyRootFilesystem"] is True
+            assert security["capabilities"] == {"drop": ["ALL"]}
+        kinds = {kind for volume in one["volumes"] for kind in volume if kind != "name"}
+        assert kinds <= {"emptyDir", "configMap", "secret", "persistentVolumeClaim"}
+
+
+def test_the_server_pod_pulls_then_serves():
+    made = serving.deployment(OWNER, spec(), "rev", MODEL, SETTINGS)
+    (one,) = pods_of(made)
+    pull, server = one["initContainers"][0], one["containers"][0]
+    assert pull["command"] == ["python3", "-m", "slmops_artifacts", "pull", MODEL.uri, "/model"]
+    assert server["command"] == [
+        "slmops-server", "--model", "/model", "--served-name", "shop", "--port", "8000", "--metrics-port", "9090",
+        "--slots", "4",
+    ]  # fmt: skip
+    assert server["resources"]["limits"] == {"nvidia.com/gpu": "1", "memory": "1Gi"}
+    assert pull["resources"]["limits"] == {"memory": "1Gi"}
+    assert one["nodeSelector"] == {"gpu": "yes"}
+    assert made["spec"]["selector"]["matchLabels"].items() <= made["spec"]["template"]["metadata"]["labels"].items()
+    assert made["spec"]["template"]["metadata"]["labels"][keys.LABEL_REVISION] == "rev"
+    assert {p["name"] for p in server["ports"]} == {"http", "metrics"}
+
+
+def test_sources_bring_their_mounts():
+    more = {"registry_secret": "store", "plain_http": "r:5000", "hf_endpoint": "http://hf"}
+    settings = SETTINGS.model_copy(update=more)
+    claimed = Input(uri="pvc://models/one", secret="hub")
+    guarded = spec(endpoint={"apiKeysSecretRef": {"name": "keys"}})
+    (one,) = pods_of(serving.deployment(OWNER, guarded, "rev", claimed, settings))
+    pull, server = one["initContainers"][0], one["containers"][0]
+    mounts = {m["name"]: m for m in pull["volumeMounts"]}
+    assert mounts["claim"] == {"name": "claim", "mountPath": "/slmops/pvc/models", "readOnly": True}
+    assert pull["command"][-2:] == ["--secret-dir", mounts["model-secret"]["mountPath"]]
+    env = {e["name"]: e["value"] for e in pull["env"]}
+    assert env["SLMOPS_REGISTRY_AUTH"] == f"{mounts['registry']['mountPath']}/.dockerconfigjson"
+    assert (env["SLMOPS_PLAIN_HTTP"], env["HF_ENDPOINT"]) == ("r:5000", "http://hf")
+    assert "--api-keys-dir" in server["command"]
+    assert {m["name"] for m in server["volumeMounts"]} == {"tmp", "model", "api-keys"}  # no registry password
+    assert {v["name"] for v in one["volumes"]} == {"tmp", "model", "api-keys", "model-secret", "registry", "claim"}
+    same = Input(uri="oci://r/m:1", secret="store")
+    (two,) = pods_of(serving.deployment(OWNER, spec(), "rev", same, settings))
+    paths = [m["mountPath"] for m in two["initContainers"][0]["volumeMounts"]]
+    assert len(set(paths)) == len(paths)
+
+
+def test_the_token_is_in_no_pod_spec_and_no_config_map():
+    made = [router.deployment(OWNER, spec(), SETTINGS), router.config_map(OWNER, {}, {}), router.service(OWNER)]
+    assert "s3cret" not in json.dumps(made)
+    assert router.token_secret(OWNER, "s3cret")["data"] == {"token": "czNjcmV0"}
+
+
+def test_records_come_back_as_they_were_and_broken_ones_count_as_lost():
+    made = serving.deployment(OWNER, spec(), "rev", MODEL, SETTINGS)
+    stored = router.config_map(OWNER, {"a": 1}, {"rev": made})
+    assert router.records_of(stored) == {"rev": made}
+    stored["data"]["deployment-bad.json"] = "{"
+    stored["data"]["deployment-odd.json"] = "[]"
+    assert set(router.records_of(stored)) == {"rev"}
+    assert router.records_of(None) == {}
+
+
+@pytest.mark.parametrize("name", ["m" * 63, "m" * 59, "a.b", "x" * 253])
+def test_long_names_give_valid_and_different_children(name):
+    owner = ours("ModelDeployment", FULL, name=name)
+    names = [router.service_name(owner), router.router_name(owner), serving.revision_name(owner, "0123456789"),
+             serving.revision_name(owner, "abcdef0123"), serving.budget_name(owner, "server")]  # fmt: skip
+    assert len(set(names)) == len(names)
+    assert all(len(n) <= 63 and "." not in n and n.strip("-") == n for n in names)
+
+
+def test_two_routers_where_there_are_two_servers():
+    assert [router.router_pods(spec(replicas=n)) for n in (0, 1, 2, 50)] == [1, 1, 2, 2]
+    places = [router.routes(OWNER, {"a": 100}, "a", "", n)["revisions"][0]["servers"] for n in (1, 4, 5, 100)]
+    assert places == [8, 8, 16, 256]
