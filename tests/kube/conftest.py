@@ -97,7 +97,7 @@ def free_port() -> int:
 class Operator:
     """The operator as a process of its own."""
 
-    def __init__(self, server: str, folder: Path, namespace: str, **settings: str) -> None:
+    def __init__(self, server: str, folder: Path, namespace: str = "", **settings: str) -> None:
         self.folder, self.log = folder, folder / f"operator-{next(NAMES)}.log"
         config = {
             "apiVersion": "v1", "kind": "Config", "current-context": "c",
@@ -155,6 +155,17 @@ class Operator:
         return time.monotonic() - began
 
 
+@pytest.fixture(scope="module")
+def operator(access: Access, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+    """One operator for the whole module and for all namespaces."""
+    proxy = Proxy(access).start()
+    found = Operator(proxy.url, tmp_path_factory.mktemp("operator")).until_ready()
+    yield found
+    found.kill()
+    proxy.close()
+    check_log(found)
+
+
 Start = Callable[..., Operator]
 
 
@@ -173,5 +184,10 @@ def start(access: Access, api: Api, proxy: Proxy, tmp_path: Path) -> Iterator[St
         if operator.process.poll() is None:
             operator.kill()
     for operator in started:
-        text = operator.log.read_text()
-        assert "Traceback" not in text, text[-4000:]
+        check_log(operator)
+
+
+def check_log(operator: Operator) -> None:
+    """No bug came to light."""
+    text = operator.log.read_text()
+    assert "Traceback" not in text, text[-4000:]

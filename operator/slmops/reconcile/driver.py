@@ -181,7 +181,7 @@ def _explain(error: ClusterError, what: str) -> None:
         raise Retry("NamespaceTerminating", "The namespace is being deleted.", after=60.0) from error
     if error.status == 403:
         reason = "QuotaExceeded" if "exceeded quota" in error.message else "Forbidden"
-        raise Retry(reason, f"{what} was refused: {error.message}", after=10.0) from error
+        raise Retry(reason, f"{what} was refused: {error.message}", after=5.0) from error
     if not error.retryable:
         raise Terminal("Rejected", f"The API server refuses {what}: {error.message}") from error
     raise error
