@@ -1,4 +1,4 @@
-"""The demo's own pods: seeding, traffic, measuring. Their code lies in a ConfigMap; they meet Pod Security restricted."""
+"""The demo's own pods: seeding, traffic, measuring. Their code lies in a ConfigMap; Pod Security restricted is met."""
 
 import json
 from pathlib import Path

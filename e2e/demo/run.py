@@ -28,12 +28,12 @@ class DemoError(Exception):
 
 def operator_settings(kube: Kubectl) -> dict[str, str]:
     """The SLMOPS_* variables of the installed operator: images, store. Raises DemoError if there is none."""
-    found = kube.within(chart.NAMESPACE).list("deployments", "app.kubernetes.io/component=operator")
-    if not found:
+    found = kube.within(chart.NAMESPACE).get("deployment", f"{chart.RELEASE}-operator")
+    if found is None:
         raise DemoError(
             f"No SLMOps operator runs in namespace {chart.NAMESPACE}. Install the chart first: make install"
         )
-    env = found[0]["spec"]["template"]["spec"]["containers"][0].get("env") or []
+    env = found["spec"]["template"]["spec"]["containers"][0].get("env") or []
     return {item["name"]: item.get("value", "") for item in env}
 
 

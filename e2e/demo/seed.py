@@ -25,24 +25,27 @@ CONTEXT = 256
 # student saves. Head sizes are multiples of 16, all else multiples of 32: the int4 blocks fit without padding.
 TEACHER = {
     "hidden_size": 320,
-    "intermediate_size": 1024,
+    "intermediate_size": 832,
     "num_hidden_layers": 8,
     "num_attention_heads": 5,
-    "num_key_value_heads": 1,
+    "num_key_value_heads": 5,
 }
 STUDENT = {
     "hidden_size": 160,
     "intermediate_size": 448,
     "num_hidden_layers": 3,
     "num_attention_heads": 5,
-    "num_key_value_heads": 1,
+    "num_key_value_heads": 5,
 }
 EMBEDDING_SPREAD = 0.1
+ROPE_BASE = 500.0
+WHOLE = "user\nassistant\nsystem\n"  # the template's own words: one token each
 
 PAD, BEGIN, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-# Qwen2's own split: every digit is a token of its own, so a room number can be copied digit by digit.
+# Qwen2's split: every digit is a token of its own. To copy ten digits is soon learnt, a hundred room numbers not.
 SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CHATML = (
     "{% for message in messages %}"
@@ -66,7 +69,7 @@ def make_tokenizer(texts: Iterable[str]) -> "PreTrainedTokenizerFast":
     bpe.decoder = decoders.ByteLevel()
     special = [AddedToken(token, special=True, normalized=False) for token in (PAD, BEGIN, END)]
     bpe.train_from_iterator(
-        chain(texts, ["user\nassistant\nsystem\n"] * 200),  # the template's own words: one token each
+        chain(texts, [WHOLE] * 3000),
         trainers.BpeTrainer(
             vocab_size=VOCABULARY,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -87,9 +90,10 @@ def make_tokenizer(texts: Iterable[str]) -> "PreTrainedTokenizerFast":
 def make_model(shape: dict[str, int], tokenizer: "PreTrainedTokenizerFast", seed: int) -> "LlamaForCausalLM":
     """An untrained model of this shape, fp32.
 
-    Matrices start at 1/sqrt(inputs), those that write into the residual stream smaller by its number of summands, and
-    embeddings at EMBEDDING_SPREAD. With transformers' 0.02 for all, made for wide models, the words drown in the
-    layers' first noise at this width, and such a model does not begin to read its prompt within 300 steps.
+    Two things differ from transformers' defaults, which are made for wide models and long texts; with those, such a
+    model does not begin to read its prompt within 300 steps. Layers start out silent (what they write into the
+    residual stream is 0) and embeddings well above 0.02, so that at first only the words are heard. Rotary
+    positions turn faster (ROPE_BASE), so that neighbours can be told apart from the start: copying needs it.
     """
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -101,6 +105,7 @@ def make_model(shape: dict[str, int], tokenizer: "PreTrainedTokenizerFast", seed
             **shape,
             vocab_size=VOCABULARY,
             max_position_embeddings=CONTEXT,
+            rope_theta=ROPE_BASE,
             tie_word_embeddings=True,
             torch_dtype="float32",
             bos_token_id=begin,
@@ -110,9 +115,8 @@ def make_model(shape: dict[str, int], tokenizer: "PreTrainedTokenizerFast", seed
     )
     for name, weight in model.named_parameters():
         if weight.ndim == 2:
-            spread = EMBEDDING_SPREAD if "embed" in name else weight.shape[1] ** -0.5
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                spread *= (2 * shape["num_hidden_layers"]) ** -0.5
+            silent = name.endswith(("o_proj.weight", "down_proj.weight"))
+            spread = EMBEDDING_SPREAD if "embed" in name else 0.0 if silent else weight.shape[1] ** -0.5
             torch.nn.init.normal_(weight, std=spread)
     model.generation_config = GenerationConfig(bos_token_id=begin, eos_token_id=[end], pad_token_id=pad)
     return model
@@ -137,9 +141,6 @@ def write_model(folder: Path, shape: dict[str, int], tokenizer: "PreTrainedToken
     model = make_model(shape, tokenizer, seed)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # The name of the generic class is not known to every runtime; the tokenizer's file is Qwen2's in all but its words.
-    settings = folder / "tokenizer_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}, indent=2))
     return sum(weight.numel() for weight in model.parameters())
 
 

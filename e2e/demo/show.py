@@ -42,6 +42,11 @@ class Row:
     detail: str
     seconds: float | None
 
+    @property
+    def moving(self) -> bool:
+        """A run in progress, whose detail tells something new every few seconds."""
+        return self.seconds is not None and not (self.ready or self.stalled)
+
 
 def condition(found: Object, name: str) -> Object:
     """One condition of an object; empty if it is absent or speaks of an older generation."""
@@ -104,6 +109,7 @@ class Board:
         self.lines = 0
         self.began = time.monotonic()
         self.told: dict[str, tuple[str, float]] = {}
+        self.footer = ""
 
     def say(self, text: str) -> None:
         """One line that stays."""
@@ -132,14 +138,15 @@ class Board:
 
     def _tell(self, rows: list[Row], footer: str) -> None:
         now = time.monotonic()
-        for each in [*rows, Row("", "", "", ready=False, stalled=False, phase="", detail=footer, seconds=None)]:
-            busy = each.detail and not each.ready
-            key, state = f"{each.kind}/{each.name}".strip("/"), each.phase + str(each.ready)
+        if footer and footer != self.footer:
+            self.say(footer)
+        self.footer = footer
+        for each in rows:
+            key, state = f"{each.kind}/{each.name}", each.phase + str(each.ready)
             before, at = self.told.get(key, ("", 0.0))
-            if state == before and not (busy and now - at >= PLAIN_SECONDS):
+            if state == before and not (each.moving and now - at >= PLAIN_SECONDS):
                 continue
             self.told[key] = (state, now)
             spent = f" ({clock(each.seconds)})" if each.seconds is not None else ""
             text = re.sub(r"\s+", " ", f"{key} {each.phase}{spent} {each.detail}").strip()
-            if text:
-                self.say(text)
+            self.say(text)

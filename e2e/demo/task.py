@@ -16,7 +16,8 @@ from demo.phrases import KNOWN, MONTHS, NAMES, NEW, NUMBERS, PRODUCTS, SECURITY_
 FIELDS = ("product", "severity", "team", "room", "due")
 TEAMS = (*KNOWN.symptoms, "security")
 NEW_TEAM = "security"
-TERSE = 0.4  # share of messages without greeting, thanks and chatter
+WINGS = "BCDEFGH"  # of the building
+TERSE = 0.5  # share of messages without greeting, thanks and chatter
 
 _CHOICE = re.compile(r"\[([^\[\]]+)\]")
 
@@ -105,16 +106,14 @@ class Writer:
             text = text.replace("{" + slot + "}", slots[slot])
         while "{name}" in text:
             text = text.replace("{name}", self.random.choice(NAMES), 1)
-        return text.replace("{n}", str(self.random.randrange(1000, 99999)))
+        return text.replace("{n}", str(self.random.randrange(50000, 100000)))
 
     def _room(self) -> tuple[str, str]:
         """A room as the ticket wants it, and as people write it."""
         rng = self.random
-        letter, number = rng.choice("ABCDEFGH"), f"{rng.randrange(100, 1000)}"
+        letter, number = rng.choice(WINGS), f"{rng.randrange(1, 5)}{rng.randrange(1, 31):02}"
         wing = letter if rng.random() < 0.6 else letter.lower()
-        written = rng.choice(
-            (f"{wing}{number}", f"{wing}{number}", f"{wing}-{number}", f"{wing} {number}", f"{wing}.{number}")
-        )
+        written = wing + rng.choice(("", "", "-", " ", ".")) + number
         return letter + number, rng.choice(("room ", "room ", "", "", "office ", "rm ")) + written
 
     def _due(self) -> tuple[str, str]:
@@ -157,13 +156,13 @@ class Writer:
         """Join sentences as people type them: casing, punctuation, and now and then a slip of the finger."""
         rng = self.random
         style = rng.random()
-        if style < 0.55:
+        if style < 0.5:
             parts = [part[0].upper() + part[1:] for part in parts]
         ends = rng.choice(((". ",), (". ", "! "), (", ",), (" - ",), ("\n",), ("... ",), (". ", "\n")))
         text = "".join(part + (" " if part[-1] in "?!" else rng.choice(ends)) for part in parts).rstrip(" ,-\n")
         if style > 0.8:
             text = text.lower()
-        if style > 0.95:
+        if style > 0.97:
             text = text.upper()
         words = text.split(" ")
         if rng.random() < 0.35:
