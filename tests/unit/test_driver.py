@@ -203,6 +203,9 @@ def test_what_was_reached_is_not_taken_back() -> None:
     cluster.set_status(key, done)
     assert driver.run(key) == 15.0
     assert cluster.objects[key]["status"] == done
+    given_up = replace(driver, reconcilers={"FineTuneJob": Scripted(Terminal("InvalidSpec", "x"))})
+    assert given_up.run(key) is None
+    assert cluster.objects[key]["status"] == done
 
 
 def test_a_foreign_job_of_the_name_does_not_trouble_a_finished_object() -> None:

@@ -131,6 +131,9 @@ class Driver:
     def _give_up(self, obj: Object, terminal: Terminal, now: datetime) -> None:
         generation = obj["metadata"].get("generation", 0)
         before = Status.model_validate(obj.get("status") or {}).conditions
+        if conditions.is_true(before, conditions.COMPLETE):
+            log.warning("Could not look after finished object", extra={"reason": terminal.reason})
+            return
         known = conditions.find(before, conditions.STALLED)
         marked = conditions.stalled(
             before,
