@@ -85,7 +85,7 @@ class ModelServer:
     def __init__(self, name: str, host: str, port: int) -> None:
         self.name, self.host, self.port = name, host, port
         self.ready, self.status, self.chunks, self.pause = True, 200, 3, 0.005
-        self.answered = self.cut = 0
+        self.answered = self.cut = self.read = 0
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -96,7 +96,7 @@ class ModelServer:
                 self._say(200 if outer.ready else 503, b"{}")
 
             def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["content-length"]))
+                outer.read += len(self.rfile.read(int(self.headers["content-length"])))
                 outer.answered += 1
                 if outer.status != 200:
                     self._say(outer.status, b'{"error": {"message": "bad model"}}')

@@ -8,7 +8,6 @@ from itertools import pairwise
 
 from router_world import Load, ask, eventually, routes
 
-
 CLIENTS = 8
 
 
@@ -198,6 +197,17 @@ def test_events_arrive_one_by_one(pod, router, port):
         answer.readline()
     assert len(times) == 4
     assert all(later - earlier > 0.1 for earlier, later in pairwise(times))
+
+
+def test_a_long_prompt_passes_whole(pod, router, port):
+    server = pod("a", chunks=1)
+    one = router(routes({"a": 100}, port))
+    one.ready("a")
+    prompt = json.dumps({"messages": [{"role": "user", "content": "x" * 1_000_000}]})
+    connection = http.client.HTTPConnection("127.0.0.1", one.port, timeout=20)
+    connection.request("POST", "/v1/chat/completions", prompt)
+    assert connection.getresponse().read().endswith(b"[DONE]\n\n")
+    assert server.read == len(prompt)
 
 
 def test_a_client_that_leaves_frees_its_model_server(pod, router, port):

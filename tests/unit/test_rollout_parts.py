@@ -217,8 +217,8 @@ def pods_of(*manifests: Any) -> list[Any]:
 
 
 def test_all_pods_satisfy_pod_security_restricted_and_have_no_token():
-    made = serving.deployment(OWNER, spec(), "rev", MODEL, SETTINGS), router.deployment(OWNER, spec(), SETTINGS)
-    for one in pods_of(*made):
+    servers = serving.deployment(OWNER, spec(), "rev", MODEL, SETTINGS)
+    for one in pods_of(servers, router.deployment(OWNER, spec(), "s3cret", SETTINGS)):
         assert one["automountServiceAccountToken"] is False
         assert one["securityContext"]["runAsNonRoot"] is True
         assert one["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -271,8 +271,9 @@ def test_sources_bring_their_mounts():
 
 
 def test_the_token_is_in_no_pod_spec_and_no_config_map():
-    made = [router.deployment(OWNER, spec(), SETTINGS), router.config_map(OWNER, {}, {}), router.service(OWNER)]
-    assert "s3cret" not in json.dumps(made)
+    made = router.deployment(OWNER, spec(), "s3cret", SETTINGS)
+    assert "s3cret" not in json.dumps([made, router.config_map(OWNER, {}, {}), router.service(OWNER)])
+    assert made != router.deployment(OWNER, spec(), "another", SETTINGS)  # or the pods would keep the old one
     assert router.token_secret(OWNER, "s3cret")["data"] == {"token": "czNjcmV0"}
 
 

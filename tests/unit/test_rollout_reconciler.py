@@ -414,6 +414,20 @@ def test_a_silent_router_is_held_against_nobody_but_the_rollout():
     assert world.status["weight"] == 10
 
 
+def test_a_router_that_may_not_exist_is_named():
+    world = Kubernetes()
+    world.passes(1)
+    refused = {"type": "ReplicaFailure", "status": "True", "message": "exceeded quota: small"}
+    world.cluster.set_status(Key("Deployment", "ns", "chat-router"), {"conditions": [refused]})
+    for _ in range(3):
+        world.kubelet()
+        for pod in [k for k in world.cluster.objects if k.kind == "Pod" and "router" in k.name]:
+            world.cluster.delete(pod)
+        world.driver().run(KEY)
+    assert world.condition("Reconciling")[:2] == ("True", "PodsForbidden")
+    assert "exceeded quota: small" in world.condition("Reconciling")[2]
+
+
 def test_scaled_to_zero_is_ready():
     world = Kubernetes()
     world.passes()

@@ -5,6 +5,7 @@ Deployment of every revision (build/serving.py), so that a revision whose spec i
 """
 
 import base64
+import hashlib
 import json
 
 from slmops.api import keys
@@ -109,9 +110,10 @@ def service(owner: Object) -> Object:
     }
 
 
-def deployment(owner: Object, spec: ModelDeploymentSpec, settings: Settings) -> Object:
-    """Build the router's Deployment: two pods where the model has several."""
+def deployment(owner: Object, spec: ModelDeploymentSpec, token: str, settings: Settings) -> Object:
+    """Build the router's Deployment: two pods where the model has several. Another token makes other pods."""
     name = router_name(owner)
+    mark = hashlib.sha256(token.encode()).hexdigest()[:8]
     pull_secrets = [secret.wire() for secret in (spec.pod.image_pull_secrets if spec.pod else None) or []]
     return {
         "apiVersion": "apps/v1",
@@ -125,7 +127,11 @@ def deployment(owner: Object, spec: ModelDeploymentSpec, settings: Settings) -> 
             "template": {
                 "metadata": {
                     "labels": parts.labels(owner, keys.ROLE_ROUTER),
-                    "annotations": {"prometheus.io/scrape": "true", "prometheus.io/port": str(keys.METRICS_PORT)},
+                    "annotations": {
+                        "prometheus.io/scrape": "true",
+                        "prometheus.io/port": str(keys.METRICS_PORT),
+                        f"{keys.GROUP}/token": mark,
+                    },
                 },
                 "spec": {
                     "automountServiceAccountToken": False,

@@ -89,18 +89,20 @@ class DeploymentReconciler:
         wanted = _wanted(cluster, obj, spec, status)
         owned = {keys.LABEL_OWNER_UID: obj["metadata"]["uid"]}
         pods = cluster.list("Pod", namespace, owned)
+        deployments = cluster.list("Deployment", namespace, owned)
         live = {
             found["metadata"]["labels"][keys.LABEL_REVISION]: found
-            for found in cluster.list("Deployment", namespace, owned | {keys.LABEL_ROLE: keys.ROLE_SERVER})
+            for found in deployments
             if keys.LABEL_REVISION in found["metadata"]["labels"] and not found["metadata"].get("deletionTimestamp")
         }
         routers = [pod for pod in pods if _role(pod) == keys.ROLE_ROUTER]
+        front = next((found for found in deployments if _role(found) == keys.ROLE_ROUTER), {})
         agents = tuple(self._agent(obj, pod, world.settings) for pod in routers if is_ready(pod) and _address(pod))
         seen = Seen(
             target=wanted.revision,
             pods={name: _pods(found, pods) for name, found in live.items()},
             routers=tuple(_router(agent.report) for agent in agents),
-            router_problem=problem_of({}, routers),
+            router_problem=problem_of(front, routers),
             annotations=obj["metadata"].get("annotations") or {},
         )
         if measurement_due(spec, status, seen, world.now):
@@ -255,7 +257,7 @@ def _children(
         router_parts.token_secret(obj, token),
         router_parts.config_map(obj, routes, records),
         router_parts.service(obj),
-        router_parts.deployment(obj, spec, settings),
+        router_parts.deployment(obj, spec, token, settings),
     ]
     for revision, replicas in sorted(decision.replicas.items()):
         if revision in records:
@@ -265,9 +267,7 @@ def _children(
     return tuple(made)
 
 
-def _records(
-    obj: Object, spec: ModelDeploymentSpec, observed: Observed, decision: Decision
-) -> dict[str, Object]:
+def _records(obj: Object, spec: ModelDeploymentSpec, observed: Observed, decision: Decision) -> dict[str, Object]:
     """The manifest of each wanted revision: as recorded, else as it stands in the cluster, else built anew."""
     records: dict[str, Object] = {}
     wanted = observed.wanted
@@ -281,9 +281,7 @@ def _records(
     return records
 
 
-def _removed(
-    obj: Object, spec: ModelDeploymentSpec, observed: Observed, decision: Decision
-) -> tuple[Key, ...]:
+def _removed(obj: Object, spec: ModelDeploymentSpec, observed: Observed, decision: Decision) -> tuple[Key, ...]:
     namespace = obj["metadata"]["namespace"]
     gone = [
         Key(kind, namespace, serving.revision_name(obj, revision))
