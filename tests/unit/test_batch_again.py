@@ -1,0 +1,194 @@
+"""Suspending, queueing, trying again: decide() of a batch object that does not go straight on."""
+
+from typing import Any
+
+import pytest
+from tests.unit.objects import RUNNING, Object, at, condition, exited, finetune, job, of, pod, said
+from tests.unit.test_batch_life import FAILED_JOB, FATAL_JOB, WANTED, after, kstatus, ready, run
+
+from slmops.reconcile.state import Plan
+
+# Suspending and queueing.
+
+
+def test_suspended_from_the_start_costs_no_job() -> None:
+    plan = run(finetune(suspend=True))
+    assert (plan.status["phase"], ready(plan)) == ("Suspended", ("False", "Suspended"))
+    assert plan.apply == plan.delete == ()
+    assert of({"status": plan.status}, "Suspended")["status"] == "True"  # type: ignore[index]
+
+
+def test_suspending_suspends_the_job_and_waits_for_its_pod() -> None:
+    obj = finetune(suspend=True)
+    plan = run(obj, job=job(obj), pods=(pod(obj, state=RUNNING),))
+    assert plan.apply[0]["spec"]["suspend"] is True
+    assert plan.apply[0]["metadata"]["resourceVersion"] == "7"
+    assert "saves a checkpoint" in of({"status": plan.status}, "Ready")["message"]  # type: ignore[index]
+
+
+def test_resuming_resumes_the_job_and_clears_the_condition() -> None:
+    suspended = run(finetune(suspend=True), job=job(finetune(), spec={"suspend": True}))
+    obj = finetune(suspended.status, generation=2)
+    plan = run(obj, job=job(obj, spec={"suspend": True}))
+    assert plan.apply[0]["spec"]["suspend"] is False
+    assert of({"status": plan.status}, "Suspended") is None
+
+
+def test_a_queued_job_is_kueues_until_it_is_admitted() -> None:
+    obj = finetune(queueName="gpus")
+    plan = run(obj, job=job(obj, spec={"suspend": True}))
+    assert plan.status["phase"] == "Queued"
+    assert plan.apply == ()
+    admitted = run(obj, job=job(obj), pods=(pod(obj, state=RUNNING),))
+    assert admitted.status["phase"] == "Running"
+
+
+def test_suspending_a_queued_object_takes_it_out_of_the_queue() -> None:
+    obj = finetune(queueName="gpus", suspend=True)
+    plan = run(obj, job=job(obj, spec={"suspend": True}))
+    assert [key.kind for key in plan.delete] == ["Job"]
+    assert plan.apply == ()
+
+
+def test_limits_may_change_while_it_runs() -> None:
+    obj = finetune(backoffLimit=7, activeDeadlineSeconds=900)
+    plan = run(obj, job=job(obj), pods=(pod(obj, state=RUNNING),))
+    assert plan.apply[0]["spec"]["backoffLimit"] == 7
+    assert plan.apply[0]["spec"]["activeDeadlineSeconds"] == 900
+    assert plan.apply[0]["spec"]["template"] == {"spec": {"containers": []}}
+
+
+# Trying again.
+
+
+def world_failed(retries: int = 0) -> tuple[Object, Plan]:
+    obj = finetune({"observedGeneration": 1, "retries": retries})
+    bad = pod(obj, phase="Failed", state=said("StoreUnavailable", "503", 1))
+    return obj, run(obj, job=job(obj, **FAILED_JOB), pods=(bad,))
+
+
+UNNAMED = {
+    "job": job(finetune(), inputs="", **FAILED_JOB),
+    "pods": (pod(finetune(), phase="Failed", state=said("StoreUnavailable", "503", 1)),),
+}
+
+
+@pytest.mark.parametrize(("retries", "seconds"), [(0, 30), (1, 60), (4, 480), (7, 3600), (400, 3600)])
+def test_delay_grows_to_an_hour(retries: int, seconds: int) -> None:
+    _, plan = world_failed(retries)
+    assert plan.status["nextRetryTime"] == at(seconds)
+    assert plan.requeue == 5.0  # the Secrets and ConfigMaps that it names are looked at meanwhile
+    without = run(finetune({"observedGeneration": 1, "retries": retries}), **UNNAMED)
+    assert without.requeue == seconds
+
+
+def test_until_then_nothing_happens() -> None:
+    obj, plan = world_failed()
+    again = run(after(obj, plan), job=job(obj, **FAILED_JOB), inputs="i1")
+    assert again.status == plan.status
+    assert again.delete == again.apply == ()
+    assert again.requeue == 5.0
+
+
+def test_then_the_old_job_goes_and_a_new_one_follows() -> None:
+    obj, plan = world_failed()
+    obj = after(obj, plan)
+    obj["status"]["nextRetryTime"] = at(-1)
+    removing = run(obj, job=job(obj, **FAILED_JOB))
+    assert [key.name for key in removing.delete] == ["tune-finetune"]
+    assert removing.apply == ()
+    made = run(after(obj, removing), wanted=WANTED, inputs="i1")
+    assert made.apply == (WANTED,)
+    assert made.status["retries"] == 1
+    assert "nextRetryTime" not in made.status
+
+
+def test_killed_between_making_the_new_job_and_saying_so() -> None:
+    obj, plan = world_failed()
+    obj = after(obj, plan)
+    obj["status"]["nextRetryTime"] = at(-10)
+    plan = run(obj, job=job(obj, age=5), pods=(pod(obj, age=4, state=RUNNING),))
+    assert plan.status["phase"] == "Running"
+    assert plan.status["retries"] == 1
+    assert "nextRetryTime" not in plan.status
+
+
+def test_a_changed_secret_ends_the_wait_at_once() -> None:
+    obj, plan = world_failed()
+    plan = run(after(obj, plan), job=job(obj, **FAILED_JOB), inputs="i2")
+    assert [key.kind for key in plan.delete] == ["Job"]
+    assert run(after(obj, plan), job=job(obj, deleting=True, **FAILED_JOB), inputs="i2").delete == ()
+    made = run(after(obj, plan), wanted=WANTED, inputs="i2")
+    assert made.apply == (WANTED,)
+    assert made.status["inputs"] == "i2"
+
+
+def failed_for_good(state: Object, jobs: dict[str, Any], **spec: Any) -> Object:
+    obj = finetune(**spec)
+    plan = run(obj, job=job(obj, **jobs), pods=(pod(obj, phase="Failed", state=state),))
+    assert plan.status["phase"] == "Failed"
+    return after(obj, plan)
+
+
+def edited(obj: Object, **spec: Any) -> Object:
+    metadata = {**obj["metadata"], "generation": obj["metadata"]["generation"] + 1}
+    return {**obj, "metadata": metadata, "spec": {**obj["spec"], **spec}}
+
+
+def test_failed_stays_failed() -> None:
+    obj = failed_for_good(exited(1), FAILED_JOB)
+    plan = run(obj, job=job(obj, **FAILED_JOB), inputs="i1")
+    assert (plan.status, plan.apply, plan.delete, plan.events) == (obj["status"], (), (), ())
+    assert plan.requeue == 60.0  # its inputs are looked at from time to time
+    gone = run(obj, wanted=WANTED, inputs="i1")
+    assert (gone.status, gone.apply) == (obj["status"], ())  # its Job was removed: still failed
+
+
+AGAIN: dict[str, tuple[Object, dict[str, Any], dict[str, Any], dict[str, Any], bool]] = {
+    # name: container state, Job, spec before, change of the spec, goes on
+    "more attempts allowed": (exited(1), FAILED_JOB, {}, {"backoffLimit": 6}, True),
+    "fewer attempts allowed": (exited(1), FAILED_JOB, {}, {"backoffLimit": 2}, False),
+    "only the TTL changed": (exited(1), FAILED_JOB, {}, {"ttlSecondsAfterFinished": 9}, False),
+    "more attempts of what is useless": (said("BadDataset", "x", 3), FATAL_JOB, {}, {"backoffLimit": 9}, False),
+    "longer deadline": (
+        said("Interrupted", "", 143),
+        {"conditions": [condition("Failed", "DeadlineExceeded")]},
+        {"activeDeadlineSeconds": 30},
+        {"activeDeadlineSeconds": 3000},
+        True,
+    ),
+    "no deadline": (
+        said("Interrupted", "", 143),
+        {"conditions": [condition("Failed", "DeadlineExceeded")]},
+        {"activeDeadlineSeconds": 30},
+        {"activeDeadlineSeconds": None},
+        True,
+    ),
+    "shorter deadline": (
+        said("Interrupted", "", 143),
+        {"conditions": [condition("Failed", "DeadlineExceeded")]},
+        {"activeDeadlineSeconds": 30},
+        {"activeDeadlineSeconds": 10},
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_a_change_that_could_help_lets_a_failed_object_go_on(name: str) -> None:
+    state, jobs, before, change, goes_on = AGAIN[name]
+    obj = edited(failed_for_good(state, jobs, **before), **change)
+    plan = run(obj, job=job(obj, **jobs), inputs="i1")
+    assert bool(plan.delete) == goes_on
+    assert (kstatus(plan) == "InProgress") == goes_on
+    assert plan.status["observedGeneration"] == 2
+    if goes_on:
+        made = run(after(obj, plan), wanted=WANTED, inputs="i1")
+        assert made.apply == (WANTED,)
+        assert of({"status": made.status}, "Failed") is None
+
+
+def test_a_mended_configmap_lets_a_failed_object_go_on() -> None:
+    obj = failed_for_good(said("BadDataset", "line 3", 3), FATAL_JOB)
+    plan = run(obj, job=job(obj, **FATAL_JOB), inputs="i2")
+    assert [key.kind for key in plan.delete] == ["Job"]
