@@ -1,4 +1,5 @@
 """Datasets: what is read, and what each fault is called."""
+# ruff: noqa: E501  # tables: one row a line
 
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,9 @@ def test_leaks_are_found_over_case_and_white_space() -> None:
         (["a.jsonl"], "b.jsonl", r"has no file 'b.jsonl'. Its .jsonl files: a.jsonl"),
     ],
 )
-def test_the_file_must_be_clear(tmp_path: Path, make_run: Any, files: list[str], file: str | None, message: str) -> None:
+def test_the_file_must_be_clear(
+    tmp_path: Path, make_run: Any, files: list[str], file: str | None, message: str
+) -> None:
     folder = tmp_path / "data/several"
     folder.mkdir()
     for name in files:

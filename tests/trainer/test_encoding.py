@@ -25,7 +25,9 @@ ENDLESS = CHATML.replace("<|im_end|>", "")
 STERN = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
 
 TALK = Example(
-    (Message("system", "be brief"), Message("user", "lamp?"), Message("assistant", "lab"), Message("user", "door?")), "hall", 4
+    (Message("system", "be brief"), Message("user", "lamp?"), Message("assistant", "lab"), Message("user", "door?")),
+    "hall",
+    4,
 )
 ASK = Example((Message("user", "the lamp"),), '{"room": "lab"}', 1)
 END = 2  # <|im_end|>
@@ -122,7 +124,9 @@ def test_long_examples_are_left_out_and_counted(tokenizer: Any) -> None:
     long = Example((Message("user", "the lamp " * 50),), "x", 2)
     found = encoding.encode(tokenizer, [ASK, long, ASK], [END], "assistant", 40)
     assert (len(found.items), found.too_long) == (2, 1)
-    with pytest.raises(RunFailure, match=r"All 1 examples are longer than training.maxLength = 8 tokens; the shortest has \d+"):
+    with pytest.raises(
+        RunFailure, match=r"All 1 examples are longer than training.maxLength = 8 tokens; the shortest has \d+"
+    ):
         encoding.encode(tokenizer, [ASK], [END], "assistant", 8)
 
 

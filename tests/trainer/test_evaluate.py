@@ -47,7 +47,9 @@ def test_score(metric: str, answer: str, reference: str, score: float) -> None:
 
 
 def test_scores_are_means_and_perplexity_is_not_among_them() -> None:
-    assert evaluate.evaluate(["a", "b", "c"], ["a", "x", "c"], ["exactMatch", "perplexity"]) == {"exactMatch": pytest.approx(2 / 3)}
+    assert evaluate.evaluate(["a", "b", "c"], ["a", "x", "c"], ["exactMatch", "perplexity"]) == {
+        "exactMatch": pytest.approx(2 / 3)
+    }
 
 
 def test_field_match_of_plain_text_is_refused() -> None:

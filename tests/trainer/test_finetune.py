@@ -16,7 +16,13 @@ from tiny import chat, task
 FULL: dict[str, Any] = {
     "method": "full",
     "base": {"uri": "pvc://models/tiny"},
-    "training": {"maxSteps": 300, "learningRate": 2e-3, "batchSize": 16, "seed": 7, "checkpoint": {"everySeconds": 3600}},
+    "training": {
+        "maxSteps": 300,
+        "learningRate": 2e-3,
+        "batchSize": 16,
+        "seed": 7,
+        "checkpoint": {"everySeconds": 3600},
+    },
 }
 
 
@@ -63,9 +69,7 @@ def test_a_full_run_learns_and_says_from_what(
     assert json.loads((tmp_path / "store/out/generation_config.json").read_text())["eos_token_id"] == 2
 
 
-def test_a_pod_that_only_lost_its_last_word_repeats_it(
-    make_run: Callable[..., Context], sets: tuple[str, str]
-) -> None:
+def test_a_pod_that_only_lost_its_last_word_repeats_it(make_run: Callable[..., Context], sets: tuple[str, str]) -> None:
     short = spec(*sets, training={"maxSteps": 2})
     first = finetune.run(make_run(finetune=short))
     again = make_run(finetune=short)
@@ -76,7 +80,7 @@ def test_a_pod_that_only_lost_its_last_word_repeats_it(
 def test_lora_merges_into_a_model_that_answers_like_the_adapter(
     make_run: Callable[..., Context], tiny_model: Path, sets: tuple[str, str], tmp_path: Path
 ) -> None:
-    lora = {"method": "lora", "lora": {"r": 8, "alpha": 16}, "training": {**FULL["training"], "maxSteps": 20}}
+    lora: dict[str, Any] = {"method": "lora", "lora": {"r": 8, "alpha": 16}, "training": {**FULL["training"], "maxSteps": 20}}
     result = finetune.run(make_run(finetune=spec(sets[0], **lora)))
     merged = models.load(tmp_path / "store/out", "merged")
     ids = torch.tensor([[5, 9, 200, 17, 300]])
@@ -113,7 +117,9 @@ def test_a_held_out_question_in_training_is_refused(
     rows = [chat(*row) for row in task()]
     leaked = chat("The  PRINTER in the lab is broken", "{}")
     train, held_out = jsonl(rows, "train"), jsonl([chat("a new one", "{}"), leaked], "held-out")
-    with pytest.raises(RunFailure, match=r"1 of 2 held-out examples also occur in training; the first: line 2 .* line 2 of"):
+    with pytest.raises(
+        RunFailure, match=r"1 of 2 held-out examples also occur in training; the first: line 2 .* line 2 of"
+    ):
         finetune.run(make_run(finetune=spec(train, held_out)))
 
 
@@ -125,6 +131,10 @@ def test_unknown_target_modules_are_listed(make_run: Callable[..., Context], set
 
 
 def test_early_stopping_stops(make_run: Callable[..., Context], sets: tuple[str, str]) -> None:
-    training = {**FULL["training"], "learningRate": 1e-8, "earlyStopping": {"patience": 2, "everySteps": 2, "minDelta": 0.1}}
+    training = {
+        **FULL["training"],
+        "learningRate": 1e-8,
+        "earlyStopping": {"patience": 2, "everySteps": 2, "minDelta": 0.1},
+    }
     result = finetune.run(make_run(finetune=spec(*sets, training=training)))
     assert result.metrics["steps"] == 6  # one measurement sets the mark, two do not fall below it

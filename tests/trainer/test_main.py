@@ -105,10 +105,10 @@ def test_terminated_killed_and_resumed_the_weights_are_those_of_an_undisturbed_r
     pods: Callable[..., Pod], tiny_model: Path, jsonl: Callable[..., str], tmp_path: Path
 ) -> None:
     dataset = jsonl([chat(*row) for row in task()])
-    spec = run_spec(tiny_model, dataset, maxSteps=400, checkpoint={"everySeconds": 5})
+    spec = run_spec(tiny_model, dataset, maxSteps=200, checkpoint={"everySeconds": 5})
     first = pods(spec)
     seen = first.until(lambda progress: progress["stage"] == "Training" and progress["step"] >= 3)
-    assert seen["totalSteps"] == 400
+    assert seen["totalSteps"] == 200
     assert 0 < seen["percent"] < 100
     assert "tokens/s" in seen["message"]
     metrics = first.get("/metrics")
@@ -126,11 +126,13 @@ def test_terminated_killed_and_resumed_the_weights_are_those_of_an_undisturbed_r
     code, said = pods(spec).end()
     assert code == 0
     assert said["succeeded"] is True
-    assert said["metrics"]["steps"] == 400
+    assert said["metrics"]["steps"] == 200
     assert said["artifact"]["uri"] == "pvc://store/out"
     calm = {**spec, "uid": "u-2", "output": "pvc://store/calm", "checkpoint": "pvc://store/calm-checkpoint"}
     assert pods(calm).end()[0] == 0
-    assert (tmp_path / "store/out/model.safetensors").read_bytes() == (tmp_path / "store/calm/model.safetensors").read_bytes()
+    assert (tmp_path / "store/out/model.safetensors").read_bytes() == (
+        tmp_path / "store/calm/model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -168,13 +170,17 @@ def big(lineage: int, metrics: int, message: str = "") -> RunResult:
         succeeded=True,
         message=message,
         artifact=Artifact(uri="oci://r/" + "a" * 200, digest="sha256:" + "0" * 64, size_bytes=1),
-        lineage=[Ancestor(kind="model", uri=f"oci://r/{at}", digest=f"sha256:{at:064}", name=f"n{at}") for at in range(lineage)],
+        lineage=[
+            Ancestor(kind="model", uri=f"oci://r/{at}", digest=f"sha256:{at:064}", name=f"n{at}")
+            for at in range(lineage)
+        ],
         metrics={f"metric_{at}": at / 3 for at in range(metrics)},
     )
 
 
 @pytest.mark.parametrize(
-    ("lineage", "metrics", "message"), [(2, 5, ""), (64, 5, ""), (3, 500, ""), (64, 500, "ü" * 1000), (1, 0, "x" * 9000), (9, 9, "\n" * 3000)]
+    ("lineage", "metrics", "message"),
+    [(2, 5, ""), (64, 5, ""), (3, 500, ""), (64, 500, "ü" * 1000), (1, 0, "x" * 9000), (9, 9, "\n" * 3000)],
 )
 def test_the_termination_message_fits_and_keeps_what_matters(lineage: int, metrics: int, message: str) -> None:
     body = result.encode(big(lineage, metrics, message))
@@ -184,7 +190,10 @@ def test_the_termination_message_fits_and_keeps_what_matters(lineage: int, metri
     assert [row.name for row in kept.lineage] == [f"n{at}" for at in range(len(kept.lineage))]
     assert list(kept.metrics) == [f"metric_{at}" for at in range(len(kept.metrics))]
     assert len(kept.lineage) >= min(lineage, 2)
-    if len(message) <= 1000 and len(big(lineage, metrics, message).model_dump_json(by_alias=True, exclude_none=True).encode()) <= 4096:
+    if (
+        len(message) <= 1000
+        and len(big(lineage, metrics, message).model_dump_json(by_alias=True, exclude_none=True).encode()) <= 4096
+    ):
         assert kept == big(lineage, metrics, message)
 
 

@@ -1,4 +1,5 @@
 """Models on disk: what is refused and why, what is mended, what is written; answers in batches."""
+# ruff: noqa: E501  # tables: one row a line
 
 import json
 import shutil
@@ -29,6 +30,16 @@ def edit(folder: Path, name: str = "config.json", **changes: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
+def drop(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+
+
+def drop_eos(folder: Path) -> None:
+    edit(folder, "tokenizer_config.json", eos_token=None, tokenizer_class="PreTrainedTokenizerFast")
+    drop(folder, "special_tokens_map.json")
+
+
 def drop_a_weight(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
@@ -45,12 +56,12 @@ REFUSED: list[tuple[str, Callable[[Path], object], str]] = [
     ("broken config", lambda f: (f / "config.json").write_text("{"), r"config.json is not JSON"),
     ("list config", lambda f: (f / "config.json").write_text("[]"), r"config.json is not a JSON object"),
     ("no weights", lambda f: (f / "model.safetensors").unlink(), r"has no .safetensors weights"),
-    ("no tokenizer", lambda f: [(f / n).unlink(missing_ok=True) for n in models.TOKENIZER_FILES], r"has no tokenizer"),
+    ("no tokenizer", lambda f: drop(f, *models.TOKENIZER_FILES), r"has no tokenizer"),
     ("adapter", lambda f: (f / "config.json").rename(f / "adapter_config.json"), r"is a LoRA adapter, not a model. Merge it"),
     ("cut weights", lambda f: (f / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{"), r"cannot be loaded by transformers"),
     ("other model's weights", lambda f: edit(f, hidden_size=128), r"cannot be loaded by transformers"),
     ("missing weights", drop_a_weight, r"lacks weights of its architecture, among them model.layers.1.mlp.up_proj.weight"),
-    ("no eos", lambda f: (edit(f, "tokenizer_config.json", eos_token=None, tokenizer_class="PreTrainedTokenizerFast"), (f / "special_tokens_map.json").unlink()), r"has no eos_token"),
+    ("no eos", drop_eos, r"has no eos_token"),
     ("rope by layer type", lambda f: edit(f, rope_parameters={"full_attention": {"rope_theta": 1e6}}), r"written by transformers 5"),
 ]  # fmt: skip
 
@@ -104,7 +115,10 @@ def test_writing_keeps_tokenizer_dtype_and_every_end(tmp_path: Path) -> None:
 
 def examples() -> list[Example]:
     texts = ["", "the ", "please, please, note that the "]
-    rows = [Example((Message("user", texts[at % 3] + question),), answer) for at, (question, answer) in enumerate(task()[:12])]
+    rows = [
+        Example((Message("user", texts[at % 3] + question),), answer)
+        for at, (question, answer) in enumerate(task()[:12])
+    ]
     return [*rows, Example((Message("user", "lamp " * 190),), "x")]
 
 
@@ -117,7 +131,12 @@ def test_batches_change_no_answer(tiny_model: Path, batch_size: int) -> None:
     seen: list[tuple[int, int]] = []
     alone = generate.generate(loaded.model, loaded.tokenizer, examples(), 20, 1)
     together = generate.generate(
-        loaded.model, loaded.tokenizer, examples(), 20, batch_size, on_batch=lambda done, total: seen.append((done, total))
+        loaded.model,
+        loaded.tokenizer,
+        examples(),
+        20,
+        batch_size,
+        on_batch=lambda done, total: seen.append((done, total)),
     )
     assert together == alone
     assert len(set(alone)) > 3
@@ -134,7 +153,9 @@ def test_answers_are_the_argmax_of_the_model_step_by_step(tiny_model: Path) -> N
             ids.append(int(loaded.model(torch.tensor([ids])).logits[0, -1].argmax()))
             if ids[-1] in loaded.stop_ids:
                 break
-    expected = loaded.tokenizer.decode([token for token in ids[start:] if token not in loaded.stop_ids], skip_special_tokens=True)
+    expected = loaded.tokenizer.decode(
+        [token for token in ids[start:] if token not in loaded.stop_ids], skip_special_tokens=True
+    )
     assert generate.generate(loaded.model, loaded.tokenizer, [example], 10, 4) == [expected]
 
 

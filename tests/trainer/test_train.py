@@ -31,7 +31,9 @@ def recipe(**more: Any) -> Training:
     )  # fmt: skip
 
 
-def fit(ctx: Context, folder: Path, training: Training, lora: bool = False) -> tuple[dict[str, torch.Tensor], TrainReport]:
+def fit(
+    ctx: Context, folder: Path, training: Training, lora: bool = False
+) -> tuple[dict[str, torch.Tensor], TrainReport]:
     """Train in this `pod`; the weights as they are afterwards, whether or not it was stopped."""
     loaded = models.load(folder, "tiny")
     encoded = encoding.encode(loaded.tokenizer, examples(), loaded.stop_ids, "assistant", 256)
@@ -44,13 +46,13 @@ def fit(ctx: Context, folder: Path, training: Training, lora: bool = False) -> t
     return {name: value.detach().clone() for name, value in state.trainable(model).items()}, report
 
 
-def stop_after(ctx: Context, step: int) -> None:
-    """SIGTERM arrives while step `step` is being computed."""
+def stop_after(ctx: Context, count: int) -> None:
+    """SIGTERM arrives while step `count` is being computed."""
     report = ctx.report
 
-    def reporting(stage: str, done: int, total: int, message: str = "", percent: int | None = None) -> None:
-        report(stage, done, total, message, percent)
-        if done >= step:
+    def reporting(stage: str, step: int, total: int, message: str = "", percent: int | None = None) -> None:
+        report(stage, step, total, message, percent)
+        if step >= count:
             ctx.stop.set()
 
     ctx.report = reporting  # type: ignore[method-assign]
@@ -126,8 +128,12 @@ def test_a_checkpoint_of_other_data_is_not_used(make_run: Callable[..., Context]
 def test_accumulated_batches_weigh_tokens_not_batches(make_run: Callable[..., Context], tiny_model: Path) -> None:
     """One step over all examples at once and one step over them in small batches are the same step."""
     rows = len(examples())
-    once, first = fit(make_run(uid="a", finetune=None), tiny_model, recipe(maxSteps=1, batchSize=rows, gradientAccumulation=1))
-    parts, second = fit(make_run(uid="b", finetune=None), tiny_model, recipe(maxSteps=1, batchSize=3, gradientAccumulation=22))
+    once, first = fit(
+        make_run(uid="a", finetune=None), tiny_model, recipe(maxSteps=1, batchSize=rows, gradientAccumulation=1)
+    )
+    parts, second = fit(
+        make_run(uid="b", finetune=None), tiny_model, recipe(maxSteps=1, batchSize=3, gradientAccumulation=22)
+    )
     assert first.tokens == second.tokens
     assert first.loss == pytest.approx(second.loss, rel=1e-5)
     assert all(torch.allclose(once[name], parts[name], atol=1e-5) for name in once)
@@ -149,7 +155,9 @@ def test_loss_is_that_of_transformers(tiny_model: Path) -> None:
     assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
 
 
-def test_a_diverging_loss_is_named_with_its_step(make_run: Callable[..., Context], tiny_model: Path, tmp_path: Path) -> None:
+def test_a_diverging_loss_is_named_with_its_step(
+    make_run: Callable[..., Context], tiny_model: Path, tmp_path: Path
+) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(tiny_model, broken)
     loaded = models.load(broken, "tiny")

@@ -39,7 +39,9 @@ def write_tokenizer(folder: Path, template: str | None) -> PreTrainedTokenizerFa
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         show_progress=False,
     )
-    tokenizer.train_from_iterator([text for row in task() for text in row] * 2 + ["user\nassistant\nsystem\n"] * 3, trainer)
+    tokenizer.train_from_iterator(
+        [text for row in task() for text in row] * 2 + ["user\nassistant\nsystem\n"] * 3, trainer
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=template
     )

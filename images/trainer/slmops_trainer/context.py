@@ -78,7 +78,9 @@ class Context:
         log.info("Pulled %s (%s, %d bytes)", source.uri, manifest.digest, manifest.size_bytes)
         return target, manifest
 
-    def push(self, folder: Path, manifest: Manifest, uri: str = "", stage: str = "Publishing") -> tuple[Artifact, Manifest]:
+    def push(
+        self, folder: Path, manifest: Manifest, uri: str = "", stage: str = "Publishing"
+    ) -> tuple[Artifact, Manifest]:
         """Publish `folder` at `uri` (default: spec.output). Not broken off by SIGTERM: it was paid for.
 
         Raises RunFailure(StoreUnavailable, AccessDenied, DiskFull).

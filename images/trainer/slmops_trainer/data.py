@@ -161,7 +161,8 @@ def _rows(path: Path, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 ) from error
             if not isinstance(row, dict):
                 raise RunFailure(
-                    "BadDataset", f"{where} is a JSON {_kind(row)}, not an object. Write one JSON object a line (JSONL)."
+                    "BadDataset",
+                    f"{where} is a JSON {_kind(row)}, not an object. Write one JSON object a line (JSONL).",
                 )
             yield number, row
 
@@ -183,7 +184,8 @@ def _detect(row: dict[str, Any], columns: Columns, role: Role, where: str) -> Fo
 def _cell(row: dict[str, Any], name: str, field: str, where: str) -> Any:
     if name not in row:
         raise RunFailure(
-            "BadDataset", f"{where} has no column {name!r}; it has {_list(row)}. Name the column in dataset.columns.{field}."
+            "BadDataset",
+            f"{where} has no column {name!r}; it has {_list(row)}. Name the column in dataset.columns.{field}.",
         )
     return row[name]
 
@@ -206,7 +208,9 @@ def _chat(row: dict[str, Any], columns: Columns, role: Role, line: int, where: s
     if messages[-1].role == "assistant":
         return Example(tuple(messages[:-1]), messages[-1].content, line)
     if role != "prompts":
-        raise RunFailure("BadDataset", f"{where}: the last turn must be the assistant's, it is the {messages[-1].role}'s.")
+        raise RunFailure(
+            "BadDataset", f"{where}: the last turn must be the assistant's, it is the {messages[-1].role}'s."
+        )
     return Example(tuple(messages), None, line)
 
 
@@ -226,8 +230,9 @@ def _check_order(messages: Sequence[Message], where: str) -> None:
         if message.role != wanted:
             at = index + 1 + len(messages) - len(talk)
             raise RunFailure(
-                "BadDataset", f"{where}, turn {at} is the {message.role}'s, expected the {wanted}'s: "
-                "after an optional system turn, user and assistant take turns."
+                "BadDataset",
+                f"{where}, turn {at} is the {message.role}'s, expected the {wanted}'s: "
+                "after an optional system turn, user and assistant take turns.",
             )
     if not talk:
         raise RunFailure("BadDataset", f"{where} has no user turn.")
@@ -255,7 +260,8 @@ def _pick(folder: Path, file: str | None, uri: str) -> Path:
     if len(found) == 1:
         return found[0]
     raise RunFailure(
-        "BadDataset", f"{uri} holds {len(found)} .jsonl files: {names}. " + ("Name one in dataset.file." if found else "")
+        "BadDataset",
+        f"{uri} holds {len(found)} .jsonl files: {names}. " + ("Name one in dataset.file." if found else ""),
     )
 
 

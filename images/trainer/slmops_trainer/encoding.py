@@ -179,5 +179,3 @@ def _plain(example: Example) -> str:
             "(chat_template in tokenizer_config.json, or chat_template.jinja), or prompt-completion data.",
         )
     return example.messages[0].content
-
-

@@ -18,9 +18,7 @@ def evaluate(answers: Sequence[str], references: Sequence[str], metrics: Sequenc
     """
     if len(answers) != len(references):
         raise ValueError(f"{len(answers)} answers to {len(references)} references")
-    return {
-        name: sum(map(SCORES[name], answers, references)) / len(references) for name in metrics if name in SCORES
-    }
+    return {name: sum(map(SCORES[name], answers, references)) / len(references) for name in metrics if name in SCORES}
 
 
 def exact_match(answer: str, reference: str) -> float:
@@ -38,8 +36,9 @@ def field_match(answer: str, reference: str) -> float:
     wanted, given = _parse(reference), _parse(answer)
     if not isinstance(wanted, dict):
         raise RunFailure(
-            "BadDataset", f"fieldMatch compares JSON objects; this wanted answer is none: {reference[:80]!r}. "
-            "Use exactMatch, tokenF1 or rougeL, or correct the evaluation set."
+            "BadDataset",
+            f"fieldMatch compares JSON objects; this wanted answer is none: {reference[:80]!r}. "
+            "Use exactMatch, tokenF1 or rougeL, or correct the evaluation set.",
         )
     if not isinstance(given, dict):
         return 0.0
@@ -96,7 +95,9 @@ def _f1(common: int, given: int, wanted: int) -> float:
 def _same(left: Any, right: Any) -> bool:
     """JSON equality: true is not 1."""
     return json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True) or (
-        left == right and isinstance(left, float) != isinstance(right, float) and not isinstance(left, bool)
+        left == right
+        and isinstance(left, float) != isinstance(right, float)
+        and not isinstance(left, bool)
         and not isinstance(right, bool)
     )
 

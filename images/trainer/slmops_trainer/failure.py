@@ -1,7 +1,7 @@
 """Named failures: every way a run can end badly has a reason that machines match and a sentence for people."""
 
 import errno
-from typing import get_args
+from typing import cast, get_args
 
 from slmops.api.run import EXIT_FATAL, EXIT_INTERRUPTED, EXIT_RETRY, FailureReason
 from slmops_artifacts.errors import ArtifactError
@@ -41,10 +41,9 @@ def interrupted(message: str) -> RunFailure:
 
 def from_artifact(error: ArtifactError, *, writing: bool = False) -> RunFailure:
     """Translate a failed transfer; `writing` tells an unreachable store from an unreachable source."""
-    reason = _FROM_ARTIFACT.get(error.reason)
-    if reason is None:
-        known = get_args(FailureReason)
-        reason = error.reason if error.reason in known else "InternalError"  # type: ignore[assignment]  # just checked
+    reason: FailureReason = _FROM_ARTIFACT.get(error.reason, "InternalError")
+    if error.reason in get_args(FailureReason):
+        reason = cast("FailureReason", error.reason)
     if writing and reason == "SourceUnavailable":
         reason = "StoreUnavailable"
     return RunFailure(reason, error.message, retryable=error.retryable or error.reason == "DigestMismatch")

@@ -40,9 +40,7 @@ def run(ctx: Context) -> RunResult:
     folder, base = ctx.pull(ctx.spec.model, "base")
     ctx.report("Loading", 0, 1, ctx.spec.model.uri)
     loaded = models.load(folder, ctx.spec.model.uri)
-    encoded = encoding.encode(
-        loaded.tokenizer, training.items, loaded.stop_ids, spec.loss_on, spec.training.max_length
-    )
+    encoded = encoding.encode(loaded.tokenizer, training.items, loaded.stop_ids, spec.loss_on, spec.training.max_length)
     ctx.check()
     _measure(ctx, loaded, spec, held_out, BEFORE, "base_")
     model = adapt(loaded.model, spec.lora or Lora(), spec.training.seed) if spec.method == "lora" else loaded.model
@@ -62,9 +60,7 @@ def run(ctx: Context) -> RunResult:
         "trainableParameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
     }
     title = f"A causal language model, fine-tuned ({spec.method})."
-    return publish.publish(
-        ctx, tuned, origin, spec.evaluation, recipe=recipe, seed=spec.training.seed, title=title
-    )
+    return publish.publish(ctx, tuned, origin, spec.evaluation, recipe=recipe, seed=spec.training.seed, title=title)
 
 
 def adapt(model: Any, lora: Lora, seed: int) -> Any:
@@ -84,7 +80,8 @@ def adapt(model: Any, lora: Lora, seed: int) -> Any:
     except ValueError as error:
         leaves = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
         raise RunFailure(
-            "BadSpec", f"lora.targetModules {lora.target_modules} fits no module of the model; it has {', '.join(leaves)}."
+            "BadSpec",
+            f"lora.targetModules {lora.target_modules} fits no module of the model; it has {', '.join(leaves)}.",
         ) from error
 
 

@@ -34,7 +34,9 @@ def generate(
     room = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     answers = [""] * len(prompts)
     # Equal lengths side by side: little padding, and the longest, which memory must hold, come first.
-    order = [index for index in sorted(range(len(prompts)), key=lambda at: -len(prompts[at])) if len(prompts[index]) < room]
+    order = [
+        index for index in sorted(range(len(prompts)), key=lambda at: -len(prompts[at])) if len(prompts[index]) < room
+    ]
     done = len(prompts) - len(order)
     was_training = model.training
     model.eval()
@@ -95,9 +97,7 @@ def _greedy(model: Any, prompts: Sequence[Sequence[int]], limit: int, stops: lis
     # A model's own generation defaults (penalties, temperatures) have no place in a measurement.
     config = GenerationConfig(do_sample=False, max_new_tokens=limit, eos_token_id=stops, pad_token_id=pad)
     with torch.no_grad():
-        out = model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=config, use_model_defaults=False
-        )
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, use_model_defaults=False)
     return [_until(row[width:].tolist(), stops) for row in out]
 
 

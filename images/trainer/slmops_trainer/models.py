@@ -57,7 +57,16 @@ def load(folder: Path, source: str) -> Loaded:
             folder, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
             local_files_only=True, output_loading_info=True,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         if translate(error).reason in ("OutOfMemory", "DiskFull"):
             raise
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -91,7 +100,8 @@ def check(folder: Path, source: str) -> dict[str, Any]:
     """
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise RunFailure(
-            "UnsupportedModel", f"{source} is a LoRA adapter, not a model. Merge it (FineTuneJob with merge: true) first."
+            "UnsupportedModel",
+            f"{source} is a LoRA adapter, not a model. Merge it (FineTuneJob with merge: true) first.",
         )
     config = _json(folder / "config.json", source)
     names = config.get("architectures") or []

@@ -35,8 +35,12 @@ class Board:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._percent = Gauge("slmops_run_percent", "Progress of the run, 0 to 100.", registry=self.registry)
-        self._live = Gauge("slmops_run_live", "Latest value: loss, learning_rate, tokens_per_second, step, ...", ["name"],
-                           registry=self.registry)
+        self._live = Gauge(
+            "slmops_run_live",
+            "Latest value: loss, learning_rate, tokens_per_second, step, ...",
+            ["name"],
+            registry=self.registry,
+        )
         self._result = Gauge("slmops_run_result", "What the run measured, by name.", ["name"], registry=self.registry)
 
     def plan(self, stages: Sequence[Stage]) -> None:
@@ -112,7 +116,10 @@ def serve(board: Board, port: int = METRICS_PORT) -> ThreadingHTTPServer:
         def do_GET(self) -> None:
             """Answer one request."""
             if self.path == "/progress":
-                body, kind = board.progress.model_dump_json(by_alias=True, exclude_none=True).encode(), "application/json"
+                body, kind = (
+                    board.progress.model_dump_json(by_alias=True, exclude_none=True).encode(),
+                    "application/json",
+                )
             elif self.path == "/metrics":
                 body, kind = generate_latest(board.registry), CONTENT_TYPE_LATEST
             else:

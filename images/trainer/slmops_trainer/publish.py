@@ -50,7 +50,10 @@ def publish(
     """
     manifest = Manifest(
         kind="model",
-        parents=(Parent(kind="model", uri=origin.uri, digest=origin.manifest.digest, name=origin.name), *origin.datasets),
+        parents=(
+            Parent(kind="model", uri=origin.uri, digest=origin.manifest.digest, name=origin.name),
+            *origin.datasets,
+        ),
         lineage=origin.manifest.lineage,
         dataset_digest=origin.datasets[0].digest if origin.datasets else None,
         recipe=dict(recipe),
@@ -135,7 +138,9 @@ def card(ctx: "Context", manifest: Manifest, title: str, library: str = "transfo
 
 def _table(head: tuple[str, ...], rows: list[Any]) -> list[str]:
     cells = [head, tuple("---" for _ in head), *rows]
-    return ["| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in cells] + [""]
+    return [
+        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in cells
+    ] + [""]
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -32,15 +32,13 @@ def success(artifact: Artifact, manifest: Manifest, **more: str) -> RunResult:
         format=manifest.format,
         lineage=ancestors(manifest),
         metrics=manifest.metrics,
-        **more,  # type: ignore[arg-type]  # all of them are texts
+        **more,
     )
 
 
 def failed(failure: RunFailure, metrics: dict[str, float]) -> RunResult:
     """The result of a run that ended badly, with what it had measured."""
-    return RunResult(
-        succeeded=False, reason=failure.reason, message=failure.message, metrics=metrics
-    )
+    return RunResult(succeeded=False, reason=failure.reason, message=failure.message, metrics=metrics)
 
 
 def encode(result: RunResult, limit: int = LIMIT) -> bytes:

@@ -16,7 +16,12 @@ from slmops.api.batch import Training
 
 from slmops_trainer.encoding import Encoded
 
-WEIGHTS, OPTIMIZER, RANDOM, COUNTERS = "weights.safetensors", "optimizer.safetensors", "random.safetensors", "counters.json"
+WEIGHTS, OPTIMIZER, RANDOM, COUNTERS = (
+    "weights.safetensors",
+    "optimizer.safetensors",
+    "random.safetensors",
+    "counters.json",
+)
 
 
 @dataclass

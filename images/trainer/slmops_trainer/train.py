@@ -77,8 +77,14 @@ class _Run:
     """The loop's variables."""
 
     def __init__(
-        self, ctx: "Context", model: Any, tokenizer: Any, encoded: Sequence[Encoded], training: Training,
-        evaluation: Sequence[Encoded], stage: str,
+        self,
+        ctx: "Context",
+        model: Any,
+        tokenizer: Any,
+        encoded: Sequence[Encoded],
+        training: Training,
+        evaluation: Sequence[Encoded],
+        stage: str,
     ) -> None:
         self.ctx, self.model, self.encoded, self.training = ctx, model, encoded, training
         self.evaluation, self.stage = evaluation, stage
@@ -198,7 +204,11 @@ class _Run:
         counters.loss = loss if counters.loss is None else SMOOTHING * counters.loss + (1 - SMOOTHING) * loss
         speed = tokens / max(seconds, 1e-9)
         self.ctx.live(
-            loss=loss, learning_rate=rate, gradient_norm=norm, tokens_per_second=speed, step=counters.step,
+            loss=loss,
+            learning_rate=rate,
+            gradient_norm=norm,
+            tokens_per_second=speed,
+            step=counters.step,
             tokens=counters.tokens,
         )
         message = f"loss {counters.loss:.4f}, learning rate {rate:.2e}, {speed:,.0f} tokens/s"
@@ -216,9 +226,7 @@ def _optimizer(parameters: Sequence[Any], training: Training) -> Any:
         {"params": matrices, "weight_decay": training.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=training.learning_rate, fused=True
-    )
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=training.learning_rate, fused=True)
 
 
 def _diverged(loss: float, norm: float, step: int, rate: float) -> RunFailure:
