@@ -20,7 +20,7 @@ def examples() -> Iterator[tuple[str, Object]]:
     texts += [(path.name, path.read_text()) for path in sorted((ROOT / "e2e/demo/manifests").glob("*.yaml"))]
     for name, text in texts:
         for found in yaml.safe_load_all(text):
-            if found and str(found.get("apiVersion", "")).startswith("slmops.dev/"):
+            if isinstance(found, dict) and str(found.get("apiVersion", "")).startswith("slmops.dev/"):
                 yield f"{name}:{found['kind']}/{found['metadata']['name']}", found
 
 
