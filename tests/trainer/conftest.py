@@ -13,9 +13,10 @@ sys.path[:0] = [str(ROOT / part) for part in ("operator", "images/artifacts", "i
 
 import pytest  # noqa: E402  # the paths come first
 import torch  # noqa: E402
+from tiny import CHATML, write_model  # noqa: E402
+
 from slmops.api.run import Input, RunSpec  # noqa: E402
 from slmops_trainer.context import Context  # noqa: E402
-from tiny import CHATML, write_model  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

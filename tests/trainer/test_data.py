@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from slmops.api.meta import Dataset
 from slmops_trainer import data
 from slmops_trainer.data import Example, Message

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import CHATML, write_tokenizer
+
 from slmops_trainer import encoding
 from slmops_trainer.data import Example, Message
 from slmops_trainer.encoding import IGNORED
 from slmops_trainer.failure import RunFailure
-from tiny import CHATML, write_tokenizer
 
 MARKED = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
@@ -55,7 +56,8 @@ def trained(tokenizer: Any, example: Example, loss_on: encoding.LossOn = "assist
 def test_every_answer_of_a_conversation_is_trained_with_its_end(tokenizer: Any) -> None:
     whole, answers = trained(tokenizer, TALK)
     assert whole == (
-        "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nlamp?<|im_end|>\n<|im_start|>assistant\nlab<|im_end|>\n"
+        "<|im_start|>system\nbe brief<|im_end|>\n"
+        "<|im_start|>user\nlamp?<|im_end|>\n<|im_start|>assistant\nlab<|im_end|>\n"
         "<|im_start|>user\ndoor?<|im_end|>\n<|im_start|>assistant\nhall<|im_end|>\n"
     )
     assert answers == "lab<|im_end|>|hall<|im_end|>"

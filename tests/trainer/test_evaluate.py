@@ -1,6 +1,7 @@
 """Scores, against values worked out by hand."""
 
 import pytest
+
 from slmops_trainer import evaluate
 from slmops_trainer.failure import RunFailure
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import chat, task
+
 from slmops_artifacts import read_manifest
 from slmops_trainer import finetune, models
 from slmops_trainer.context import Context
 from slmops_trainer.failure import RunFailure
-from tiny import chat, task
 
 FULL: dict[str, Any] = {
     "method": "full",
@@ -80,7 +81,11 @@ def test_a_pod_that_only_lost_its_last_word_repeats_it(make_run: Callable[..., C
 def test_lora_merges_into_a_model_that_answers_like_the_adapter(
     make_run: Callable[..., Context], tiny_model: Path, sets: tuple[str, str], tmp_path: Path
 ) -> None:
-    lora: dict[str, Any] = {"method": "lora", "lora": {"r": 8, "alpha": 16}, "training": {**FULL["training"], "maxSteps": 20}}
+    lora: dict[str, Any] = {
+        "method": "lora",
+        "lora": {"r": 8, "alpha": 16},
+        "training": {**FULL["training"], "maxSteps": 20},
+    }
     result = finetune.run(make_run(finetune=spec(sets[0], **lora)))
     merged = models.load(tmp_path / "store/out", "merged")
     ids = torch.tensor([[5, 9, 200, 17, 300]])

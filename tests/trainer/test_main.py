@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import chat, task
+
 from slmops.api.meta import Ancestor, Artifact
 from slmops.api.run import RunResult
 from slmops_artifacts import ArtifactError
 from slmops_trainer import cpus, result
 from slmops_trainer.failure import RunFailure, from_artifact, translate
 from slmops_trainer.progress import Board, Stage
-from tiny import chat, task
 
 
 class Pod:

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import CHATML, task, write_model
+from transformers import AutoConfig
+
 from slmops_trainer import encoding, generate, models
 from slmops_trainer.data import Example, Message
 from slmops_trainer.failure import RunFailure
-from tiny import CHATML, task, write_model
-from transformers import AutoConfig
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import task
+
 from slmops.api.batch import Training
 from slmops_trainer import encoding, finetune, models, state
 from slmops_trainer.context import Context
@@ -15,7 +17,6 @@ from slmops_trainer.data import Example, Message
 from slmops_trainer.failure import RunFailure
 from slmops_trainer.loss import collate, loss_sum
 from slmops_trainer.train import TrainReport, train
-from tiny import task
 
 STEPS = 6
 
@@ -164,7 +165,7 @@ def test_a_diverging_loss_is_named_with_its_step(
     with torch.no_grad():
         loaded.model.model.norm.weight.fill_(float("inf"))
     loaded.model.save_pretrained(broken)
-    with pytest.raises(RunFailure, match="became nan at step 1 .*learningRate") as caught:
+    with pytest.raises(RunFailure, match=r"became nan at step 1 .*learningRate") as caught:
         fit(make_run(finetune=None), broken, recipe())
     assert caught.value.reason == "LossDiverged"
     assert not caught.value.retryable

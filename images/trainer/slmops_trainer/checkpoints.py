@@ -5,7 +5,6 @@ from pathlib import Path
 from slmops_artifacts import Manifest, pull, push, read_manifest
 from slmops_artifacts.errors import ArtifactError
 from slmops_artifacts.files import folder_digest, hash_file, list_files
-
 from slmops_trainer.failure import from_artifact
 
 

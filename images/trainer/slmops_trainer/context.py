@@ -10,7 +10,6 @@ from slmops.api.run import SECRET_ROOT, WORK_DIR, Input, RunSpec
 from slmops_artifacts import Manifest, pull, push, read_manifest
 from slmops_artifacts.errors import ArtifactError
 from slmops_artifacts.uris import OciRef, parse
-
 from slmops_trainer.checkpoints import Checkpoints
 from slmops_trainer.failure import RunFailure, from_artifact, interrupted
 from slmops_trainer.progress import Board

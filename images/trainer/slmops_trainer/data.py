@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from slmops.api.meta import Columns, Dataset
 from slmops.api.run import CONFIGMAP_ROOT, Input
 from slmops_artifacts import Parent
-
 from slmops_trainer.failure import RunFailure
 
 if TYPE_CHECKING:
@@ -177,7 +176,8 @@ def _detect(row: dict[str, Any], columns: Columns, role: Role, where: str) -> Fo
     raise RunFailure(
         "BadDataset",
         f"{where} has neither {columns.messages or 'messages'!r} nor {prompt!r}"
-        f"{'' if role == 'prompts' else f' and {completion!r}'}; it has {_list(row)}. Name the columns in dataset.columns.",
+        f"{'' if role == 'prompts' else f' and {completion!r}'}; it has {_list(row)}. "
+        "Name the columns in dataset.columns.",
     )
 
 

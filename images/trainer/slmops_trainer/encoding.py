@@ -117,8 +117,8 @@ def _spans(tokenizer: Any, turns: list[dict[str, str]], whole: str, example: Exa
         if not (whole.startswith(before) and whole.startswith(through) and len(before) < len(through)):
             raise RunFailure(
                 "UnsupportedModel",
-                f"The model's chat template renders turn {index + 1} of line {example.line} differently once more turns "
-                "follow, so the answer's tokens cannot be told from the rest. Use a template with {% generation %} "
+                f"The model's chat template renders turn {index + 1} of line {example.line} differently once more "
+                "turns follow, so the answer's tokens cannot be told from the rest. Use a template with {% generation %} "
                 "marks, or train on one question and answer a line.",
             )
         yield len(before), len(through)

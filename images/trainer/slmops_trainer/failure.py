@@ -14,7 +14,7 @@ _FROM_ARTIFACT: dict[str, FailureReason] = {
 }
 
 
-class RunFailure(Exception):
+class RunFailure(Exception):  # noqa: N818  # a failed run, as the contract names it
     """The run ended badly. `message` says what failed, where, and how to mend it.
 
     `retryable`: another pod may succeed although nobody changed anything (the network, a full node).

@@ -8,7 +8,6 @@ import torch
 
 from slmops.api.finetune import FineTuneJobSpec, Lora
 from slmops.api.run import RunResult
-
 from slmops_trainer import data, encoding, measure, models, publish
 from slmops_trainer.context import Context
 from slmops_trainer.failure import RunFailure

@@ -55,7 +55,7 @@ def generate(
 def perplexity(
     model: Any, encoded: Sequence[Encoded], pad_id: int, batch_size: int, on_batch: OnBatch | None = None
 ) -> float:
-    """exp of the mean negative log likelihood of the answers' tokens."""
+    """Exp of the mean negative log likelihood of the answers' tokens."""
     return math.exp(min(700.0, mean_loss(model, encoded, pad_id, batch_size, on_batch)))
 
 
@@ -84,7 +84,7 @@ def pad_id(tokenizer: Any) -> int:
 
 
 def _batches(order: Sequence[int], prompts: Sequence[Sequence[int]], size: int, room: int) -> list[list[int]]:
-    """Groups of `size`; a prompt that leaves less than the wanted room goes alone, so as to cut no neighbour's answer."""
+    """Groups of `size`; a prompt that leaves less than the wanted room goes alone and cuts no neighbour's answer."""
     tight = [[index] for index in order if len(prompts[index]) > room]
     free = [index for index in order if len(prompts[index]) <= room]
     return tight + [free[start : start + size] for start in range(0, len(free), size)]

@@ -51,6 +51,6 @@ def loss_sum(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def keeps_some_logits(model: Any) -> bool:
-    """Can the model's head be asked for some positions only?"""
+    """Tell whether the model's head can be asked for some positions only."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(base.forward).parameters

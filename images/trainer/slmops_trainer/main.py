@@ -13,7 +13,6 @@ from types import FrameType
 from pydantic import ValidationError
 
 from slmops.api.run import ENV_RUN, EXIT_OK, TERMINATION_LOG, WORK_DIR, RunResult, RunSpec
-
 from slmops_trainer import cpus, result
 from slmops_trainer.context import Context
 from slmops_trainer.failure import RunFailure, translate
@@ -33,14 +32,14 @@ def main() -> int:
     try:
         serve(board, int(os.environ.get("SLMOPS_METRICS_PORT", "9090")))
         ctx = Context(read_spec(os.environ), _clean(work), board)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # every end of a run gets a name
         return _fail(translate(error), {}, termination_log, error)
     _stop_on_sigterm(ctx.stop)
     threads = cpus.apply()
     log.info("Run began: %s/%s, %d threads", ctx.spec.namespace, ctx.spec.name, threads)
     try:
         done = recipe(ctx.spec)(ctx)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # every end of a run gets a name
         return _fail(translate(error), ctx.metrics, termination_log, error)
     result.write(done, termination_log)
     log.info("Run succeeded: %s", done.artifact.uri if done.artifact else "no artifact")

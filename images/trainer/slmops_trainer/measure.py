@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from slmops.api.batch import Evaluation
-
 from slmops_trainer import encoding, evaluate, generate
 from slmops_trainer.data import Example, Examples
 from slmops_trainer.models import Loaded

@@ -12,7 +12,6 @@ from slmops.api.batch import Evaluation
 from slmops.api.meta import Artifact
 from slmops.api.run import RunResult
 from slmops_artifacts import Manifest, Parent
-
 from slmops_trainer import evaluate, result
 from slmops_trainer.failure import RunFailure
 
@@ -98,7 +97,8 @@ def rejection(missed: list[str], artifact: Artifact) -> RunFailure:
     """The failure of a model that is not good enough."""
     return RunFailure(
         "QualityBelowThreshold",
-        f"{'; '.join(missed)}. The model is kept at {artifact.uri}. Train longer or on more data, or lower the threshold.",
+        f"{'; '.join(missed)}. The model is kept at {artifact.uri}. Train longer or on more data, "
+        "or lower the threshold.",
     )
 
 

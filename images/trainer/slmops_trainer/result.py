@@ -6,7 +6,6 @@ from pathlib import Path
 from slmops.api.meta import Ancestor, Artifact
 from slmops.api.run import RunResult
 from slmops_artifacts import Manifest
-
 from slmops_trainer.failure import RunFailure
 
 LIMIT = 4096  # bytes that the kubelet keeps

@@ -1,4 +1,4 @@
-"""What follows from the recipe alone: steps, batches, learning rate. Pure, so that a resumed run needs only a counter."""
+"""What follows from the recipe alone: steps, batches, learning rate. Pure: a resumed run needs only a counter."""
 
 import hashlib
 import math

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slmops.api.batch import Training
-
 from slmops_trainer.encoding import Encoded
 
 WEIGHTS, OPTIMIZER, RANDOM, COUNTERS = (

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from slmops.api.batch import Training
-
 from slmops_trainer import schedule, state
 from slmops_trainer.encoding import Encoded
 from slmops_trainer.failure import RunFailure, interrupted
