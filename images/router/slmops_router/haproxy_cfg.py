@@ -21,6 +21,7 @@ STRIDE = 61  # coprime to 100 and near its golden section: turns spread evenly, 
 PROBE = "/.slmops/ready"
 
 ERRORS = {
+    400: ("invalid_request_error", "bad_request", "The request is not valid HTTP."),
     408: ("invalid_request_error", "request_timeout", "The request did not arrive in time."),
     500: ("server_error", "internal_error", "The router failed."),
     502: ("server_error", "bad_gateway", "The model server ended without an answer. Please try again."),
