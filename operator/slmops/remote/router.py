@@ -87,7 +87,10 @@ def _call(
     opened = client or httpx.Client(trust_env=False)
     try:
         answer = opened.request(
-            method, url, json=body, headers={"authorization": f"Bearer {secret}"},
+            method,
+            url,
+            json=body,
+            headers={"authorization": f"Bearer {secret}"},
             timeout=httpx.Timeout(seconds, connect=READ_SECONDS),
         )
         if answer.status_code != httpx.codes.OK or len(answer.content) > BODY_MAX:
