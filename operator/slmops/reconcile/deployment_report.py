@@ -79,9 +79,7 @@ def _conditions(facts: Facts, decision: Decision, ready: int) -> list[Condition]
         AVAILABLE,
         available,
         "Answering" if available else "NotAnswering",
-        f"{ready} pods of the stable revision are ready."
-        if facts.seen.routers
-        else "No router pod is ready.",
+        f"{ready} pods of the stable revision are ready." if facts.seen.routers else "No router pod is ready.",
         generation=facts.generation,
         now=facts.now,
     )
