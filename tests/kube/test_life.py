@@ -39,7 +39,7 @@ def test_a_chain_in_the_wrong_order(api: Api, operator: Operator) -> None:
     api.create("QuantizedModel", "c", spec={"source": {"ref": {"kind": "FineTuneJob", "name": "b"}}})
     api.create("FineTuneJob", "b", spec={**TUNE, "base": {"ref": {"kind": "FineTuneJob", "name": "a"}}})
     api.until_reason("QuantizedModel", "c", "SourceNotReady")
-    assert api.status("FineTuneJob", "b")["phase"] == "Waiting"
+    api.until_phase("FineTuneJob", "b", "Waiting")
     assert api.list("Job") == []
     api.create("FineTuneJob", "a", spec=TUNE)
     with Kubelet(api) as kubelet:
