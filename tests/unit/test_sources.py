@@ -83,6 +83,7 @@ def test_a_deployment_gives_its_service_its_key_and_its_lineage() -> None:
     parent = {"kind": "model", "uri": "oci://r/base", "digest": "sha256:bb", "name": ""}
     status = {
         "conditions": conditions(Ready="True Stable"),
+        "endpoint": "http://t-1a2b.ns.svc:8000/v1",
         "stable": {"revision": "r1", "model": "oci://r/m", "digest": "sha256:mm", "source": "QuantizedModel/q"},
         "lineage": {"digest": "sha256:mm", "parents": [parent]},
     }
@@ -94,7 +95,7 @@ def test_a_deployment_gives_its_service_its_key_and_its_lineage() -> None:
     assert caught.value.reason == "SecretNotFound"
     cluster.put({"kind": "Secret", "metadata": {"name": "keys", "namespace": "ns"}, "data": {"b": "", "a": ""}})
     found = sources.resolve_teacher(cluster, "ns", wanted)
-    assert (found.url, found.model) == ("http://t.ns.svc:8000/v1", "big")
+    assert (found.url, found.model) == ("http://t-1a2b.ns.svc:8000/v1", "big")
     assert (found.secret, found.key, found.name) == ("keys", "a", "ModelDeployment/t")
     assert [(a.digest, a.name) for a in found.lineage] == [("sha256:mm", "QuantizedModel/q"), ("sha256:bb", "")]
 

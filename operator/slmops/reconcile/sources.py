@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from slmops.api.distillation import DistillationJobSpec, Teacher
-from slmops.api.keys import API_PORT, child_name
+from slmops.api.keys import child_name
 from slmops.api.meta import Ancestor, Condition, Lineage, ModelSource
 from slmops.api.run import Input, TeacherEndpoint
 from slmops.cluster.port import Cluster, Key, Object
@@ -51,7 +51,7 @@ def resolve_teacher(cluster: Cluster, namespace: str, teacher: Teacher) -> Teach
     found = ready_object(cluster, Key("ModelDeployment", namespace, name))
     secret = ((found["spec"].get("endpoint") or {}).get("apiKeysSecretRef") or {}).get("name")
     return TeacherEndpoint(
-        url=f"http://{name}.{namespace}.svc:{API_PORT}/v1",
+        url=found["status"]["endpoint"],
         model=found["spec"].get("servedName") or name,
         secret=secret,
         key=_some_key(cluster, namespace, secret) if secret else None,
