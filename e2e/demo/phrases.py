@@ -35,6 +35,8 @@ class Phrases:
     """One half. Frames hold {p} product, {s} symptom, {r} room, {d} date, {name}, {n} a number that means nothing."""
 
     openers: tuple[str, ...]
+    leads: tuple[str, ...]  # before any sentence
+    tails: tuple[str, ...]  # after a symptom
     closers: tuple[str, ...]
     noise: tuple[str, ...]
     problems: tuple[str, ...]  # {p} {s}
@@ -51,6 +53,16 @@ KNOWN = Phrases(
         "hi team", "hello support", "hi, {name} here", "hello, this is {name}", "{name} speaking", "hey folks",
         "sorry to [bother|trouble|disturb] you", "i need some help", "help please", "quick one", "a new ticket for you",
         "i am writing about a problem", "we have a problem", "it's me again",
+    ),
+    leads=(
+        "honestly", "to be honest", "as i said", "as far as i know", "by the way", "and", "also", "so", "just", "oh", "ok", "please note", "fyi", "one more thing",
+        "to be clear", "for the record", "in short", "long story short", "if you ask me", "for us", "from my side", "sorry but", "hm", "anyway",
+        "in my opinion", "according to {name}", "like last time", "good to know", "in case it helps", "before i forget",
+    ),
+    tails=(
+        "again", "again and again", "now", "all day", "once more", "every time", "every day", "for no reason", "without any warning", "as always", "sometimes",
+        "since last week", "since the weekend", "after the move", "after lunch", "all of a sudden", "a lot", "on some days", "for a while now", "when i use it",
+        "when {name} uses it", "and i do not know why", "which is annoying", "like the last one", "or so it looks", "if i see it right",
     ),
     closers=(
         "thanks", "thank you", "many thanks", "thanks a lot", "thanks in advance", "cheers", "best regards, {name}", "regards, {name}",
@@ -146,6 +158,14 @@ NEW = Phrases(
     openers=(
         "greetings", "hola", "good day to you", "evening all", "dear colleagues", "to whom it may concern", "{name} again", "me again, {name}",
         "knock knock", "got a minute?", "excuse me", "not sure if this is the right address",
+    ),
+    leads=(
+        "truth be told", "mind you", "needless to say", "word has it", "long overdue", "listen", "alright", "as a reminder", "between us", "strangely enough",
+        "{name} thinks", "on another note",
+    ),
+    tails=(
+        "yet again", "ever since i got here", "day and night", "beyond belief", "quite often", "at random", "whenever i look at it", "to my surprise",
+        "much to the joy of {name}", "once in a while",
     ),
     closers=(
         "ta", "much appreciated", "i owe you one", "talk soon, {name}", "warmly, {name}", "all the best", "appreciate the effort", "bye", "take care, {name}",

@@ -38,7 +38,7 @@ STUDENT = {
     "num_key_value_heads": 5,
 }
 EMBEDDING_SPREAD = 0.1
-ROPE_BASE = 500.0
+ROPE_BASE = 200.0
 WHOLE = "user\nassistant\nsystem\n"  # the template's own words: one token each
 
 PAD, BEGIN, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

@@ -74,8 +74,11 @@ class Writer:
         severity = rng.choice(list(phrases.severities))
         team = NEW_TEAM if security else rng.choice(list(phrases.symptoms))
         symptoms = phrases.symptoms | {NEW_TEAM: SECURITY_KNOWN if phrases is KNOWN else SECURITY_NEW}
-        slots = {"p": rng.choice(PRODUCTS[product]), "s": rng.choice(symptoms[team])}
         terse = rng.random() < TERSE
+        symptom = rng.choice(symptoms[team])
+        if not terse and rng.random() < 0.4:
+            symptom += " " + rng.choice(phrases.tails)
+        slots = {"p": rng.choice(PRODUCTS[product]), "s": symptom}
         room, slots["r"] = self._room() if rng.random() < (0.6 if terse else 0.9) else (None, "")
         due, slots["d"] = self._due() if rng.random() < (0.4 if terse else 0.9) else (None, "")
 
@@ -87,11 +90,13 @@ class Writer:
             if room:
                 parts.append(self._fill(rng.choice(phrases.rooms), slots))
         if how := rng.choice(phrases.severities[severity]):
-            parts.append(how)
+            parts.append(self._fill(how, slots))
         if due:
             parts.append(self._fill(rng.choice(phrases.dues), slots))
         if not terse and rng.random() < 0.4:
             parts.append(self._fill(rng.choice(phrases.noise), slots))
+        if not terse:
+            parts = [self._lead(slots) + part if rng.random() < 0.25 else part for part in parts]
         rng.shuffle(parts)
         if not terse and rng.random() < 0.7:
             parts.insert(0, self._fill(rng.choice(phrases.openers), slots))
@@ -100,13 +105,16 @@ class Writer:
         return Example(self._mess_up(parts), ticket(product, severity, team, room, due))
 
     def _fill(self, frame: str, slots: dict[str, str]) -> str:
-        text = _CHOICE.sub(lambda found: self.random.choice(found[1].split("|")), frame)
-        text = text.replace("{s}", slots["s"])  # a symptom may hold slots itself
+        text = frame.replace("{s}", slots["s"])  # a symptom may hold slots itself
+        text = _CHOICE.sub(lambda found: self.random.choice(found[1].split("|")), text)
         for slot in ("p", "r", "d"):
             text = text.replace("{" + slot + "}", slots[slot])
         while "{name}" in text:
             text = text.replace("{name}", self.random.choice(NAMES), 1)
         return text.replace("{n}", str(self.random.randrange(50000, 100000)))
+
+    def _lead(self, slots: dict[str, str]) -> str:
+        return self._fill(self.random.choice(self.phrases.leads), slots) + self.random.choice((", ", " "))
 
     def _room(self) -> tuple[str, str]:
         """A room as the ticket wants it, and as people write it."""
