@@ -41,9 +41,12 @@ def lively(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lively")
     loaded = models.load(tiny_model, "tiny")
     with torch.no_grad():
+        torch.manual_seed(1)
         for parameter in loaded.model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(10)
+            else:  # the builder leaves out biases that are all zero
+                parameter.add_(0.1 * torch.randn_like(parameter))
     models.write(loaded, loaded.model, folder)
     return folder
 
@@ -140,6 +143,8 @@ def test_float_precisions_are_what_they_say_and_answer_like_the_source(
     assert {tensor.data_type for tensor in found.initializer if tensor.data_type in (FLOAT, FLOAT16)} == {kind}
     assert {value.type.tensor_type.elem_type for value in found.input if value.name.startswith("past")} == {kind}
     assert not {node.op_type for node in found.node} & set(onnx_graph.QUANTIZED)
+    # Every parameter is there, the tied embedding once; beside them the rotary tables of 256 positions.
+    assert onnx_graph.read(out).floats == {precision: PARAMETERS + 2 * 256 * 8}
     assert result.metrics[f"source_{metric}"] >= 1.0
     assert abs(result.metrics["drop"]) <= drop
     assert result.metrics["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 4 * share
@@ -216,7 +221,7 @@ def test_being_killed_in_conversion_is_out_of_memory(
         wait(ctx, process)
 
     monkeypatch.setattr(onnx_build, "_wait", kill)
-    with pytest.raises(RunFailure, match="about 4 bytes for each parameter") as caught:
+    with pytest.raises(RunFailure, match="18 bytes for each parameter") as caught:
         onnx_build.build(make_run(), tiny_model, tmp_path / "never", onnx_build.options(spec()), "tiny")
     assert caught.value.reason == "OutOfMemory"
 

@@ -83,8 +83,8 @@ def build(ctx: "Context", source: Path, out: Path, wanted: Mapping[str, Any], na
     if process.returncode == -signal.SIGKILL:
         raise RunFailure(
             "OutOfMemory",
-            "The conversion was killed, most likely for memory: it needs about 4 bytes for each parameter, and the new "
-            "model beside that. Raise spec.pod.resources.limits.memory.",
+            "The conversion was killed, most likely for memory: it was measured to need half a gigabyte and up to "
+            "18 bytes for each parameter. Raise spec.pod.resources.limits.memory.",
         )
     raise RunFailure(
         "InternalError", f"The conversion ended with status {process.returncode}; the pod's log has its last lines.",
@@ -95,6 +95,7 @@ def build(ctx: "Context", source: Path, out: Path, wanted: Mapping[str, Any], na
 def _environment(scratch: Path) -> dict[str, str]:
     ours = {
         "HOME": str(scratch),
+        "TMPDIR": str(scratch),
         "HF_HOME": str(scratch / "hf"),
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
@@ -152,13 +153,19 @@ def _run(order: Mapping[str, Any]) -> None:
     check_options(wanted, ModelBuilder._default_config(AcceleratorSpec("cpu", "CPUExecutionProvider")))
     # Olive's pass refuses fp16 for CPUs. The graph that the builder makes for CUDA is the same but for its provider
     # options, which quantize.py removes; onnxruntime runs it on a CPU with fp16 weights and KV cache.
+    passes: dict[str, Any] = {"build": {"type": "ModelBuilder", **wanted}}
+    if wanted["precision"] != "int4" and _tied(Path(order["source"])):
+        # The builder stores a tied embedding twice: once for looking up, once, transposed, for the head.
+        tie = {"type": "GraphSurgeries", "surgeries": [{"surgeon": "TieWordEmbeddings"}]}
+        save = {"save_as_external_data": True, "all_tensors_to_one_file": True, "remove_duplicate_initializers": False}
+        passes["tie"] = {**tie, **save}
     device, provider = ("gpu", "CUDA") if wanted["precision"] == "fp16" else ("cpu", "CPU")
     target = {"device": device, "execution_providers": [f"{provider}ExecutionProvider"]}
     olive.workflows.run(
         {
             "input_model": {"type": "HfModel", "model_path": order["source"], "task": "text-generation"},
             "systems": {"here": {"type": "LocalSystem", "accelerators": [target]}},
-            "passes": {"build": {"type": "ModelBuilder", **wanted}},
+            "passes": passes,
             "host": "here",
             "target": "here",
             "cache_dir": order["cache"],
@@ -170,6 +177,10 @@ def _run(order: Mapping[str, Any]) -> None:
         raise ValueError("it wrote no model.onnx")
     for name in OURS:
         (Path(order["out"]) / name).unlink(missing_ok=True)
+
+
+def _tied(source: Path) -> bool:
+    return json.loads((source / "config.json").read_text()).get("tie_word_embeddings") is True
 
 
 def check_options(wanted: Mapping[str, Any], known: Mapping[str, Any]) -> None:

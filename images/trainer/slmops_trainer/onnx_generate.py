@@ -59,10 +59,10 @@ class OnnxModel:
             on_row(number, len(rows))
         return total / max(1, tokens)
 
-    def probe(self, prompt: Sequence[int]) -> float:
-        """Generate a few tokens whatever the model would say. Returns tokens per second.
+    def probe(self, prompt: Sequence[int]) -> None:
+        """Generate a few tokens, whatever the model would say.
 
-        Raises RunFailure(UnsupportedModel) if it computes anything but finite numbers.
+        Raises RunFailure(UnsupportedModel) if it computes anything but finite numbers, or generates nothing.
         """
         if not np.isfinite(self._logits(prompt)).all():
             raise RunFailure(
@@ -72,13 +72,10 @@ class OnnxModel:
             )
         room = min(self.context, len(prompt) + PROBE_TOKENS)
         generator = self._begin(prompt, room, min_length=room)
-        began, count = time.monotonic(), 0
         while not generator.is_done():
             generator.generate_next_token()
-            count += 1
-        if not count:
+        if generator.token_count() <= len(prompt):
             raise RunFailure("UnsupportedModel", "The converted model loads, but generates nothing.")
-        return count / max(1e-9, time.monotonic() - began)
 
     def _begin(self, prompt: Sequence[int], max_length: int, **search: Any) -> Any:
         parameters = self._og.GeneratorParams(self._model)

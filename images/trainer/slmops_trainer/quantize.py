@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import metadata
@@ -64,7 +65,7 @@ def run(ctx: Context) -> RunResult:
     ctx.report(CHECKING, 0, 1, "Loading the converted model")
     model = OnnxModel(out)
     ctx.metric("load_seconds", model.load_seconds)
-    ctx.metric("tokens_per_second", model.probe(encoding.encode_prompt(loaded.tokenizer, PROBE)))
+    model.probe(encoding.encode_prompt(loaded.tokenizer, PROBE))
     _measure_result(ctx, loaded, model, spec.gate, held_out)
     _sizes(ctx, folder, out, parameters, facts.kv_bytes)
     return _publish(ctx, out, source, held_out)
@@ -172,11 +173,14 @@ def _measure_result(
         rows = encoding.encode(loaded.tokenizer, held_out.items, loaded.stop_ids, "assistant", model.context).items
         value = math.exp(min(700.0, model.mean_loss(rows, on_row)))
     else:
-        answers = []
+        answers: list[str] = []
+        began, tokens = time.monotonic(), 0
         for number, example in enumerate(held_out.items, 1):
             ids = model.answer(encoding.encode_prompt(loaded.tokenizer, example), gate.max_tokens)
             answers.append(loaded.tokenizer.decode(ids, skip_special_tokens=True))
+            tokens += len(ids)
             on_row(number, total)
+        ctx.metric("tokens_per_second", tokens / max(1e-9, time.monotonic() - began))  # one stream, prompts included
         value = evaluate.evaluate(answers, held_out.references, [gate.metric])[gate.metric]
     ctx.metric(gate.metric, value)
     ctx.metric("drop", delta(gate.metric, ctx.metrics[f"source_{gate.metric}"], value))
