@@ -126,8 +126,10 @@ def test_long_examples_are_left_out_and_counted(tokenizer: Any) -> None:
     long = Example((Message("user", "the lamp " * 50),), "x", 2)
     found = encoding.encode(tokenizer, [ASK, long, ASK], [END], "assistant", 40)
     assert (len(found.items), found.too_long) == (2, 1)
+    tokenizer.model_max_length = 40  # the model's context counts as well
+    assert encoding.encode(tokenizer, [ASK, long, ASK], [END], "assistant", 1000).too_long == 1
     with pytest.raises(
-        RunFailure, match=r"All 1 examples are longer than training.maxLength = 8 tokens; the shortest has \d+"
+        RunFailure, match=r"All 1 examples are longer than 8 tokens, the lesser of .*; the shortest has \d+"
     ):
         encoding.encode(tokenizer, [ASK], [END], "assistant", 8)
 

@@ -20,7 +20,7 @@ from tiny import chat, task
 from slmops.api.meta import Ancestor, Artifact
 from slmops.api.run import RunResult
 from slmops_artifacts import ArtifactError
-from slmops_trainer import cpus, result
+from slmops_trainer import cpus, main, result
 from slmops_trainer.failure import RunFailure, from_artifact, translate
 from slmops_trainer.progress import Board, Stage
 
@@ -153,6 +153,29 @@ def test_a_bad_spec_ends_at_once_and_for_good(pods: Callable[..., Pod], spec: An
     code, said = pods(spec).end()
     assert (code, said["succeeded"], said["reason"]) == (3, False, reason)
     assert message in said["message"]
+
+
+EVALUATION = {"dataset": {"uri": "pvc://data/x"}, "metrics": ["rougeL"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"evaluation": {**EVALUATION, "thresholds": {"exactMatch": 0.5}}},
+            "names exactMatch, which .* does not measure",
+        ),
+        ({"training": {"earlyStopping": {"patience": 1, "everySteps": 1}}}, "earlyStopping needs an evaluation set"),
+    ],
+)
+def test_what_the_spec_alone_shows_to_fail_costs_nothing(
+    tiny_model: Path, change: dict[str, Any], message: str
+) -> None:
+    spec = run_spec(tiny_model, "pvc://data/x")
+    spec["finetune"] |= change
+    with pytest.raises(RunFailure, match=message) as caught:
+        main.read_spec({"SLMOPS_RUN": json.dumps(spec)})
+    assert caught.value.reason == "BadSpec"
 
 
 def test_a_bad_dataset_is_known_before_the_model_is_pulled(

@@ -46,7 +46,7 @@ class EncodedSet:
 def encode(
     tokenizer: Any, examples: Sequence[Example], stop_ids: Sequence[int], loss_on: LossOn, max_length: int
 ) -> EncodedSet:
-    """Encode examples with answers. Those above `max_length` tokens are left out and counted, never cut.
+    """Encode examples with answers. Those above `max_length` or the model's context are left out and counted, not cut.
 
     `stop_ids`: the tokens at which generation ends (models.Loaded.stop_ids); every answer is made to end in one.
     Raises RunFailure(BadDataset) when all are too long, RunFailure(NothingToTrain) when no label is left.
@@ -55,12 +55,14 @@ def encode(
     texts = [text for parts in cut for text, _ in parts]
     ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
     items = [_join(tokenizer, [(next(ids), answer) for _, answer in parts], stop_ids, loss_on) for parts in cut]
-    kept = tuple(item for item in items if len(item.input_ids) <= max_length)
+    limit = min(max_length, tokenizer.model_max_length)
+    kept = tuple(item for item in items if len(item.input_ids) <= limit)
     if items and not kept:
         raise RunFailure(
             "BadDataset",
-            f"All {len(items)} examples are longer than training.maxLength = {max_length} tokens; the shortest has "
-            f"{min(len(item.input_ids) for item in items)}. Raise maxLength.",
+            f"All {len(items)} examples are longer than {limit} tokens, the lesser of training.maxLength and the "
+            f"model's context; the shortest has {min(len(item.input_ids) for item in items)}. "
+            "Raise maxLength, or shorten them.",
         )
     if not any(item.trained for item in kept):
         raise RunFailure("NothingToTrain", "No token of the set counts for the loss. Check the dataset and lossOn.")
@@ -118,8 +120,8 @@ def _spans(tokenizer: Any, turns: list[dict[str, str]], whole: str, example: Exa
             raise RunFailure(
                 "UnsupportedModel",
                 f"The model's chat template renders turn {index + 1} of line {example.line} differently once more "
-                "turns follow, so the answer's tokens cannot be told from the rest. Use a template with {% generation %} "
-                "marks, or train on one question and answer a line.",
+                "turns follow, so the answer's tokens cannot be told from the rest. "
+                "Use a template with {% generation %} marks, or train on one question and answer a line.",
             )
         yield len(before), len(through)
 

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 from slmops_trainer.data import Example
 from slmops_trainer.encoding import Encoded, encode_prompt
 from slmops_trainer.loss import collate, loss_sum
+from slmops_trainer.models import context
 
 OnBatch = Callable[[int, int], None]
 
@@ -31,7 +32,7 @@ def generate(
     """
     stops = list(stop_ids or [tokenizer.eos_token_id])
     prompts = [encode_prompt(tokenizer, example) for example in examples]
-    room = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    room = context(model)
     answers = [""] * len(prompts)
     # Equal lengths side by side: little padding, and the longest, which memory must hold, come first.
     order = [

@@ -52,7 +52,7 @@ def read_spec(env: Mapping[str, str]) -> RunSpec:
     if not text:
         raise RunFailure("BadSpec", f"{ENV_RUN} is not set: this image is started by the slmops operator.")
     try:
-        return RunSpec.model_validate_json(text)
+        spec = RunSpec.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -61,6 +61,23 @@ def read_spec(env: Mapping[str, str]) -> RunSpec:
             f"{ENV_RUN} cannot be read: {where or 'the document'}: {first['msg']}. "
             "Operator and trainer image may be of different versions.",
         ) from error
+    check(spec)
+    return spec
+
+
+def check(spec: RunSpec) -> None:
+    """Refuse what the spec alone shows to fail, before anything is pulled. Raises RunFailure(BadSpec)."""
+    batch = spec.finetune or spec.distill
+    if batch is None:
+        return
+    evaluation = batch.evaluation
+    if evaluation is None and batch.training.early_stopping is not None:
+        raise RunFailure("BadSpec", "training.earlyStopping needs an evaluation set: give spec.evaluation.")
+    unknown = sorted(set(evaluation.thresholds or {}) - set(evaluation.metrics)) if evaluation else []
+    if unknown:
+        raise RunFailure(
+            "BadSpec", f"evaluation.thresholds names {', '.join(unknown)}, which evaluation.metrics does not measure."
+        )
 
 
 def recipe(spec: RunSpec) -> Recipe:

@@ -59,6 +59,5 @@ def remember(ctx: "Context", name: str, values: dict[str, float]) -> None:
 
 
 def _perplexity(loaded: Loaded, items: Sequence[Example], batch_size: int) -> float:
-    limit = getattr(loaded.model.config, "max_position_embeddings", None) or 1 << 30
-    encoded = encoding.encode(loaded.tokenizer, items, loaded.stop_ids, "assistant", limit)
+    encoded = encoding.encode(loaded.tokenizer, items, loaded.stop_ids, "assistant", loaded.tokenizer.model_max_length)
     return generate.perplexity(loaded.model, encoded.items, generate.pad_id(loaded.tokenizer), batch_size)

@@ -89,8 +89,15 @@ def load(folder: Path, source: str) -> Loaded:
             "UnsupportedModel",
             f"The tokenizer of {source} knows {len(tokenizer)} tokens, its model {rows}: they do not belong together.",
         )
+    # Beyond its context a model computes nonsense or fails; some tokenizers do not know of it.
+    tokenizer.model_max_length = context(model)
     stops = _stop_ids(model, tokenizer)
     return Loaded(folder, model.to(device()), tokenizer, stops, _disk_dtype(folder))
+
+
+def context(model: Any) -> int:
+    """The most tokens that the model can look at, prompt and answer together."""
+    return getattr(model.config, "max_position_embeddings", None) or 1 << 30
 
 
 def check(folder: Path, source: str) -> dict[str, Any]:
