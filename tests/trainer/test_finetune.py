@@ -91,8 +91,10 @@ def test_lora_merges_into_a_model_that_answers_like_the_adapter(
     ids = torch.tensor([[5, 9, 200, 17, 300]])
     base = models.load(tiny_model, "base")
     assert not torch.allclose(merged.model(ids).logits, base.model(ids).logits, atol=1e-3)
-    ctx = make_run(uid="uid-2", output="pvc://store/adapter", finetune=spec(sets[0], **lora, merge=False))
-    finetune.run(ctx)
+    ctx = make_run(uid="uid-2", output="pvc://store/adapter", finetune=spec(*sets, **lora, merge=False))
+    alone = finetune.run(ctx)
+    assert alone.metrics["perplexity"] < alone.metrics["base_perplexity"]
+    assert not (tmp_path / "store/adapter/config.json").exists()
     from peft import PeftModel
 
     adapted = PeftModel.from_pretrained(base.model, str(tmp_path / "store/adapter")).eval()

@@ -140,9 +140,12 @@ def test_accumulated_batches_weigh_tokens_not_batches(make_run: Callable[..., Co
     assert all(torch.allclose(once[name], parts[name], atol=1e-5) for name in once)
 
 
-def test_gradient_checkpointing_changes_memory_only(make_run: Callable[..., Context], tiny_model: Path) -> None:
-    plain, _ = fit(make_run(uid="a", finetune=None), tiny_model, recipe())
-    less, _ = fit(make_run(uid="b", finetune=None), tiny_model, recipe(gradientCheckpointing=True))
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_gradient_checkpointing_changes_memory_only(
+    make_run: Callable[..., Context], tiny_model: Path, lora: bool
+) -> None:
+    plain, _ = fit(make_run(uid="a", finetune=None), tiny_model, recipe(), lora)
+    less, _ = fit(make_run(uid="b", finetune=None), tiny_model, recipe(gradientCheckpointing=True), lora)
     assert all(torch.allclose(plain[name], less[name], atol=1e-6) for name in plain)
 
 
