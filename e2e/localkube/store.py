@@ -18,7 +18,9 @@ PINNED = "io.cri-containerd.pinned=pinned"
 
 
 def answers() -> bool:
-    return paths.CONTAINERD_SOCKET.exists() and shell.attempt(*CTR, "images", "list", "--quiet", timeout=10).returncode == 0
+    if not paths.CONTAINERD_SOCKET.exists():
+        return False
+    return shell.attempt(*CTR, "images", "list", "--quiet", timeout=10).returncode == 0
 
 
 def images() -> set[str]:
