@@ -22,7 +22,7 @@ from slmops.api.run import RunResult
 from slmops_artifacts import ArtifactError
 from slmops_trainer import cpus, main, result
 from slmops_trainer.failure import RunFailure, from_artifact, translate
-from slmops_trainer.progress import Board, Stage
+from slmops_trainer.progress import Board, Stage, serve
 
 
 class Pod:
@@ -265,6 +265,21 @@ def test_percent_and_eta_follow_the_plan() -> None:
     board.report("C", 1, 1, "x" * 1000)
     assert board.progress.percent == 99
     assert len(board.progress.message) == 512
+
+
+@pytest.mark.parametrize(
+    ("error", "noise"), [(BrokenPipeError(), False), (ConnectionResetError(), False), (KeyError("x"), True)]
+)
+def test_a_client_that_hangs_up_leaves_no_trace(
+    capsys: pytest.CaptureFixture[str], error: Exception, noise: bool
+) -> None:
+    with serve(Board(), 0) as server:
+        try:
+            raise error
+        except (OSError, KeyError):
+            server.handle_error(socket.socket(), ("10.0.0.1", 1))
+        server.shutdown()
+    assert ("Traceback" in capsys.readouterr().err) is noise
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """What the pod tells while it runs: `/progress` for the operator, `/metrics` for Prometheus, on one port."""
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -107,6 +109,17 @@ class Board:
         return int(whole_stage * (1 - step / total) + later)
 
 
+class _Server(ThreadingHTTPServer):
+    """Keeps quiet about clients that hang up: a busy pod answers late, and its log is for people."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print the trace of what is not the client's doing."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def serve(board: Board, port: int = METRICS_PORT) -> ThreadingHTTPServer:
     """Answer `/progress` and `/metrics` from a thread until the process ends; port 0 takes a free one."""
 
@@ -134,7 +147,6 @@ def serve(board: Board, port: int = METRICS_PORT) -> ThreadingHTTPServer:
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the base class's name
             """Say nothing: probes would fill the log."""
 
-    server = ThreadingHTTPServer(("", port), Handler)
-    server.daemon_threads = True
+    server = _Server(("", port), Handler)
     threading.Thread(target=server.serve_forever, name="progress", daemon=True).start()
     return server
