@@ -24,9 +24,7 @@ PRODUCTS: dict[str, tuple[str, ...]] = {
     "server": ("server", "file server", "nas", "rack server"),
 }
 
-MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December")
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine", 10: "ten"}
 NAMES = ("Anna", "Ben", "Chloe", "Dmitri", "Elif", "Femi", "Grace", "Hugo", "Ines", "Jakub", "Kira", "Liam", "Maya", "Noor", "Olga", "Priya")
 
 

@@ -1,7 +1,7 @@
 """The demo's task: messy messages to a help desk -> one strict JSON ticket. Standard library only, all of it by seed.
 
-    "hey folks, our beamer in c-204 keeps crashing, asap please!! need it by 3rd of may"
-    {"product":"projector","severity":"high","team":"software","room":"C204","due":"05-03"}
+    "hey folks, our beamer in room atlas keeps crashing, asap please!! need it by next friday"
+    {"product":"projector","severity":"high","team":"software","room":"Atlas","due":"fri"}
 
 Every message has one right ticket, so accuracy is the share of answers equal to it, character by character.
 """
@@ -11,12 +11,13 @@ import random
 import re
 from dataclasses import dataclass
 
-from demo.phrases import KNOWN, MONTHS, NAMES, NEW, NUMBERS, PRODUCTS, SECURITY_KNOWN, SECURITY_NEW, WEEKDAYS, Phrases
+from demo.phrases import KNOWN, NAMES, NEW, PRODUCTS, SECURITY_KNOWN, SECURITY_NEW, WEEKDAYS, Phrases
 
 FIELDS = ("product", "severity", "team", "room", "due")
 TEAMS = (*KNOWN.symptoms, "security")
 NEW_TEAM = "security"
-WINGS = "BCDEFGH"  # of the building
+ROOMS = ("Atlas", "Birch", "Cedar", "Delta", "Ember", "Fjord", "Grove", "Haven", "Iris", "Jade", "Koala", "Lotus")
+DAYS = {"today": ("today", "tonight"), "tomorrow": ("tomorrow", "tomorrow morning", "tomorrow noon")}
 TERSE = 0.5  # share of messages without greeting, thanks and chatter
 
 _CHOICE = re.compile(r"\[([^\[\]]+)\]")
@@ -118,47 +119,18 @@ class Writer:
 
     def _room(self) -> tuple[str, str]:
         """A room as the ticket wants it, and as people write it."""
-        rng = self.random
-        letter, number = rng.choice(WINGS), f"{rng.randrange(1, 5)}{rng.randrange(1, 31):02}"
-        wing = letter if rng.random() < 0.6 else letter.lower()
-        written = wing + rng.choice(("", "", "-", " ", ".")) + number
-        return letter + number, rng.choice(("room ", "room ", "", "", "office ", "rm ")) + written
+        room = self.random.choice(ROOMS)
+        name = room if self.random.random() < 0.7 else room.lower()
+        return room, self.random.choice(("{}", "{}", "room {}", "room {}", "the {} room", "rm {}")).format(name)
 
     def _due(self) -> tuple[str, str]:
-        """A due date as the ticket wants it (MM-DD, +Nd, a weekday, today, tomorrow), and as people write it."""
+        """A due day as the ticket wants it (today, tomorrow, a weekday), and as people write it."""
         rng = self.random
-        kind = rng.random()
-        if kind < 0.45:
-            month, day = rng.randrange(12), rng.randrange(1, 29)
-            full = MONTHS[month] if rng.random() < 0.6 else MONTHS[month][:3]
-            nth = f"{day}{'th' if 10 < day < 14 else {1: 'st', 2: 'nd', 3: 'rd'}.get(day % 10, 'th')}"
-            written = rng.choice(
-                (
-                    f"{day} {full}",
-                    f"{full} {day}",
-                    f"{nth} of {full}",
-                    f"{full} {nth}",
-                    f"{full} the {nth}",
-                    f"{day}. {full}",
-                )
-            )
-            return f"{month + 1:02}-{day:02}", written
-        if kind < 0.65:
-            weekday = rng.choice(WEEKDAYS)
-            return weekday[:3].lower(), rng.choice(
-                (weekday, weekday, f"next {weekday}", f"this {weekday}", weekday[:3])
-            )
-        if kind < 0.85:
-            days = rng.choice(list(NUMBERS))
-            count = rng.choice((str(days), NUMBERS[days]))
-            return f"+{days}d", rng.choice(
-                (f"{count} days from now", f"the end of {count} days", f"{count} days after today")
-            )
-        return (
-            ("today", rng.choice(("today", "tonight", "the end of today")))
-            if kind < 0.92
-            else ("tomorrow", rng.choice(("tomorrow", "tomorrow morning", "tomorrow noon")))
-        )
+        if rng.random() < 0.25:
+            day = rng.choice(("today", "tomorrow"))
+            return day, rng.choice(DAYS[day])
+        weekday = rng.choice(WEEKDAYS)
+        return weekday[:3].lower(), rng.choice((weekday, weekday, f"next {weekday}", f"this {weekday}", weekday[:3]))
 
     def _mess_up(self, parts: list[str]) -> str:
         """Join sentences as people type them: casing, punctuation, and now and then a slip of the finger."""
