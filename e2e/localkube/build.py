@@ -26,8 +26,10 @@ def ensure(*names: str) -> None:
     chosen = names or tuple(n for n, i in images.IMAGES.items() if i.dockerfile.exists())
     with _building():
         node = store.answers()
+        current = []  # as they were when built: the sources may be edited meanwhile
         for name in chosen:
             reference = images.reference(name)
+            current.append(reference)
             if node and store.has(reference):
                 step(f"{name}: {reference} is on the node")
             else:
@@ -38,8 +40,8 @@ def ensure(*names: str) -> None:
                     step(f"{name}: built; the node is down, so it was not loaded")
             if node:
                 _record(name, reference)
-    if node:
-        _drop_old([images.reference(name) for name in chosen])
+        if node:
+            _drop_old(current)
 
 
 def record_present() -> None:
