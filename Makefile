@@ -36,7 +36,7 @@ lint: $(READY) ## ruff, import-linter
 
 types: $(READY) ## mypy --strict
 	@$(VENV)/bin/mypy -p slmops
-	@$(VENV)/bin/mypy -p slmops_artifacts -p slmops_server -p slmops_router
+	@$(VENV)/bin/mypy -p slmops_artifacts -p slmops_server -p slmops_router -p slmops_trainer
 	@$(VENV)/bin/mypy -p localkube -p kit -p demo
 
 unit: $(READY) ## pure tests, milliseconds each

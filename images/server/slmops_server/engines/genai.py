@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 
 import numpy as np
-import onnxruntime_genai as og  # type: ignore[import-untyped]  # it ships no types
+import onnxruntime_genai as og
 
 from slmops_server.engines.sampler import Logits
 from slmops_server.model_folder import ModelFolder
