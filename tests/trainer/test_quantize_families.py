@@ -1,0 +1,56 @@
+"""Model families whose rotary embeddings differ compute the same numbers in ONNX: a wrong one shows in no shape."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import CHATML, chat, task, write_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+
+from slmops_trainer import quantize
+from slmops_trainer.context import Context
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2, "tie_word_embeddings": True,
+    "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+LLAMA_3_SCALING = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}  # fmt: skip
+
+
+def llama() -> Any:
+    """As Llama 3.1: scaled frequencies, another base."""
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, rope_theta=500000.0, rope_scaling=LLAMA_3_SCALING))
+
+
+def phi() -> Any:
+    """As Phi-4-mini: a part of each head is rotated, projections are fused."""
+    shape = {**SHAPE, "hidden_size": 128}
+    config = Phi3Config(**shape, original_max_position_embeddings=256, partial_rotary_factor=0.5, sliding_window=None)
+    return Phi3ForCausalLM(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [llama, phi])
+def test_a_converted_model_computes_what_its_source_computes(
+    make_run: Callable[..., Context], jsonl: Callable[..., str], tmp_path: Path, family: Callable[[], Any]
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_tokenizer(folder, CHATML)
+    torch.manual_seed(0)
+    family().save_pretrained(folder)
+    gold = jsonl([chat(*row) for row in task()[:8]], "gold")
+    spec = {
+        "source": {"uri": "pvc://models/tiny"},
+        "precision": "fp32",
+        "gate": {"dataset": {"uri": gold}, "metric": "perplexity", "maxDrop": 1e-4},
+    }
+    result = quantize.run(make_run(model=folder, quantize=spec))
+    assert abs(result.metrics["drop"]) < 1e-4
+    assert result.metrics["size_ratio"] < 1.1
