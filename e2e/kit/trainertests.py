@@ -76,7 +76,7 @@ def pod(image: str, arguments: list[str]) -> Object:
                         *arguments,
                     ],
                     "env": [
-                        {"name": "PYTHONPATH", "value": "/opt/pytest"},
+                        {"name": "PYTHONPATH", "value": "/opt/slmops:/opt/pytest"},
                         {"name": "PYTHONDONTWRITEBYTECODE", "value": "1"},
                         {"name": "HOME", "value": "/tmp"},
                     ],

@@ -190,7 +190,7 @@ def test_quota_forbids_the_pod_then_grows(space: Kubectl, seeded: str) -> None:
 
     def forbidden() -> bool:
         ready = space.condition("finetunejob", "squeezed", "Ready") or {}
-        return ready.get("reason") == "PodsForbidden" and "quota" in ready.get("message", "")
+        return ready.get("reason") == "QuotaExceeded" and "quota" in ready.get("message", "")
 
     wait_for("the condition names the quota", forbidden, 60)
     space.delete("resourcequota", "small")
