@@ -26,6 +26,7 @@ def ensure(*names: str) -> None:
     chosen = names or tuple(n for n, i in images.IMAGES.items() if i.dockerfile.exists())
     with _building():
         node = store.answers()
+        before = set(_recorded().values())  # what is installed may still ask for these
         current = []  # as they were when built: the sources may be edited meanwhile
         for name in chosen:
             reference = images.reference(name)
@@ -41,7 +42,7 @@ def ensure(*names: str) -> None:
             if node:
                 _record(name, reference)
         if node:
-            _drop_old(current)
+            _drop_old(current, before)
 
 
 def record_present() -> None:
@@ -138,18 +139,22 @@ def _transfer(reference: str, known: set[str]) -> None:
         shutil.rmtree(layout)
 
 
+def _recorded() -> dict[str, str]:
+    known: dict[str, str] = json.loads(paths.IMAGES_JSON.read_text()) if paths.IMAGES_JSON.exists() else {}
+    return known
+
+
 def _record(name: str, reference: str) -> None:
-    known = json.loads(paths.IMAGES_JSON.read_text()) if paths.IMAGES_JSON.exists() else {}
-    known[name] = reference
+    known = {**_recorded(), name: reference}
     partial = paths.IMAGES_JSON.with_suffix(".part")
     partial.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
     partial.replace(paths.IMAGES_JSON)
 
 
-def _drop_old(current: list[str]) -> None:
-    """Earlier development tags go, unless a container still runs from one."""
+def _drop_old(current: list[str], before: set[str]) -> None:
+    """Earlier development tags go, unless a container still runs from one or they were current until now."""
     old = {i for i in store.images() for c in current if images.is_old(i, c)}
-    store.remove_images(sorted(old - store.in_use()))
+    store.remove_images(sorted(old - before - store.in_use()))
 
 
 @contextmanager
