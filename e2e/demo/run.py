@@ -208,7 +208,7 @@ def hints(current: bool) -> str:
         f"Go on:\n  {prefix}kubectl -n {NAMESPACE} get slm\n"
         f"  kubectl -n {NAMESPACE} port-forward service/assistant 8000 &\n"
         '  curl localhost:8000/v1/chat/completions -d \'{"model": "assistant", "messages": '
-        '[{"role": "user", "content": "the beamer in c-204 keeps crashing, asap! fix it by 3 May"}]}\''
+        '[{"role": "user", "content": "the beamer in room atlas keeps crashing, asap! fix it by Friday"}]}\''
     )
 
 
