@@ -142,8 +142,6 @@ class Writer:
         text = "".join(part + (" " if part[-1] in "?!" else rng.choice(ends)) for part in parts).rstrip(" ,-\n")
         if style > 0.8:
             text = text.lower()
-        if style > 0.97:
-            text = text.upper()
         words = text.split(" ")
         if rng.random() < 0.35:
             at = rng.randrange(len(words))
