@@ -72,6 +72,8 @@ def pod(image: str, arguments: list[str]) -> Object:
                         "--import-mode=importlib",
                         "-p",
                         "no:cacheprovider",
+                        "-o",
+                        "markers=slow: takes longer than a few seconds",
                         "--timeout=900",
                         *arguments,
                     ],
