@@ -30,7 +30,7 @@ NAMES = ("Anna", "Ben", "Chloe", "Dmitri", "Elif", "Femi", "Grace", "Hugo", "Ine
 
 @dataclass(frozen=True)
 class Phrases:
-    """One half. Frames hold {p} product, {s} symptom, {r} room, {d} date, {name}, {n} a number that means nothing."""
+    """One half. Frames hold {p} product, {s} symptom, {c} cue, {r} room, {d} day, {name}, {n} a number that means nothing."""
 
     openers: tuple[str, ...]
     leads: tuple[str, ...]  # before any sentence
@@ -40,6 +40,7 @@ class Phrases:
     problems: tuple[str, ...]  # {p} {s}
     problems_with_room: tuple[str, ...]  # {p} {s} {r}
     symptoms: dict[str, tuple[str, ...]]  # team -> verb phrases after the product
+    causes: tuple[str, ...]  # verb phrases that leave it to one word of CUES, {c}, whose case it is
     severities: dict[str, tuple[str, ...]]  # label -> sentences
     rooms: tuple[str, ...]  # {r}
     dues: tuple[str, ...]  # {d}
@@ -118,6 +119,12 @@ KNOWN = Phrases(
             "was sent without a quote", "was delivered without a receipt", "needs a receipt",
         ),
     },
+    causes=(
+        "has trouble with the {c}", "has an issue with the {c}", "gives me trouble because of the {c}", "does not work, it is the {c}", "has something wrong with the {c}",
+        "is unusable because of the {c}", "needs someone to look at the {c}", "annoys everybody with the {c}", "has a problem, the {c} i think", "is not ok, see the {c}",
+        "makes problems, the {c} for example", "[stopped|failed], must be the {c}", "was fine until the {c}", "is [bad|strange] when it comes to the {c}",
+        "cannot be used, check the {c}", "has no proper {c}", "got a bad {c}", "came with the wrong {c}",
+    ),
     severities={
         "critical": (
             "this is critical", "it is absolutely critical", "we consider this critical", "this is an emergency", "it's an emergency", "treat it as an emergency",
@@ -205,6 +212,10 @@ NEW = Phrases(
             "is not what we had in the order", "came without any invoice", "is waiting for a quote", "has no receipt", "was charged although we sent it back",
         ),
     },
+    causes=(
+        "is a pain, the {c} i guess", "acts up due to the {c}", "keeps me busy with the {c}", "lets us down, {c} again", "drives us mad with its {c}",
+        "is no good, somebody should see to the {c}", "would be lovely without the {c}", "is in a sad state, {c} and all",
+    ),
     severities={
         "critical": (
             "i would call it critical", "critical for the business", "a real emergency", "sorry, but nobody here can work", "the entire production is down",
@@ -230,6 +241,16 @@ NEW = Phrases(
         "solved by {d} would be perfect",
     ),
 )
+
+# What a case may be about, in a word or two, by team.
+CUES: dict[str, tuple[str, ...]] = {
+    "hardware": ("battery", "crack", "power button", "loud noise", "cable", "paper jam", "spare part", "burnt smell", "damage"),
+    "software": ("update", "license", "driver", "error message", "app", "settings", "reboot", "bug", "crash"),
+    "network": ("wifi", "vpn", "internet", "connection", "ip address", "signal", "slow internet", "offline mode"),
+    "facilities": ("power socket", "heating", "ceiling", "desk", "cabinet", "light", "wall", "dust", "window"),
+    "billing": ("invoice", "refund", "cost center", "price", "order", "quote", "receipt", "payment"),
+    "security": ("theft", "phishing mail", "virus", "hacker", "strange login", "leaked password", "ransom note"),
+}
 
 # The label that the teacher never sees: it comes with the fine-tune.
 SECURITY_KNOWN = (

@@ -37,7 +37,7 @@ STUDENT = {
     "num_attention_heads": 5,
     "num_key_value_heads": 5,
 }
-EMBEDDING_SPREAD = 0.12
+EMBEDDING_SPREAD = 0.15
 ROPE_BASE = 200.0
 WHOLE = "user\nassistant\nsystem\n"  # the template's own words: one token each
 

@@ -11,7 +11,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from demo.phrases import KNOWN, NAMES, NEW, PRODUCTS, SECURITY_KNOWN, SECURITY_NEW, WEEKDAYS, Phrases
+from demo.phrases import CUES, KNOWN, NAMES, NEW, PRODUCTS, SECURITY_KNOWN, SECURITY_NEW, WEEKDAYS, Phrases
 
 FIELDS = ("product", "severity", "team", "room", "due")
 TEAMS = (*KNOWN.symptoms, "security")
@@ -76,7 +76,10 @@ class Writer:
         team = NEW_TEAM if security else rng.choice(list(phrases.symptoms))
         symptoms = phrases.symptoms | {NEW_TEAM: SECURITY_KNOWN if phrases is KNOWN else SECURITY_NEW}
         terse = rng.random() < TERSE
-        symptom = rng.choice(symptoms[team])
+        if rng.random() < 0.5:
+            symptom = rng.choice(symptoms[team])
+        else:
+            symptom = rng.choice(phrases.causes).replace("{c}", rng.choice(CUES[team]))
         if not terse and rng.random() < 0.4:
             symptom += " " + rng.choice(phrases.tails)
         slots = {"p": rng.choice(PRODUCTS[product]), "s": symptom}

@@ -46,7 +46,7 @@ def test_a_leak_would_be_found(sets: task.Sets) -> None:
 
 
 def frames(half: phrases.Phrases) -> set[str]:
-    groups = [half.openers, half.leads, half.tails, half.closers, half.noise]
+    groups = [half.openers, half.leads, half.tails, half.closers, half.noise, half.causes]
     groups += [half.problems, half.problems_with_room, half.rooms, half.dues]
     groups += [*half.symptoms.values(), *half.severities.values()]
     return {frame for group in groups for frame in group if frame}
