@@ -43,17 +43,18 @@ unit: $(READY) ## pure tests, milliseconds each
 	@$(PY) -m pytest -q tests/unit
 
 kube: $(READY) ## the operator against a real API server
-	@$(PY) -m pytest -q tests/kube tests/chart
+	@$(PY) -m pytest -q tests/kube
 
 DEBS := docker-registry apache2-utils skopeo haproxy
 debs:
 	@dpkg -s $(DEBS) >/dev/null 2>&1 || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(DEBS) >/dev/null)
 
-components: $(READY) debs ## artifacts, server, router on this machine; the trainer inside its image
+components: $(READY) debs ## artifacts, server, router, chart on this machine; the trainer inside its image
 	@$(PY) -m pytest -q tests/artifacts
 	@$(PY) -m pytest -q tests/server
 	@$(PY) -m pytest -q tests/router
 	@$(MAKE) --no-print-directory up images
+	@$(PY) -m pytest -q tests/chart
 	@PYTHONPATH=e2e $(PY) -m kit.trainertests
 
 e2e: $(READY) ## the scenarios on a real node with real pods
