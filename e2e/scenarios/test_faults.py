@@ -25,8 +25,12 @@ def stalled(kube: Kubectl, kind: str, name: str, timeout: float = 120) -> Object
 
 def resumed_at(kube: Kubectl, owner: str) -> int:
     """The step at which the pod that finished took over, as its log tells; 0 if it began anew."""
-    finished = [pod for pod in kube.list("pods", f"slmops.dev/owner={owner}") if pod["status"]["phase"] == "Succeeded"]
-    found = re.search(r"Resumed at step (\d+) of", kube.run("logs", finished[-1]["metadata"]["name"]))
+
+    def log() -> str:
+        pods = [pod for pod in kube.list("pods", f"slmops.dev/owner={owner}") if pod["status"]["phase"] == "Succeeded"]
+        return kube.run("logs", pods[-1]["metadata"]["name"]) if pods else ""
+
+    found = re.search(r"Resumed at step (\d+) of", wait_for("a finished pod's log", log, 30))
     return int(found[1]) if found else 0
 
 
