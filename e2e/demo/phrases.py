@@ -127,23 +127,27 @@ KNOWN = Phrases(
     ),
     severities={
         "critical": (
-            "this is critical", "it is absolutely critical", "we consider this critical", "this is an emergency", "it's an emergency", "treat it as an emergency",
+            "[this|it|that] is critical", "it is [absolutely|very|really] critical", "we consider this critical", "critical issue", "critical [here|for us|for everyone]",
+            "priority: critical", "this is an emergency", "it's an emergency", "treat it as an emergency", "[big|huge|clear] emergency", "emergency!",
             "nobody can work", "because of this nobody can work", "right now nobody can work", "everything is down", "production is down",
-            "production is down because of it", "we are completely blocked", "the whole floor is blocked", "my team is blocked",
+            "production is down because of it", "we are [completely|totally] blocked", "the whole floor is blocked", "[my team|everyone|our work] is blocked",
         ),
         "high": (
-            "this is urgent", "it is urgent", "quite urgent", "urgent please", "please treat it as urgent", "as soon as possible please", "asap", "asap please",
-            "i need this asap", "we need it as soon as possible", "high priority", "please give it a high priority", "this has high priority for us",
-            "it is very important", "this is really important for us", "important!",
+            "[this|it|that] is urgent", "quite urgent", "urgent please", "please treat it as urgent", "[an|one more|another] urgent case", "urgent [here|today|for us]",
+            "as soon as possible please", "asap", "asap please", "i need this asap", "we need it as soon as possible", "high priority", "priority: high",
+            "please give it a high priority", "this has high priority for us", "set the priority to high", "it is very important", "this is really important for us",
+            "important!", "important [case|matter|request]", "[quite|so] important",
         ),
         "normal": (
-            "", "", "", "", "", "normal priority", "this is a normal request", "just a normal ticket", "please handle it in the usual way", "the usual priority is fine",
-            "it is a regular request", "regular priority", "just the regular procedure",
+            "", "", "", "", "", "", "", "normal priority", "priority: normal", "set the priority to normal", "this is a normal request", "just a normal ticket",
+            "a normal case", "please handle it in the usual way", "the usual priority is fine", "the usual [thing|procedure]", "it is a regular request",
+            "regular priority", "[just the|a] regular procedure", "take it as a regular case",
         ),
         "low": (
-            "no rush", "there is no rush", "absolutely no rush", "no hurry", "there is no hurry at all", "take your time", "please take your time",
-            "whenever you have time", "do it whenever you can", "low priority", "this is low priority", "it is only a minor thing", "just a minor issue",
-            "a minor one", "it can wait", "this can wait",
+            "no rush", "there is no rush", "absolutely no rush", "no rush at all", "no hurry", "there is no hurry at all", "we are not in a hurry", "take your time",
+            "please take your time", "take all the time you need", "whenever you have time", "do it whenever you can", "whenever it suits you", "low priority",
+            "this is low priority", "priority: low", "set the priority to low", "it is only a minor thing", "just a minor issue", "a minor one", "minor [case|matter|problem]",
+            "it can wait", "this can wait", "it can wait [a while|until you are free|for now]",
         ),
     },
     rooms=(
@@ -165,7 +169,7 @@ NEW = Phrases(
         "knock knock", "got a minute?", "excuse me", "not sure if this is the right address",
     ),
     leads=(
-        "truth be told", "mind you", "needless to say", "word has it", "long overdue", "listen", "alright", "as a reminder", "between us", "strangely enough",
+        "truth be told", "mind you", "needless to say", "word has it", "small note", "listen", "alright", "as a reminder", "between us", "strangely enough",
         "{name} thinks", "on another note",
     ),
     tails=(
@@ -188,7 +192,7 @@ NEW = Phrases(
     ),
     problems_with_room=(
         "over in {r} the {p} {s}", "the {p} standing in {r} {s}", "users in {r} complain the {p} {s}", "greetings from {r}, our {p} {s}",
-        "went to {r} and saw the {p} {s}", "down in {r} my {p} {s}", "the one {p} we have in {r} {s}", "report from {r}: {p} {s}",
+        "went to {r} and saw the {p} {s}", "up in {r} my {p} {s}", "the one {p} we have in {r} {s}", "report from {r}: {p} {s}",
     ),
     symptoms={
         "hardware": (
@@ -205,7 +209,7 @@ NEW = Phrases(
         ),
         "facilities": (
             "has no free power socket near it", "suffers from the heating", "has water from the ceiling on it", "wants a different desk", "is stuck behind the cabinet",
-            "needs more light", "hangs loose on the wall", "is full of dust", "stands in the sun by the window", "sits on a shaky desk",
+            "needs more light", "hangs loose on the wall", "is full of dust", "stands too bright by the window", "sits on a shaky desk",
         ),
         "billing": (
             "got charged two times", "shows up twice on the invoice", "deserves a refund", "has been paid by the wrong cost center", "has the wrong price",
@@ -213,7 +217,7 @@ NEW = Phrases(
         ),
     },
     causes=(
-        "is a pain, the {c} i guess", "acts up due to the {c}", "keeps me busy with the {c}", "lets us down, {c} again", "drives us mad with its {c}",
+        "is a pain, the {c} i guess", "acts up due to the {c}", "keeps me busy with the {c}", "gets on our nerves, {c} again", "drives us mad with its {c}",
         "is no good, somebody should see to the {c}", "would be lovely without the {c}", "is in a sad state, {c} and all",
     ),
     severities={
