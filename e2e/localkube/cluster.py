@@ -73,12 +73,13 @@ def _clear(trouble: list[str]) -> None:
     if trouble != ["not started"]:
         step(f"clearing what is left ({'; '.join(trouble)})")
     leftovers.sweep()
-    strangers = daemons.running("kubelet")
+    strangers = daemons.kubernetes_beside()
     if strangers:
         raise Failure(
-            f"another kubelet runs on this machine (pid {strangers[0]})",
-            hint="use that cluster through your kube context, or stop it first",
+            f"another Kubernetes node runs on this machine (pid {strangers[0]})",
+            hint="use that cluster through your kube context (CLUSTER=current), or stop it first",
         )
+    network.check_free()
 
 
 def _start() -> None:

@@ -13,6 +13,9 @@ from pathlib import Path
 
 from localkube.say import Failure
 
+# Of any distribution; a kind node has the same, in containers.
+NODE_PROGRAMS = frozenset({"kubelet", "kube-proxy", "k3s", "rke2", "k0s", "kubelite"})
+
 
 @dataclass(frozen=True)
 class Daemon:
@@ -99,9 +102,19 @@ def marked(marker: str, programs: frozenset[str]) -> list[int]:
     return found
 
 
-def running(program: str) -> list[int]:
-    """Every process of this program on the machine, whoever started it."""
-    return [int(e.name) for e in Path("/proc").iterdir() if e.name.isdigit() and _program(int(e.name)) == program]
+def kubernetes_beside() -> list[int]:
+    """Processes of a Kubernetes node in this network namespace: its rules would be ours too, unlike a kind node's."""
+    here = _network(os.getpid())
+    pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    return [pid for pid in pids if _program(pid) in NODE_PROGRAMS and _network(pid) == here]
+
+
+def _network(pid: int) -> int:
+    """The inode of a process's network namespace; 0 when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/ns/net").stat().st_ino
+    except OSError:
+        return 0
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
