@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
-from localkube import bare, build, control, daemons, leftovers, network, node, paths, seed, shell, tools
+from localkube import bare, build, control, daemons, leftovers, network, node, packages, paths, seed, shell, tools
 from localkube.control import Endpoint
 from localkube.daemons import Daemon
 from localkube.paths import CLUSTER
@@ -27,7 +27,7 @@ def up() -> None:
             step(f"already up{f', {renewed} volumes renewed' if renewed else ''}")
             _say_how()
             return
-        tools.ensure_packages()
+        packages.ensure(packages.NODE)
         tools.ensure()
         _clear(trouble)
         _start()
@@ -42,6 +42,7 @@ def down(*, purge: bool = False) -> None:
             node.stop_pods()
         step("stopping the cluster")
         leftovers.sweep()
+        packages.allow_services()
         for path in [paths.KUBECONFIG, paths.IMAGES_JSON, paths.LOCAL / "run"]:
             path.unlink(missing_ok=True)
         shutil.rmtree(paths.VOLUMES, ignore_errors=True)

@@ -222,3 +222,10 @@ def test_a_failure_says_what_where_and_how_to_go_on(tmp_path: Path) -> None:
         f"  log: {log}",
         "  next: run again",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "version"), [("go1.26.1", (1, 26)), ("go1.19.8", (1, 19)), ("", (0, 0)), ("devel go1.27", (0, 0))]
+)
+def test_gos_version(text: str, version: tuple[int, int]) -> None:
+    assert tools.go_version(text) == version
