@@ -53,10 +53,21 @@ def record_present() -> None:
             _record(name, reference)
 
 
-def purge() -> None:
+def stop() -> None:
+    """Wait for a build to end, then take its running state off the machine; what is built stays."""
+    if not paths.CACHE.exists():
+        return
     with shell.locked(paths.BUILD_LOCK):
-        for folder in [paths.BUILDAH_RUN, paths.CACHE]:
+        for place in mounts.below(paths.CACHE):
+            shell.attempt("umount", place)
+        for folder in [paths.WORK, paths.BUILDAH_RUN]:
             mounts.remove(folder)
+
+
+def purge() -> None:
+    """Remove all that is built."""
+    with shell.locked(paths.BUILD_LOCK):
+        mounts.remove(paths.CACHE)
 
 
 def load(target: str) -> None:
@@ -195,8 +206,16 @@ def _buildah(command: str) -> list[str]:
     ]  # fmt: skip
 
 
+def _containers_conf() -> Path:
+    """Keeps buildah from making /etc/cni."""
+    file = paths.WORK / "containers.conf"
+    file.write_text(f'[network]\nnetwork_config_dir = "{paths.WORK / "net"}"\n')
+    return file
+
+
 def _environment() -> dict[str, str]:
     return {
         "TMPDIR": str(paths.WORK / "tmp"),
         "BUILDAH_ISOLATION": "chroot",
+        "CONTAINERS_CONF": str(_containers_conf()),
     }

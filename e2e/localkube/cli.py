@@ -43,9 +43,11 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         case "venv":
             venv.ensure()
         case "apiserver":
-            print(bare.up(arguments.dir.resolve()))
+            bare.sweep(paths.LOCAL)
+            owner = arguments.owner
+            print(bare.up(bare.owned(paths.LOCAL, owner) if owner else arguments.dir.resolve(), owner))
         case "apiserver-down":
-            bare.down(arguments.dir.resolve())
+            bare.down(bare.owned(paths.LOCAL, arguments.owner) if arguments.owner else arguments.dir.resolve())
     return 0
 
 
@@ -67,5 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         ("apiserver-down", "stop what `apiserver` started in that folder"),
     ]:
         command = commands.add_parser(name, help=text)
-        command.add_argument("--dir", type=Path, default=paths.LOCAL / "apiserver")
+        where = command.add_mutually_exclusive_group()
+        where.add_argument("--dir", type=Path, default=paths.LOCAL / "apiserver")
+        where.add_argument("--owner", type=int, metavar="PID", help="in .local/apiserver-PID, swept once PID is gone")
     return parser

@@ -42,15 +42,19 @@ def down(*, purge: bool = False) -> None:
             node.stop_pods()
         step("stopping the cluster")
         leftovers.sweep()
-        packages.allow_services()
+        bare.sweep(paths.LOCAL)
+        build.stop()
+        packages.clean()
         for path in [paths.KUBECONFIG, paths.IMAGES_JSON, paths.LOCAL / "run"]:
             path.unlink(missing_ok=True)
         shutil.rmtree(paths.VOLUMES, ignore_errors=True)
         if purge:
             step(f"removing the caches below {paths.CACHE}")
-            bare.down(paths.LOCAL / "apiserver")
+            for folder in paths.LOCAL.glob("apiserver*"):
+                bare.down(folder)
             build.purge()
             shutil.rmtree(paths.LOCAL, ignore_errors=True)
+        paths.LOCK.unlink()
     step("down")
 
 

@@ -26,7 +26,7 @@ class Daemon:
 
     def alive(self) -> bool:
         # In the middle of exec the command line reads as empty.
-        return _start_time(self.pid) == self.started and _program(self.pid) in ("", self.program)
+        return start_time(self.pid) == self.started and _program(self.pid) in ("", self.program)
 
 
 def start(name: str, argv: list[str], *, pids: Path, log: Path, env: Mapping[str, str] | None = None) -> Daemon:
@@ -42,7 +42,7 @@ def start(name: str, argv: list[str], *, pids: Path, log: Path, env: Mapping[str
             cwd="/",
             env=None if env is None else {**os.environ, **env},
         )
-    started = _start_time(process.pid)
+    started = start_time(process.pid)
     daemon = Daemon(name, process.pid, started, Path(argv[0]).name)
     (pids / f"{name}.pid").write_text(f"{daemon.pid} {daemon.started} {daemon.program}\n")
     return daemon
@@ -86,7 +86,7 @@ def kill(pids: Iterable[int]) -> None:
 
 def wait_gone(pids: Iterable[int], *, seconds: float = 5) -> None:
     deadline = time.monotonic() + seconds
-    while any(_start_time(pid) for pid in pids) and time.monotonic() < deadline:
+    while any(start_time(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
@@ -134,7 +134,7 @@ def _program(pid: int) -> str:
     return Path(argv[0]).name if argv else ""
 
 
-def _start_time(pid: int) -> str:
+def start_time(pid: int) -> str:
     """Start time in clock ticks since boot: with the pid it names a process for good. Empty for a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -120,6 +120,13 @@ def _no_services(policy: Path) -> Iterator[None]:
         allow_services(policy)
 
 
+def clean() -> None:
+    """What an installation that was killed left."""
+    with shell.locked(paths.APT_LOCK):
+        allow_services()
+        paths.APT_LOCK.unlink()
+
+
 def allow_services(policy: Path = POLICY) -> None:
     """Put the machine's own policy back, also after a run that was killed."""
     if _kept(policy).exists():
