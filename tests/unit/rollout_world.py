@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from slmops.api.deployment import (
     Analysis,
@@ -90,9 +91,7 @@ class World:
         pods = {r: Pods(n, self.ready.get(r, 0), self.broken.get(r)) for r, n in self.deployments.items()}
         found = {r: 0 if r in self.unreached else n for r, n in self.ready.items()}
         views = tuple(
-            Router()
-            if r.silent
-            else Router(dict(r.weights), r.epoch, found, dict(r.answered), dict(r.chosen), r.turns)
+            Router() if r.silent else Router(dict(r.weights), r.epoch, found, dict(r.answered), dict(r.chosen), r.turns)
             for r in self.routers
         )
         seen = Seen(self.target, pods, views, annotations=dict(self.annotations))
@@ -223,3 +222,12 @@ class World:
         for router in self.routers:
             for name, weight in router.weights.items():
                 assert weight == 0 or name in self.deployments, (name, router.weights, self.log[-5:])
+
+
+def serving(name: str = "aaa", **how: Any) -> World:
+    """A world in which revision `name` serves."""
+    world = World(spec(**how))
+    world.deploy(name)
+    assert (world.phase, world.stable, world.candidate) == ("Stable", name, "")
+    world.events.clear()
+    return world
