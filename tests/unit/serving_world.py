@@ -1,5 +1,6 @@
 """A world for ModelDeployments on the cluster in memory: a Kubernetes that starts pods, and agents that obey."""
 
+import contextlib
 import json
 from datetime import datetime, timedelta
 from typing import Any
@@ -8,7 +9,7 @@ from tests.unit.objects import NOW, Object
 
 from slmops.api import keys
 from slmops.cluster.memory import MemoryCluster, key_of
-from slmops.cluster.port import Key
+from slmops.cluster.port import ClusterError, Key
 from slmops.reconcile.deployment import DeploymentReconciler
 from slmops.reconcile.driver import Driver
 from slmops.remote import prometheus
@@ -20,14 +21,39 @@ KEY = Key("ModelDeployment", "ns", "chat")
 SETTINGS = Settings(router_key="k" * 32, prometheus_url="http://prometheus:9090", server_image="server:1")
 
 
+class Refusing(MemoryCluster):
+    """Refuses writes of some kinds as long as the test says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refusing: dict[str, ClusterError] = {}
+        self.refusing_new: dict[str, ClusterError] = {}  # what exists may still be changed
+
+    def apply(self, obj: Object, *, current: Object | None = None) -> Object:
+        if obj["kind"] in self.refusing_new and key_of(obj) not in self.objects:
+            raise self.refusing_new[obj["kind"]]
+        return super().apply(obj, current=current)
+
+    def tamper(self, kind: str) -> None:
+        """Objects of this kind are to be applied again: somebody changed them."""
+        for key in [key for key in self._applied if key.kind == kind]:
+            del self._applied[key]
+
+    def _allow(self, kind: str) -> None:
+        if kind in self.refusing:
+            raise self.refusing[kind]
+        super()._allow(kind)
+
+
 class Kubernetes:
     """The driver, and what it works on."""
 
     def __init__(self, **spec: Any) -> None:
-        self.cluster, self.now = MemoryCluster(), NOW
+        self.cluster, self.now = Refusing(), NOW
         self.settings = SETTINGS
         self.agents: dict[str, Object] = {}  # url -> routes
         self.silent = False
+        self.deaf: set[str] = set()  # urls of agents that refuse routes
         self.answers: list[prometheus.Answer] = []
         self.queries: list[str] = []
         self.requests = 0
@@ -72,6 +98,12 @@ class Kubernetes:
             self.kubelet()
             wanted = self.driver().run(KEY)
         return wanted
+
+    def try_pass(self) -> None:
+        """A pass that may fail, as the queue runs it."""
+        self.kubelet()
+        with contextlib.suppress(ClusterError):
+            self.driver().run(KEY)
 
     def driver(self) -> Driver:
         reconciler = DeploymentReconciler(self.ask, self.query)
@@ -122,6 +154,8 @@ class Kubernetes:
     def push(self, routes: Any) -> None:
         if self.silent:
             raise RemoteError("silent")
+        if routes.url in self.deaf:
+            raise RemoteError(f"The router's agent at {routes.url} refuses.")
         assert routes.token
         self.agents[routes.url] = routes.body
 

@@ -90,7 +90,7 @@ class Work:
     @property
     def pods(self) -> Pods:
         """The candidate's."""
-        return self.seen.pods.get(self.name) or Pods(0, 0)
+        return self.seen.pods.get(self.name) or Pods(0, 0, self.seen.refusal)
 
     def need(self, step: Step | None) -> int:
         """Pods of the candidate that a step needs."""
