@@ -133,7 +133,7 @@ def test_no_answer_holds(answer, reason):
     world.edit(model=uri("b"))
     world.passes()
     world.requests, world.answers = 100, [answer] * 20
-    for _ in range(5):
+    for _ in range(7):
         world.passes(2, seconds=10)
     assert world.status["phase"] == "Holding"
     assert world.condition("Reconciling")[:2] == ("True", reason)

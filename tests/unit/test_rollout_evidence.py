@@ -1,9 +1,13 @@
 """What a step has to earn before the next one: requests, measurements, time, approval."""
 
+from datetime import timedelta
+
 import pytest
-from tests.unit.rollout_world import analysis, serving, steps
+from tests.unit.rollout_world import ERRORS, START, analysis, serving, steps
 
 from slmops.api import keys
+from slmops.api.times import stamp
+from slmops.rollout.evidence import window
 
 
 def test_two_steps_of_one_weight_each_need_their_own_requests():
@@ -156,3 +160,77 @@ def test_verbs_for_others_do_nothing_and_a_star_without_a_candidate_hits_no_late
     world.passes()
     assert world.phase == "Step"
     assert world.status.rollout.handled == {}
+
+
+def test_another_weight_for_the_running_step_starts_its_time_and_evidence_anew():
+    world = serving(steps=steps(10, pause=60), analysis=analysis(passes=2))
+    world.deploy("bbb")
+    world.serve(300)
+    world.after(30), world.after(29)
+    assert world.status.rollout.passes == 2
+    world.edit_rollout(steps=steps(90, pause=60))
+    world.after(10)
+    assert (world.weight, world.status.rollout.passes, world.stable) == (90, 0, "aaa")
+    world.serve(300)
+    world.after(59)
+    assert world.stable == "aaa"
+    world.after(10)
+    assert world.stable == "bbb"
+
+
+def test_a_step_put_before_the_running_one_is_not_taken_for_it():
+    world = serving(steps=steps(10, 50, pause=60))
+    world.deploy("bbb")
+    world.after(61), world.after(50)
+    assert (world.weight, world.status.rollout.step) == (50, 1)
+    world.edit_rollout(steps=steps(5, 10, 50, pause=60))
+    world.after(11)
+    assert (world.weight, world.status.rollout.step) == (10, 1)
+    world.after(61)
+    assert (world.weight, world.stable) == (50, "aaa")
+
+
+def test_an_approval_is_for_the_weight_it_was_given_at():
+    world = serving(steps=steps(10, pause=600, approval=True))
+    world.deploy("bbb")
+    world.annotations[keys.ANNOTATION_PAUSE] = "bbb"
+    world.annotations[keys.ANNOTATION_PROMOTE] = "bbb"
+    world.passes()
+    assert world.status.rollout.approved
+    world.edit_rollout(steps=steps(90, pause=600, approval=True))
+    del world.annotations[keys.ANNOTATION_PAUSE]
+    world.after(1)
+    assert (world.weight, world.stable, world.status.rollout.approved) == (90, "aaa", False)
+
+
+def test_stricter_bounds_are_not_passed_by_an_older_measurement():
+    world = serving(steps=steps(10, pause=600), analysis=analysis(passes=1))
+    world.value = 0.008
+    world.deploy("bbb")
+    world.serve(300)
+    world.after(10)
+    assert world.status.rollout.passes == 1
+    metric = ERRORS.model_copy(update={"max": 0.001})
+    world.edit_rollout(steps=steps(10, pause=10), analysis=analysis(passes=1, interval_seconds=100, metrics=[metric]))
+    world.after(5)
+    assert (world.stable, world.status.rollout.passes) == ("aaa", 0)
+    world.value = 0.0
+    world.after(100)
+    assert world.stable == "bbb"
+
+
+def test_no_data_before_the_window_is_full_is_no_hold_yet():
+    world = serving(steps=steps(10, pause=None), analysis=analysis(window_seconds=30, interval_seconds=10))
+    world.deploy("bbb")
+    world.serve(300)
+    world.measured = ["NoData"] * 9
+    world.after(10), world.after(10)
+    assert (world.hold, world.status.rollout.state, world.asked) == ("", "Analyzing", 2)
+    world.after(10)
+    assert world.hold.startswith("NoData: ")
+
+
+@pytest.mark.parametrize(("seconds", "looks_back"), [(0, 1), (7.9, 7), (59, 59), (61, 60), (9999, 60)])
+def test_a_query_never_looks_back_to_before_the_step(seconds, looks_back):
+    moment = START + timedelta(seconds=seconds)
+    assert window(analysis(window_seconds=60), stamp(START), moment) == looks_back

@@ -49,6 +49,7 @@ def test_a_canary_measures_and_is_promoted():
     world.passes(seconds=10)
     assert len(world.queries) == 2
     assert f'proxy="{new}"' in world.queries[0]
+    assert "[10s]" in world.queries[0]  # of a window of 60 s, what belongs to this step
     assert 'slmops_owner="chat"' in world.queries[0]
     assert f'slmops_revision="{new}"' in world.queries[1]
     assert world.status["stable"]["revision"] == new

@@ -1,11 +1,13 @@
 """What a step has to earn: time, requests, good measurements, approval. Unknown holds; only a Fail counts against."""
 
+from datetime import datetime
+
 from slmops.api import keys
-from slmops.api.deployment import Step
-from slmops.api.times import stamp
+from slmops.api.deployment import Analysis, Step
+from slmops.api.times import parse, stamp
 from slmops.rollout.phases import SAMPLES_SECONDS, STEP
 from slmops.rollout.seen import Problem
-from slmops.rollout.verdicts import all_pass, first_failed, first_unknown, too_few
+from slmops.rollout.verdicts import all_pass, first_failed, first_unknown, still_pass, too_few
 from slmops.rollout.work import Work
 
 SPLIT_TURNS = 100  # requests from which the observed split is compared
@@ -49,7 +51,8 @@ def due(work: Work) -> bool:
     analysis = work.spec.rollout.analysis
     if work.roll.phase != STEP or analysis is None or work.roll.step >= len(work.steps):
         return False
-    if work.roll.routed_at is None or work.steps[work.roll.step].weight == 0:
+    weight = work.steps[work.roll.step].weight
+    if work.roll.routed_at is None or weight == 0 or weight != work.weight:
         return False
     return _left_to_measure(work) <= 0 and work.samples() >= analysis.min_samples
 
@@ -83,13 +86,24 @@ def _enough(work: Work, min_samples: int, passes: int) -> bool:
         work.set(verdicts=list(short))
         work.hold("TooFewSamples", f"Revision {work.name}: {short[0].message}.")
         return False
+    if not still_pass(analysis.metrics, work.roll.verdicts):
+        work.set(passes=0)
     if work.roll.passes >= passes:
         return True
     work.set(state="Analyzing")
     unknown = first_unknown(work.roll.verdicts)
-    if unknown is not None and unknown.verdict != "TooFewSamples":  # which is over
+    if unknown is None or unknown.verdict == "TooFewSamples":  # which is over
+        return False
+    early = unknown.verdict == "NoData" and work.left(work.roll.routed_at, analysis.window_seconds) > 0
+    if not early:  # before the window is full, Prometheus may not have scraped often enough
         work.hold(unknown.verdict, f"Metric {unknown.name}: {unknown.message}")
     return False
+
+
+def window(analysis: Analysis, routed_at: str | None, now: datetime) -> int:
+    """Seconds that a query looks back: never to before the step, whose evidence it shall be."""
+    age = (now - parse(routed_at)).total_seconds() if routed_at else analysis.window_seconds
+    return max(1, min(analysis.window_seconds, int(age)))
 
 
 def _left_to_measure(work: Work) -> float:

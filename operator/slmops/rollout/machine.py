@@ -107,6 +107,8 @@ def _step(work: Work) -> None:
         work.enter(PROMOTING)
         return
     step = work.steps[work.roll.step]
+    if work.roll.routed_at is not None and work.weight != step.weight:
+        work.start_over()
     if evidence.judged(work) or _lost(work) or not work.pods_ready(work.need(step)):
         return
     work.weight = step.weight

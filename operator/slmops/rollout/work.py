@@ -46,6 +46,10 @@ class Work:
             approved=False, passes=0, hold="", state="",
         )  # fmt: skip
 
+    def start_over(self) -> None:
+        """The running step has another weight now: what was earned, or approved, at the old one counts no more."""
+        self.set(deadline_at=None, routed_at=None, measured_at=None, approved=False, passes=0)
+
     def hold(self, reason: str, message: str) -> None:
         """Say why it does not go on."""
         self.set(hold=f"{reason}: {message}"[:512], state=self.roll.state or "Holding")
