@@ -72,7 +72,12 @@ class Analysis(Model):
     """Evidence that a step must earn. No data, too few samples, an unreachable Prometheus hold; they never promote."""
 
     interval_seconds: int = Field(default=10, ge=1, le=3600, description="Between two measurements.")
-    window_seconds: int = Field(default=60, ge=5, le=86400, description="{{window}}: how far back a query looks; never to before the step began.")
+    window_seconds: int = Field(
+        default=60,
+        ge=5,
+        le=86400,
+        description="{{window}}: how far back a query looks; never to before the step began.",
+    )
     min_samples: int = Field(
         default=20, ge=0, description="Requests that the candidate must have answered in this step."
     )
