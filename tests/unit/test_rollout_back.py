@@ -4,6 +4,7 @@ from tests.unit.rollout_world import analysis, serving, steps
 
 from slmops.api import keys
 from slmops.rollout.seen import Problem
+from slmops_router.routes import REVISIONS_MAX
 
 
 def test_one_failure_more_than_tolerated_rolls_back_weight_first_pods_later():
@@ -132,3 +133,49 @@ def test_a_new_revision_after_a_rollback_starts_over():
     world.deploy("aaa")
     world.after(31)
     assert (world.phase, world.candidate) == ("Stable", "")
+
+
+def test_many_revisions_in_a_short_time_are_never_more_than_a_router_takes():
+    world = serving(steps=steps(10, pause=600), scale_down_delay_seconds=604800)
+    for number in range(12):
+        world.deploy(f"r{number}")
+        assert len(world.routers[0].weights) <= REVISIONS_MAX
+    assert (world.stable, world.candidate, world.weight) == ("aaa", "r11", 10)
+    assert len(world.deployments) <= REVISIONS_MAX
+
+
+def test_many_revisions_while_no_router_answers_can_still_be_told_and_stored():
+    world = serving(steps=steps(10, pause=600))
+    world.routers[0].silent = True
+    for number in range(20):
+        world.deploy(f"r{number}")
+        assert len(world.config_map[0]) <= REVISIONS_MAX
+    world.routers[0].silent = False
+    world.passes(), world.after(31), world.after(1)
+    assert set(world.deployments) == {"aaa", "r19"}
+    assert world.routers[0].weights == {"aaa": 90, "r19": 10}
+
+
+def test_a_candidate_that_keeps_falling_over_is_given_up():
+    world = serving(steps=steps(50, pause=120), progress_deadline_seconds=300)
+    world.deploy("bbb")
+    for _ in range(20):  # 30 s up, 60 s down
+        world.after(30)
+        world.broken["bbb"] = Problem("CrashLoopBackOff", "It ends with exit code 1.")
+        world.passes()
+        world.after(60)
+        world.broken.clear()
+        world.passes()
+    assert (world.phase, world.stable) == ("RolledBack", "aaa")
+    assert "CrashLoopBackOff" in world.status.rollout.outcome
+
+
+def test_a_candidate_that_fell_over_once_is_not_held_to_that_for_ever():
+    world = serving(steps=steps(50, pause=3600), progress_deadline_seconds=300)
+    world.deploy("bbb")
+    for _ in range(3):
+        world.ready["bbb"] = 0
+        world.passes(1, settle=False)
+        world.passes()
+        world.after(1000)
+    assert (world.phase, world.weight) == ("Step", 50)

@@ -6,6 +6,7 @@ import pytest
 from tests.unit.rollout_world import ERRORS, START, analysis, serving, steps
 
 from slmops.api import keys
+from slmops.api.deployment import RolloutStatus
 from slmops.api.times import stamp
 from slmops.rollout.evidence import window
 
@@ -233,4 +234,49 @@ def test_no_data_before_the_window_is_full_is_no_hold_yet():
 @pytest.mark.parametrize(("seconds", "looks_back"), [(0, 1), (7.9, 7), (59, 59), (61, 60), (9999, 60)])
 def test_a_query_never_looks_back_to_before_the_step(seconds, looks_back):
     moment = START + timedelta(seconds=seconds)
-    assert window(analysis(window_seconds=60), stamp(START), moment) == looks_back
+    one = analysis(window_seconds=60)
+    assert (
+        window(one, RolloutStatus(entered_at=stamp(START - timedelta(hours=1)), routed_at=stamp(START)), moment)
+        == looks_back
+    )
+    assert window(one, RolloutStatus(entered_at=stamp(START)), moment) == looks_back
+
+
+def test_a_candidate_is_measured_while_its_next_step_waits_for_pods_but_earns_nothing_then():
+    world = serving(replicas=4, steps=steps(10, 100, pause=None), analysis=analysis(passes=2, failure_limit=0))
+    world.deploy("bbb")
+    world.serve(300)
+    world.after(10), world.after(10, settle=False)
+    assert (world.status.rollout.step, world.weight, world.status.rollout.state) == (1, 10, "Scaling")
+    world.serve(300)
+    world.after(10, settle=False), world.after(10, settle=False)
+    assert (world.asked, world.status.rollout.passes) == (4, 0)
+    world.measured = ["Fail"]
+    world.after(10, settle=False)
+    assert world.phase == "RolledBack"
+
+
+def test_a_candidate_is_measured_while_it_waits_for_its_promotion():
+    world = serving(replicas=4, steps=steps(10, pause=None), analysis=analysis(passes=1, failure_limit=0))
+    world.deploy("bbb")
+    world.serve(300)
+    world.after(10, settle=False)
+    assert (world.phase, world.weight) == ("Promoting", 10)
+    world.serve(300)
+    world.measured = ["Fail"]
+    world.after(10, settle=False)
+    assert (world.phase, world.stable) == ("RolledBack", "aaa")
+
+
+def test_a_candidate_with_requests_is_measured_while_it_lacks_some_of_its_pods():
+    world = serving(replicas=4, steps=steps(50, pause=600), analysis=analysis(failure_limit=0))
+    world.deploy("bbb")
+    world.serve(300)
+    world.ready["bbb"] = 1
+    decision = world.passes(1, settle=False)
+    assert world.status.rollout.state == "Scaling"
+    assert decision.requeue is not None
+    assert decision.requeue <= 10
+    world.measured = ["Fail"]
+    world.after(10, settle=False)
+    assert world.phase in ("RollingBack", "RolledBack")

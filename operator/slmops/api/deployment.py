@@ -187,6 +187,9 @@ class RolloutStatus(Model):
     )
     passes: int = Field(default=0, description="Measurements passed in a row in this step.")
     failures: int = Field(default=0, description="Measurements failed in this rollout.")
+    losses: int = Field(
+        default=0, description="How often the candidate lost all its pods while it got requests; the fourth rolls back."
+    )
     samples: int | None = Field(default=None, description="Requests the candidate answered in this step.")
     verdicts: list[Verdict] = Field(default_factory=list, max_length=16, description="Last measurement by metric.")
     hold: str = Field(default="", max_length=512, description="Why it does not move on, if it holds.")

@@ -33,7 +33,7 @@ def measure(
         name=obj["metadata"]["name"],
         revision=candidate.revision,
         stable=status.stable.revision if status.stable else "",
-        window=window(analysis, status.rollout.routed_at, now),
+        window=window(analysis, status.rollout, now),
     )
     answer: Answer = Unreachable(NO_PROMETHEUS)
     verdicts: list[Verdict] = []

@@ -9,6 +9,7 @@ from slmops.rollout.phases import (
     PREPARING,
     PROMOTING,
     READY_SECONDS,
+    RETIRING_MAX,
     ROLLING_BACK,
     ROLLING_OUT,
     ROUTER_SECONDS,
@@ -18,6 +19,8 @@ from slmops.rollout.phases import (
 )
 from slmops.rollout.seen import Decision, Note, Pods, Problem, Router, Seen
 from slmops.rollout.sizes import candidate_pods
+
+RETIRING_TOLD = 16  # most entries of status.rollout.retiring; all others are found again by their Deployments
 
 
 class Work:
@@ -62,7 +65,7 @@ class Work:
         """Make `target` the candidate."""
         self.retiring.pop(target.revision, None)
         self.candidate, self.weight = target, 0
-        self.set(step=0, passes=0, failures=0, samples=None, verdicts=[], outcome="")
+        self.set(step=0, passes=0, failures=0, losses=0, samples=None, verdicts=[], outcome="")
         self.enter(PREPARING)
         self.note("RolloutStarted", f"Revision {target.revision} of {target.model} is prepared.")
 
@@ -190,7 +193,8 @@ class Work:
     def weights(self) -> dict[str, int]:
         """Percent of the requests by revision."""
         active = self.candidate is not None and self.roll.phase in ROLLING_OUT
-        weights = dict.fromkeys((r for r in self.retiring if r in self.seen.pods), 0)
+        leaving = sorted(r for r in self.retiring if r in self.seen.pods and r not in self.remove)
+        weights = dict.fromkeys(leaving[:RETIRING_MAX], 0)  # a router sends nothing to those it does not know either
         if self.candidate is not None and (active or self.name in weights):
             weights[self.name] = self.weight if active else 0
         if self.stable is not None:
@@ -226,7 +230,9 @@ class Work:
             else:
                 self.remove.append(revision)
                 self.wakes.append(ROUTER_SECONDS)
-        self.set(retiring=self.retiring)
+        stay = sorted((when, r) for r, when in self.retiring.items() if when and r not in self.remove)
+        self.remove += [revision for _, revision in stay[: max(0, len(stay) - RETIRING_MAX)]]
+        self.set(retiring=dict(sorted(self.retiring.items())[:RETIRING_TOLD]))
         if self.roll.phase == DRAINING and not self.retiring:
             self.enter(STABLE)
 
