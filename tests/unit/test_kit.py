@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kit import load, pods
+from kit import load, pods, watching
+from kit.bench import gaps
 from kit.kubectl import Kubectl, KubectlError, TimedOut, wait_for
 from kit.traffic import Tally, Traffic
 
@@ -171,3 +172,17 @@ def test_pods_meet_restricted() -> None:
     assert container["securityContext"]["allowPrivilegeEscalation"] is False
     assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/tmp", "/data"}
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in made["volumes"]}
+
+
+def test_a_watch_is_cut_into_objects() -> None:
+    lines = ["{\n", '    "a": {\n', "    }\n", "}\n", "{\n", '    "b": 1\n', "}\n", "{\n"]
+    assert list(watching.objects(iter(lines))) == [{"a": {}}, {"b": 1}]
+
+
+def test_gaps_are_measured_between_the_first_events_that_tell() -> None:
+    def pod(owner: str, phase: str) -> dict[str, object]:
+        return {"metadata": {"labels": {"slmops.dev/owner": owner}}, "status": {"phase": phase}}
+
+    told = [("a", "Pending"), ("a", "Succeeded"), ("a", "Succeeded"), ("b", "Pending"), ("b", "Succeeded")]
+    events = [(float(at), pod(*each)) for at, each in enumerate([*told, ("c", "Pending"), ("c", "Running")])]
+    assert gaps(events) == [2.0, 1.0]
