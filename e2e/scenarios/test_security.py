@@ -4,6 +4,7 @@ The local node's network enforces no NetworkPolicy: what can be proven here is w
 """
 
 import json
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,16 +15,20 @@ from kit.objects import TRAINING, deployment, finetune, quantize
 LEVEL = "pod-security.kubernetes.io/enforce"
 
 
-@pytest.fixture
-def busy(space: Kubectl, seeded: str) -> Kubectl:
-    """A user's namespace with a worker of each kind, a server and a router."""
+@pytest.fixture(scope="module")
+def busy(installed: Kubectl, seeded: str) -> Iterator[Kubectl]:
+    """A user's namespace with workers, a server and a router."""
+    space = installed.within("e2e-security")
+    space.delete("namespace", space.namespace)
+    space.apply(chart.namespace(space.namespace))
     space.apply(
         finetune("base", training={**TRAINING, "maxSteps": 5}, evaluation=None),
         quantize("onnx", "FineTuneJob", "base", "int4"),
         deployment("shop", "onnx"),
     )
     space.wait_ready("modeldeployment", "shop", 300)
-    return space
+    yield space
+    space.delete("namespace", space.namespace, wait=False)
 
 
 def violations(kube: Kubectl) -> str:
