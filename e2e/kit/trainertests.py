@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 
+from kit import pods
 from kit.chart import local_images
 from kit.kubectl import LOCAL, ROOT, Kubectl, Object, wait_for
 
 NAMESPACE = "slmops-trainer-tests"
+EMPTY: Object = {"emptyDir": {}}
 
 
 def pytest_folder() -> str:
@@ -47,63 +49,21 @@ def pytest_folder() -> str:
 
 def pod(image: str, arguments: list[str]) -> Object:
     """The pod that runs the tests."""
-    mounts = {"tests": str(ROOT / "tests"), "pytest": pytest_folder()}
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": "trainer-tests", "namespace": NAMESPACE},
-        "spec": {
-            "restartPolicy": "Never",
-            "automountServiceAccountToken": False,
-            "securityContext": {"runAsUser": 65532, "runAsGroup": 65532, "runAsNonRoot": True},
-            "containers": [
-                {
-                    "name": "tests",
-                    "image": image,
-                    "imagePullPolicy": "Never",
-                    "command": [
-                        "python",
-                        "-m",
-                        "pytest",
-                        "-q",
-                        "-c",
-                        "/dev/null",
-                        "--rootdir=/tests",
-                        "--import-mode=importlib",
-                        "-p",
-                        "no:cacheprovider",
-                        "-o",
-                        "markers=slow: takes longer than a few seconds",
-                        "--timeout=900",
-                        *arguments,
-                    ],
-                    "env": [
-                        {"name": "PYTHONPATH", "value": "/opt/slmops:/opt/pytest"},
-                        {"name": "PYTHONDONTWRITEBYTECODE", "value": "1"},
-                        {"name": "HOME", "value": "/tmp"},
-                    ],
-                    "resources": {"limits": {"memory": "8Gi"}},
-                    "securityContext": {
-                        "allowPrivilegeEscalation": False,
-                        "readOnlyRootFilesystem": True,
-                        "capabilities": {"drop": ["ALL"]},
-                        "seccompProfile": {"type": "RuntimeDefault"},
-                    },
-                    "volumeMounts": [
-                        {"name": "tests", "mountPath": "/tests", "readOnly": True},
-                        {"name": "pytest", "mountPath": "/opt/pytest", "readOnly": True},
-                        {"name": "tmp", "mountPath": "/tmp"},
-                        {"name": "work", "mountPath": "/slmops"},
-                    ],
-                }
-            ],
-            "volumes": [
-                *({"name": name, "hostPath": {"path": path, "type": "Directory"}} for name, path in mounts.items()),
-                {"name": "tmp", "emptyDir": {}},
-                {"name": "work", "emptyDir": {}},
-            ],
-        },
-    }
+    options = ["-c", "/dev/null", "--rootdir=/tests", "--import-mode=importlib", "-p", "no:cacheprovider"]
+    options += ["-o", "markers=slow: takes longer than a few seconds", "--timeout=900"]
+    made = pods.spec(
+        image,
+        ["python", "-m", "pytest", "-q", *options, *arguments],
+        env={"PYTHONPATH": "/opt/slmops:/opt/pytest", "PYTHONDONTWRITEBYTECODE": "1"},
+        mounts={"/tests": folder(str(ROOT / "tests")), "/opt/pytest": folder(pytest_folder()), "/slmops": EMPTY},
+        resources={"limits": {"memory": "8Gi"}},
+    )
+    return pods.pod("trainer-tests", made)
+
+
+def folder(path: str) -> Object:
+    """A folder of this machine: what `restricted` forbids, and why these tests have a namespace of their own."""
+    return {"hostPath": {"path": path, "type": "Directory"}}
 
 
 def main() -> int:
@@ -114,7 +74,7 @@ def main() -> int:
     kube.apply(pod(local_images()["trainer"], sys.argv[1:] or ["/tests/trainer"]))
 
     def phase() -> str:
-        return str(((kube.get("pod", "trainer-tests") or {}).get("status") or {}).get("phase", ""))
+        return pods.phase(kube, "trainer-tests")
 
     wait_for("the test pod runs", lambda: phase() not in ("", "Pending"), timeout=120)
     subprocess.run([kube.program, "-n", NAMESPACE, "logs", "-f", "trainer-tests"], env=kube.env, check=False)

@@ -6,6 +6,7 @@ import pytest
 
 from kit import chart
 from kit.kubectl import Kubectl
+from kit.objects import HUB, LATE
 from kit.seeding import seed
 
 
@@ -19,7 +20,7 @@ def images() -> dict[str, str]:
 def installed(images: dict[str, str]) -> Kubectl:
     """The chart, installed; kubectl in its namespace."""
     kube = Kubectl(chart.NAMESPACE)
-    chart.install(kube, images=images)
+    chart.install(kube, f"store.plainHttp={{{LATE}}}", f"hfEndpoint={HUB}", images=images)
     return kube
 
 
