@@ -71,7 +71,7 @@ def broken(schema: Object, value: Any) -> Iterator[tuple[str, Any, str]]:
         yield "maxLength", "a" * (schema["maxLength"] + 1), "Too long"
     if schema.get("minItems"):
         yield "minItems", [], "should have at least"
-    if "maxItems" in schema:
+    if "maxItems" in schema and value:
         yield "maxItems", [value[0]] * (schema["maxItems"] + 1), "Too many"
     if "maxProperties" in schema:
         many = {f"k{n}": next(iter(value.values())) for n in range(schema["maxProperties"] + 1)}
@@ -190,7 +190,7 @@ def test_limits_themselves_are_taken(api: Api, kind: str) -> None:
                 answer = tried(api, kind, put({"spec": spec}, path, value)["spec"])
                 if "goes with" in answer or "cannot be trained" in answer or "quantized already" in answer:
                     continue  # another field forbids this choice, as it should: see specs.py
-                if "the server runs ONNX" in answer or "one of metrics" in answer or "Duplicate" in answer:
+                if "spec.rollout: Invalid" in answer or "one of metrics" in answer or "Duplicate" in answer:
                     continue
                 assert answer == "", (path, value)
                 tested += 1
