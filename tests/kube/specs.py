@@ -202,7 +202,6 @@ def put(spec: Object, path: str, value: Any) -> Object:
     return copy
 
 
-QUANTIZED = {"ref": {"kind": "QuantizedModel", "name": "q"}}
 BOTH = {**URI, **REF}
 ONE_OF_URI_AND_REF = "give exactly one of uri and ref"
 ONE_OF_URI_AND_MAP = "give exactly one of uri and configMap"
@@ -250,28 +249,11 @@ rejects(
     {"teacher.deploymentRef": {"name": "t"}},
     {"teacher": {}},
 )
-rejects(
-    "DistillationJob",
-    "student: a QuantizedModel is ONNX, which cannot be trained; name the model it was made from",
-    {"student": QUANTIZED},
-)
 rejects("FineTuneJob", "lora goes with method: lora", {"method": "full", "merge": None})
 rejects("FineTuneJob", "merge goes with method: lora", {"method": "full", "lora": None})
-rejects(
-    "FineTuneJob",
-    "base: a QuantizedModel is ONNX, which cannot be trained; name the model it was made from",
-    {"base": QUANTIZED},
-)
 for field in ("blockSize", "symmetric", "accuracyLevel"):
     only = {name: None for name in ("blockSize", "symmetric", "accuracyLevel") if name != field}
     rejects("QuantizedModel", f"{field} goes with precision: int4", {"precision": "fp16", **only})
-rejects(
-    "QuantizedModel",
-    "source: a QuantizedModel is quantized already; name the model it was made from",
-    {"source": QUANTIZED},
-)
-rejects("ModelDeployment", ONE_OF_URI_AND_REF, {"model": {**URI, **QUANTIZED}}, {"model": {}})
-rejects("ModelDeployment", REF_WITHOUT_SECRET, {"model": {**QUANTIZED, "secretRef": {"name": "s"}}})
 rejects("ModelDeployment", "give exactly one of builtin and query", {"rollout.analysis.metrics.0.query": "up"})
 rejects("ModelDeployment", "give max or min, or both", {"rollout.analysis.metrics.0.max": None})
 rejects(
