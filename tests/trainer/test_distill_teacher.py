@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from fake_teacher import FakeTeacher, Fault, answer
 
 from slmops.api.run import TeacherEndpoint
 from slmops_artifacts import pull
-from slmops_trainer import generation, teacher
+from slmops_trainer import answers, generation, teacher
 from slmops_trainer.context import Context
 from slmops_trainer.failure import RunFailure
 
@@ -453,8 +454,6 @@ def test_a_killed_pod_has_to_ask_again_only_what_was_not_saved(pod: Callable[[],
 
 
 def test_many_saves_make_few_files(pod: Callable[[], Context], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from slmops_trainer import answers
-
     monkeypatch.setattr(answers, "SMALL_CHUNKS", 4)
     store = answers.Answers(tmp_path / "answers")
     for number in range(10):
@@ -466,6 +465,44 @@ def test_many_saves_make_few_files(pod: Callable[[], Context], tmp_path: Path, m
     again = answers.Answers(tmp_path / "answers")
     assert len(again) == 10
     assert again.get("key 7") == teacher.Reply("text\u20287\r\n", "stop", 3)
+
+
+def test_a_disk_that_fills_up_spoils_no_answer(tmp_path: Path) -> None:
+    store = answers.Answers(tmp_path / "answers")
+    store.add("one", teacher.Reply("first", "stop", 3))
+    used = sum(path.stat().st_size for path in (tmp_path / "answers").iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (used + 20, limits[1]))  # as a full disk: a part of the line fits
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            store.add("two", teacher.Reply("second", "stop", 3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    store.seal()
+    again = answers.Answers(tmp_path / "answers")
+    assert (again.get("one"), again.get("two")) == (teacher.Reply("first", "stop", 3), None)
+
+
+def test_what_another_version_shared_is_ignored(pod: Callable[[], Context], tmp_path: Path) -> None:
+    (tmp_path / "store/out-answers").mkdir(parents=True)
+    (tmp_path / "store/out-answers/answers.jsonl").write_text('{"question": "who?"}\n')
+    store = answers.Answers(tmp_path / "answers")
+    store.recall(answers.shared(pod()))
+    assert store.get("who?") is None
+
+
+@pytest.mark.parametrize(
+    ("output", "uri"),
+    [
+        ("oci://reg:5000/ns/distillationjob-x:0123abcd", "oci://reg:5000/ns/distillationjob-x:slmops-answers"),
+        ("oci://reg/x", "oci://reg/x:slmops-answers"),
+        ("pvc://models/x/", "pvc://models/x-answers"),
+    ],
+)
+def test_answers_are_shared_by_the_objects_of_one_output(tmp_path: Path, output: str, uri: str) -> None:
+    ctx = context(tmp_path / "pod", STORE)
+    ctx.spec = ctx.spec.model_copy(update={"output": output})
+    assert answers.shared(ctx).uri == uri
 
 
 def test_checkpoints_hold_whole_chunks_only(pod: Callable[[], Context], tmp_path: Path) -> None:

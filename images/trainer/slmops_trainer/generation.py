@@ -71,14 +71,14 @@ class _Turn(NamedTuple):
 
 
 def questions(
-    prompts: Sequence[Sequence[dict[str, str]]], samples: int, model: str, sampling: Sampling, seed: int
+    prompts: Sequence[Sequence[dict[str, str]]], samples: int, teacher: str, sampling: Sampling, seed: int
 ) -> list[Question]:
     """`samples` questions to each prompt, prompt by prompt. Equal prompts give equal keys: they are asked once."""
     found: list[Question] = []
     for number, messages in enumerate(prompts):
         for sample in range(samples):
-            key = answer_key(messages, sample, model, sampling)
-            digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+            key = answer_key(messages, sample, teacher, sampling, seed)
+            digest = hashlib.sha256(key.encode()).digest()
             found.append(Question(key, number, tuple(messages), int.from_bytes(digest[:4], "big") >> 1))
     return found
 
