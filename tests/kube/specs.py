@@ -202,6 +202,7 @@ def put(spec: Object, path: str, value: Any) -> Object:
     return copy
 
 
+QUANTIZED = {"ref": {"kind": "QuantizedModel", "name": "q"}}  # what a ModelDeployment can name
 BOTH = {**URI, **REF}
 ONE_OF_URI_AND_REF = "give exactly one of uri and ref"
 ONE_OF_URI_AND_MAP = "give exactly one of uri and configMap"
@@ -254,6 +255,8 @@ rejects("FineTuneJob", "merge goes with method: lora", {"method": "full", "lora"
 for field in ("blockSize", "symmetric", "accuracyLevel"):
     only = {name: None for name in ("blockSize", "symmetric", "accuracyLevel") if name != field}
     rejects("QuantizedModel", f"{field} goes with precision: int4", {"precision": "fp16", **only})
+rejects("ModelDeployment", ONE_OF_URI_AND_REF, {"model": {**URI, **QUANTIZED}}, {"model": {}})
+rejects("ModelDeployment", REF_WITHOUT_SECRET, {"model": {**QUANTIZED, "secretRef": {"name": "s"}}})
 rejects("ModelDeployment", "give exactly one of builtin and query", {"rollout.analysis.metrics.0.query": "up"})
 rejects("ModelDeployment", "give max or min, or both", {"rollout.analysis.metrics.0.max": None})
 rejects(
