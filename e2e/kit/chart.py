@@ -122,6 +122,9 @@ def main() -> int:
     except KubectlError as error:
         print(f"Failed: {error}\nSee: {Path(kube.program).name} -n {NAMESPACE} get pods,events", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command goes on from here.", file=sys.stderr)
+        return 130
     return 0
 
 

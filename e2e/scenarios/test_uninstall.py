@@ -1,7 +1,12 @@
 """helm uninstall with live objects hangs nothing; a new installation goes on where the old one stopped."""
 
+import os
+import shutil
+import signal
+import subprocess
+
 from kit import chart
-from kit.kubectl import Kubectl, wait_for
+from kit.kubectl import LOCAL, ROOT, Kubectl, wait_for
 from kit.objects import TRAINING, deployment, finetune, quantize
 
 
@@ -27,3 +32,18 @@ def test_uninstall_with_live_objects(space: Kubectl, seeded: str, images: dict[s
     space.wait_ready("modeldeployment", "shop", 60)
     assert (space.get("modeldeployment", "shop") or {})["status"]["stable"]["revision"] == revision
     assert {p["metadata"]["uid"] for p in space.list("pods", "slmops.dev/owner=shop")} == pods, "nothing was restarted"
+
+
+def test_an_interrupted_upgrade_holds_up_nothing(installed: Kubectl, images: dict[str, str]) -> None:
+    own = LOCAL / "bin/helm"
+    helm = str(own) if own.exists() else shutil.which("helm") or "helm"
+    words = ["upgrade", chart.RELEASE, str(ROOT / "charts/slmops"), "-n", chart.NAMESPACE, "--reuse-values", "--wait"]
+    never = ["--set", "operator.resources.requests.memory=900Ti", "--set", "operator.resources.limits.memory=900Ti"]
+    with subprocess.Popen([helm, *words, *never], env=installed.env, stdout=subprocess.DEVNULL) as process:
+        wait_for("helm holds the release", lambda: chart.state(installed) == "pending-upgrade", 30)
+        os.kill(process.pid, signal.SIGKILL)
+    assert chart.state(installed) == "pending-upgrade"
+    chart.install(installed, images=images)
+    assert chart.state(installed) == "deployed"
+    operators = installed.list("pods", "app.kubernetes.io/name=slmops-operator")
+    assert [pod["status"]["phase"] for pod in operators if "deletionTimestamp" not in pod["metadata"]] == ["Running"]
