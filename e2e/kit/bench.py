@@ -135,7 +135,7 @@ def main() -> int:
     """Print the measurements and write them to .local/bench.json."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
     kube = Kubectl(chart.NAMESPACE)
-    seed(kube)
+    seed(kube, chart.local_images()["trainer"])
     chains, bares, waits, per_object = [], [], [], []
     for number in range(rounds):
         before = writes(operator_metrics(kube))

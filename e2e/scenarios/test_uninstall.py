@@ -6,11 +6,11 @@ import signal
 import subprocess
 
 from kit import chart
-from kit.kubectl import LOCAL, ROOT, Kubectl, wait_for
+from kit.kubectl import CURRENT, LOCAL, ROOT, Kubectl, wait_for
 from kit.objects import TRAINING, deployment, finetune, quantize
 
 
-def test_uninstall_with_live_objects(space: Kubectl, seeded: str, images: dict[str, str], installed: Kubectl) -> None:
+def test_uninstall_with_live_objects(space: Kubectl, seeded: str, installed: Kubectl) -> None:
     space.apply(
         finetune("base", training={**TRAINING, "maxSteps": 30}, evaluation=None),
         quantize("onnx", "FineTuneJob", "base", "fp32"),
@@ -28,13 +28,13 @@ def test_uninstall_with_live_objects(space: Kubectl, seeded: str, images: dict[s
 
     revision = (space.get("modeldeployment", "shop") or {})["status"]["stable"]["revision"]
     pods = {p["metadata"]["uid"] for p in space.list("pods", "slmops.dev/owner=shop")}
-    chart.install(installed, images=images)
+    chart.install(installed, images=None if CURRENT else chart.local_images())
     space.wait_ready("modeldeployment", "shop", 60)
     assert (space.get("modeldeployment", "shop") or {})["status"]["stable"]["revision"] == revision
     assert {p["metadata"]["uid"] for p in space.list("pods", "slmops.dev/owner=shop")} == pods, "nothing was restarted"
 
 
-def test_an_interrupted_upgrade_holds_up_nothing(installed: Kubectl, images: dict[str, str]) -> None:
+def test_an_interrupted_upgrade_holds_up_nothing(installed: Kubectl) -> None:
     own = LOCAL / "bin/helm"
     helm = str(own) if own.exists() else shutil.which("helm") or "helm"
     words = ["upgrade", chart.RELEASE, str(ROOT / "charts/slmops"), "-n", chart.NAMESPACE, "--reuse-values", "--wait"]
@@ -43,7 +43,7 @@ def test_an_interrupted_upgrade_holds_up_nothing(installed: Kubectl, images: dic
         wait_for("helm holds the release", lambda: chart.state(installed) == "pending-upgrade", 30)
         os.kill(process.pid, signal.SIGKILL)
     assert chart.state(installed) == "pending-upgrade"
-    chart.install(installed, images=images)
+    chart.install(installed, images=None if CURRENT else chart.local_images())
     assert chart.state(installed) == "deployed"
     operators = installed.list("pods", "app.kubernetes.io/name=slmops-operator")
     assert [pod["status"]["phase"] for pod in operators if "deletionTimestamp" not in pod["metadata"]] == ["Running"]
