@@ -42,10 +42,13 @@ def wait_for(what: str, probe: Callable[[], T | None], timeout: float = 60.0, ev
         time.sleep(every)
 
 
-class Kubectl:
-    """kubectl in one namespace of one cluster; `current=True` takes the user's own kube context."""
+CURRENT = os.environ.get("CLUSTER") == "current"  # the user's own kube context, not the local node
 
-    def __init__(self, namespace: str = "default", *, current: bool = False) -> None:
+
+class Kubectl:
+    """kubectl in one namespace of one cluster: the local node's, or with `current` that of the user's kube context."""
+
+    def __init__(self, namespace: str = "default", *, current: bool = CURRENT) -> None:
         self.namespace, self.current = namespace, current
         own = LOCAL / "bin" / "kubectl"
         self.program = str(own) if own.exists() and not current else "kubectl"
