@@ -250,26 +250,11 @@ rejects(
     {"teacher.deploymentRef": {"name": "t"}},
     {"teacher": {}},
 )
-rejects(
-    "DistillationJob",
-    "student: a QuantizedModel is ONNX, which cannot be trained; name the model it was made from",
-    {"student": QUANTIZED},
-)
 rejects("FineTuneJob", "lora goes with method: lora", {"method": "full", "merge": None})
 rejects("FineTuneJob", "merge goes with method: lora", {"method": "full", "lora": None})
-rejects(
-    "FineTuneJob",
-    "base: a QuantizedModel is ONNX, which cannot be trained; name the model it was made from",
-    {"base": QUANTIZED},
-)
 for field in ("blockSize", "symmetric", "accuracyLevel"):
     only = {name: None for name in ("blockSize", "symmetric", "accuracyLevel") if name != field}
     rejects("QuantizedModel", f"{field} goes with precision: int4", {"precision": "fp16", **only})
-rejects(
-    "QuantizedModel",
-    "source: a QuantizedModel is quantized already; name the model it was made from",
-    {"source": QUANTIZED},
-)
 rejects("ModelDeployment", ONE_OF_URI_AND_REF, {"model": {**URI, **QUANTIZED}}, {"model": {}})
 rejects("ModelDeployment", REF_WITHOUT_SECRET, {"model": {**QUANTIZED, "secretRef": {"name": "s"}}})
 rejects("ModelDeployment", "give exactly one of builtin and query", {"rollout.analysis.metrics.0.query": "up"})
