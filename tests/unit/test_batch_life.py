@@ -80,7 +80,7 @@ STATES: dict[str, tuple[str, str, str, Any]] = {
     ),
     "nothing there yet: the Job is made": ("Pending", "Starting", "InProgress", lambda o: {"wanted": WANTED}),
     "a pod of a former Job still saves its checkpoint": (
-        "Waiting", "PodTerminating", "InProgress", lambda o: {"wanted": WANTED, "former": ("old",)},
+        "Waiting", "PodTerminating", "InProgress", lambda o: {"wanted": WANTED, "former": (deleting(pod(o)),)},
     ),
     "Job without a pod": ("Pending", "Starting", "InProgress", lambda o: {"job": job(o)}),
     "pod waits for a node": (

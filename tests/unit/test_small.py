@@ -231,8 +231,9 @@ def test_settings_come_from_the_environment() -> None:
     env = {"SLMOPS_STORE": "oci://s", "SLMOPS_WORKERS": "3", "SLMOPS_NAMESPACES": "", "OTHER": "x"}
     found = Settings.from_env(env)
     assert (found.store, found.workers, found.namespaces) == ("oci://s", 3, "")
-    with pytest.raises(ValidationError):
-        Settings.from_env({"SLMOPS_WORKERS": "many"})
+    for name, value in (("WORKERS", "many"), ("WORKERS", "0"), ("PROBE_PORT", "99999"), ("STORE", "https://r")):
+        with pytest.raises(ValidationError):
+            Settings.from_env({f"SLMOPS_{name}": value})
 
 
 def test_logs_are_one_json_object_a_line() -> None:

@@ -121,7 +121,7 @@ class KubeCluster:
         place: Place = PLACES["Event"]
         now = stamp(datetime.now(UTC))
         digest = sha256(f"{metadata['uid']} {reason} {message}".encode()).hexdigest()[:16]
-        name = f"{metadata['name'][:230]}.{digest}"
+        name = f"{metadata['name'][:230].rstrip('-.')}.{digest}"
         event = {
             "apiVersion": "v1",
             "kind": "Event",

@@ -13,6 +13,8 @@ from slmops.handlers.work import Work
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
+_RUN_SECONDS = (10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400, 43200, 86400, 259200)
+
 
 class Metrics:
     """All of them, in a registry of their own."""
@@ -39,6 +41,13 @@ class Metrics:
         self._call_seconds = Histogram(
             "slmops_api_request_seconds", "Duration of these calls.", ["verb"], buckets=_SECONDS, registry=self.registry
         )
+        self._runs = Histogram(
+            "slmops_run_seconds",
+            "Duration of runs that ended, from the first pod's creation.",
+            ["kind", "outcome"],
+            buckets=_RUN_SECONDS,
+            registry=self.registry,
+        )
         self.watch_restarts = Counter(
             "slmops_watch_restarts", "How often the watches had to be started again.", registry=self.registry
         )
@@ -56,6 +65,10 @@ class Metrics:
         self._passes.labels(key.kind).observe(seconds)
         if failed:
             self._errors.labels(key.kind).inc()
+
+    def on_end(self, kind: str, outcome: str, seconds: float) -> None:
+        """See driver.OnEnd."""
+        self._runs.labels(kind, outcome).observe(seconds)
 
     def on_call(self, verb: str, kind: str, status: int, seconds: float) -> None:
         """See cluster.kube.OnCall."""
