@@ -10,6 +10,7 @@ from slmops import __version__
 from slmops.cluster.port import Key
 from slmops.handlers.known import Known
 from slmops.handlers.work import Work
+from slmops.reconcile.state import Count
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
@@ -48,6 +49,21 @@ class Metrics:
             buckets=_RUN_SECONDS,
             registry=self.registry,
         )
+        whose = ["namespace", "name"]
+        self._counters = {
+            "rollouts": Counter(
+                "slmops_rollouts",
+                "Rollouts that started, and how they ended.",
+                [*whose, "outcome"],
+                registry=self.registry,
+            ),
+            "verdicts": Counter(
+                "slmops_rollout_verdicts",
+                "Measurements of rollouts by metric and verdict.",
+                [*whose, "metric", "verdict"],
+                registry=self.registry,
+            ),
+        }
         self.watch_restarts = Counter(
             "slmops_watch_restarts", "How often the watches had to be started again.", registry=self.registry
         )
@@ -69,6 +85,10 @@ class Metrics:
     def on_end(self, kind: str, outcome: str, seconds: float) -> None:
         """See driver.OnEnd."""
         self._runs.labels(kind, outcome).observe(seconds)
+
+    def on_count(self, count: Count) -> None:
+        """See driver.OnCount."""
+        self._counters[count.counter].labels(*count.labels).inc()
 
     def on_call(self, verb: str, kind: str, status: int, seconds: float) -> None:
         """See cluster.kube.OnCall."""

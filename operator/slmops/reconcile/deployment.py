@@ -20,7 +20,7 @@ from slmops.reconcile.deployment_measure import measure
 from slmops.reconcile.deployment_report import Facts, report
 from slmops.reconcile.protocol import World
 from slmops.reconcile.serverpods import is_ready, problem_of
-from slmops.reconcile.state import Event, Plan, Retry, Routes
+from slmops.reconcile.state import Count, Event, Plan, Retry, Routes
 from slmops.remote import prometheus, router
 from slmops.remote.errors import RemoteError
 from slmops.remote.router import Report
@@ -29,6 +29,13 @@ from slmops.rollout.revision import identify
 from slmops.rollout.seen import Decision, Pods, Problem, Router, Seen
 from slmops.settings import Settings
 
+OUTCOMES = {  # of a rollout, by the reason of the Event that tells it
+    "RolloutStarted": "Started",
+    "RolloutPromoted": "Promoted",
+    "RollingBack": "RolledBack",
+    "RolloutReverted": "Reverted",
+    "RolloutSuperseded": "Superseded",
+}
 RECHECK_SECONDS = 10.0  # until a missing Secret is looked for again
 
 Ask = Callable[[str, str], Report]
@@ -140,6 +147,7 @@ class DeploymentReconciler:
             routes=_orders(obj, observed, decision, routes),
             delete=_removed(obj, spec, observed, decision),
             events=tuple(Event(note.reason, note.message, note.warning) for note in decision.notes),
+            counts=_counts(obj, decision),
             requeue=_requeue(decision, wanted),
             keep_going=True,
         )
@@ -302,6 +310,15 @@ def _removed(obj: Object, spec: ModelDeploymentSpec, observed: Observed, decisio
     if spec.replicas <= 1:
         gone += [Key("PodDisruptionBudget", namespace, name) for name in sorted(observed.budgets)]
     return tuple(gone)
+
+
+def _counts(obj: Object, decision: Decision) -> tuple[Count, ...]:
+    whose = (obj["metadata"]["namespace"], obj["metadata"]["name"])
+    outcomes = [OUTCOMES[note.reason] for note in decision.notes if note.reason in OUTCOMES]
+    return (
+        *(Count("rollouts", (*whose, outcome)) for outcome in outcomes),
+        *(Count("verdicts", (*whose, verdict.name, verdict.verdict)) for verdict in decision.verdicts),
+    )
 
 
 def _requeue(decision: Decision, wanted: Wanted) -> float | None:

@@ -31,7 +31,7 @@ from slmops.cluster.port import Cluster, ClusterError, Key, Object
 from slmops.reconcile import conditions
 from slmops.reconcile.ownership import check_ours
 from slmops.reconcile.protocol import Reconciler, World
-from slmops.reconcile.state import Event, Plan, Retry, Routes, Terminal
+from slmops.reconcile.state import Count, Event, Plan, Retry, Routes, Terminal
 from slmops.remote.errors import RemoteError
 from slmops.settings import Settings
 
@@ -45,6 +45,9 @@ PushRoutes = Callable[[Routes], None]
 
 OnEnd = Callable[[str, str, float], None]
 """Told once of every run that ends: kind, outcome (Succeeded, Failed), seconds from its first pod to its end."""
+
+OnCount = Callable[[Count], None]
+"""Told of every count of a plan, once its status has been written."""
 
 
 def utc_now() -> datetime:
@@ -61,6 +64,7 @@ class Driver:
     reconcilers: Mapping[str, Reconciler]
     push_routes: PushRoutes
     on_end: OnEnd = field(default=lambda _kind, _outcome, _seconds: None)
+    on_count: OnCount = field(default=lambda _count: None)
     clock: Callable[[], datetime] = field(default=utc_now)
 
     def run(self, key: Key) -> float | None:
@@ -90,7 +94,7 @@ class Driver:
             return self._in_spite(obj, plan, refused, now)
         written = self.cluster.patch_status(obj, plan.status)
         self._tell_end(obj, plan.status)
-        self._post(written, plan.events)
+        self._tell(written, plan)
         return plan.requeue
 
     def _tell_end(self, obj: Object, status: Object) -> None:
@@ -126,7 +130,7 @@ class Driver:
         outcome = _outcome(refused)
         status = plan.status if outcome is None else _told(obj, plan.status, outcome, now)
         written = self.cluster.patch_status(obj, status)
-        self._post(written, plan.events)
+        self._tell(written, plan)
         match outcome:
             case Retry() as retry:
                 return retry.after if plan.requeue is None else min(plan.requeue, retry.after)
@@ -205,6 +209,12 @@ class Driver:
         known = conditions.find(said, conditions.STALLED)
         if known is None or known.reason != terminal.reason:
             self._post(obj, (Event(terminal.reason, terminal.message, warning=True),))
+
+    def _tell(self, obj: Object, plan: Plan) -> None:
+        """What the status that has just been written says: no later pass tells it again."""
+        for count in plan.counts:
+            self.on_count(count)
+        self._post(obj, plan.events)
 
     def _post(self, obj: Object, events: tuple[Event, ...]) -> None:
         for event in events:
