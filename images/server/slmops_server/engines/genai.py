@@ -37,6 +37,11 @@ class GenaiForward:
             self._rows[slot] = og.Generator(self._model, params)
         return self._append(slot, tokens)
 
+    def score(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+        """See Forward. One token at a time: genai hands out the logits of the last one only."""
+        rows = [self.prefill(slot, [token], past + index) for index, token in enumerate(tokens)]
+        return np.stack(rows)
+
     def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:  # noqa: ARG002 - genai counts
         """See Forward."""
         return self._append(first, tokens)[None]

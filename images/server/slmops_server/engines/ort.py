@@ -75,6 +75,11 @@ class OrtForward:
 
     def prefill(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
         """See Forward."""
+        logits: Logits = self.score(slot, tokens, past)[-1]
+        return logits
+
+    def score(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+        """See Forward."""
         size = len(tokens)
         binding = self._prefills.get(slot)
         if binding is None:
@@ -88,7 +93,7 @@ class OrtForward:
         out = self._prompt_logits[: size * self.vocab]
         binding.bind_output(self._logits, "cpu", 0, self._logits_type, (1, size, self.vocab), out.ctypes.data)
         self._session.run_with_iobinding(binding)
-        return out[-self.vocab :].astype(np.float32)
+        return out.reshape(size, self.vocab).astype(np.float32, copy=False)
 
     def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
         """See Forward."""

@@ -6,10 +6,10 @@ every decoding row by a token, so a long prompt never stops the answers that alr
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
-from slmops_server.engines.base import EngineInfo, Job, Token
-from slmops_server.engines.sampler import Logits, Sampler
+from slmops_server.engines.base import EngineInfo, Job, Scores, Token
+from slmops_server.engines.sampler import Logits, Sampler, scores
 
 
 class Forward(Protocol):
@@ -22,6 +22,9 @@ class Forward(Protocol):
     def prefill(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
         """Append tokens to a row that holds `past` tokens; logits of the last one, shape [vocab]."""
 
+    def score(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+        """As prefill, with the logits after every token: shape [tokens, vocab]."""
+
     def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
         """One token for each of the slots first, first+1, ...; lengths before it; logits [rows, vocab]."""
 
@@ -32,11 +35,13 @@ class Forward(Protocol):
 class _Row:
     """A running answer."""
 
-    __slots__ = ("job", "last", "length", "made", "sampler", "slot")
+    __slots__ = ("ends", "job", "last", "length", "made", "prompt_scores", "sampler", "slot")
 
-    def __init__(self, job: Job, slot: int, vocab: int) -> None:
+    def __init__(self, job: Job, slot: int, vocab: int, eos: frozenset[int]) -> None:
         self.job, self.slot = job, slot
-        self.sampler = Sampler(job.sampling, job.prompt, vocab)
+        self.ends = (frozenset() if job.ignore_eos else eos) | frozenset(job.sampling.stop_ids)
+        self.sampler = Sampler(job.sampling, job.prompt, vocab, self.ends, job.guide)
+        self.prompt_scores: list[tuple[int, Scores]] | None = [] if job.score_prompt else None
         self.length = 0  # tokens in the cache
         self.last = -1  # newest token, not yet in the cache
         self.made = 0
@@ -88,16 +93,26 @@ class SlotEngine:
             if not self._waiting:
                 return
             if row is None:
-                self._rows[slot] = new = _Row(self._waiting.popleft(), slot, self._forward.vocab)
+                self._rows[slot] = new = _Row(self._waiting.popleft(), slot, self._forward.vocab, self._eos)
                 self._prefilling.append(new)
 
     def _prefill(self, row: _Row, tokens: list[Token]) -> None:
         part = row.job.prompt[row.length : row.length + self._forward.chunk]
-        logits = self._forward.prefill(row.slot, part, row.length)
+        if row.prompt_scores is None:
+            logits = self._forward.prefill(row.slot, part, row.length)
+        else:
+            logits = self._score(row, part, row.prompt_scores)
         row.length += len(part)
         if row.length == len(row.job.prompt):
             self._prefilling.popleft()
             self._sample(row, logits, tokens)
+
+    def _score(self, row: _Row, part: list[int], told: list[tuple[int, Scores]]) -> Logits:
+        """Prefill and note how likely the model thought each next token of the prompt."""
+        after = self._forward.score(row.slot, part, row.length)
+        for logits, token in zip(after, row.job.prompt[row.length + 1 : row.length + 1 + len(part)], strict=False):
+            told.append((token, scores(logits, token, row.job.sampling.logprobs)))
+        return cast("Logits", after[-1])
 
     def _batches(self) -> list[tuple[int, list[_Row]]]:
         """Decoding rows in adjacent slots, at most `width` at a time."""
@@ -127,11 +142,12 @@ class SlotEngine:
         row.last = token
         row.made += 1
         finish = None
-        if token in self._eos and not row.job.ignore_eos:
+        if token in row.ends:
             finish = "stop"
         elif row.made >= row.job.max_tokens:
             finish = "length"
-        tokens.append(Token(row.job.id, token, finish))
+        tokens.append(Token(row.job.id, token, finish, row.sampler.scores, row.prompt_scores))
+        row.prompt_scores = None
         if finish:
             self._free(row)
 
