@@ -30,11 +30,15 @@ class Job:
 
 
 class Token(NamedTuple):
-    """One generated token. `finish` is None, or "stop" (token is an end token), "length", "error"."""
+    """One generated token. `finish` is None, or "stop" (token is an end token), "length", "error".
+
+    `cached`, on a job's first token: the tokens of its prompt that did not have to be computed.
+    """
 
     job: int
     token: int
     finish: str | None
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
