@@ -30,12 +30,13 @@ def _helm(kube: Kubectl, *args: str, timeout: float = 300.0) -> str:
 def install(kube: Kubectl, *values: str, images: dict[str, str] | None = None) -> str:
     """`helm upgrade --install --wait` into slmops-system. `images`: full references by name, else the chart's own.
 
+    The file that VALUES names, if any, comes on top of the chart's values and below the others.
     Returns helm's output; raises KubectlError with its message.
     """
     kube.apply(namespace(NAMESPACE))
     sets = [f"images.{name}={ref}" for name, ref in (images or {}).items() if name != "base"]
     sets += ["prometheus.bundled.enabled=true", *values]
-    flags = [part for item in sets for part in ("--set", item)]
+    flags = [part for item in sets for part in ("--set", item)] + values_flags()
     return _helm(
         kube,
         "upgrade",
@@ -49,6 +50,14 @@ def install(kube: Kubectl, *values: str, images: dict[str, str] | None = None) -
         "240s",
         *flags,
     )
+
+
+def values_flags() -> list[str]:
+    """helm's flags for the file of values that VALUES names. Raises KubectlError when it is not there."""
+    file = os.environ.get("VALUES", "")
+    if file and not Path(file).is_file():
+        raise KubectlError(f"VALUES names {file}, and there is no such file")
+    return ["--values", file] if file else []
 
 
 def uninstall(kube: Kubectl) -> str:

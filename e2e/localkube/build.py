@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from localkube import images, mounts, paths, rootfs, shell, store, tools
+from localkube import images, mounts, packages, paths, rootfs, shell, store, tools
 from localkube.images import Image
-from localkube.say import Failure, step
+from localkube.say import Failure, heartbeat, step
 
 HOST_CA = Path("/etc/ssl/certs/ca-certificates.crt")
 # Programs that do not look where Debian keeps its bundle get it as a build argument, if declared.
@@ -22,7 +22,7 @@ CA_ARGUMENTS = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUND
 def ensure(*names: str) -> None:
     """Build what is not built yet and load what the node does not have yet."""
     tools.require_root()
-    tools.ensure_packages()
+    packages.ensure(packages.NODE)
     chosen = names or tuple(n for n, i in images.IMAGES.items() if i.dockerfile.exists())
     with _building():
         node = store.answers()
@@ -53,10 +53,21 @@ def record_present() -> None:
             _record(name, reference)
 
 
-def purge() -> None:
+def stop() -> None:
+    """Wait for a build to end, then take its running state off the machine; what is built stays."""
+    if not paths.CACHE.exists():
+        return
     with shell.locked(paths.BUILD_LOCK):
-        for folder in [paths.BUILDAH_RUN, paths.CACHE]:
+        for place in mounts.below(paths.CACHE):
+            shell.attempt("umount", place)
+        for folder in [paths.WORK, paths.BUILDAH_RUN]:
             mounts.remove(folder)
+
+
+def purge() -> None:
+    """Remove all that is built."""
+    with shell.locked(paths.BUILD_LOCK):
+        mounts.remove(paths.CACHE)
 
 
 def load(target: str) -> None:
@@ -93,7 +104,8 @@ def _ensure_built(image: Image) -> None:
     shell.run(
         *_buildah("bud"), "--isolation", "chroot", "--layers", "--pull-never", "--format", "oci",
         "--file", image.dockerfile, "--tag", reference, *arguments, context,
-        env=_environment(), log=log,
+        env=_environment(), log=log, doing=f"building {image.name}",
+        hint="mend what the log says, then run again: finished steps are kept",
     )  # fmt: skip
     _remove_from_build_store([r for r in _built() if images.is_old(r, reference)])
     step(f"{image.name}: built")
@@ -133,8 +145,9 @@ def _transfer(reference: str, known: set[str]) -> None:
         source = f"containers-storage:[overlay@{paths.BUILDAH_ROOT}+{paths.BUILDAH_RUN}]{reference}"
         # Uncompressed layers keep their digests, so those the node has are not even written.
         copy = ["skopeo", "copy", "--quiet", "--dest-oci-accept-uncompressed-layers"]
-        shell.run(*copy, source, f"oci:{layout}:image", env=_environment())
-        store.load(layout, reference, known)
+        with heartbeat(f"loading {reference}"):
+            shell.run(*copy, source, f"oci:{layout}:image", env=_environment())
+            store.load(layout, reference, known)
     finally:
         shutil.rmtree(layout)
 
@@ -193,8 +206,16 @@ def _buildah(command: str) -> list[str]:
     ]  # fmt: skip
 
 
+def _containers_conf() -> Path:
+    """Keeps buildah from making /etc/cni."""
+    file = paths.WORK / "containers.conf"
+    file.write_text(f'[network]\nnetwork_config_dir = "{paths.WORK / "net"}"\n')
+    return file
+
+
 def _environment() -> dict[str, str]:
     return {
         "TMPDIR": str(paths.WORK / "tmp"),
         "BUILDAH_ISOLATION": "chroot",
+        "CONTAINERS_CONF": str(_containers_conf()),
     }

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-from localkube import bare, build, cluster, paths
+from localkube import bare, build, cluster, packages, paths, venv
 from localkube.say import Failure, step
 
 
 def main(argv: list[str] | None = None) -> int:
+    os.umask(0o022)  # what daemons, builds and pods of other users have to read does not hang on the shell's
     arguments = _parser().parse_args(argv)
     try:
         return _dispatch(arguments)
@@ -36,10 +38,16 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         case "load":
             for target in arguments.targets:
                 build.load(target)
+        case "debs":
+            packages.ensure(packages.TESTS)
+        case "venv":
+            venv.ensure()
         case "apiserver":
-            print(bare.up(arguments.dir.resolve()))
+            bare.sweep(paths.LOCAL)
+            owner = arguments.owner
+            print(bare.up(bare.owned(paths.LOCAL, owner) if owner else arguments.dir.resolve(), owner))
         case "apiserver-down":
-            bare.down(arguments.dir.resolve())
+            bare.down(bare.owned(paths.LOCAL, arguments.owner) if arguments.owner else arguments.dir.resolve())
     return 0
 
 
@@ -54,10 +62,14 @@ def _parser() -> argparse.ArgumentParser:
     built.add_argument("names", nargs="*", metavar="NAME", help="default: all that have a Dockerfile")
     loaded = commands.add_parser("load", help="load built images onto the node")
     loaded.add_argument("targets", nargs="+", metavar="NAME|IMAGE")
+    commands.add_parser("debs", help="install the Debian packages that the tests on this machine use")
+    commands.add_parser("venv", help="make the virtual environment of the tests and tools, unless it is there")
     for name, text in [
         ("apiserver", "start etcd and an API server alone; prints the path of its kubeconfig"),
         ("apiserver-down", "stop what `apiserver` started in that folder"),
     ]:
         command = commands.add_parser(name, help=text)
-        command.add_argument("--dir", type=Path, default=paths.LOCAL / "apiserver")
+        where = command.add_mutually_exclusive_group()
+        where.add_argument("--dir", type=Path, default=paths.LOCAL / "apiserver")
+        where.add_argument("--owner", type=int, metavar="PID", help="in .local/apiserver-PID, swept once PID is gone")
     return parser

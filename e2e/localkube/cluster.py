@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
-from localkube import bare, build, control, daemons, leftovers, network, node, paths, seed, shell, tools
+from localkube import bare, build, control, daemons, leftovers, network, node, packages, paths, seed, shell, tools
 from localkube.control import Endpoint
 from localkube.daemons import Daemon
 from localkube.paths import CLUSTER
@@ -27,7 +27,7 @@ def up() -> None:
             step(f"already up{f', {renewed} volumes renewed' if renewed else ''}")
             _say_how()
             return
-        tools.ensure_packages()
+        packages.ensure(packages.NODE)
         tools.ensure()
         _clear(trouble)
         _start()
@@ -42,14 +42,19 @@ def down(*, purge: bool = False) -> None:
             node.stop_pods()
         step("stopping the cluster")
         leftovers.sweep()
+        bare.sweep(paths.LOCAL)
+        build.stop()
+        packages.clean()
         for path in [paths.KUBECONFIG, paths.IMAGES_JSON, paths.LOCAL / "run"]:
             path.unlink(missing_ok=True)
         shutil.rmtree(paths.VOLUMES, ignore_errors=True)
         if purge:
             step(f"removing the caches below {paths.CACHE}")
-            bare.down(paths.LOCAL / "apiserver")
+            for folder in paths.LOCAL.glob("apiserver*"):
+                bare.down(folder)
             build.purge()
             shutil.rmtree(paths.LOCAL, ignore_errors=True)
+        paths.LOCK.unlink()
     step("down")
 
 
@@ -73,12 +78,13 @@ def _clear(trouble: list[str]) -> None:
     if trouble != ["not started"]:
         step(f"clearing what is left ({'; '.join(trouble)})")
     leftovers.sweep()
-    strangers = daemons.running("kubelet")
+    strangers = daemons.kubernetes_beside()
     if strangers:
         raise Failure(
-            f"another kubelet runs on this machine (pid {strangers[0]})",
-            hint="use that cluster through your kube context, or stop it first",
+            f"another Kubernetes node runs on this machine (pid {strangers[0]})",
+            hint="use that cluster through your kube context (CLUSTER=current), or stop it first",
         )
+    network.check_free()
 
 
 def _start() -> None:

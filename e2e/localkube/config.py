@@ -65,6 +65,7 @@ disabled_plugins = {json.dumps(DISABLED)}
 
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
   BinaryName = "runc"
+  Root = "{paths.RUN}/runc"
   SystemdCgroup = false
 """
 
@@ -107,6 +108,8 @@ def kubelet(pki: Path) -> str:
             "cgroupRoot": f"/{paths.CGROUP}",
             "failCgroupV1": False,
             "failSwapOn": False,
+            "podLogsDir": str(paths.POD_LOGS),
+            "volumePluginDir": str(paths.KUBELET_ROOT / "volume-plugins"),
             "clusterDNS": [paths.DNS_SERVICE_IP],
             "clusterDomain": "cluster.local",
             "maxPods": 110,

@@ -13,6 +13,9 @@ from pathlib import Path
 
 from localkube.say import Failure
 
+# Of any distribution; a kind node has the same, in containers.
+NODE_PROGRAMS = frozenset({"kubelet", "kube-proxy", "k3s", "rke2", "k0s", "kubelite"})
+
 
 @dataclass(frozen=True)
 class Daemon:
@@ -23,7 +26,7 @@ class Daemon:
 
     def alive(self) -> bool:
         # In the middle of exec the command line reads as empty.
-        return _start_time(self.pid) == self.started and _program(self.pid) in ("", self.program)
+        return start_time(self.pid) == self.started and _program(self.pid) in ("", self.program)
 
 
 def start(name: str, argv: list[str], *, pids: Path, log: Path, env: Mapping[str, str] | None = None) -> Daemon:
@@ -39,7 +42,7 @@ def start(name: str, argv: list[str], *, pids: Path, log: Path, env: Mapping[str
             cwd="/",
             env=None if env is None else {**os.environ, **env},
         )
-    started = _start_time(process.pid)
+    started = start_time(process.pid)
     daemon = Daemon(name, process.pid, started, Path(argv[0]).name)
     (pids / f"{name}.pid").write_text(f"{daemon.pid} {daemon.started} {daemon.program}\n")
     return daemon
@@ -83,7 +86,7 @@ def kill(pids: Iterable[int]) -> None:
 
 def wait_gone(pids: Iterable[int], *, seconds: float = 5) -> None:
     deadline = time.monotonic() + seconds
-    while any(_start_time(pid) for pid in pids) and time.monotonic() < deadline:
+    while any(start_time(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
@@ -99,9 +102,19 @@ def marked(marker: str, programs: frozenset[str]) -> list[int]:
     return found
 
 
-def running(program: str) -> list[int]:
-    """Every process of this program on the machine, whoever started it."""
-    return [int(e.name) for e in Path("/proc").iterdir() if e.name.isdigit() and _program(int(e.name)) == program]
+def kubernetes_beside() -> list[int]:
+    """Processes of a Kubernetes node in this network namespace: its rules would be ours too, unlike a kind node's."""
+    here = _network(os.getpid())
+    pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    return [pid for pid in pids if _program(pid) in NODE_PROGRAMS and _network(pid) == here]
+
+
+def _network(pid: int) -> int:
+    """The inode of a process's network namespace; 0 when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/ns/net").stat().st_ino
+    except OSError:
+        return 0
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
@@ -121,7 +134,7 @@ def _program(pid: int) -> str:
     return Path(argv[0]).name if argv else ""
 
 
-def _start_time(pid: int) -> str:
+def start_time(pid: int) -> str:
     """Start time in clock ticks since boot: with the pid it names a process for good. Empty for a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -2,6 +2,7 @@
 
 All of it can be told by names only this program uses: two folders, one cgroup, one bridge. So it
 works on the remains of a killed run, of another clone, and of a clone that has been deleted.
+`outside.py` has the exceptions.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import time
 from pathlib import Path
 
-from localkube import daemons, mounts, network, paths, tools
+from localkube import daemons, mounts, network, outside, paths, tools
 from localkube.say import Failure, step
 
 MARKERS = (f"{paths.RUN}/", f"{paths.STATE}/")
@@ -31,6 +32,7 @@ def sweep() -> None:
     remove_cgroups()
     for folder in [paths.STATE, paths.RUN]:
         mounts.remove(folder)
+    outside.clear()
 
 
 def stop_daemons() -> None:

@@ -2,18 +2,33 @@
 
 The bridge address is the node's, so the API server and the kubelet listen where only this machine
 and its pods reach them.
+
+kube-proxy and kubelet name their chains KUBE-* in every cluster. Ours can be told by the chain
+SLMOPS-LOCAL-NAT beside them: it is the first that comes and goes with the last, and where KUBE-*
+chains stand without it, no node is started.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from localkube import paths, shell
+from localkube import daemons, paths, shell
+from localkube.say import Failure
 
-KUBERNETES_CHAIN = re.compile(r"^:(KUBE-\S+|SLMOPS-\S+) ", re.MULTILINE)
-TABLES = ("filter", "nat", "mangle")
+CHAIN = re.compile(r"^:(\S+) ", re.MULTILINE)
+OWNED = f"{paths.CHAIN}-"
+MARK = f"{OWNED}NAT"
+# In the order in which they are cleared: the one with the mark last.
+TABLES = (
+    *(("ip6tables", table) for table in ("filter", "nat", "mangle")),
+    *(("iptables", table) for table in ("mangle", "filter", "nat")),
+)
+MARKED = ("iptables", "nat")
 SYSCTLS = {
     "net.ipv4.ip_forward": "1",
     "net.bridge.bridge-nf-call-iptables": "1",
@@ -21,6 +36,23 @@ SYSCTLS = {
 # The kubelet sets these on its own; `down` puts the machine's values back.
 KUBELET_SYSCTLS = ("vm.overcommit_memory", "vm.panic_on_oom", "kernel.panic", "kernel.panic_on_oops")
 _SAVED = paths.RUN / "sysctl.json"
+
+
+def check_free() -> None:
+    """Fail where a node would change what other software set up on this machine."""
+    chains = strangers(_saved_tables())
+    if chains:
+        raise Failure(
+            f"iptables chains of another Kubernetes are on this machine ({', '.join(chains[:4])})",
+            hint="use that cluster (CLUSTER=current). If it is gone: `kube-proxy --cleanup`, or delete these chains",
+        )
+    listed = shell.attempt("ip", "-json", "route", "show", "table", "all")
+    taken = overlapping(json.loads(listed.stdout or "[]") if listed.returncode == 0 else [])
+    if taken:
+        raise Failure(
+            f"routes of others lie in the node's networks {paths.POD_CIDR}, {paths.SERVICE_CIDR}: {', '.join(taken)}",
+            hint="remove them (a VPN, another cluster), or use a cluster you have: CLUSTER=current",
+        )
 
 
 def set_up() -> None:
@@ -38,12 +70,13 @@ def set_up() -> None:
 def tear_down() -> None:
     for link in _links():
         shell.attempt("ip", "link", "delete", link)
-    for tool in ("iptables", "ip6tables"):
-        for table in TABLES:
-            saved = shell.attempt(f"{tool}-save", "-t", table)
-            script = removal(table, saved.stdout) if saved.returncode == 0 else ""
-            if script:
-                shell.run(f"{tool}-restore", "--noflush", stdin=script)
+    tables = _saved_tables()
+    # A cluster that came later shares the KUBE-* chains with ours by now and renews them itself.
+    ours = MARK in CHAIN.findall(tables.get(MARKED, "")) and not daemons.kubernetes_beside()
+    for (tool, table), saved in tables.items():
+        script = removal(table, saved, kubernetes=ours)
+        if script:
+            shell.run(f"{tool}-restore", "--noflush", stdin=script)
     _restore_sysctls()
 
 
@@ -56,6 +89,11 @@ def rules() -> str:
     """Let pods out through NAT, let nobody else in to the node's address."""
     chain, bridge = paths.CHAIN, paths.BRIDGE
     return f"""\
+*nat
+:{chain}-NAT - [0:0]
+-A {chain}-NAT -s {paths.POD_CIDR} ! -d {paths.POD_CIDR} -j MASQUERADE
+-A POSTROUTING -j {chain}-NAT
+COMMIT
 *filter
 :{chain}-IN - [0:0]
 :{chain}-FWD - [0:0]
@@ -66,17 +104,13 @@ def rules() -> str:
 -I INPUT -j {chain}-IN
 -I FORWARD -j {chain}-FWD
 COMMIT
-*nat
-:{chain}-NAT - [0:0]
--A {chain}-NAT -s {paths.POD_CIDR} ! -d {paths.POD_CIDR} -j MASQUERADE
--A POSTROUTING -j {chain}-NAT
-COMMIT
 """
 
 
-def removal(table: str, saved: str) -> str:
-    """An atomic iptables-restore script that takes our chains and Kubernetes' out of one table."""
-    chains = KUBERNETES_CHAIN.findall(saved)
+def removal(table: str, saved: str, *, kubernetes: bool) -> str:
+    """An atomic iptables-restore script that takes our chains, and if wanted Kubernetes', out of one table."""
+    gone = (OWNED, "KUBE-") if kubernetes else (OWNED,)
+    chains = [chain for chain in CHAIN.findall(saved) if chain.startswith(gone)]
     if not chains:
         return ""
     jumps = [
@@ -87,6 +121,47 @@ def removal(table: str, saved: str) -> str:
     flush = [f":{chain} - [0:0]" for chain in chains]
     delete = [f"-X {chain}" for chain in chains]
     return "\n".join([f"*{table}", *flush, *jumps, *delete, "COMMIT", ""])
+
+
+def strangers(tables: Mapping[tuple[str, str], str]) -> list[str]:
+    """`table chain` of Kubernetes chains that are not ours, from the output of iptables-save by tool and table."""
+    if MARK in CHAIN.findall(tables.get(MARKED, "")):
+        return []
+    return [
+        f"{table} {chain}"
+        for (tool, table), saved in tables.items()
+        if tool == "iptables"
+        for chain in CHAIN.findall(saved)
+        if chain.startswith("KUBE-")
+    ]
+
+
+def overlapping(routes: list[dict[str, Any]]) -> list[str]:
+    """Destinations of `ip -json route` inside the node's networks that are not its own.
+
+    Wider ones, such as a VPN's 10.0.0.0/8, stay usable beside the node's narrower routes.
+    """
+    ours = [ipaddress.IPv4Network(cidr) for cidr in (paths.POD_CIDR, paths.SERVICE_CIDR)]
+    found = []
+    for route in routes:
+        try:
+            destination = ipaddress.ip_network(route.get("dst", ""), strict=False)
+        except ValueError:
+            continue  # "default", or a kind of route that names no network
+        inside = isinstance(destination, ipaddress.IPv4Network) and any(destination.subnet_of(net) for net in ours)
+        if inside and route.get("dev") != paths.BRIDGE:
+            found.append(f"{route['dst']} dev {route.get('dev', '?')}")
+    return found
+
+
+def _saved_tables() -> dict[tuple[str, str], str]:
+    """What iptables-save tells, by tool and table, in the order of clearing; without tables that cannot be read."""
+    saved = {}
+    for tool, table in TABLES:
+        got = shell.attempt(f"{tool}-save", "-t", table)
+        if got.returncode == 0:
+            saved[tool, table] = got.stdout
+    return saved
 
 
 def _links() -> list[str]:

@@ -93,6 +93,7 @@ def start_agents(authority: Authority, endpoint: Endpoint, runtime: Daemon) -> N
         "config": CLUSTER.config / "kubelet.yaml",
         "kubeconfig": _kubeconfig("kubelet"),
         "root-dir": paths.KUBELET_ROOT,
+        "cert-dir": paths.KUBELET_ROOT / "pki",
         "hostname-override": paths.NODE,
         "node-ip": paths.NODE_IP,
     }

@@ -20,6 +20,7 @@ TOOLS_MODULE = REPO / "e2e" / "localkube" / "tools"
 LOCAL = REPO / ".local"
 KUBECONFIG = LOCAL / "kubeconfig"
 BIN = LOCAL / "bin"
+VENV = LOCAL / "venv"
 LOG = LOCAL / "log"
 VOLUMES = LOCAL / "volumes"
 IMAGES_JSON = LOCAL / "images.json"
@@ -27,11 +28,13 @@ IMAGES_JSON = LOCAL / "images.json"
 # One per machine.
 RUN = Path("/run/slmops-localkube")
 LOCK = Path("/run/slmops-localkube.lock")
+APT_LOCK = Path("/run/slmops-localkube-apt.lock")
 RECORD = RUN / "cluster.json"
 CONTAINERD_SOCKET = RUN / "containerd.sock"
 CONTAINERD_STATE = RUN / "containerd"
 STATE = Path("/var/lib/slmops-localkube")
 KUBELET_ROOT = STATE / "kubelet"
+POD_LOGS = STATE / "pod-logs"
 CNI_STATE = STATE / "cni"
 CGROUP = "slmops-local"
 

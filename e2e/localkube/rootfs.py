@@ -80,6 +80,7 @@ def _base() -> Path:
         SUITE, folder / "rootfs.tar", used,
         env={"TMPDIR": str(paths.WORK / "tmp"), "SOURCE_DATE_EPOCH": os.environ.get("SOURCE_DATE_EPOCH", "0")},
         log=paths.LOG / "build-rootfs.log",
+        doing="mmdebstrap",
         hint=f"check that {host_mirror()} is reachable",
     )  # fmt: skip
     if not (folder / "rootfs.tar").exists():

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _started = time.monotonic()
+BEAT_SECONDS = 10.0
 
 
 class Failure(Exception):  # noqa: N818 - read by people, and it is what it says
@@ -34,6 +38,25 @@ def elapsed() -> float:
 
 def step(message: str) -> None:
     print(f"[{elapsed():6.1f}s] {message}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def heartbeat(what: str, log: Path | None = None) -> Iterator[None]:
+    """While the block runs, a line every ten seconds: how long it takes already, and the last words of its log."""
+    began, over = time.monotonic(), threading.Event()
+
+    def beat() -> None:
+        while not over.wait(BEAT_SECONDS):
+            words = "".join(tail(log, 1)).strip() if log else ""
+            step(f"{what}: {time.monotonic() - began:.0f} s so far{f' ({words[:70]})' if words else ''}")
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def tail(path: Path, count: int) -> list[str]:

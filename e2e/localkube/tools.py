@@ -1,4 +1,4 @@
-"""The programs the cluster is made of: Go binaries built once per machine, Debian packages."""
+"""The programs the cluster is made of: Go binaries, built once per machine."""
 
 from __future__ import annotations
 
@@ -26,26 +26,7 @@ GO_PACKAGES = {
 }
 API_SERVER_ONLY = ("etcd", "kube-apiserver", "kubectl")
 ALL = tuple(GO_PACKAGES)
-
-# Debian package -> a file that shows it is installed.
-NODE_PACKAGES = {
-    "ca-certificates": "/etc/ssl/certs/ca-certificates.crt",
-    "openssl": "/usr/bin/openssl",
-    "iproute2": "/sbin/ip",
-    "mount": "/bin/umount",
-    "containerd": "/usr/bin/containerd",
-    "runc": "/usr/sbin/runc",
-    "containernetworking-plugins": "/usr/lib/cni/bridge",
-    "iptables": "/usr/sbin/iptables",
-    "conntrack": "/usr/sbin/conntrack",
-    "ethtool": "/usr/sbin/ethtool",
-    "socat": "/usr/bin/socat",
-    "catatonit": "/usr/bin/catatonit",
-    "mmdebstrap": "/usr/bin/mmdebstrap",
-    "debian-archive-keyring": "/usr/share/keyrings/debian-archive-keyring.gpg",
-    "buildah": "/usr/bin/buildah",
-    "skopeo": "/usr/bin/skopeo",
-}
+OLDEST_GO = (1, 21)  # from here on Go fetches the version that go.mod asks for
 
 
 def path(name: str) -> Path:
@@ -62,6 +43,12 @@ def kubernetes_version(go_mod: str) -> str:
     if found is None:
         raise Failure(f"{paths.TOOLS_MODULE}/go.mod names no version of k8s.io/kubernetes")
     return found[1]
+
+
+def go_version(text: str) -> tuple[int, int]:
+    """From `go env GOVERSION`, for example go1.26.1; (0, 0) where there is none."""
+    found = re.match(r"go(\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def ensure(names: Iterable[str] = ALL) -> None:
@@ -81,23 +68,26 @@ def ensure(names: Iterable[str] = ALL) -> None:
 
 
 def _build(names: list[str]) -> None:
-    if shutil.which("go") is None:
-        raise Failure("Go is not installed", hint="install Go 1.25 or newer (https://go.dev/dl) and run again")
+    version = go_version(shell.attempt("go", "env", "GOVERSION").stdout)
+    if version < OLDEST_GO:
+        what = f"Go {version[0]}.{version[1]} is too old" if any(version) else "Go is not installed"
+        raise Failure(what, hint="install Go 1.26 or newer (https://go.dev/dl) and run again")
     step(f"building {', '.join(names)} from source (about 7 minutes on 2 cores, once per machine)")
-    version = kubernetes_version((paths.TOOLS_MODULE / "go.mod").read_text())
+    kubernetes = kubernetes_version((paths.TOOLS_MODULE / "go.mod").read_text())
     stamp = "k8s.io/component-base/version"
-    major, minor = version.removeprefix("v").split(".")[:2]
-    values = {"gitVersion": version, "gitMajor": major, "gitMinor": minor}
+    major, minor = kubernetes.removeprefix("v").split(".")[:2]
+    values = {"gitVersion": kubernetes, "gitMajor": major, "gitMinor": minor}
     linker = " ".join(["-s", "-w", *(f"-X {stamp}.{key}={value}" for key, value in values.items())])
     partial = paths.CACHE / "k8s-partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     shell.run(
-        "go", "build", "-trimpath", "-mod=readonly", "-ldflags", linker, "-o", f"{partial}/",
+        "go", "build", "-v", "-trimpath", "-mod=readonly", "-ldflags", linker, "-o", f"{partial}/",
         *(GO_PACKAGES[name] for name in names),
         cwd=paths.TOOLS_MODULE,
         env={"GOFLAGS": "-buildvcs=false"},
         log=paths.LOG / "go-build.log",
+        doing="go build",
         hint="check that the Go module proxy is reachable (go env GOPROXY), then run again",
     )  # fmt: skip
     cache().mkdir(parents=True, exist_ok=True)
@@ -112,17 +102,3 @@ def _build(names: list[str]) -> None:
 def require_root() -> None:
     if os.geteuid() != 0:
         raise Failure("a node needs root", hint="run as root, or use a cluster you already have")
-
-
-def ensure_packages() -> None:
-    missing = [package for package, proof in NODE_PACKAGES.items() if not Path(proof).exists()]
-    if not missing:
-        return
-    if shutil.which("apt-get") is None:
-        raise Failure(f"missing: {', '.join(missing)}, and this is not a Debian machine")
-    step(f"installing {', '.join(missing)}")
-    install = ["apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *missing]
-    env = {"DEBIAN_FRONTEND": "noninteractive"}
-    if shell.attempt(*install, env=env).returncode:
-        shell.run("apt-get", "update", "--quiet", env=env, log=paths.LOG / "apt-update.log")
-        shell.run(*install, env=env, log=paths.LOG / "apt-install.log", hint=f"install by hand: {' '.join(missing)}")

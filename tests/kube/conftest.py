@@ -22,20 +22,20 @@ NAMES = itertools.count(1)
 
 @pytest.fixture(scope="session")
 def access(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Access]:
-    """The API server, with our CRDs served. It is stopped at the end, whatever happened."""
-    folder = tmp_path_factory.mktemp("apiserver")
+    """The API server, with our CRDs served. It is stopped at the end; if this process is killed, by the next run."""
+    folder = tmp_path_factory.mktemp("access")
     env = {**os.environ, "PYTHONPATH": str(ROOT / "e2e")}
 
-    def localkube(command: str) -> None:
+    def localkube(command: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "localkube", command, "--dir", str(folder / "k8s")],
+            [sys.executable, "-m", "localkube", command, "--owner", str(os.getpid())],
             env=env, capture_output=True, text=True, timeout=1200, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
 
     try:
-        localkube("apiserver")
-        found = Access.read(folder / "k8s" / "kubeconfig", folder)
+        found = Access.read(Path(localkube("apiserver")), folder)
         _install_crds(Api(found))
         yield found
     finally:

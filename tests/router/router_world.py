@@ -157,9 +157,23 @@ class Router:
         if routes is not None:
             mounted.write_text(json.dumps(routes))
         self.command = [
-            sys.executable, "-m", "slmops_router", "--routes", str(mounted), "--folder", str(folder / "run"),
-            "--port", str(self.port), "--metrics-port", str(self.metrics_port), "--agent-port", str(self.agent_port),
-            "--nameserver", dns.address, "--drain-seconds", "0.5",
+            sys.executable,
+            "-m",
+            "slmops_router",
+            "--routes",
+            str(mounted),
+            "--folder",
+            str(folder / "run"),
+            "--port",
+            str(self.port),
+            "--metrics-port",
+            str(self.metrics_port),
+            "--agent-port",
+            str(self.agent_port),
+            "--nameserver",
+            dns.address,
+            "--drain-seconds",
+            "0.5",
         ]
         self.start()
 

@@ -102,7 +102,7 @@ def test_sigterm_ends_answers_before_the_process(pod, router, port):
     results = []
     thread = threading.Thread(target=lambda: results.append(ask(one.port)))
     thread.start()
-    eventually(lambda: "haproxy_backend_current_sessions{proxy=\"a\"} 1" in one.metrics(), "the answer runs")
+    eventually(lambda: 'haproxy_backend_current_sessions{proxy="a"} 1' in one.metrics(), "the answer runs")
     one.process.send_signal(signal.SIGTERM)
     eventually(lambda: one.call("GET", "/readyz", token=None)[0] == 503, "not ready while draining")
     assert ask(one.port)[1] == "ok"  # still served: the cluster has not heard yet
@@ -121,8 +121,12 @@ def test_a_dead_haproxy_ends_the_container(router, port):
 
 def test_without_a_token_it_does_not_start(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "slmops_router"], env={"PYTHONPATH": str(ROOT / "images/router")},
-        capture_output=True, text=True, timeout=30, check=False,
+        [sys.executable, "-m", "slmops_router"],
+        env={"PYTHONPATH": str(ROOT / "images/router")},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
     )
     assert done.returncode == 2
     assert "SLMOPS_ROUTER_TOKEN" in done.stderr

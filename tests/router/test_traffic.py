@@ -273,5 +273,3 @@ def test_more_pods_than_places_makes_room(pod, router, port):
         one.ready("a", 3)
         load.more(50)
     assert load.lost == []
-
-

@@ -141,8 +141,8 @@ class Recorder(slots.Sampler):
 
     seen: ClassVar[dict[int, list[bytes]]] = {}
 
-    def __init__(self, how: Sampling, prompt: Sequence[int], vocab: int) -> None:
-        super().__init__(how, prompt, vocab)
+    def __init__(self, how: Sampling, prompt: Sequence[int], vocab: int, ends: frozenset[int], guide: None) -> None:
+        super().__init__(how, prompt, vocab, ends, guide)
         self._kept = self.seen.setdefault(how.seed, [])
         self._kept.clear()
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from slmops.api.deployment import (
     Analysis,
@@ -17,6 +18,7 @@ from slmops.api.meta import ModelSource
 from slmops.rollout.machine import decide, measurement_due
 from slmops.rollout.seen import Decision, Pods, Problem, Router, Seen
 from slmops.rollout.sizes import candidate_pods
+from slmops.rollout.verdicts import judge
 
 START = datetime(2026, 5, 1, 12, 0, 0, tzinfo=UTC)
 ERRORS = AnalysisMetric(name="errors", builtin="errorRate", max=0.01)
@@ -68,6 +70,7 @@ class World:
         self.config_map: tuple[dict[str, int], str] = ({}, "")
         self.annotations: dict[str, str] = {}
         self.measured: list[str] = []  # verdicts that will be given, then Pass for ever
+        self.value: float | None = None  # measured instead, and judged
         self.asked = 0
         self.events: list[str] = []
         self.log: list[str] = []
@@ -90,18 +93,26 @@ class World:
         pods = {r: Pods(n, self.ready.get(r, 0), self.broken.get(r)) for r, n in self.deployments.items()}
         found = {r: 0 if r in self.unreached else n for r, n in self.ready.items()}
         views = tuple(
-            Router()
-            if r.silent
-            else Router(dict(r.weights), r.epoch, found, dict(r.answered), dict(r.chosen), r.turns)
+            Router() if r.silent else Router(dict(r.weights), r.epoch, found, dict(r.answered), dict(r.chosen), r.turns)
             for r in self.routers
         )
         seen = Seen(self.target, pods, views, annotations=dict(self.annotations))
         if measurement_due(self.spec, self.status, seen, self.now):
             self.asked += 1
-            word = self.measured.pop(0) if self.measured else "Pass"
-            verdict = Verdict(name="errors", verdict=word, message=word)  # type: ignore[arg-type]
+            verdict = self._measure()
             seen = Seen(self.target, pods, views, verdicts=(verdict,), annotations=dict(self.annotations))
         return seen
+
+    def _measure(self) -> Verdict:
+        if self.value is not None and self.spec.rollout.analysis:
+            return judge(self.spec.rollout.analysis.metrics[0], self.value)
+        word = self.measured.pop(0) if self.measured else "Pass"
+        return Verdict(name="errors", verdict=word, message=word)  # type: ignore[arg-type]
+
+    def edit_rollout(self, **fields: object) -> None:
+        """A user edits the plan."""
+        plan = self.spec.rollout.model_copy(update=fields)
+        self.spec = self.spec.model_copy(update={"rollout": plan})
 
     # The operator.
 
@@ -223,3 +234,12 @@ class World:
         for router in self.routers:
             for name, weight in router.weights.items():
                 assert weight == 0 or name in self.deployments, (name, router.weights, self.log[-5:])
+
+
+def serving(name: str = "aaa", **how: Any) -> World:
+    """A world in which revision `name` serves."""
+    world = World(spec(**how))
+    world.deploy(name)
+    assert (world.phase, world.stable, world.candidate) == ("Stable", name, "")
+    world.events.clear()
+    return world

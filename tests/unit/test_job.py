@@ -1,7 +1,9 @@
 """The Job of a run, compared whole."""
 
+import re
 from typing import Any
 
+import pytest
 from tests.unit.objects import UID, Object, finetune, ours
 
 from slmops.api.batch import BatchSpec
@@ -148,6 +150,32 @@ def test_the_run_can_be_read_back() -> None:
     assert run.finetune is not None
     assert run.finetune.dataset.uri == "oci://r/data:1"
     assert run.distill is None
+
+
+def expanded(env: list[Object]) -> dict[str, str]:
+    """The variables as the kubelet makes them (k8s.io/kubernetes/third_party/forked/golang/expansion)."""
+    known: dict[str, str] = {}
+    for var in env:
+        known[var["name"]] = re.sub(
+            r"\$(?:(\$)|\(([^)]*)\))",
+            lambda found: "$" if found[1] else known.get(found[2], f"$({found[2]})"),
+            var["value"],
+        )
+    return known
+
+
+@pytest.mark.parametrize("text", ["costs $$5", "say $(HOME) and $(SLMOPS_RUN)", "$", "$$$(A)$", "a$$(A)"])
+def test_dollars_reach_the_container_as_they_were_written(text: str) -> None:
+    built = made(
+        dataset={"uri": "oci://r/data:1", "columns": {"prompt": text}},
+        pod={"env": [{"name": "A", "value": "b"}, {"name": "SAYS", "value": text}]},
+    )
+    env = expanded(container(built)["env"])
+    assert env["SAYS"] == text
+    run = RunSpec.model_validate_json(env["SLMOPS_RUN"])
+    assert run.finetune is not None
+    assert run.finetune.dataset.columns is not None
+    assert run.finetune.dataset.columns.prompt == text
 
 
 def test_gpu_and_placement_pass_through() -> None:

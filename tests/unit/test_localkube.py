@@ -131,7 +131,7 @@ COMMIT
 
 
 def test_removal_takes_out_our_chains_and_nothing_else() -> None:
-    script = network.removal("nat", SAVED).splitlines()
+    script = network.removal("nat", SAVED, kubernetes=True).splitlines()
     assert script[0] == "*nat"
     assert script[-1] == "COMMIT"
     assert '-D PREROUTING -m comment --comment "kubernetes service portals" -j KUBE-SERVICES' in script
@@ -145,7 +145,45 @@ def test_removal_takes_out_our_chains_and_nothing_else() -> None:
 
 
 def test_removal_has_nothing_to_do_on_a_clean_machine() -> None:
-    assert network.removal("filter", "*filter\n:INPUT ACCEPT [0:0]\nCOMMIT\n") == ""
+    assert network.removal("filter", "*filter\n:INPUT ACCEPT [0:0]\nCOMMIT\n", kubernetes=True) == ""
+
+
+def test_removal_leaves_the_chains_of_another_kubernetes() -> None:
+    script = network.removal("nat", SAVED, kubernetes=False)
+    assert "SLMOPS-LOCAL-NAT" in script
+    assert "KUBE-" not in script
+
+
+def test_kubernetes_chains_are_ours_while_our_mark_stands_beside_them() -> None:
+    foreign = SAVED.replace(":SLMOPS-LOCAL-NAT - [0:0]\n", "").replace("-A POSTROUTING -j SLMOPS-LOCAL-NAT\n", "")
+    hint = "*mangle\n:KUBE-IPTABLES-HINT - [0:0]\nCOMMIT\n"
+    assert network.strangers({("iptables", "mangle"): hint, ("iptables", "nat"): SAVED}) == []
+    assert network.strangers({("iptables", "mangle"): hint, ("iptables", "nat"): foreign}) == [
+        "mangle KUBE-IPTABLES-HINT",
+        "nat KUBE-SERVICES",
+        "nat KUBE-SVC-X",
+    ]
+
+
+def test_the_mark_comes_first_and_goes_last() -> None:
+    assert network.rules().startswith(f"*nat\n:{network.MARK} ")
+    assert network.TABLES[-1] == network.MARKED
+
+
+@pytest.mark.parametrize(
+    ("route", "taken"),
+    [
+        ({"dst": "10.244.0.0/24", "dev": "cni0"}, ["10.244.0.0/24 dev cni0"]),
+        ({"dst": "10.96.7.3", "dev": "tun0"}, ["10.96.7.3 dev tun0"]),
+        ({"dst": "10.244.0.0/24", "dev": paths.BRIDGE}, []),
+        ({"dst": "10.0.0.0/8", "dev": "tun0"}, []),
+        ({"dst": "default", "dev": "eth0"}, []),
+        ({"dst": "fe80::/64", "dev": "eth0"}, []),
+        ({"type": "unreachable", "dst": "10.96.0.0/16"}, ["10.96.0.0/16 dev ?"]),
+    ],
+)
+def test_a_route_of_others_in_the_nodes_networks_is_seen(route: dict[str, str], taken: list[str]) -> None:
+    assert network.overlapping([route]) == taken
 
 
 def test_go_mod_names_the_kubernetes_version_all_replacements_follow() -> None:
@@ -184,3 +222,10 @@ def test_a_failure_says_what_where_and_how_to_go_on(tmp_path: Path) -> None:
         f"  log: {log}",
         "  next: run again",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "version"), [("go1.26.1", (1, 26)), ("go1.19.8", (1, 19)), ("", (0, 0)), ("devel go1.27", (0, 0))]
+)
+def test_gos_version(text: str, version: tuple[int, int]) -> None:
+    assert tools.go_version(text) == version

@@ -72,7 +72,12 @@ class Analysis(Model):
     """Evidence that a step must earn. No data, too few samples, an unreachable Prometheus hold; they never promote."""
 
     interval_seconds: int = Field(default=10, ge=1, le=3600, description="Between two measurements.")
-    window_seconds: int = Field(default=60, ge=5, le=86400, description="{{window}}: how far back a query looks.")
+    window_seconds: int = Field(
+        default=60,
+        ge=5,
+        le=86400,
+        description="{{window}}: how far back a query looks; never to before the step began.",
+    )
     min_samples: int = Field(
         default=20, ge=0, description="Requests that the candidate must have answered in this step."
     )
@@ -182,6 +187,9 @@ class RolloutStatus(Model):
     )
     passes: int = Field(default=0, description="Measurements passed in a row in this step.")
     failures: int = Field(default=0, description="Measurements failed in this rollout.")
+    losses: int = Field(
+        default=0, description="How often the candidate lost all its pods while it got requests; the fourth rolls back."
+    )
     samples: int | None = Field(default=None, description="Requests the candidate answered in this step.")
     verdicts: list[Verdict] = Field(default_factory=list, max_length=16, description="Last measurement by metric.")
     hold: str = Field(default="", max_length=512, description="Why it does not move on, if it holds.")

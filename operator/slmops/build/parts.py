@@ -88,4 +88,12 @@ def resources(pod: Pod | None) -> Object:
 def environment(ours: dict[str, str], pod: Pod | None) -> list[Object]:
     """Our variables, then the user's; a name that both set has the user's value, except for SLMOPS_*."""
     theirs = {var.name: var.value for var in (pod.env if pod else None) or [] if not var.name.startswith("SLMOPS_")}
-    return [{"name": name, "value": value} for name, value in (ours | theirs).items()]
+    return [{"name": name, "value": literal(value)} for name, value in (ours | theirs).items()]
+
+
+def literal(text: str) -> str:
+    """Escape a variable's value or an argument so that the container gets `text`.
+
+    The kubelet puts other variables in the place of $(NAME) and makes one $ of two: prompts hold both.
+    """
+    return text.replace("$", "$$")

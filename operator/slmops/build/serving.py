@@ -32,9 +32,7 @@ def selector(owner: Object, revision: str = "") -> dict[str, str]:
     return labels | ({keys.LABEL_REVISION: revision} if revision else {})
 
 
-def deployment(
-    owner: Object, spec: ModelDeploymentSpec, revision: str, model: Input, settings: Settings
-) -> Object:
+def deployment(owner: Object, spec: ModelDeploymentSpec, revision: str, model: Input, settings: Settings) -> Object:
     """Build the Deployment of a new revision, with no replicas yet."""
     more = {keys.LABEL_REVISION: revision}
     return {

@@ -15,7 +15,7 @@ from slmops.api.run import Input
 from slmops.build import router as router_parts
 from slmops.build import serving
 from slmops.cluster.port import Cluster, Key, Object
-from slmops.reconcile import sources
+from slmops.reconcile import conditions, sources
 from slmops.reconcile.deployment_measure import measure
 from slmops.reconcile.deployment_report import Facts, report
 from slmops.reconcile.protocol import World
@@ -103,6 +103,7 @@ class DeploymentReconciler:
             pods={name: _pods(found, pods) for name, found in live.items()},
             routers=tuple(_router(agent.report) for agent in agents),
             router_problem=problem_of(front, routers),
+            refusal=_refusal(obj, status),
             annotations=obj["metadata"].get("annotations") or {},
         )
         if measurement_due(spec, status, seen, world.now):
@@ -143,6 +144,7 @@ class DeploymentReconciler:
             delete=_removed(obj, spec, observed, decision),
             events=tuple(Event(note.reason, note.message, note.warning) for note in decision.notes),
             requeue=_requeue(decision, wanted),
+            keep_going=True,
         )
 
     def _agent(self, obj: Object, pod: Object, settings: Settings) -> Agent:
@@ -222,6 +224,15 @@ def _router(said: Report | None) -> Router:
         chosen={name: share.chosen for name, share in shares.items()},
         turns=said.turns,
     )
+
+
+def _refusal(obj: Object, status: ModelDeploymentStatus) -> Problem | None:
+    """Why the candidate has no Deployment, where the last pass was refused it."""
+    said = conditions.find(status.conditions, conditions.READY)
+    if status.candidate is None or said is None:
+        return None
+    name = f"Deployment {serving.revision_name(obj, status.candidate.revision)}"
+    return Problem(said.reason, said.message) if name in said.message else None
 
 
 def _role(pod: Object) -> str:

@@ -6,6 +6,7 @@ from datetime import datetime
 from slmops.api.deployment import AnalysisMetric, ModelDeploymentSpec, ModelDeploymentStatus, Verdict
 from slmops.cluster.port import Object
 from slmops.remote.prometheus import Answer, Inconclusive, NoData, Unreachable, Value
+from slmops.rollout.evidence import window
 from slmops.rollout.queries import Context, promql
 from slmops.rollout.verdicts import judge
 
@@ -32,7 +33,7 @@ def measure(
         name=obj["metadata"]["name"],
         revision=candidate.revision,
         stable=status.stable.revision if status.stable else "",
-        window=analysis.window_seconds,
+        window=window(analysis, status.rollout, now),
     )
     answer: Answer = Unreachable(NO_PROMETHEUS)
     verdicts: list[Verdict] = []

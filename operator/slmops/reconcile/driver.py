@@ -11,6 +11,9 @@ Errors, and what becomes of them:
   RemoteError       Retry
   ValidationError   Terminal InvalidSpec: the object was stored under an older schema
   anything else     a bug: goes up, is logged with its trace and backs off this object alone
+
+A plan that keeps going (Plan.keep_going) is carried out past what is refused, and its status is written: the outcome
+of the first refusal is then told in that status.
 """
 
 import logging
@@ -18,6 +21,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 
 from pydantic import ValidationError
 
@@ -65,32 +69,53 @@ class Driver:
         try:
             observed = reconciler.observe(obj, World(self.cluster, self.settings, now))
             plan = reconciler.decide(obj, observed, now)
-            self._carry_out(obj, plan)
-        except Retry as retry:
-            return self._not_yet(obj, retry, now)
-        except ClusterError as error:
-            if error.status != 403:
-                raise
-            return self._not_yet(obj, Retry("Forbidden", f"The operator may not do this: {error.message}", 15.0), now)
-        except RemoteError as error:
-            return self._not_yet(obj, Retry("Unreachable", str(error), after=5.0), now)
-        except Terminal as terminal:
-            self._give_up(obj, terminal, now)
-            return None
-        except ValidationError as error:
-            self._give_up(obj, Terminal("InvalidSpec", _sentence(error)), now)
-            return None
+            refused = self._carry_out(obj, plan)
+        except (Retry, Terminal, ClusterError, RemoteError, ValidationError) as error:
+            match _outcome(error):
+                case Retry() as retry:
+                    return self._not_yet(obj, retry, now)
+                case Terminal() as terminal:
+                    self._give_up(obj, terminal, now)
+                    return None
+            raise
+        if refused is not None:
+            return self._in_spite(obj, plan, refused, now)
         written = self.cluster.patch_status(obj, plan.status)
         self._post(written, plan.events)
         return plan.requeue
 
-    def _carry_out(self, obj: Object, plan: Plan) -> None:
-        for child in plan.apply:
-            self._apply(obj, child)
-        for routes in plan.routes:
-            self.push_routes(routes)
-        for key in plan.delete:
-            self._delete(obj, key)
+    def _carry_out(self, obj: Object, plan: Plan) -> Exception | None:
+        """Carry the plan out. Returns the first refusal past which it went on; raises it where the plan stops there."""
+        refused: Exception | None = None
+        away = False  # the API server does not answer: routers are reached without it
+        actions = [(True, partial(self._apply, obj, child)) for child in plan.apply]
+        actions += [(False, partial(self.push_routes, routes)) for routes in plan.routes]
+        actions += [(True, partial(self._delete, obj, key)) for key in plan.delete]
+        for in_cluster, action in actions:
+            if in_cluster and away:
+                continue
+            try:
+                action()
+            except (Retry, Terminal, ClusterError, RemoteError) as error:
+                if not plan.keep_going:
+                    raise
+                refused = refused or error
+                away = away or (isinstance(error, ClusterError) and error.status == 0)
+        return refused
+
+    def _in_spite(self, obj: Object, plan: Plan, refused: Exception, now: datetime) -> float | None:
+        """Write the plan's status with the outcome of what was refused. Raises ClusterError where that backs off."""
+        outcome = _outcome(refused)
+        status = plan.status if outcome is None else _told(obj, plan.status, outcome, now)
+        written = self.cluster.patch_status(obj, status)
+        self._post(written, plan.events)
+        match outcome:
+            case Retry() as retry:
+                return retry.after if plan.requeue is None else min(plan.requeue, retry.after)
+            case Terminal() as terminal:
+                self._post_once(obj, written, terminal)
+                return plan.requeue
+        raise refused
 
     def _apply(self, owner: Object, child: Object) -> None:
         key = Key(child["kind"], child["metadata"]["namespace"], child["metadata"]["name"])
@@ -134,7 +159,6 @@ class Driver:
         if conditions.is_true(before, conditions.COMPLETE):
             log.warning("Could not look after finished object", extra={"reason": terminal.reason})
             return
-        known = conditions.find(before, conditions.STALLED)
         marked = conditions.stalled(
             before,
             terminal.reason,
@@ -144,17 +168,22 @@ class Driver:
             still_ready=conditions.is_true(before, conditions.READY) and _serves(obj),
         )
         status = _merged(obj, marked, generation) | ({} if _serves(obj) else {"phase": "Failed"})
-        event = Event(terminal.reason, terminal.message, warning=True)
         try:
             self.cluster.patch_status(obj, status)
         except ClusterError as error:
             if error.retryable:
                 raise
             # Not even its status can be written: the object does not fit the schema of today. An Event can be.
-            self._post(obj, (event,))
+            self._post(obj, (Event(terminal.reason, terminal.message, warning=True),))
             return
+        self._post_once(obj, obj, terminal)
+
+    def _post_once(self, before: Object, obj: Object, terminal: Terminal) -> None:
+        """Post an Event about `obj`, unless its status of `before` said the same already."""
+        said = Status.model_validate(before.get("status") or {}).conditions
+        known = conditions.find(said, conditions.STALLED)
         if known is None or known.reason != terminal.reason:
-            self._post(obj, (event,))
+            self._post(obj, (Event(terminal.reason, terminal.message, warning=True),))
 
     def _post(self, obj: Object, events: tuple[Event, ...]) -> None:
         for event in events:
@@ -162,6 +191,40 @@ class Driver:
                 self.cluster.post_event(obj, event.reason, conditions.cut(event.message), warning=event.warning)
             except ClusterError as error:  # an Event is a courtesy: the status has said it already
                 log.warning("Could not post Event", extra={"reason": event.reason, "error": error.message})
+
+
+def _outcome(error: Exception) -> Retry | Terminal | None:
+    """What becomes of a pass that met this error; None where the error itself goes up."""
+    match error:
+        case Retry() | Terminal():
+            return error
+        case ClusterError(status=403):
+            return Retry("Forbidden", f"The operator may not do this: {error.message}", after=15.0)
+        case RemoteError():
+            return Retry("Unreachable", str(error), after=5.0)
+        case ValidationError():
+            return Terminal("InvalidSpec", _sentence(error))
+    return None
+
+
+def _told(obj: Object, status: Object, outcome: Retry | Terminal, now: datetime) -> Object:
+    """The wanted status with a refusal in its conditions. A failure that it tells itself is the more important one."""
+    wanted = Status.model_validate(status).conditions
+    if conditions.is_true(wanted, conditions.STALLED):
+        return status
+    before = Status.model_validate(obj.get("status") or {}).conditions
+    ours = (conditions.READY, conditions.RECONCILING, conditions.STALLED)
+    generation = obj["metadata"].get("generation", 0)
+    mark = conditions.stalled if isinstance(outcome, Terminal) else conditions.reconciling
+    marked = mark(
+        [c for c in before if c.type in ours],  # for the times at which they changed
+        outcome.reason,
+        outcome.message,
+        generation=generation,
+        now=now,
+        still_ready=conditions.is_true(wanted, conditions.READY),
+    )
+    return {**status, "conditions": [c.wire() for c in (*marked, *conditions.without(wanted, *ours))]}
 
 
 def _merged(obj: Object, marked: list[Condition], generation: int) -> Object:

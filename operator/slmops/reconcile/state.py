@@ -30,7 +30,7 @@ class Plan:
     """One pass's decision, carried out in this order: apply, routes, delete, status, events; then wait.
 
     `status` is the whole wanted status; it is written only where it differs. `requeue` is in seconds: None waits for
-    an event.
+    an event. `keep_going`: what is refused does not stop the rest, for there is something that serves to look after.
     """
 
     status: Object
@@ -39,6 +39,7 @@ class Plan:
     delete: tuple[Key, ...] = ()
     events: tuple[Event, ...] = ()
     requeue: float | None = None
+    keep_going: bool = False
 
 
 class Retry(Exception):  # noqa: N818  # an outcome, not an error

@@ -1,11 +1,13 @@
 """What a step has to earn: time, requests, good measurements, approval. Unknown holds; only a Fail counts against."""
 
+from datetime import datetime
+
 from slmops.api import keys
-from slmops.api.deployment import Step
-from slmops.api.times import stamp
-from slmops.rollout.phases import SAMPLES_SECONDS, STEP
+from slmops.api.deployment import Analysis, RolloutStatus, Step
+from slmops.api.times import parse, stamp
+from slmops.rollout.phases import PROMOTING, SAMPLES_SECONDS, STEP
 from slmops.rollout.seen import Problem
-from slmops.rollout.verdicts import all_pass, first_failed, first_unknown, too_few
+from slmops.rollout.verdicts import all_pass, first_failed, first_unknown, still_pass, too_few
 from slmops.rollout.work import Work
 
 SPLIT_TURNS = 100  # requests from which the observed split is compared
@@ -19,9 +21,6 @@ def earned(work: Work, step: Step) -> bool:
     if least is None:
         least = analysis.interval_seconds if analysis else 0
     left = 0.0 if work.roll.approved else work.left(work.roll.routed_at, least)
-    if analysis:
-        enough = work.samples() >= analysis.min_samples
-        work.wakes.append(max(_left_to_measure(work), 0.5) if enough else SAMPLES_SECONDS)
     if paused(work) or _split_is_off(work, step):
         return False
     if left > 0:
@@ -45,13 +44,17 @@ def paused(work: Work) -> bool:
 
 
 def due(work: Work) -> bool:
-    """Whether this pass measures: in a step that is routed, with enough requests, once in an interval."""
-    analysis = work.spec.rollout.analysis
-    if work.roll.phase != STEP or analysis is None or work.roll.step >= len(work.steps):
-        return False
-    if work.roll.routed_at is None or work.steps[work.roll.step].weight == 0:
-        return False
-    return _left_to_measure(work) <= 0 and work.samples() >= analysis.min_samples
+    """Whether this pass measures: whoever gets requests is measured once in an interval, with enough of them.
+
+    Also while the next step waits for its pods: such a measurement can fail the candidate, but earns it nothing.
+    """
+    return _measures(work) and _left_to_measure(work) <= 0 and _enough_samples(work)
+
+
+def keep_measuring(work: Work) -> None:
+    """Ask for a pass when the next measurement is due, whatever else this one waits for."""
+    if _measures(work):
+        work.wakes.append(max(_left_to_measure(work), 0.5) if _enough_samples(work) else SAMPLES_SECONDS)
 
 
 def judged(work: Work) -> bool:
@@ -63,7 +66,7 @@ def judged(work: Work) -> bool:
     work.set(
         measured_at=stamp(work.now),
         verdicts=list(verdicts),
-        passes=work.roll.passes + 1 if all_pass(verdicts) else 0,
+        passes=work.roll.passes + 1 if all_pass(verdicts) and work.roll.routed_at else 0,
         failures=work.roll.failures + (failed is not None),
     )
     if failed is None:
@@ -83,18 +86,44 @@ def _enough(work: Work, min_samples: int, passes: int) -> bool:
         work.set(verdicts=list(short))
         work.hold("TooFewSamples", f"Revision {work.name}: {short[0].message}.")
         return False
+    if not still_pass(analysis.metrics, work.roll.verdicts):
+        work.set(passes=0)
     if work.roll.passes >= passes:
         return True
     work.set(state="Analyzing")
     unknown = first_unknown(work.roll.verdicts)
-    if unknown is not None and unknown.verdict != "TooFewSamples":  # which is over
+    if unknown is None or unknown.verdict == "TooFewSamples":  # which is over
+        return False
+    early = unknown.verdict == "NoData" and work.left(work.roll.routed_at, analysis.window_seconds) > 0
+    if not early:  # before the window is full, Prometheus may not have scraped often enough
         work.hold(unknown.verdict, f"Metric {unknown.name}: {unknown.message}")
     return False
 
 
-def _left_to_measure(work: Work) -> float:
+def window(analysis: Analysis, rollout: RolloutStatus, now: datetime) -> int:
+    """Seconds that a query looks back: never to before the step, whose evidence it shall be."""
+    began = rollout.routed_at or rollout.entered_at
+    age = (now - parse(began)).total_seconds() if began else analysis.window_seconds
+    return max(1, min(analysis.window_seconds, int(age)))
+
+
+def _measures(work: Work) -> bool:
+    roll, steps = work.roll, work.steps
+    if work.spec.rollout.analysis is None or work.stable is None or work.weight == 0:
+        return False
+    if roll.phase == STEP and roll.routed_at is not None:  # at the weight that the plan says now
+        return roll.step < len(steps) and steps[roll.step].weight == work.weight
+    return roll.phase in (STEP, PROMOTING)
+
+
+def _enough_samples(work: Work) -> bool:
     analysis = work.spec.rollout.analysis
-    since = max((t for t in (work.roll.measured_at, work.roll.routed_at) if t), default=None)
+    return analysis is not None and work.samples() >= analysis.min_samples
+
+
+def _left_to_measure(work: Work) -> float:
+    analysis, roll = work.spec.rollout.analysis, work.roll
+    since = max((t for t in (roll.measured_at, roll.routed_at or roll.entered_at) if t), default=None)
     return work.left(since, analysis.interval_seconds) if analysis else 0.0
 
 

@@ -19,7 +19,7 @@ from datetime import datetime
 from slmops.api.deployment import ModelDeploymentSpec, ModelDeploymentStatus
 from slmops.api.times import stamp
 from slmops.rollout import evidence
-from slmops.rollout.phases import DRAINING, PROMOTING, ROLLED_BACK, ROLLING_OUT, ROUTER_SECONDS, STEP
+from slmops.rollout.phases import DRAINING, LOSSES_MAX, PROMOTING, ROLLED_BACK, ROLLING_OUT, ROUTER_SECONDS, STEP
 from slmops.rollout.seen import Decision, Problem, Seen
 from slmops.rollout.verbs import Verb, obey
 from slmops.rollout.work import Work
@@ -107,6 +107,9 @@ def _step(work: Work) -> None:
         work.enter(PROMOTING)
         return
     step = work.steps[work.roll.step]
+    if work.roll.routed_at is not None and work.weight != step.weight:
+        work.start_over()
+    evidence.keep_measuring(work)
     if evidence.judged(work) or _lost(work) or not work.pods_ready(work.need(step)):
         return
     work.weight = step.weight
@@ -122,7 +125,10 @@ def _step(work: Work) -> None:
 
 
 def _promoting(work: Work) -> None:
-    if work.asleep() or _lost(work):
+    if work.asleep():
+        return
+    evidence.keep_measuring(work)
+    if evidence.judged(work) or _lost(work):
         return
     if not work.pods_ready(1 if work.stable is None else work.spec.replicas) or evidence.paused(work):
         return
@@ -148,12 +154,19 @@ def _rolling_back(work: Work) -> None:
 
 
 def _lost(work: Work) -> bool:
-    """Take the weight back from a candidate whose last pod is gone; True where it had any."""
+    """Take the weight back from a candidate whose last pod is gone, or give it up; True where it had any."""
     if work.weight == 0 or work.pods.ready > 0 or work.stable is None:
         return False
+    losses = work.roll.losses + 1
+    work.set(losses=losses)
+    if losses > LOSSES_MAX:
+        problem = work.pods.problem or Problem("CandidateNotReady", "They do not say why.")
+        work.roll_back(Problem(problem.reason, f"All pods were lost {losses} times: {problem.message}"))
+        return True
     work.weight = 0
     work.set(routed_at=None, passes=0, state="Scaling")
-    work.hold("CandidateNotReady", f"No pod of revision {work.name} is ready: it gets no requests.")
-    work.note("CandidateNotReady", f"No pod of revision {work.name} is ready: it gets no requests.", warning=True)
+    said = f"No pod of revision {work.name} is ready: it gets no requests."
+    work.hold("CandidateNotReady", said)
+    work.note("CandidateNotReady", said, warning=True)
     work.wakes.append(ROUTER_SECONDS)
     return True

@@ -20,9 +20,9 @@ class Context:
 # Seen by the router: every answer of a revision's pods, also one that a client never saw because another revision
 # answered in its place. An answer that broke off in the middle counts as an error.
 _ERROR_RATE = (
-    "(sum(rate(haproxy_backend_http_responses_total{%(router)s,code=\"5xx\"}[%(window)ds]))"
+    '(sum(rate(haproxy_backend_http_responses_total{%(router)s,code="5xx"}[%(window)ds]))'
     " + sum(rate(haproxy_backend_server_aborts_total{%(router)s}[%(window)ds])))"
-    " / sum(rate(haproxy_backend_http_responses_total{%(router)s,code=~\"2xx|3xx|4xx|5xx\"}[%(window)ds]))"
+    ' / sum(rate(haproxy_backend_http_responses_total{%(router)s,code=~"2xx|3xx|4xx|5xx"}[%(window)ds]))'
 )
 _LATENCY_P95 = (
     "histogram_quantile(0.95, sum by (le) (rate(vllm:e2e_request_latency_seconds_bucket{%(server)s}[%(window)ds])))"

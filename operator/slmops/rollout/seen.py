@@ -43,6 +43,7 @@ class Seen:
     pods: Mapping[str, Pods] = field(default_factory=dict)  # revisions that have a Deployment
     routers: tuple[Router, ...] = ()
     router_problem: Problem | None = None  # why there is no router
+    refusal: Problem | None = None  # why the candidate has no Deployment
     verdicts: tuple[Verdict, ...] = ()  # measured in this pass; empty where nothing was due
     annotations: Mapping[str, str] = field(default_factory=dict)
 

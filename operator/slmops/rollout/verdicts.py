@@ -40,3 +40,13 @@ def first_unknown(verdicts: Iterable[Verdict]) -> Verdict | None:
 def all_pass(verdicts: Sequence[Verdict]) -> bool:
     """Whether there is evidence, and all of it is good."""
     return bool(verdicts) and all(v.verdict == PASS for v in verdicts)
+
+
+def still_pass(metrics: Iterable[AnalysisMetric], last: Iterable[Verdict]) -> bool:
+    """Whether what was measured last passes all metrics as they are now: users edit them while a step runs."""
+    values = {verdict.name: verdict.value for verdict in last}
+    for metric in metrics:
+        value = values.get(metric.name)
+        if metric.name not in values or (value is not None and judge(metric, value).verdict != PASS):
+            return False
+    return True

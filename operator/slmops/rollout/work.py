@@ -9,6 +9,7 @@ from slmops.rollout.phases import (
     PREPARING,
     PROMOTING,
     READY_SECONDS,
+    RETIRING_MAX,
     ROLLING_BACK,
     ROLLING_OUT,
     ROUTER_SECONDS,
@@ -18,6 +19,8 @@ from slmops.rollout.phases import (
 )
 from slmops.rollout.seen import Decision, Note, Pods, Problem, Router, Seen
 from slmops.rollout.sizes import candidate_pods
+
+RETIRING_TOLD = 16  # most entries of status.rollout.retiring; all others are found again by their Deployments
 
 
 class Work:
@@ -46,6 +49,10 @@ class Work:
             approved=False, passes=0, hold="", state="",
         )  # fmt: skip
 
+    def start_over(self) -> None:
+        """The running step has another weight now: what was earned, or approved, at the old one counts no more."""
+        self.set(deadline_at=None, routed_at=None, measured_at=None, approved=False, passes=0)
+
     def hold(self, reason: str, message: str) -> None:
         """Say why it does not go on."""
         self.set(hold=f"{reason}: {message}"[:512], state=self.roll.state or "Holding")
@@ -58,7 +65,7 @@ class Work:
         """Make `target` the candidate."""
         self.retiring.pop(target.revision, None)
         self.candidate, self.weight = target, 0
-        self.set(step=0, passes=0, failures=0, samples=None, verdicts=[], outcome="")
+        self.set(step=0, passes=0, failures=0, losses=0, samples=None, verdicts=[], outcome="")
         self.enter(PREPARING)
         self.note("RolloutStarted", f"Revision {target.revision} of {target.model} is prepared.")
 
@@ -90,7 +97,7 @@ class Work:
     @property
     def pods(self) -> Pods:
         """The candidate's."""
-        return self.seen.pods.get(self.name) or Pods(0, 0)
+        return self.seen.pods.get(self.name) or Pods(0, 0, self.seen.refusal)
 
     def need(self, step: Step | None) -> int:
         """Pods of the candidate that a step needs."""
@@ -186,7 +193,8 @@ class Work:
     def weights(self) -> dict[str, int]:
         """Percent of the requests by revision."""
         active = self.candidate is not None and self.roll.phase in ROLLING_OUT
-        weights = dict.fromkeys((r for r in self.retiring if r in self.seen.pods), 0)
+        leaving = sorted(r for r in self.retiring if r in self.seen.pods and r not in self.remove)
+        weights = dict.fromkeys(leaving[:RETIRING_MAX], 0)  # a router sends nothing to those it does not know either
         if self.candidate is not None and (active or self.name in weights):
             weights[self.name] = self.weight if active else 0
         if self.stable is not None:
@@ -222,7 +230,9 @@ class Work:
             else:
                 self.remove.append(revision)
                 self.wakes.append(ROUTER_SECONDS)
-        self.set(retiring=self.retiring)
+        stay = sorted((when, r) for r, when in self.retiring.items() if when and r not in self.remove)
+        self.remove += [revision for _, revision in stay[: max(0, len(stay) - RETIRING_MAX)]]
+        self.set(retiring=dict(sorted(self.retiring.items())[:RETIRING_TOLD]))
         if self.roll.phase == DRAINING and not self.retiring:
             self.enter(STABLE)
 

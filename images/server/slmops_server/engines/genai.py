@@ -30,7 +30,7 @@ class GenaiForward:
         self._rows: list[og.Generator | None] = [None] * slots
         self.vocab = folder.vocab_size
         self.rows = slots
-        self.chunk = max_len
+        self.chunk = self.scored = max_len
         self.prefill_seconds: Mapping[int, float] = {}
 
     def prefill(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
@@ -40,6 +40,11 @@ class GenaiForward:
             params.set_search_options(max_length=self._max_len, do_sample=False)
             self._rows[slot] = og.Generator(self._model, params)
         return self._append(slot, tokens)
+
+    def score(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+        """See Forward. One token at a time: genai hands out the logits of the last one only."""
+        rows = [self.prefill(slot, [token], past + index) for index, token in enumerate(tokens)]
+        return np.stack(rows)
 
     def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:  # noqa: ARG002 - genai counts
         """See Forward."""

@@ -101,16 +101,25 @@ class OrtForward:
         self._cache = [(past, present, np.zeros(shape, self._kv_type)) for past, present in pairs]
         self._ones = np.ones((1, max_len), np.int64)
         self._ones_at = self._ones.ctypes.data
-        if not self._has_from:
-            chunk = min(chunk, LOGITS_BYTES // (4 * self.vocab))
-        self.chunk = max(SMALLEST_CHUNK, min(chunk, max_len))
-        self._prompt_logits = np.empty((1 if self._has_from else self.chunk, self.vocab), self._logits_type)
-        self._first, self._last = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        chunk = min(chunk, max_len)
+        self.scored = max(SMALLEST_CHUNK, min(chunk, LOGITS_BYTES // (4 * self.vocab)))
+        self.chunk = max(SMALLEST_CHUNK, chunk) if self._has_from else self.scored
+        self._prompt_logits = np.empty((1, self.vocab), self._logits_type)
+        self._first, self._begin = np.zeros(1, np.int64), np.zeros(1, np.int64)
         self._prefills: dict[int, ort.IOBinding] = {}
         self._decodes: dict[tuple[int, int], _Decode] = {}
 
     def prefill(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
         """See Forward."""
+        logits: Logits = self._prompt(slot, tokens, past, len(tokens) - 1)[-1]
+        return logits
+
+    def score(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+        """See Forward."""
+        return self._prompt(slot, tokens, past, 0)
+
+    def _prompt(self, slot: int, tokens: Sequence[int], past: int, begin: int) -> Logits:
+        """Append tokens; logits from the token `begin` on, or of all where the graph cannot choose."""
         size = len(tokens)
         binding = self._prefills.get(slot)
         if binding is None:
@@ -121,14 +130,17 @@ class OrtForward:
         self._bind(binding, self._mask, self._ones, (1, past + size))
         if self._has_positions:
             self._bind(binding, self._positions, positions, (1, size))
+        rows = size
         if self._has_from:
-            self._last[0] = size - 1
-            self._bind(binding, graph.FROM, self._last, (1,))
-        out = self._prompt_logits[: 1 if self._has_from else size]
+            self._begin[0] = begin
+            self._bind(binding, graph.FROM, self._begin, (1,))
+            rows -= begin
+        if rows > len(self._prompt_logits):
+            self._prompt_logits = np.empty((rows, self.vocab), self._logits_type)
+        out = self._prompt_logits[:rows]
         binding.bind_output(self._logits, "cpu", 0, self._logits_type, (1, *out.shape), out.ctypes.data)
         self._session.run_with_iobinding(binding)
-        logits: Logits = out[-1].astype(np.float32, copy=False)
-        return logits
+        return out.astype(np.float32, copy=False)
 
     def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
         """See Forward."""

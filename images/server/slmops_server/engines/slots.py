@@ -12,10 +12,10 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
-from slmops_server.engines.base import EngineInfo, Job, Token
-from slmops_server.engines.sampler import Logits, Sampler
+from slmops_server.engines.base import EngineInfo, Job, Scores, Token
+from slmops_server.engines.sampler import Logits, Sampler, scores
 from slmops_server.engines.schedule import WEIGHT, Pace, common, cover
 
 PATIENCE = 2.0  # a chunk of a prompt may take this many times as long as a step of the running answers
@@ -28,12 +28,16 @@ class Forward(Protocol):
     vocab: int
     rows: int
     chunk: int  # prompt tokens that one prefill call may hold
+    scored: int  # prompt tokens that one score call may hold
     decode_seconds: Sequence[float]  # time of a decode call for 1, 2, ... rows; inf where rows would not be exact
     prefill_seconds: Mapping[int, float]  # time of a prefill call by number of tokens, as far as measured
     keeps: bool  # whether a row's content outlives its answer and can be copied
 
     def prefill(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
         """Append tokens to a row that holds `past` tokens; logits of the last one, shape [vocab]."""
+
+    def score(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+        """As prefill, with the logits after every token: shape [tokens, vocab]."""
 
     def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
         """One token for each of the rows first, first+1, ...; lengths before it; logits [rows, vocab]."""
@@ -48,11 +52,13 @@ class Forward(Protocol):
 class _Row:
     """A running answer."""
 
-    __slots__ = ("cached", "job", "last", "length", "made", "sampler", "slot", "started")
+    __slots__ = ("cached", "ends", "job", "last", "length", "made", "prompt_scores", "sampler", "slot", "started")
 
-    def __init__(self, job: Job, slot: int, cached: int, vocab: int) -> None:
+    def __init__(self, job: Job, slot: int, cached: int, vocab: int, eos: frozenset[int]) -> None:
         self.job, self.slot = job, slot
-        self.sampler = Sampler(job.sampling, job.prompt, vocab)
+        self.ends = (frozenset() if job.ignore_eos else eos) | frozenset(job.sampling.stop_ids)
+        self.sampler = Sampler(job.sampling, job.prompt, vocab, self.ends, job.guide)
+        self.prompt_scores: list[tuple[int, Scores]] | None = [] if job.score_prompt else None
         self.length = cached  # tokens in the cache
         self.cached = cached  # of these, tokens that were there already
         self.started = False
@@ -75,6 +81,7 @@ class SlotEngine:
         self._used = [0] * info.slots  # when a row's answer ended, in answers
         self._ended = 0
         self._pace = Pace(forward.chunk, forward.prefill_seconds)
+        self._score_pace = Pace(forward.scored, {})
         self._step_seconds = 0.0  # moving average of a step's decode calls
 
     @property
@@ -125,7 +132,7 @@ class SlotEngine:
         if held[slot] == 0 or 2 * held[slot] < len(self._kept[slot]):  # rather copy than lose a long tail
             slot = min(free, key=lambda s: (self._cost_with(s), self._used[s]))
         self._kept[slot] = job.prompt[: held[slot]]
-        self._rows[slot] = row = _Row(job, slot, held[slot], self._forward.vocab)
+        self._rows[slot] = row = _Row(job, slot, held[slot], self._forward.vocab, self._eos)
         self._prefilling.append(row)
 
     def _cost_with(self, slot: int) -> float:
@@ -135,7 +142,7 @@ class SlotEngine:
 
     def _match(self, slot: int, job: Job) -> int:
         """Tokens at the beginning of the prompt that the row holds and that may be taken over."""
-        if not self._forward.keeps:
+        if not self._forward.keeps or job.score_prompt:
             return 0
         count = min(common(self._kept[slot], job.prompt), len(job.prompt) - RECOMPUTED)
         return count if count >= RECOMPUTED else 0
@@ -146,10 +153,15 @@ class SlotEngine:
             row.started = True
             self._take_over(row)
         running = any(other is not None and other.last >= 0 for other in self._rows)
-        size = self._pace.chunk(len(prompt) - row.length, PATIENCE * self._step_seconds if running else math.inf)
-        begin = self._clock()
-        logits = self._forward.prefill(row.slot, prompt[row.length : row.length + size], row.length)
-        self._pace.note(size, self._clock() - begin)
+        left = len(prompt) - row.length
+        if row.prompt_scores is not None:
+            size = self._score_pace.chunk(left, math.inf)
+            logits = self._score(row, prompt[row.length : row.length + size], row.prompt_scores)
+        else:
+            size = self._pace.chunk(left, PATIENCE * self._step_seconds if running else math.inf)
+            begin = self._clock()
+            logits = self._forward.prefill(row.slot, prompt[row.length : row.length + size], row.length)
+            self._pace.note(size, self._clock() - begin)
         row.length += size
         if self._forward.keeps:
             self._kept[row.slot] = prompt[: row.length]
@@ -164,6 +176,13 @@ class SlotEngine:
         if count > row.length:
             self._forward.copy(source, row.slot, count)
             row.length = row.cached = count
+
+    def _score(self, row: _Row, part: list[int], told: list[tuple[int, Scores]]) -> Logits:
+        """Prefill and note how likely the model thought each next token of the prompt."""
+        after = self._forward.score(row.slot, part, row.length)
+        for logits, token in zip(after, row.job.prompt[row.length + 1 : row.length + 1 + len(part)], strict=False):
+            told.append((token, scores(logits, token, row.job.sampling.logprobs)))
+        return cast("Logits", after[-1])
 
     def _decode(self, first: int, count: int, tokens: list[Token]) -> None:
         slots = range(first, first + count)
@@ -185,18 +204,19 @@ class SlotEngine:
         try:
             token = row.sampler.pick(logits)
         except ValueError:
-            tokens.append(Token(row.job.id, -1, "error", cached))
+            tokens.append(Token(row.job.id, -1, "error", cached=cached))
             self._free(row)
             self._kept[row.slot] = []
             return
         row.last = token
         row.made += 1
         finish = None
-        if token in self._eos and not row.job.ignore_eos:
+        if token in row.ends:
             finish = "stop"
         elif row.made >= row.job.max_tokens:
             finish = "length"
-        tokens.append(Token(row.job.id, token, finish, cached))
+        tokens.append(Token(row.job.id, token, finish, row.sampler.scores, row.prompt_scores, cached))
+        row.prompt_scores = None
         if finish:
             self._free(row)
 

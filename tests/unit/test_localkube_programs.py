@@ -1,0 +1,110 @@
+"""Programs that the local cluster runs to set itself up: apt, what takes long, what has to wait."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from localkube import packages, say, shell
+from localkube.say import Failure
+
+
+@pytest.mark.parametrize(
+    ("output", "wanted"),
+    [
+        ("E: Could not get lock /var/lib/dpkg/lock-frontend. It is held by process 7 (apt)", "wait"),
+        ("E: Could not get lock /var/lib/apt/lists/lock - open (11: Resource temporarily unavailable)", "wait"),
+        (
+            "E: dpkg was interrupted, you must manually run 'dpkg --configure -a' to correct the problem.",
+            "dpkg --configure -a",
+        ),
+        ("E: Unable to locate package haproxy", "apt-get update"),
+        ("E: Package 'skopeo' has no installation candidate", "apt-get update"),
+        ("E: Failed to fetch http://deb.test/x.deb  404  Not Found", "apt-get update"),
+        ("E: Unmet dependencies. Try 'apt --fix-broken install'", "apt-get install --yes --fix-broken --no-remove"),
+        ("E: Packages need to be removed but remove is disabled.", ""),
+        ("", ""),
+    ],
+)
+def test_what_stops_apt_is_mended(output: str, wanted: str) -> None:
+    assert packages.remedy(output) == wanted
+
+
+def test_no_service_starts_while_packages_are_installed_and_the_machines_policy_returns(tmp_path: Path) -> None:
+    policy = tmp_path / "policy-rc.d"
+    with packages._no_services(policy):
+        assert subprocess.run([policy]).returncode == 101
+    assert list(tmp_path.iterdir()) == []
+    policy.write_text("#!/bin/sh\nexit 0\n")
+    policy.chmod(0o700)
+
+    def fail() -> None:
+        with packages._no_services(policy):
+            assert subprocess.run([policy]).returncode == 101
+            raise Failure("apt failed")
+
+    with pytest.raises(Failure):
+        fail()
+    assert policy.read_text() == "#!/bin/sh\nexit 0\n"
+    assert policy.stat().st_mode & 0o777 == 0o700
+    assert [path.name for path in tmp_path.iterdir()] == ["policy-rc.d"]
+
+
+@pytest.mark.parametrize("own", [None, "#!/bin/sh\nexit 104\n"])
+def test_a_killed_installation_is_undone_by_the_next_command(tmp_path: Path, own: str | None) -> None:
+    policy = tmp_path / "policy-rc.d"
+    if own is not None:
+        policy.write_text(own)
+    killed = packages._no_services(policy)
+    killed.__enter__()
+    packages.allow_services(policy)
+    assert (policy.read_text() if policy.exists() else None) == own
+    assert len(list(tmp_path.iterdir())) == (own is not None)
+
+
+def test_a_package_is_there_whoever_brought_its_program() -> None:
+    assert packages.present("sh")
+    assert not packages.present("no-such-program")
+    assert packages.present("/")
+
+
+def test_a_quiet_step_is_heard_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(say, "BEAT_SECONDS", 0.02)
+    log, heard = tmp_path / "log", ""
+    log.write_text("STEP 1\nSTEP 2\n")
+    with say.heartbeat("building x", log):
+        deadline = time.monotonic() + 10
+        while "building x" not in heard and time.monotonic() < deadline:
+            heard += capsys.readouterr().err
+    assert "building x: 0 s so far (STEP 2)" in heard
+    capsys.readouterr()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_program_that_is_not_there_is_named_also_when_its_output_goes_to_a_log(tmp_path: Path) -> None:
+    with pytest.raises(Failure) as caught:
+        shell.run("no-such-program", log=tmp_path / "log")
+    assert "no-such-program" in caught.value.report()
+
+
+def test_a_lock_whose_file_was_removed_by_its_holder_still_excludes(tmp_path: Path) -> None:
+    lock, order = tmp_path / "lock", []
+
+    def second() -> None:
+        with shell.locked(lock):
+            order.append("second")
+            assert lock.exists()
+
+    with shell.locked(lock):
+        other = threading.Thread(target=second)
+        other.start()
+        order.append("first")
+        lock.unlink()
+    other.join(10)
+    assert order == ["first", "second"]

@@ -1,0 +1,51 @@
+"""The Makefile without running it: what each target would do, and which words it refuses."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("cluster", ["curent", "", "local current", "LOCAL"])
+def test_a_cluster_that_is_neither_is_refused_by_name(cluster: str) -> None:
+    done = make("status", f"CLUSTER={cluster}")
+    assert done.returncode != 0
+    assert f'CLUSTER is "local" or "current", not "{cluster}"' in done.stderr
+
+
+@pytest.mark.parametrize("target", ["demo", "e2e", "install", "uninstall"])
+def test_your_own_cluster_gets_no_node_and_no_build(target: str) -> None:
+    done = make(target, "CLUSTER=current")
+    assert done.returncode == 0, done.stderr
+    assert not re.search(r"localkube (up|build|down)", done.stdout)
+
+
+@pytest.mark.parametrize("target", ["test", "components", "bench", "up", "images", "down", "purge"])
+def test_what_is_about_the_local_node_is_refused_on_another_cluster(target: str) -> None:
+    done = make(target, "CLUSTER=current")
+    assert done.returncode != 0
+    assert "CLUSTER=current" in done.stderr
+
+
+def test_the_demo_brings_its_own_node_and_images() -> None:
+    done = make("demo", "CLUSTER=local")
+    assert re.search(r"localkube up\b", done.stdout)
+    assert re.search(r"localkube build operator trainer server router registry prometheus\b", done.stdout)
+
+
+def test_help_tells_of_every_target_that_is_for_people() -> None:
+    text = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z0-9]+):", text, re.MULTILINE))
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE)
+    assert set(phony.split()) == targets
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
+    assert {line.split()[0] for line in listed.splitlines()} == targets - {"debs"}

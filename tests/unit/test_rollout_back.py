@@ -1,0 +1,181 @@
+"""The ways back: a failure, an abort, a revert, another revision in between, and trying again."""
+
+from tests.unit.rollout_world import analysis, serving, steps
+
+from slmops.api import keys
+from slmops.rollout.seen import Problem
+from slmops_router.routes import REVISIONS_MAX
+
+
+def test_one_failure_more_than_tolerated_rolls_back_weight_first_pods_later():
+    world = serving(steps=steps(50, pause=600), analysis=analysis(failure_limit=1))
+    world.deploy("bbb")
+    world.serve(300)
+    world.measured = ["Fail", "Pass", "Fail"]
+    world.after(10), world.after(10)
+    assert (world.phase, world.status.rollout.failures) == ("Step", 1)
+    world.after(10)
+    assert (world.phase, world.candidate, world.stable) == ("RolledBack", "bbb", "aaa")
+    assert world.routers[0].weights == {"aaa": 100, "bbb": 0}
+    assert "bbb" in world.deployments
+    assert world.status.rollout.outcome.startswith("AnalysisFailed: Metric errors")
+    world.after(31)
+    assert world.deployments == {"aaa": 2}
+    world.after(86400)
+    assert (world.phase, world.deployments) == ("RolledBack", {"aaa": 2})
+
+
+def test_rolling_back_does_not_wait_for_a_silent_router_but_pods_do():
+    world = serving(scale_down_delay_seconds=0)
+    world.deploy("bbb")
+    world.routers[0].silent = True
+    world.annotations[keys.ANNOTATION_ABORT] = "bbb"
+    world.after(1)
+    assert world.phase == "RollingBack"
+    assert world.config_map[0] == {"aaa": 100, "bbb": 0}
+    assert "RouterUnreachable" in world.hold
+    world.after(3600)
+    assert world.deployments["bbb"] == 1  # it may still get requests
+    world.routers[0].silent = False
+    world.passes()
+    assert world.phase == "RolledBack"
+    world.after(1)
+    assert world.deployments == {"aaa": 2}
+
+
+def test_a_candidate_that_never_gets_ready_is_rolled_back_with_its_pods_own_words():
+    world = serving(progress_deadline_seconds=300)
+    world.broken["bbb"] = Problem("SourceNotFound", "There is nothing at oci://store/m:bbb.")
+    world.deploy("bbb")
+    assert "There is nothing at oci://store/m:bbb." in world.hold
+    world.after(299)
+    assert world.phase == "Preparing"
+    world.after(2)
+    assert world.phase == "RolledBack"
+    assert world.status.rollout.outcome.startswith("SourceNotFound: Not ready within 300 s: 0 of 1 pods")
+
+
+def test_a_candidate_that_loses_its_last_pod_loses_its_requests_until_it_is_back():
+    world = serving(steps=steps(50, pause=600))
+    world.deploy("bbb")
+    assert world.weight == 50
+    world.broken["bbb"] = Problem("CrashLoopBackOff", "It ends with exit code 1.")
+    world.passes()
+    assert world.routers[0].weights == {"aaa": 100, "bbb": 0}
+    world.broken.clear()
+    world.passes()
+    assert world.weight == 50
+    world.broken["bbb"] = Problem("CrashLoopBackOff", "It ends with exit code 1.")
+    world.after(1), world.after(601)
+    assert world.phase == "RolledBack"
+    assert "CrashLoopBackOff" in world.status.rollout.outcome
+
+
+def test_a_third_revision_takes_the_second_ones_place_and_the_way_back_stays_the_first():
+    world = serving(steps=steps(30, pause=600))
+    world.deploy("bbb")
+    assert world.weight == 30
+    world.target = serving("ccc").target
+    world.settle()
+    world.run()
+    assert world.routers[0].weights["bbb"] == 0
+    assert (world.candidate, world.weight, world.phase) == ("ccc", 0, "Preparing")
+    world.passes()
+    assert (world.stable, world.candidate, world.weight) == ("aaa", "ccc", 30)
+    world.after(31)
+    assert set(world.deployments) == {"aaa", "ccc"}
+    world.annotations[keys.ANNOTATION_ABORT] = "ccc"
+    world.passes()
+    assert (world.stable, world.phase, world.routers[0].weights["aaa"]) == ("aaa", "RolledBack", 100)
+
+
+def test_the_spec_back_at_stable_ends_the_rollout_at_once_and_is_no_failure():
+    world = serving(steps=steps(30, pause=600))
+    world.deploy("bbb")
+    world.deploy("aaa")
+    assert (world.stable, world.candidate, world.phase) == ("aaa", "", "Draining")
+    assert world.routers[0].weights == {"aaa": 100, "bbb": 0}
+    world.after(31)
+    assert (world.phase, world.deployments) == ("Stable", {"aaa": 2})
+
+
+def test_back_and_forth_keeps_the_pods_that_still_run():
+    world = serving(steps=steps(30, pause=600))
+    world.deploy("bbb"), world.deploy("aaa"), world.deploy("bbb")
+    assert (world.candidate, world.weight) == ("bbb", 30)
+    world.after(3600)
+    assert world.stable == "bbb"
+
+
+def test_a_rolled_back_revision_is_tried_again_when_asked_and_once_only():
+    world = serving(steps=steps(30, pause=60))
+    world.deploy("bbb")
+    world.annotations[keys.ANNOTATION_ABORT] = "bbb"
+    world.passes()
+    assert world.phase == "RolledBack"
+    world.annotations[keys.ANNOTATION_RETRY] = "bbb"
+    world.passes()
+    assert (world.phase, world.weight) == ("Step", 30)  # the abort of before is not obeyed again
+    world.annotations[keys.ANNOTATION_ABORT] = "bbb/again"
+    world.after(1)
+    assert world.phase == "RolledBack"
+    world.after(3600)
+    assert world.phase == "RolledBack"
+
+
+def test_a_new_revision_after_a_rollback_starts_over():
+    world = serving(steps=steps(30, pause=60))
+    world.deploy("bbb")
+    world.annotations[keys.ANNOTATION_ABORT] = "*"
+    world.passes()
+    world.deploy("ccc")
+    assert (world.phase, world.candidate, world.weight) == ("Step", "ccc", 30)
+    world.deploy("aaa")
+    world.after(31)
+    assert (world.phase, world.candidate) == ("Stable", "")
+
+
+def test_many_revisions_in_a_short_time_are_never_more_than_a_router_takes():
+    world = serving(steps=steps(10, pause=600), scale_down_delay_seconds=604800)
+    for number in range(12):
+        world.deploy(f"r{number}")
+        assert len(world.routers[0].weights) <= REVISIONS_MAX
+    assert (world.stable, world.candidate, world.weight) == ("aaa", "r11", 10)
+    assert len(world.deployments) <= REVISIONS_MAX
+
+
+def test_many_revisions_while_no_router_answers_can_still_be_told_and_stored():
+    world = serving(steps=steps(10, pause=600))
+    world.routers[0].silent = True
+    for number in range(20):
+        world.deploy(f"r{number}")
+        assert len(world.config_map[0]) <= REVISIONS_MAX
+    world.routers[0].silent = False
+    world.passes(), world.after(31), world.after(1)
+    assert set(world.deployments) == {"aaa", "r19"}
+    assert world.routers[0].weights == {"aaa": 90, "r19": 10}
+
+
+def test_a_candidate_that_keeps_falling_over_is_given_up():
+    world = serving(steps=steps(50, pause=120), progress_deadline_seconds=300)
+    world.deploy("bbb")
+    for _ in range(20):  # 30 s up, 60 s down
+        world.after(30)
+        world.broken["bbb"] = Problem("CrashLoopBackOff", "It ends with exit code 1.")
+        world.passes()
+        world.after(60)
+        world.broken.clear()
+        world.passes()
+    assert (world.phase, world.stable) == ("RolledBack", "aaa")
+    assert "CrashLoopBackOff" in world.status.rollout.outcome
+
+
+def test_a_candidate_that_fell_over_once_is_not_held_to_that_for_ever():
+    world = serving(steps=steps(50, pause=3600), progress_deadline_seconds=300)
+    world.deploy("bbb")
+    for _ in range(3):
+        world.ready["bbb"] = 0
+        world.passes(1, settle=False)
+        world.passes()
+        world.after(1000)
+    assert (world.phase, world.weight) == ("Step", 50)

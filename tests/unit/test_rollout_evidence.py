@@ -1,0 +1,282 @@
+"""What a step has to earn before the next one: requests, measurements, time, approval."""
+
+from datetime import timedelta
+
+import pytest
+from tests.unit.rollout_world import ERRORS, START, analysis, serving, steps
+
+from slmops.api import keys
+from slmops.api.deployment import RolloutStatus
+from slmops.api.times import stamp
+from slmops.rollout.evidence import window
+
+
+def test_two_steps_of_one_weight_each_need_their_own_requests():
+    world = serving(steps=steps(10, 10, pause=None), analysis=analysis(passes=1))
+    world.deploy("bbb")
+    world.serve(300)
+    world.after(10)
+    assert (world.status.rollout.step, world.stable) == (1, "aaa")
+    world.after(60)
+    assert "TooFewSamples" in world.hold
+    world.serve(300)
+    world.after(10)
+    assert world.stable == "bbb"
+
+
+def test_good_measurements_in_a_row_earn_the_next_step():
+    world = serving(steps=steps(10, pause=None), analysis=analysis(passes=3))
+    world.deploy("bbb")
+    world.serve(300)
+    for _ in range(3):
+        assert world.stable == "aaa"
+        world.after(10)
+    assert world.asked == 3
+    assert world.stable == "bbb"
+
+
+def test_too_few_requests_hold_for_ever_and_nothing_is_measured():
+    world = serving(steps=steps(10, pause=None), analysis=analysis(min_samples=20))
+    world.deploy("bbb")
+    world.serve(190)
+    world.after(86400)
+    assert (world.stable, world.asked) == ("aaa", 0)
+    assert "TooFewSamples" in world.hold
+    assert "19 of 20" in world.hold
+    assert world.status.rollout.verdicts[0].verdict == "TooFewSamples"
+
+
+@pytest.mark.parametrize("word", ["NoData", "Unreachable", "Inconclusive"])
+def test_what_is_not_known_holds_and_spends_nothing(word):
+    world = serving(steps=steps(10, pause=None), analysis=analysis(failure_limit=0))
+    world.deploy("bbb")
+    world.serve(300)
+    world.measured = [word] * 50
+    for _ in range(50):
+        world.after(10)
+    assert (world.phase, world.weight, world.status.rollout.failures) == ("Step", 10, 0)
+    assert world.hold.startswith(f"{word}: ")
+    world.after(10), world.after(10)
+    assert world.stable == "bbb"
+
+
+def test_an_unknown_between_two_passes_starts_the_row_again():
+    world = serving(steps=steps(10, pause=None), analysis=analysis(passes=2))
+    world.deploy("bbb")
+    world.serve(300)
+    world.measured = ["Pass", "Unreachable", "Pass"]
+    for _ in range(3):
+        world.after(10)
+    assert world.stable == "aaa"
+    world.after(10)
+    assert world.stable == "bbb"
+
+
+def test_approval_is_given_per_step():
+    world = serving(steps=steps(10, 50, pause=None, approval=True))
+    world.deploy("bbb")
+    assert "slmops.dev/promote=bbb" in world.hold
+    world.annotations[keys.ANNOTATION_PROMOTE] = "bbb"
+    world.passes()
+    assert world.weight == 50
+    assert world.hold.startswith("Approval: ")
+    world.after(3600)
+    assert world.weight == 50
+    world.annotations[keys.ANNOTATION_PROMOTE] = "bbb/2"
+    world.passes()
+    assert world.stable == "bbb"
+
+
+def test_promote_skips_a_pause_but_no_evidence():
+    world = serving(steps=steps(10, pause=3600), analysis=analysis(passes=1))
+    world.deploy("bbb")
+    world.annotations[keys.ANNOTATION_PROMOTE] = "bbb"
+    world.passes()
+    assert "TooFewSamples" in world.hold
+    world.serve(300)
+    world.after(10)
+    assert world.stable == "bbb"
+
+
+def test_pause_holds_as_long_as_it_stands_and_failures_still_roll_back():
+    world = serving(steps=steps(10, pause=None), analysis=analysis(failure_limit=0))
+    world.annotations[keys.ANNOTATION_PAUSE] = "bbb"
+    world.deploy("bbb")
+    world.serve(300)
+    for _ in range(5):
+        world.after(10)
+    assert (world.weight, world.hold.split(":")[0]) == (10, "Paused")
+    world.annotations.clear()
+    world.passes()
+    assert world.stable == "bbb"
+    world.annotations[keys.ANNOTATION_PAUSE] = "*"
+    world.deploy("ccc")
+    world.serve(300)
+    world.measured = ["Fail"]
+    world.after(10)
+    assert world.phase == "RolledBack"
+
+
+def test_a_router_that_does_not_do_what_it_says_holds():
+    world = serving(steps=steps(10, pause=10))
+    world.deploy("bbb")
+    world.routers[0].turns, world.routers[0].chosen = 400, {"bbb": 8}
+    world.after(11)
+    assert world.hold == "SplitMismatch: The routers gave 8 of 400 requests to bbb, not 10 %."
+    world.routers[0].chosen = {"bbb": 41}
+    world.passes()
+    assert world.stable == "bbb"
+
+
+def test_a_restarted_router_starts_counting_anew_and_loses_no_step():
+    world = serving(steps=steps(10, pause=None), analysis=analysis(passes=1))
+    world.deploy("bbb")
+    world.serve(150)
+    world.routers = [type(world.routers[0])(dict(world.config_map[0]), world.config_map[1])]
+    world.after(10)
+    assert (world.weight, world.asked) == (10, 0)
+    world.serve(300)
+    world.after(10)
+    assert world.stable == "bbb"
+
+
+def test_weight_zero_is_a_step_too_and_measures_nothing():
+    world = serving(steps=steps(0, 50), analysis=analysis(passes=1))
+    world.deploy("bbb")
+    assert (world.weight, world.deployments["bbb"]) == (0, 1)
+    world.after(61)
+    assert world.weight == 50
+
+
+def test_verbs_for_others_do_nothing_and_a_star_without_a_candidate_hits_no_later_rollout():
+    world = serving(steps=steps(30, pause=60, approval=True))
+    world.annotations = {keys.ANNOTATION_ABORT: "*", keys.ANNOTATION_PROMOTE: "*", keys.ANNOTATION_RETRY: "aaa"}
+    world.passes()
+    assert set(world.status.rollout.handled) == set(world.annotations)
+    world.deploy("bbb")
+    world.after(120)
+    assert (world.phase, world.weight) == ("Step", 30)
+    assert world.hold.startswith("Approval: ")
+    world.annotations = {keys.ANNOTATION_ABORT: "zzz"}
+    world.passes()
+    assert world.phase == "Step"
+    assert world.status.rollout.handled == {}
+
+
+def test_another_weight_for_the_running_step_starts_its_time_and_evidence_anew():
+    world = serving(steps=steps(10, pause=60), analysis=analysis(passes=2))
+    world.deploy("bbb")
+    world.serve(300)
+    world.after(30), world.after(29)
+    assert world.status.rollout.passes == 2
+    world.edit_rollout(steps=steps(90, pause=60))
+    world.after(10)
+    assert (world.weight, world.status.rollout.passes, world.stable) == (90, 0, "aaa")
+    world.serve(300)
+    world.after(59)
+    assert world.stable == "aaa"
+    world.after(10)
+    assert world.stable == "bbb"
+
+
+def test_a_step_put_before_the_running_one_is_not_taken_for_it():
+    world = serving(steps=steps(10, 50, pause=60))
+    world.deploy("bbb")
+    world.after(61), world.after(50)
+    assert (world.weight, world.status.rollout.step) == (50, 1)
+    world.edit_rollout(steps=steps(5, 10, 50, pause=60))
+    world.after(11)
+    assert (world.weight, world.status.rollout.step) == (10, 1)
+    world.after(61)
+    assert (world.weight, world.stable) == (50, "aaa")
+
+
+def test_an_approval_is_for_the_weight_it_was_given_at():
+    world = serving(steps=steps(10, pause=600, approval=True))
+    world.deploy("bbb")
+    world.annotations[keys.ANNOTATION_PAUSE] = "bbb"
+    world.annotations[keys.ANNOTATION_PROMOTE] = "bbb"
+    world.passes()
+    assert world.status.rollout.approved
+    world.edit_rollout(steps=steps(90, pause=600, approval=True))
+    del world.annotations[keys.ANNOTATION_PAUSE]
+    world.after(1)
+    assert (world.weight, world.stable, world.status.rollout.approved) == (90, "aaa", False)
+
+
+def test_stricter_bounds_are_not_passed_by_an_older_measurement():
+    world = serving(steps=steps(10, pause=600), analysis=analysis(passes=1))
+    world.value = 0.008
+    world.deploy("bbb")
+    world.serve(300)
+    world.after(10)
+    assert world.status.rollout.passes == 1
+    metric = ERRORS.model_copy(update={"max": 0.001})
+    world.edit_rollout(steps=steps(10, pause=10), analysis=analysis(passes=1, interval_seconds=100, metrics=[metric]))
+    world.after(5)
+    assert (world.stable, world.status.rollout.passes) == ("aaa", 0)
+    world.value = 0.0
+    world.after(100)
+    assert world.stable == "bbb"
+
+
+def test_no_data_before_the_window_is_full_is_no_hold_yet():
+    world = serving(steps=steps(10, pause=None), analysis=analysis(window_seconds=30, interval_seconds=10))
+    world.deploy("bbb")
+    world.serve(300)
+    world.measured = ["NoData"] * 9
+    world.after(10), world.after(10)
+    assert (world.hold, world.status.rollout.state, world.asked) == ("", "Analyzing", 2)
+    world.after(10)
+    assert world.hold.startswith("NoData: ")
+
+
+@pytest.mark.parametrize(("seconds", "looks_back"), [(0, 1), (7.9, 7), (59, 59), (61, 60), (9999, 60)])
+def test_a_query_never_looks_back_to_before_the_step(seconds, looks_back):
+    moment = START + timedelta(seconds=seconds)
+    one = analysis(window_seconds=60)
+    assert (
+        window(one, RolloutStatus(entered_at=stamp(START - timedelta(hours=1)), routed_at=stamp(START)), moment)
+        == looks_back
+    )
+    assert window(one, RolloutStatus(entered_at=stamp(START)), moment) == looks_back
+
+
+def test_a_candidate_is_measured_while_its_next_step_waits_for_pods_but_earns_nothing_then():
+    world = serving(replicas=4, steps=steps(10, 100, pause=None), analysis=analysis(passes=2, failure_limit=0))
+    world.deploy("bbb")
+    world.serve(300)
+    world.after(10), world.after(10, settle=False)
+    assert (world.status.rollout.step, world.weight, world.status.rollout.state) == (1, 10, "Scaling")
+    world.serve(300)
+    world.after(10, settle=False), world.after(10, settle=False)
+    assert (world.asked, world.status.rollout.passes) == (4, 0)
+    world.measured = ["Fail"]
+    world.after(10, settle=False)
+    assert world.phase == "RolledBack"
+
+
+def test_a_candidate_is_measured_while_it_waits_for_its_promotion():
+    world = serving(replicas=4, steps=steps(10, pause=None), analysis=analysis(passes=1, failure_limit=0))
+    world.deploy("bbb")
+    world.serve(300)
+    world.after(10, settle=False)
+    assert (world.phase, world.weight) == ("Promoting", 10)
+    world.serve(300)
+    world.measured = ["Fail"]
+    world.after(10, settle=False)
+    assert (world.phase, world.stable) == ("RolledBack", "aaa")
+
+
+def test_a_candidate_with_requests_is_measured_while_it_lacks_some_of_its_pods():
+    world = serving(replicas=4, steps=steps(50, pause=600), analysis=analysis(failure_limit=0))
+    world.deploy("bbb")
+    world.serve(300)
+    world.ready["bbb"] = 1
+    decision = world.passes(1, settle=False)
+    assert world.status.rollout.state == "Scaling"
+    assert decision.requeue is not None
+    assert decision.requeue <= 10
+    world.measured = ["Fail"]
+    world.after(10, settle=False)
+    assert world.phase in ("RollingBack", "RolledBack")

@@ -1,0 +1,124 @@
+"""Writes that are refused, one after the other: what serves is looked after, and weight is never left behind."""
+
+import pytest
+from tests.unit.serving_world import CANARY, Kubernetes, uri
+
+from slmops.cluster.port import ClusterError
+
+INVALID = ClusterError(422, "Invalid", "cpu: must be less than or equal to cpu limit")
+QUOTA = ClusterError(403, "Forbidden", "exceeded quota: small")
+HOOK = ClusterError(500, "InternalError", "failed calling webhook: no endpoints")
+AWAY = ClusterError(0, "NoAnswer", "The API server does not answer.")
+
+
+def rolling() -> Kubernetes:
+    """Revision b has half of the requests and is measured."""
+    world = Kubernetes(rollout=CANARY)
+    world.passes()
+    world.edit(model=uri("b"))
+    world.passes()
+    assert world.status["weight"] == 50
+    return world
+
+
+def weights(world: Kubernetes) -> dict[str, int]:
+    routes = next(iter(world.agents.values()))
+    return {r["revision"]: r["weight"] for r in routes["revisions"]}
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "reason"), [(INVALID, "Stalled", "Rejected"), (QUOTA, "Reconciling", "QuotaExceeded")]
+)
+def test_a_third_revision_that_is_refused_leaves_no_weight_with_the_second(error, kind, reason):
+    world = rolling()
+    stable, second = world.status["stable"]["revision"], world.status["candidate"]["revision"]
+    world.cluster.refusing_new["Deployment"] = error
+    world.edit(model=uri("c"))
+    world.passes()
+    assert (weights(world)[stable], weights(world)[second]) == (100, 0)
+    assert world.condition(kind)[:2] == ("True", reason)
+    assert error.message in world.condition(kind)[2]
+    assert world.status["observedGeneration"] == world.obj["metadata"]["generation"]
+    assert world.status["rollout"]["phase"] == "Preparing"
+    assert world.condition("Available")[0] == "True"
+    world.passes(seconds=601)
+    assert world.status["phase"] == "RolledBack"
+    assert error.message in world.condition("Stalled")[2]
+    assert second not in world.deployments()
+
+
+def test_a_revision_that_is_refused_is_made_as_soon_as_it_may_be():
+    world = Kubernetes()
+    world.passes()
+    world.cluster.refusing["Deployment"] = QUOTA
+    world.edit(model=uri("b"))
+    assert world.passes() <= 5
+    world.cluster.refusing.clear()
+    world.passes()
+    assert world.status["weight"] == 10
+
+
+def test_the_stable_revision_is_scaled_whatever_is_wrong_with_the_new_one():
+    for letter in "bcdef":  # children are applied in the order of their names: before and after the stable one
+        world = Kubernetes()
+        world.passes()
+        stable = world.status["stable"]["revision"]
+        world.cluster.refusing_new["Deployment"] = INVALID
+        world.edit(model=uri(letter), replicas=5)
+        world.passes()
+        assert world.deployments() == {stable: 5}
+
+
+@pytest.mark.parametrize("error", [INVALID, QUOTA, HOOK, AWAY], ids=lambda error: error.reason)
+@pytest.mark.parametrize("kind", ["ConfigMap", "Secret", "Service", "Deployment", "PodDisruptionBudget"])
+def test_rolling_back_takes_the_weight_away_whatever_else_is_refused(kind, error):
+    world = rolling()
+    second = world.status["candidate"]["revision"]
+    world.cluster.tamper(kind)  # so that there is something to write
+    world.cluster.refusing[kind] = error
+    world.annotate(abort=second)
+    for _ in range(3):
+        world.try_pass()
+    assert weights(world)[second] == 0
+    world.cluster.refusing.clear()
+    world.passes()
+    assert world.status["phase"] == "RolledBack"
+
+
+def test_a_router_that_refuses_its_routes_keeps_no_other_from_them():
+    world = rolling()
+    second = world.status["candidate"]["revision"]
+    assert len(world.agents) == 2
+    for deaf in sorted(world.agents):
+        world = rolling()
+        world.deaf = {deaf}
+        world.annotate(abort=second)
+        world.passes()
+        (other,) = set(world.agents) - {deaf}
+        assert {r["revision"]: r["weight"] for r in world.agents[other]["revisions"]}[second] == 0
+        assert world.status["rollout"]["phase"] == "RollingBack"
+        assert "refuses" in world.condition("Reconciling")[2]
+        world.deaf = set()
+        world.passes()
+        assert world.status["phase"] == "RolledBack"
+
+
+def test_failures_are_counted_while_a_child_is_refused():
+    world = rolling()
+    world.cluster.tamper("PodDisruptionBudget")
+    world.cluster.refusing["PodDisruptionBudget"] = QUOTA
+    world.requests = 100
+    world.passes(seconds=10)
+    assert world.queries
+    assert world.status["rollout"]["passes"] == 1 or world.status["rollout"]["phase"] == "Draining"
+
+
+def test_an_object_that_cannot_be_read_costs_nothing():
+    world = rolling()
+    before = world.status
+    world.cluster.refuse["ModelDeployment"] = AWAY
+    world.annotate(abort="*")
+    world.try_pass()
+    assert world.status["rollout"] == before["rollout"]
+    world.passes()
+    assert world.status["phase"] == "RolledBack"
