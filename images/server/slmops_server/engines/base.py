@@ -64,6 +64,7 @@ class Token(NamedTuple):
 
     `scores` where the job asks for logprobs; `prompt_scores`, on the first token, one for each token of the prompt
     after its first.
+    `cached`, on the first token: tokens of the prompt that did not have to be computed.
     """
 
     job: int
@@ -71,6 +72,7 @@ class Token(NamedTuple):
     finish: str | None
     scores: Scores | None = None
     prompt_scores: list[tuple[int, Scores]] | None = None
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)

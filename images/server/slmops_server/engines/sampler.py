@@ -102,7 +102,7 @@ class Sampler:
         block = min(int(np.searchsorted(blocks, at, side="right")), blocks.size - 1)
         inside = self._weights[block * BLOCK : (block + 1) * BLOCK].cumsum(dtype=np.float64)
         at -= blocks[block] - inside[-1]
-        token = block * BLOCK + int(np.searchsorted(inside, at, side="right"))
+        token: int = block * BLOCK + int(np.searchsorted(inside, at, side="right"))
         if token < weights.size and weights[token] > 0:
             return token
         possible: list[int] = np.flatnonzero(weights).tolist()  # the last bits of rounding: the nearest one
