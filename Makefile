@@ -12,8 +12,8 @@ ifneq ($(words $(CLUSTER)) $(filter-out local current,$(CLUSTER)),1 )
 $(error CLUSTER is "local" or "current", not "$(CLUSTER)")
 endif
 ifeq ($(CLUSTER),current)
-ifneq ($(filter test components bench up images down purge,$(MAKECMDGOALS)),)
-$(error with CLUSTER=current there are: demo, e2e, install, uninstall. The rest is about the local node)
+ifneq ($(filter test components e2e bench up images down purge,$(MAKECMDGOALS)),)
+$(error with CLUSTER=current there are: demo, install, uninstall. The rest is about the local node, and the scenarios would change yours)
 endif
 endif
 VENV := .local/venv
@@ -21,6 +21,8 @@ PY := $(VENV)/bin/python
 KUBE := PYTHONPATH=e2e python3 -m localkube
 IMAGES := operator trainer server router registry prometheus
 export CLUSTER
+# The node's networks: kubectl would ask a proxy for them.
+export NO_PROXY := $(or $(NO_PROXY),$(no_proxy)),10.244.0.0/24,10.96.0.0/16
 export VALUES
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
@@ -59,18 +61,16 @@ kube: venv ## the operator against a real API server
 debs:
 	@$(KUBE) debs
 
-components: venv debs ## artifacts, server, router, chart on this machine; the trainer inside its image
+components: venv debs ## artifacts, router and chart on this machine; server and trainer inside their images
 	@$(PY) -m pytest -q tests/artifacts
-	@$(PY) -m pytest -q tests/server
 	@$(PY) -m pytest -q tests/router
 	@$(MAKE) --no-print-directory up images
 	@$(PY) -m pytest -q tests/chart
-	@PYTHONPATH=e2e $(PY) -m kit.trainertests
+	@PYTHONPATH=e2e $(PY) -m kit.imagetests server
+	@PYTHONPATH=e2e $(PY) -m kit.imagetests trainer
 
 e2e: venv ## the scenarios on a real node with real pods
-ifneq ($(CLUSTER),current)
 	@$(MAKE) --no-print-directory up images
-endif
 	@$(PY) -m pytest -q -x --timeout=1500 e2e/scenarios
 
 bench: venv ## what the operator costs, on the local node
@@ -107,7 +107,8 @@ crds: venv ## generate crds/ and the chart's copy from the models
 COMPILE := $(VENV)/bin/uv pip compile -q --generate-hashes --no-header
 lock: venv ## pin the requirements again
 	@$(COMPILE) --python-version 3.11 requirements/dev.in -o requirements/dev.txt
-	@for name in operator server pytest; do $(COMPILE) --python-version 3.13 requirements/$$name.in -o requirements/$$name.txt; done
+	@for name in operator server; do $(COMPILE) --python-version 3.13 requirements/$$name.in -o requirements/$$name.txt; done
+	@$(COMPILE) --python-version 3.13 --constraints requirements/dev.txt requirements/pytest.in -o requirements/pytest.txt
 	@$(COMPILE) --python-version 3.13 --overrides requirements/trainer.overrides requirements/trainer.in -o requirements/trainer.txt
 
 venv: ## the virtual environment below .local, when it is not there or its requirements changed

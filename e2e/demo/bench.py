@@ -85,13 +85,13 @@ class Client:
     def __init__(self, server: Server) -> None:
         self.connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
 
-    def ask(self, text: str) -> tuple[str, dict[str, int], float]:
+    def ask(self, text: str, max_tokens: int = MAX_TOKENS) -> tuple[str, dict[str, int], float]:
         """(answer, usage, seconds) of one message."""
         body = {
             "model": "model",
             "messages": [{"role": "user", "content": text}],
             "temperature": 0,
-            "max_tokens": MAX_TOKENS,
+            "max_tokens": max_tokens,
         }
         payload = json.dumps(body)
         began = time.perf_counter()
@@ -148,11 +148,13 @@ def measure(models: dict[str, Path], sets: task.Sets) -> dict[str, dict[str, Any
                 for text in asked[:5]:
                     client.ask(text)  # warm
                 answers = [client.ask(text) for text in asked]
+                shortest = [client.ask(text, max_tokens=1) for text in asked]
                 if turn == 0:
                     found[name]["accuracy"] = accuracy(server, graded)
             found[name]["rounds"].append(
                 {
                     "latency_seconds": statistics.median(seconds for _, _, seconds in answers),
+                    "one_token_seconds": statistics.median(seconds for _, _, seconds in shortest),
                     "tokens_per_second": sum(usage["completion_tokens"] for _, usage, _ in answers)
                     / sum(seconds for _, _, seconds in answers),
                 }

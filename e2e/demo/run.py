@@ -3,23 +3,30 @@
 python -m demo.run        needs the chart installed; CLUSTER=current takes the user's kube context
 """
 
+import contextlib
 import json
-import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from demo import pods, report
+from demo import pods as demo_pods
+from demo import report
+from demo.phrases import KNOWN
 from demo.show import CHAIN, Board, Row, clock, condition, row
-from kit import chart
-from kit.kubectl import LOCAL, Kubectl, KubectlError, Object, TimedOut, wait_for
+from demo.task import Writer
+from kit import chart, pods
+from kit.kubectl import CURRENT, LOCAL, Kubectl, KubectlError, Object, TimedOut
+from kit.load import Count, Load
 
 NAMESPACE = "slmops-demo"
+STORE = "oci://slmops-registry.slmops-system.svc:5000"  # in the YAML too
 MANIFESTS = Path(__file__).resolve().parent / "manifests"
 CHAIN_TIMEOUT = 45 * 60.0
 CANARY_TIMEOUT = 15 * 60.0
 BENCH = {"teacher": "teacher-fp32", "student": "student-fp32", "tuned": "student-tuned-fp32", "int4": "student-int4"}
-KINDS = {kind for kind, _, _ in CHAIN}
+FIGURES, DETAILS = LOCAL / "demo.json", LOCAL / "demo-details.json"
+HEARTBEAT = 5.0  # seconds
 
 
 class DemoError(Exception):
@@ -27,14 +34,24 @@ class DemoError(Exception):
 
 
 def operator_settings(kube: Kubectl) -> dict[str, str]:
-    """The SLMOPS_* variables of the installed operator: images, store. Raises DemoError if there is none."""
-    found = kube.within(chart.NAMESPACE).get("deployment", f"{chart.RELEASE}-operator")
-    if found is None:
+    """The SLMOPS_* variables of the installed operator. Raises DemoError where it cannot serve the demo."""
+    settings = chart.settings(kube)
+    if not settings:
         raise DemoError(
             f"No SLMOps operator runs in namespace {chart.NAMESPACE}. Install the chart first: make install"
         )
-    env = found["spec"]["template"]["spec"]["containers"][0].get("env") or []
-    return {item["name"]: item.get("value", "") for item in env}
+    store = settings.get("SLMOPS_STORE", "").rstrip("/")
+    if store != STORE:
+        raise DemoError(
+            f"The demo's YAML reads from {STORE}, the operator's store is {store or 'not set'}. "
+            "Install the chart with registry.enabled=true and no store.url."
+        )
+    if not settings.get("SLMOPS_PROMETHEUS_URL"):
+        raise DemoError(
+            "The canary is judged by Prometheus, and the operator knows of none. "
+            "Install the chart with prometheus.bundled.enabled=true, or give prometheus.url."
+        )
+    return settings
 
 
 def seed(kube: Kubectl, board: Board, settings: dict[str, str]) -> None:
@@ -42,16 +59,9 @@ def seed(kube: Kubectl, board: Board, settings: dict[str, str]) -> None:
     board.say(f"Preparing namespace {NAMESPACE}; a demo of an earlier run in it is removed")
     kube.delete("namespace", NAMESPACE)
     kube.apply(chart.namespace(NAMESPACE))
-    kube.apply(pods.code())
-    store = settings.get("SLMOPS_STORE", "").rstrip("/")
-    expected = "oci://slmops-registry.slmops-system.svc:5000"
-    if store != expected:
-        raise DemoError(
-            f"The demo's YAML reads from {expected}, the operator's store is {store or 'not set'}. "
-            "Install the chart with registry.enabled=true and no store.url."
-        )
+    kube.apply(demo_pods.code())
     kube.apply(
-        pods.pod("seed", settings["SLMOPS_TRAINER_IMAGE"], "demo.seed", f"{store}/demo", env=_store_env(settings))
+        demo_pods.pod("seed", settings["SLMOPS_TRAINER_IMAGE"], "demo.seed", f"{STORE}/demo", env=_store_env(settings))
     )
     for line in pods.finish(kube, "seed", 300):
         board.say(line)
@@ -61,12 +71,12 @@ def _store_env(settings: dict[str, str]) -> dict[str, str]:
     return {"SLMOPS_PLAIN_HTTP": settings.get("SLMOPS_PLAIN_HTTP", "")}
 
 
-def read_rows(kube: Kubectl) -> tuple[list[Row], dict[tuple[str, str], Object]]:
+def read_rows(kube: Kubectl) -> list[Row]:
     """The chain as it is now. One request."""
     items: list[Object] = json.loads(kube.run("get", "slm", "-o", "json"))["items"]
-    found = {(item["kind"], item["metadata"]["name"]): item for item in items if item["kind"] in KINDS}
+    found = {(item["kind"], item["metadata"]["name"]): item for item in items}
     now = time.time()
-    return [row(kind, name, what, found.get((kind, name)), now) for kind, name, what in CHAIN], found
+    return [row(kind, name, what, found.get((kind, name)), now) for kind, name, what in CHAIN]
 
 
 def run_chain(kube: Kubectl, board: Board) -> list[Row]:
@@ -74,10 +84,10 @@ def run_chain(kube: Kubectl, board: Board) -> list[Row]:
     names = " ".join(path.name for path in sorted(MANIFESTS.glob("*.yaml")))
     board.say(f"kubectl apply -f e2e/demo/manifests/  ({names})")
     kube.run("apply", "-f", str(MANIFESTS))
-    began = time.monotonic()
+    began, heart = time.monotonic(), Heart(kube)
     while True:
         try:
-            rows, _ = read_rows(kube)
+            rows = [heart.beat(each) for each in read_rows(kube)]
         except KubectlError as error:
             board.say(f"Could not look: {error}")
             rows = []
@@ -100,45 +110,77 @@ def run_chain(kube: Kubectl, board: Board) -> list[Row]:
         time.sleep(1)
 
 
-def canary(kube: Kubectl, board: Board, image: str) -> Object:
+class Heart:
+    """Adds the newest line of a running pod's log to its row, read again every HEARTBEAT seconds."""
+
+    def __init__(self, kube: Kubectl) -> None:
+        self.kube = kube
+        self.read: dict[tuple[str, str], tuple[float, str]] = {}
+
+    def beat(self, each: Row) -> Row:
+        """The row, with the line where it is a batch run in progress."""
+        if not each.moving or each.kind == "ModelDeployment":
+            return each
+        key, now = (each.kind, each.name), time.monotonic()
+        at, line = self.read.get(key, (0.0, ""))
+        if not at or now - at >= HEARTBEAT:
+            line = self.newest(each) or line
+            self.read[key] = (now, line)
+        return replace(each, detail=" | ".join(part for part in (each.detail, line) if part))
+
+    def newest(self, each: Row) -> str:
+        """The last line; empty before the container has one."""
+        selector = f"slmops.dev/kind={each.kind},slmops.dev/owner={each.name}"
+        try:
+            lines = self.kube.run("logs", "-l", selector, "--tail=1").splitlines()
+        except KubectlError:
+            return ""
+        return lines[-1].strip() if lines else ""
+
+
+def canary(kube: Kubectl, board: Board, image: str) -> Count:
     """Traffic on, the new model in, until it is promoted; returns the last count. Raises DemoError on a rollback."""
-    url = _status(kube)["endpoint"]
-    kube.apply(pods.pod("traffic", image, "demo.traffic", url, "assistant", env={}))
-    wait_for("the traffic pod answers", lambda: _traffic(kube).get("sent", 0) >= 20, 120)
+    load = Load(kube)
+    writer = Writer(KNOWN, "traffic")
+    prompts = [writer.example().text for _ in range(500)]
+    load.start(image, _status(kube)["endpoint"], "assistant", prompts, clients=3, max_tokens=48)
+    load.flows(20, timeout=120)
     board.say("Traffic runs. Next: kubectl patch modeldeployment assistant, spec.model -> QuantizedModel/student-int4")
     wanted = _digest(kube, "student-int4")
     kube.patch(
         "modeldeployment", "assistant", {"spec": {"model": {"ref": {"kind": "QuantizedModel", "name": "student-int4"}}}}
     )
-    began, told = time.monotonic(), ""
-    while True:
-        found = kube.get("modeldeployment", "assistant") or {}
-        status, count = found.get("status") or {}, _traffic(kube)
-        rollout = status.get("rollout") or {}
-        where = describe(status)
-        footer = f"{where}; {count.get('sent', 0)} requests sent, {count.get('lost', 0)} lost"
-        if board.live:
-            board.show([row("ModelDeployment", "assistant", "", found, time.time())], footer)
-        elif where != told:
-            board.say(footer)
-            told = where
-        if (status.get("stable") or {}).get("digest") == wanted and condition(found, "Ready").get("status") == "True":
-            break
-        if rollout.get("phase") == "RollingBack" or condition(found, "Stalled").get("status") == "True":
-            raise DemoError(
-                f"The canary was rolled back: {rollout.get('outcome') or condition(found, 'Ready').get('message')}"
-            )
+    began = time.monotonic()
+    while not promoted(kube, board, load, wanted):
         if time.monotonic() - began > CANARY_TIMEOUT:
             raise DemoError(
-                f"The canary was not promoted within {clock(CANARY_TIMEOUT)}: {rollout.get('hold') or where}"
+                f"The canary was not promoted within {clock(CANARY_TIMEOUT)}: {describe(_status(kube))}\n"
+                f"Look: kubectl -n {NAMESPACE} describe modeldeployment assistant"
             )
         time.sleep(1)
-    kube.run("exec", "traffic", "--", "python3", "-c", "import os, signal; os.kill(1, signal.SIGTERM)")
-    count = pods.last_json(pods.finish(kube, "traffic", 90))
-    if not count["final"]:
-        raise DemoError("The traffic pod ended without its last count")
-    board.say(f"Promoted after {clock(time.monotonic() - began)}; {count['sent']} requests sent, {count['lost']} lost")
+    count = load.stop()
+    board.say(f"Promoted after {clock(time.monotonic() - began)}; {count.sent} requests sent, {count.lost} lost")
     return count
+
+
+def promoted(kube: Kubectl, board: Board, load: Load, wanted: str) -> bool:
+    """Show where the canary stands; whether the wanted model serves everything. Raises DemoError on a rollback."""
+    try:
+        found = kube.get("modeldeployment", "assistant") or {}
+    except KubectlError as error:
+        board.say(f"Could not look: {error}")
+        return False
+    status, count = found.get("status") or {}, load.count()
+    rollout, stalled = status.get("rollout") or {}, condition(found, "Stalled")
+    if rollout.get("phase") in ("RollingBack", "RolledBack") or stalled.get("status") == "True":
+        raise DemoError(f"The canary was rolled back: {rollout.get('outcome') or stalled.get('message')}")
+    where = describe(status)
+    board.show(
+        [row("ModelDeployment", "assistant", "", found, time.time())],
+        f"{where}; {count.sent} requests sent, {count.lost} lost",
+        key=where,
+    )
+    return (status.get("stable") or {}).get("digest") == wanted and condition(found, "Ready").get("status") == "True"
 
 
 def describe(status: Object) -> str:
@@ -159,14 +201,6 @@ def _digest(kube: Kubectl, name: str) -> str:
     return str((kube.get("quantizedmodel", name) or {})["status"]["artifact"]["digest"])
 
 
-def _traffic(kube: Kubectl) -> Object:
-    """The traffic pod's last count; empty before it has one."""
-    try:
-        return pods.last_json(kube.run("logs", "traffic", "--tail=2").splitlines())
-    except (KubectlError, ValueError):
-        return {}
-
-
 def bench(kube: Kubectl, board: Board, settings: dict[str, str]) -> Object:
     """Every model measured in the same way, in one pod of the server image."""
     board.say("Measuring: each model alone on the same CPUs, the same held-out messages")
@@ -174,25 +208,26 @@ def bench(kube: Kubectl, board: Board, settings: dict[str, str]) -> Object:
         name: (kube.get("quantizedmodel", source) or {})["status"]["artifact"]["uri"] for name, source in BENCH.items()
     }
     kube.apply(
-        pods.pod("bench", settings["SLMOPS_SERVER_IMAGE"], "demo.bench", json.dumps(uris), env=_store_env(settings))
+        demo_pods.pod(
+            "bench", settings["SLMOPS_SERVER_IMAGE"], "demo.bench", json.dumps(uris), env=_store_env(settings)
+        )
     )
     return pods.last_json(pods.finish(kube, "bench", 900))
 
 
-def close(board: Board, measured: Object, count: Object, rows: list[Row]) -> None:
+def close(board: Board, measured: Object, count: Count, rows: list[Row]) -> None:
     """Write the results, print the table."""
-    found = report.figures(measured, count["sent"], count["lost"])
-    bars = report.bars(found, report.new_label(measured["models"]["tuned"]))
-    LOCAL.mkdir(exist_ok=True)
-    (LOCAL / "demo.json").write_text(json.dumps(found, indent=2) + "\n")
+    found = report.figures(measured, count.sent, count.lost)
+    bars = report.bars(measured, found, count.reasons)
     details: Object = {
         "bench": measured,
-        "canary": count,
+        "canary": vars(count),
         "bars": [vars(bar) for bar in bars],
         "seconds": {f"{each.kind}/{each.name}": each.seconds for each in rows if each.seconds is not None},
         "total_seconds": time.monotonic() - board.began,
     }
-    (LOCAL / "demo-details.json").write_text(json.dumps(details, indent=2) + "\n")
+    write(DETAILS, details)
+    write(FIGURES, found)
     for line in [*report.table(measured, found), *report.verdicts(bars), ""]:
         print(line)
     print(
@@ -201,9 +236,23 @@ def close(board: Board, measured: Object, count: Object, rows: list[Row]) -> Non
     )
 
 
-def hints(current: bool) -> str:
+def write(file: Path, value: object) -> None:
+    """The whole file or none."""
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    part.replace(file)
+
+
+def tidy(kube: Kubectl) -> None:
+    """After an interruption nothing of the demo's own goes on: its pods ask, measure and seed for nobody."""
+    for name in ("traffic", "bench", "seed"):
+        with contextlib.suppress(KubectlError, KeyboardInterrupt):  # a second Ctrl-C hurries
+            kube.delete("pod", name, wait=False)
+
+
+def hints() -> str:
     """How to go on by hand."""
-    prefix = "" if current else "export KUBECONFIG=$PWD/.local/kubeconfig PATH=$PWD/.local/bin:$PATH\n  "
+    prefix = "" if CURRENT else "export KUBECONFIG=$PWD/.local/kubeconfig PATH=$PWD/.local/bin:$PATH\n  "
     return (
         f"Go on:\n  {prefix}kubectl -n {NAMESPACE} get slm\n"
         f"  kubectl -n {NAMESPACE} port-forward service/assistant 8000 &\n"
@@ -214,8 +263,9 @@ def hints(current: bool) -> str:
 
 def main() -> int:
     """Run it; returns the exit code."""
-    current = os.environ.get("CLUSTER") == "current"
-    kube, board = Kubectl(NAMESPACE, current=current), Board()
+    kube, board = Kubectl(NAMESPACE), Board()
+    for file in (FIGURES, DETAILS):  # never the figures of another run
+        file.unlink(missing_ok=True)
     try:
         settings = operator_settings(kube)
         seed(kube, board, settings)
@@ -224,13 +274,18 @@ def main() -> int:
         measured = bench(kube, board, settings)
         close(board, measured, count, rows)
     except (DemoError, KubectlError, TimedOut) as error:
+        tidy(kube)
         print(f"\nThe demo failed.\n{error}\nThe cluster is still up; `make demo` starts over.", file=sys.stderr)
-        print(hints(current), file=sys.stderr)
+        print(hints(), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nInterrupted; what was applied goes on in the cluster.\n{hints(current)}", file=sys.stderr)
+        tidy(kube)
+        print(
+            f"\nInterrupted. What was applied goes on in the cluster; `make demo` starts over.\n{hints()}",
+            file=sys.stderr,
+        )
         return 130
-    print(hints(current))
+    print(hints())
     return 0
 
 

@@ -1,6 +1,8 @@
 """What the chain is doing, on a terminal as a table that redraws itself, elsewhere as a line for each change."""
 
+import os
 import re
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -27,6 +29,11 @@ PLAIN_SECONDS = 20.0  # off a terminal: say where a run stands at least so often
 def clock(seconds: float) -> str:
     """m:ss."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+def flat(text: str) -> str:
+    """One line without control characters: what messages and logs hold must not move the cursor."""
+    return re.sub(r"\s+", " ", "".join(c if c.isprintable() else " " for c in text)).rstrip()
 
 
 @dataclass(frozen=True)
@@ -103,9 +110,9 @@ def _detail(kind: str, status: Object, ready: Object, stalled: Object) -> str:
 class Board:
     """Shows rows: `show(rows, footer)` as often as you like."""
 
-    def __init__(self, stream: TextIO = sys.stdout, width: int = 150) -> None:
-        self.stream, self.width = stream, width
-        self.live = stream.isatty()
+    def __init__(self, stream: TextIO = sys.stdout) -> None:
+        self.stream = stream
+        self.live = stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
         self.lines = 0
         self.began = time.monotonic()
         self.told: dict[str, tuple[str, float]] = {}
@@ -114,39 +121,41 @@ class Board:
     def say(self, text: str) -> None:
         """One line that stays."""
         self.lines = 0
-        print(f"[{clock(time.monotonic() - self.began)}] {text}", file=self.stream, flush=True)
+        print(f"[{clock(time.monotonic() - self.began)}] {flat(text)}", file=self.stream, flush=True)
 
-    def show(self, rows: list[Row], footer: str = "") -> None:
-        """Redraw, or tell what changed."""
+    def show(self, rows: list[Row], footer: str = "", key: str = "") -> None:
+        """Redraw, or tell what changed. `key`: the part of the footer whose change is worth a line."""
         if self.live:
             self._draw(rows, footer)
         else:
-            self._tell(rows, footer)
+            self._tell(rows, footer, key or footer)
 
     def _draw(self, rows: list[Row], footer: str) -> None:
-        lines = [f"[{clock(time.monotonic() - self.began)}] {footer}"] if footer else []
+        lines = [f"[{clock(time.monotonic() - self.began)}] {flat(footer)}"] if footer else []
         for each in rows:
             mark = "ok" if each.ready else "!!" if each.stalled else ".." if each.seconds is not None else "  "
             spent = clock(each.seconds) if each.seconds is not None else ""
             lines.append(
-                f" {mark} {each.kind + '/' + each.name:36} {each.phase:12} {spent:>6}  {each.detail or each.what}"
+                f" {mark} {each.kind + '/' + each.name:36} {each.phase:12} {spent:>6}  {flat(each.detail or each.what)}"
             )
+        # One column stays free: a full line would wrap on some terminals, and a wrapped one moves all below it.
+        width, height = shutil.get_terminal_size()
+        shown = [line[: width - 1] for line in lines[: height - 1]]
         up = f"\x1b[{self.lines}F" if self.lines else ""
-        self.stream.write(up + "".join(f"\x1b[2K{line[: self.width]}\n" for line in lines))
+        self.stream.write(up + "\x1b[J" + "".join(f"{line}\n" for line in shown))
         self.stream.flush()
-        self.lines = len(lines)
+        self.lines = len(shown)
 
-    def _tell(self, rows: list[Row], footer: str) -> None:
+    def _tell(self, rows: list[Row], footer: str, key: str) -> None:
         now = time.monotonic()
-        if footer and footer != self.footer:
+        if footer and key != self.footer:
             self.say(footer)
-        self.footer = footer
+        self.footer = key
         for each in rows:
-            key, state = f"{each.kind}/{each.name}", each.phase + str(each.ready)
-            before, at = self.told.get(key, ("", 0.0))
+            name, state = f"{each.kind}/{each.name}", each.phase + str(each.ready)
+            before, at = self.told.get(name, ("", 0.0))
             if state == before and not (each.moving and now - at >= PLAIN_SECONDS):
                 continue
-            self.told[key] = (state, now)
+            self.told[name] = (state, now)
             spent = f" ({clock(each.seconds)})" if each.seconds is not None else ""
-            text = re.sub(r"\s+", " ", f"{key} {each.phase}{spent} {each.detail}").strip()
-            self.say(text)
+            self.say(f"{name} {each.phase}{spent} {each.detail}")

@@ -2,7 +2,7 @@
 
 - the chain FineTuneJob -> FineTuneJob -> QuantizedModel, applied at once, against the same pods run by hand one after
   the other (same image, same specification), alternated, `ROUNDS` times each
-- the gap between a step's end and the creation of the next step's pod
+- the gap between a step's end and the creation of the next step's pod, as one watcher sees both
 - API writes by the operator for each training object, and its memory
 """
 
@@ -12,21 +12,18 @@ import sys
 import time
 import urllib.request
 from copy import deepcopy
-from datetime import datetime
 from pathlib import Path
 
 from kit import chart
-from kit.kubectl import Kubectl, Object, wait_for
+from kit.kubectl import Kubectl, KubectlError, Object, TimedOut, wait_for
 from kit.objects import STORE, TRAINING, finetune, quantize
 from kit.seeding import seed
+from kit.watching import Event, Watch
 
-ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+ROUNDS = 3  # unless the command line says another number
+CALLS = "slmops_api_requests_total"
+WRITING = ("apply", "patch_status", "create", "patch", "delete")
 STEPS = {"training": {**TRAINING, "maxSteps": 150}, "evaluation": None}
-
-
-def parse(stamp: str) -> float:
-    """Seconds since the epoch of a Kubernetes timestamp."""
-    return datetime.fromisoformat(stamp).timestamp()
 
 
 def chain() -> list[Object]:
@@ -49,23 +46,25 @@ def fresh(kube: Kubectl, name: str) -> Kubectl:
 def run_chain(kube: Kubectl, number: int) -> tuple[float, list[float], list[Object]]:
     """Wall seconds from apply to the last object's Ready, gaps in seconds, and the pods that ran."""
     space = fresh(kube, f"bench-chain-{number}")
-    began = time.monotonic()
-    space.apply(*chain())
-    space.wait_ready("quantizedmodel", "c", 900)
-    wall = time.monotonic() - began
-    ends = {}
-    for kind, name in (("finetunejob", "a"), ("finetunejob", "b")):
-        ends[name] = parse((space.get(kind, name) or {})["status"]["completionTime"])
+    with Watch(space, "pods") as watch:
+        began = time.monotonic()
+        space.apply(*chain())
+        space.wait_ready("quantizedmodel", "c", 900)
+        wall = time.monotonic() - began
     pods = sorted(space.list("pods"), key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
-    starts = {pod["metadata"]["labels"]["slmops.dev/owner"]: parse(pod["status"]["startTime"]) for pod in pods}
-    finished = {
-        pod["metadata"]["labels"]["slmops.dev/owner"]: parse(
-            pod["status"]["containerStatuses"][0]["state"]["terminated"]["finishedAt"]
-        )
-        for pod in pods
-    }
-    gaps = [starts["b"] - finished["a"], starts["c"] - finished["b"]]
-    return wall, gaps, pods
+    return wall, gaps(watch.events), pods
+
+
+def gaps(events: list[Event]) -> list[float]:
+    """Seconds from the event that tells a step's end to the event of the next step's pod, as one watcher saw them."""
+    seen: dict[str, float] = {}
+    ended: dict[str, float] = {}
+    for at, pod in events:
+        owner = pod["metadata"]["labels"]["slmops.dev/owner"]
+        seen.setdefault(owner, at)
+        if pod["status"]["phase"] == "Succeeded":
+            ended.setdefault(owner, at)
+    return [seen[after] - ended[before] for before, after in (("a", "b"), ("b", "c"))]
 
 
 def run_bare(kube: Kubectl, number: int, pods: list[Object]) -> float:
@@ -120,9 +119,11 @@ def operator_metrics(kube: Kubectl) -> dict[str, float]:
 
 
 def writes(metrics: dict[str, float]) -> float:
-    """API calls that write, events left out."""
-    verbs = ('verb="apply"', 'verb="patch', 'verb="create"', 'verb="delete"', 'verb="status"')
-    return sum(v for k, v in metrics.items() if k.startswith("slmops_api_calls_total") and any(w in k for w in verbs))
+    """API calls that write, whatever came of them, Events among them."""
+    calls = {name: value for name, value in metrics.items() if name.startswith(f"{CALLS}{{")}
+    if not calls:
+        raise SystemExit(f"the operator has no metric {CALLS}")
+    return sum(value for name, value in calls.items() if any(f'verb="{verb}"' in name for verb in WRITING))
 
 
 def spread(values: list[float]) -> str:
@@ -132,15 +133,16 @@ def spread(values: list[float]) -> str:
 
 def main() -> int:
     """Print the measurements and write them to .local/bench.json."""
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
     kube = Kubectl(chart.NAMESPACE)
-    seed(kube)
-    chains, bares, gaps, per_object = [], [], [], []
-    for number in range(ROUNDS):
+    seed(kube, chart.local_images()["trainer"])
+    chains, bares, waits, per_object = [], [], [], []
+    for number in range(rounds):
         before = writes(operator_metrics(kube))
         wall, gap, pods = run_chain(kube, number)
         per_object.append((writes(operator_metrics(kube)) - before) / 3)
         chains.append(wall)
-        gaps += gap
+        waits += gap
         bares.append(run_bare(kube, number, pods))
     memory = operator_metrics(kube)["process_resident_memory_bytes"] / 2**20
     ratios = [a / b for a, b in zip(chains, bares, strict=True)]
@@ -148,7 +150,7 @@ def main() -> int:
         "chain_seconds": chains,
         "bare_seconds": bares,
         "ratio": ratios,
-        "gap_seconds": gaps,
+        "gap_seconds": waits,
         "writes_per_object": per_object,
         "operator_rss_mib": memory,
     }
@@ -157,7 +159,7 @@ def main() -> int:
         f"chain of three, s         {spread(chains)}\n"
         f"the same pods by hand, s  {spread(bares)}\n"
         f"ratio                     {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})\n"
-        f"gap to the next pod, s    {spread(gaps)}\n"
+        f"gap to the next pod, s    {spread(waits)}\n"
         f"API writes an object      {spread(per_object)}\n"
         f"operator memory, MiB      {memory:.0f}\n"
     )
@@ -165,4 +167,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (KubectlError, TimedOut) as error:
+        sys.exit(f"Failed: {error}")

@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kit.kubectl import LOCAL, ROOT, Kubectl, KubectlError
+from kit.kubectl import CURRENT, LOCAL, ROOT, Kubectl, KubectlError
 
 RELEASE = "slmops"
 NAMESPACE = "slmops-system"
+IMAGES = ("operator", "trainer", "server", "router", "registry", "prometheus")
 RESTRICTED = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
 
 
@@ -21,7 +22,14 @@ def namespace(name: str) -> dict[str, object]:
 def _helm(kube: Kubectl, *args: str, timeout: float = 300.0) -> str:
     own = LOCAL / "bin" / "helm"
     program = str(own) if own.exists() else "helm"
-    done = subprocess.run([program, *args], env=kube.env, capture_output=True, text=True, timeout=timeout, check=False)
+    try:
+        done = subprocess.run(
+            [program, *args], env=kube.env, capture_output=True, text=True, timeout=timeout, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise KubectlError(f"helm {args[0]}: no answer within {timeout:.0f} s") from None
+    except FileNotFoundError:
+        raise KubectlError("There is no helm on the PATH. Install it: https://helm.sh") from None
     if done.returncode:
         raise KubectlError(f"helm {args[0]}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout
@@ -34,7 +42,8 @@ def install(kube: Kubectl, *values: str, images: dict[str, str] | None = None) -
     Returns helm's output; raises KubectlError with its message.
     """
     kube.apply(namespace(NAMESPACE))
-    sets = [f"images.{name}={ref}" for name, ref in (images or {}).items() if name != "base"]
+    settle(kube)
+    sets = [f"images.{name}={ref}" for name, ref in (images or {}).items() if name in IMAGES]
     sets += ["prometheus.bundled.enabled=true", *values]
     flags = [part for item in sets for part in ("--set", item)] + values_flags()
     return _helm(
@@ -60,30 +69,80 @@ def values_flags() -> list[str]:
     return ["--values", file] if file else []
 
 
+def state(kube: Kubectl) -> str:
+    """deployed, failed, pending-install, ...; empty where there is no release. Raises KubectlError."""
+    try:
+        text = _helm(kube, "status", RELEASE, "--namespace", NAMESPACE, "-o", "json")
+    except KubectlError as error:
+        if "not found" in str(error):
+            return ""
+        raise
+    return str(json.loads(text)["info"]["status"])
+
+
+def settle(kube: Kubectl) -> None:
+    """End what an interrupted helm left: helm refuses to touch a release that another operation seems to hold."""
+    found = state(kube)
+    if found == "pending-install":
+        uninstall(kube)
+    elif found.startswith("pending-"):
+        _helm(kube, "rollback", RELEASE, "--namespace", NAMESPACE)
+
+
 def uninstall(kube: Kubectl) -> str:
     """`helm uninstall --wait`. Raises KubectlError."""
     return _helm(kube, "uninstall", RELEASE, "--namespace", NAMESPACE, "--wait", "--timeout", "120s")
 
 
 def local_images() -> dict[str, str]:
-    """The references of the images that were built here. Raises FileNotFoundError before `make images`."""
-    images: dict[str, str] = json.loads((LOCAL / "images.json").read_text())
-    return {name: images[name] for name in ("operator", "trainer", "server", "router", "registry", "prometheus")}
+    """The references of the images that were built here, by name. Raises KubectlError before `make images`."""
+    file = LOCAL / "images.json"
+    if not file.exists():
+        raise KubectlError("No images are built yet: make up images")
+    images: dict[str, str] = json.loads(file.read_text())
+    return images
+
+
+def settings(kube: Kubectl) -> dict[str, str]:
+    """The SLMOPS_* variables of the operator that runs, and its image as `image`; empty where there is none."""
+    found = kube.within(NAMESPACE).get("deployment", f"{RELEASE}-operator")
+    if found is None:
+        return {}
+    container = found["spec"]["template"]["spec"]["containers"][0]
+    return {"image": container["image"], **{item["name"]: item.get("value", "") for item in container.get("env") or []}}
+
+
+def running_images(kube: Kubectl) -> dict[str, str]:
+    """References of the operator's, trainer's, server's and router's images. Raises KubectlError where none runs."""
+    found = settings(kube)
+    if not found:
+        raise KubectlError(f"No SLMOps operator runs in namespace {NAMESPACE}: make install")
+    return {"operator": found["image"]} | {
+        name: found[f"SLMOPS_{name.upper()}_IMAGE"] for name in ("trainer", "server", "router")
+    }
 
 
 def main() -> int:
-    """`python -m kit.chart install|uninstall`; CLUSTER=current takes the user's kube context and published images."""
-    current = os.environ.get("CLUSTER") == "current"
-    kube = Kubectl(NAMESPACE, current=current)
+    """`python -m kit.chart install|uninstall`; CLUSTER=current takes the user's kube context.
+
+    There a release that runs is left alone: it has the user's images and values. Without one, published images are
+    taken.
+    """
+    kube = Kubectl(NAMESPACE)
     try:
         if sys.argv[1:] == ["uninstall"]:
             print(uninstall(kube), end="")
+        elif CURRENT and not values_flags() and state(kube) == "deployed":
+            print(f"SLMOps is installed in namespace {NAMESPACE} already; it stays as it is")
         else:
-            install(kube, images=None if current else local_images())
+            install(kube, images=None if CURRENT else local_images())
             print(f"SLMOps runs in namespace {NAMESPACE}")
-    except (KubectlError, FileNotFoundError) as error:
+    except KubectlError as error:
         print(f"Failed: {error}\nSee: {Path(kube.program).name} -n {NAMESPACE} get pods,events", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command goes on from here.", file=sys.stderr)
+        return 130
     return 0
 
 

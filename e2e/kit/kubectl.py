@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +18,12 @@ Object = dict[str, Any]
 T = TypeVar("T")
 
 
+FORWARD_SECONDS = 30.0  # until a port-forward listens
+FORWARDING = re.compile(r"^Forwarding from (127\.0\.0\.1:\d+) ", re.MULTILINE)
+
+
 class KubectlError(Exception):
-    """kubectl said no; the message is its own."""
+    """kubectl said no, or nothing in time; the message has the command and kubectl's own words."""
 
 
 class TimedOut(AssertionError):  # noqa: N818  # reads as what happened
@@ -36,10 +42,13 @@ def wait_for(what: str, probe: Callable[[], T | None], timeout: float = 60.0, ev
         time.sleep(every)
 
 
-class Kubectl:
-    """kubectl in one namespace of one cluster; `current=True` takes the user's own kube context."""
+CURRENT = os.environ.get("CLUSTER") == "current"  # the user's own kube context, not the local node
 
-    def __init__(self, namespace: str = "default", *, current: bool = False) -> None:
+
+class Kubectl:
+    """kubectl in one namespace of one cluster: the local node's, or with `current` that of the user's kube context."""
+
+    def __init__(self, namespace: str = "default", *, current: bool = CURRENT) -> None:
         self.namespace, self.current = namespace, current
         own = LOCAL / "bin" / "kubectl"
         self.program = str(own) if own.exists() and not current else "kubectl"
@@ -51,18 +60,34 @@ class Kubectl:
 
     def run(self, *args: str, stdin: str | None = None, timeout: float = 60.0) -> str:
         """Standard output of `kubectl -n <namespace> <args>`. Raises KubectlError."""
-        done = subprocess.run(
-            [self.program, "-n", self.namespace, *args],
-            input=stdin,
-            env=self.env,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        return self._call(args, stdin, timeout).stdout
+
+    def warnings(self, *args: str, stdin: str | None = None) -> str:
+        """What `kubectl -n <namespace> <args>` says on standard error although it succeeds. Raises KubectlError."""
+        return self._call(args, stdin, 60.0).stderr
+
+    def _call(self, args: tuple[str, ...], stdin: str | None, timeout: float) -> subprocess.CompletedProcess[str]:
+        command = " ".join(["kubectl", "-n", self.namespace, *args])
+        try:
+            done = subprocess.run(
+                [self.program, "-n", self.namespace, *args],
+                input=stdin,
+                env=self.env,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            said = (error.stderr or b"").decode(errors="replace").strip()  # bytes, whatever `text` says
+            raise KubectlError(f"{command}: no answer within {timeout:.0f} s {said}".rstrip()) from None
+        except FileNotFoundError:
+            raise KubectlError(
+                f"{command}: there is no program {self.program}. `make up` brings one with the local node"
+            ) from None
         if done.returncode:
-            raise KubectlError(done.stderr.strip() or done.stdout.strip())
-        return done.stdout
+            raise KubectlError(f"{command}: {done.stderr.strip() or done.stdout.strip()}")
+        return done
 
     def apply(self, *objects: Object) -> None:
         """Apply, as `kubectl apply --server-side` does. Raises KubectlError."""
@@ -86,8 +111,10 @@ class Kubectl:
         self.run("patch", kind, name, "--type=merge", "-p", json.dumps(patch), *extra)
 
     def delete(self, kind: str, name: str, *, wait: bool = True) -> None:
-        """Delete; an absent object is fine."""
-        self.run("delete", kind, name, "--ignore-not-found", f"--wait={str(wait).lower()}", timeout=180)
+        """Delete; an absent object is fine. Raises KubectlError if it is still there after three minutes."""
+        self.run(
+            "delete", kind, name, "--ignore-not-found", f"--wait={str(wait).lower()}", "--timeout=180s", timeout=200
+        )
 
     def condition(self, kind: str, name: str, condition: str) -> Object | None:
         """One condition of an object, or None."""
@@ -110,19 +137,25 @@ class Kubectl:
 
     @contextmanager
     def port_forward(self, target: str, port: int) -> Iterator[str]:
-        """`http://127.0.0.1:<free port>` leading to `target` (for example service/assistant) while the block runs."""
-        with subprocess.Popen(
-            [self.program, "-n", self.namespace, "port-forward", target, f":{port}"],
-            env=self.env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ) as process:
+        """`http://127.0.0.1:<free port>` leading to `target` (for example service/assistant) while the block runs.
+
+        Raises KubectlError with kubectl's words if it ends, TimedOut if it does not listen in time.
+        """
+        words = [self.program, "-n", self.namespace, "port-forward", target, f":{port}"]
+        # A file: kubectl writes a line for each connection, and would hang on a pipe that nobody reads.
+        with (
+            tempfile.NamedTemporaryFile() as output,
+            subprocess.Popen(words, env=self.env, stdout=output, stderr=subprocess.STDOUT) as process,
+        ):
+
+            def address() -> str:
+                said = Path(output.name).read_text(encoding="utf-8")
+                if process.poll() is not None:
+                    raise KubectlError(f"port-forward to {target} ended with {process.returncode}: {said.strip()}")
+                found = FORWARDING.search(said)
+                return found[1] if found else ""
+
             try:
-                assert process.stdout is not None
-                line = process.stdout.readline()  # Forwarding from 127.0.0.1:40123 -> 8000
-                if "Forwarding from" not in line:
-                    raise KubectlError(f"port-forward to {target}: {line.strip()}")
-                yield "http://" + line.split("Forwarding from ")[1].split(" ")[0]
+                yield f"http://{wait_for(f'port-forward to {target}', address, FORWARD_SECONDS, every=0.05)}"
             finally:
                 process.kill()

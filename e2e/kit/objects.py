@@ -7,6 +7,8 @@ from kit.kubectl import Kubectl, Object
 
 REGISTRY = f"{chart.RELEASE}-registry.{chart.NAMESPACE}.svc:5000"
 STORE = f"oci://{REGISTRY}/e2e"
+LATE = "late.e2e-bad-input.svc:5000"  # a registry that is not there at first
+HUB = "http://hub.e2e-stores.svc:8000"  # a mirror of the Hub that test_stores.py brings
 KINDS = ("distillationjobs", "finetunejobs", "quantizedmodels", "modeldeployments")
 
 TRAINING = {"maxSteps": 400, "learningRate": 1e-2, "batchSize": 32, "maxLength": 64, "warmupRatio": 0.1}

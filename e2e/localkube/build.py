@@ -177,12 +177,22 @@ def _building() -> Iterator[None]:
     with shell.locked(paths.BUILD_LOCK, inherited=True):
         mounts.remove(paths.WORK)
         (paths.WORK / "tmp").mkdir(parents=True)
-        if paths.BUILDAH_ROOT.exists() and shell.run(*_buildah("containers"), "--quiet", env=_environment()).strip():
-            shell.run(*_buildah("rm"), "--all", env=_environment())
+        _clear_store()
         try:
             yield
         finally:
             mounts.remove(paths.WORK)
+
+
+def _clear_store() -> None:
+    """No working container of an earlier run; an empty store instead of one that a crash has broken."""
+    if not paths.BUILDAH_ROOT.exists():
+        return
+    listed = shell.attempt(*_buildah("containers"), "--quiet", env=_environment())
+    cleared = shell.attempt(*_buildah("rm"), "--all", env=_environment()) if listed.stdout.strip() else listed
+    if listed.returncode or cleared.returncode:
+        step("the build store does not open; starting with an empty one")
+        mounts.remove(paths.BUILDAH_ROOT)
 
 
 def _built() -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from localkube import bare, build, cluster, packages, paths, venv
@@ -13,15 +14,26 @@ from localkube.say import Failure, step
 
 def main(argv: list[str] | None = None) -> int:
     os.umask(0o022)  # what daemons, builds and pods of other users have to read does not hang on the shell's
+    os.environ["NO_PROXY"] = no_proxy(os.environ)
     arguments = _parser().parse_args(argv)
     try:
         return _dispatch(arguments)
     except Failure as failure:
         print(failure.report(), file=sys.stderr)
         return 1
+    except OSError as problem:
+        # A full disk, a folder of another user: the system's own words name what and where.
+        print(Failure(str(problem), hint="mend that and run the same command again").report(), file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; running the same command again goes on from here", file=sys.stderr)
         return 130
+
+
+def no_proxy(environment: Mapping[str, str]) -> str:
+    """What kubectl and the daemons reach without the machine's proxy: what the user says, and the node's networks."""
+    said = environment.get("NO_PROXY") or environment.get("no_proxy") or ""
+    return ",".join([*filter(None, said.split(",")), paths.POD_CIDR, paths.SERVICE_CIDR])
 
 
 def _dispatch(arguments: argparse.Namespace) -> int:

@@ -39,7 +39,10 @@ def down(*, purge: bool = False) -> None:
     with shell.locked(paths.LOCK):
         if paths.CONTAINERD_SOCKET.exists():
             step("stopping pods")
-            node.stop_pods()
+            try:
+                node.stop_pods()
+            except Failure as failure:
+                step(f"{failure.what}; going on without containerd")
         step("stopping the cluster")
         leftovers.sweep()
         bare.sweep(paths.LOCAL)

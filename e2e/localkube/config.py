@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -139,7 +140,9 @@ def kube_proxy(kubeconfig_path: Path, *, masquerade_all: bool) -> str:
     )
 
 
-def corefile(kubeconfig_path: Path) -> str:
+def corefile(kubeconfig_path: Path, resolv_conf: str) -> str:
+    # Without a nameserver to ask, on a machine that is offline, CoreDNS would not start.
+    forward = "forward . /etc/resolv.conf" if re.search(r"^\s*nameserver\s+\S", resolv_conf, re.MULTILINE) else ""
     return f"""\
 .:{paths.DNS_PORT} {{
     bind {paths.NODE_IP}
@@ -149,7 +152,7 @@ def corefile(kubeconfig_path: Path) -> str:
         pods insecure
         ttl 5
     }}
-    forward . /etc/resolv.conf
+    {forward}
     cache 30 {{
         disable success cluster.local
         disable denial cluster.local

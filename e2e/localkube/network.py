@@ -86,7 +86,7 @@ def bridge_sees_iptables() -> bool:
 
 
 def rules() -> str:
-    """Let pods out through NAT, let nobody else in to the node's address."""
+    """Let pods out through NAT and in to the node, whatever the machine's firewall says; let nobody else in."""
     chain, bridge = paths.CHAIN, paths.BRIDGE
     return f"""\
 *nat
@@ -97,6 +97,7 @@ COMMIT
 *filter
 :{chain}-IN - [0:0]
 :{chain}-FWD - [0:0]
+-A {chain}-IN -i {bridge} -j ACCEPT
 -A {chain}-IN -d {paths.NODE_IP}/32 ! -i {bridge} -m addrtype ! --src-type LOCAL -j DROP
 -A {chain}-FWD -d {paths.POD_CIDR} ! -i {bridge} -m conntrack --ctstate NEW -m addrtype ! --src-type LOCAL -j DROP
 -A {chain}-FWD -i {bridge} -j ACCEPT

@@ -88,7 +88,7 @@ def start_agents(authority: Authority, endpoint: Endpoint, runtime: Daemon) -> N
     (CLUSTER.config / "kubelet.yaml").write_text(config.kubelet(CLUSTER.pki))
     proxy = config.kube_proxy(_kubeconfig("kube-proxy"), masquerade_all=masquerade_all)
     (CLUSTER.config / "kube-proxy.yaml").write_text(proxy)
-    (CLUSTER.config / "Corefile").write_text(config.corefile(_kubeconfig("coredns")))
+    (CLUSTER.config / "Corefile").write_text(config.corefile(_kubeconfig("coredns"), _resolv_conf()))
     kubelet_flags: dict[str, str | Path | int] = {
         "config": CLUSTER.config / "kubelet.yaml",
         "kubeconfig": _kubeconfig("kubelet"),
@@ -136,6 +136,11 @@ def stop_pods() -> None:
     if store.answers():
         count = store.remove_containers()
         step(f"removed {count} containers")
+
+
+def _resolv_conf() -> str:
+    file = Path("/etc/resolv.conf")
+    return file.read_text(errors="replace") if file.exists() else ""
 
 
 def _kubeconfig(name: str) -> Path:

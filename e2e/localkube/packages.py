@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -66,6 +67,8 @@ def install(names: Iterable[str]) -> None:
             f"missing: {', '.join(wanted)}, and this machine has no apt-get",
             hint="use Debian 12 or newer, or a cluster you have: CLUSTER=current",
         )
+    if os.geteuid() != 0:
+        raise Failure(f"missing: {', '.join(wanted)}", hint=f"as root: apt-get install {' '.join(wanted)}")
     step(f"installing {', '.join(wanted)}")
     # --no-remove: Docker's own containerd package, for example, may not have to go.
     command = ["apt-get", "install", "--yes", "--no-install-recommends", "--no-remove", *wanted]

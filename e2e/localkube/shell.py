@@ -21,6 +21,7 @@ def run(
     cwd: Path | None = None,
     stdin: str | None = None,
     log: Path | None = None,
+    timeout: float | None = None,
     doing: str = "",
     hint: str = "",
 ) -> str:
@@ -29,7 +30,7 @@ def run(
     `doing` names what may take long: then a line tells every ten seconds that it goes on.
     """
     with heartbeat(doing, log) if doing else contextlib.nullcontext():
-        result = attempt(*argv, env=env, cwd=cwd, stdin=stdin, log=log)
+        result = attempt(*argv, env=env, cwd=cwd, stdin=stdin, log=log, timeout=timeout)
     if result.returncode:
         said = result.stderr or result.stdout or ""
         words = [f"{_name(argv)} ended with {result.returncode}", *said.strip().splitlines()[-6:]]

@@ -58,7 +58,7 @@ def remove_containers() -> int:
         shell.attempt(*CTR, "tasks", "delete", "--force", task, timeout=20)
     containers = shell.run(*CTR, "containers", "list", "--quiet").split()
     if containers:
-        shell.run(*CTR, "containers", "delete", *containers)
+        shell.run(*CTR, "containers", "delete", *containers, timeout=60)
     return len(containers)
 
 

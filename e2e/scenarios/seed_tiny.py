@@ -3,6 +3,7 @@
     python seed_tiny.py oci://registry/e2e
 
 `<root>/base:tiny` a randomly initialised Qwen2 of about 0.13 M parameters with its tokenizer,
+`<root>/encoder:tiny` a randomly initialised BERT,
 `<root>/data:tiny` the files train.jsonl (messages), prompts.jsonl (messages without the answer) and heldout.jsonl.
 The task: name colour and shape.
 """
@@ -97,18 +98,29 @@ def make_base(folder: Path, texts: list[str]) -> None:
     model.save_pretrained(folder, safe_serialization=True)
 
 
+def make_encoder(folder: Path, base: Path) -> None:
+    """A BERT with random weights and the tokenizer of `base`: no causal language model."""
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=512, **shape)).save_pretrained(folder, safe_serialization=True)
+
+
 def main(root: str) -> None:
     sets = splits()
     texts = [turn["content"] for row in sets["train"] for turn in row["messages"]]
     with tempfile.TemporaryDirectory() as scratch:
-        base, data = Path(scratch, "base"), Path(scratch, "data")
-        base.mkdir()
-        data.mkdir()
+        base, data, encoder = Path(scratch, "base"), Path(scratch, "data"), Path(scratch, "encoder")
+        for folder in (base, data, encoder):
+            folder.mkdir()
         make_base(base, texts)
+        make_encoder(encoder, base)
         for name, rows in sets.items():
             lines = [json.dumps(row, ensure_ascii=False) for row in rows]
             Path(data, f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(push(base, f"{root}/base:tiny", Manifest(kind="model", format="safetensors"))[0])
+        print(push(encoder, f"{root}/encoder:tiny", Manifest(kind="model", format="safetensors"))[0])
         print(push(data, f"{root}/data:tiny", Manifest(kind="dataset", format="jsonl"))[0])
 
 

@@ -5,6 +5,7 @@ import json
 from openai import OpenAI
 
 from kit.kubectl import Kubectl, wait_for
+from kit.load import traffic
 from kit.objects import (
     SMALL_POD,
     STORE,
@@ -17,7 +18,6 @@ from kit.objects import (
     obj,
     quantize,
 )
-from kit.traffic import Traffic
 
 CANARY = {
     "steps": [{"weight": 20, "pauseSeconds": 5}, {"weight": 60, "pauseSeconds": 5}],
@@ -69,7 +69,7 @@ def chain() -> list[dict[str, object]]:
     ]
 
 
-def test_chain(space: Kubectl, seeded: str) -> None:
+def test_chain(space: Kubectl, seeded: str, images: dict[str, str]) -> None:
     space.apply(*chain())
     teacher = space.wait_ready("finetunejob", "teacher", 240)
     assert teacher["status"]["metrics"]["exactMatch"] > 0.3, teacher["status"]
@@ -91,21 +91,20 @@ def test_chain(space: Kubectl, seeded: str) -> None:
         )
         assert set(json.loads(answer.choices[0].message.content or "")) == {"colour", "shape"}
 
-        before = (space.get("modeldeployment", "shop") or {})["status"]["stable"]["revision"]
-        with Traffic(f"{url}/v1", "shop", ["I want a tiny red box", "blue ring please, huge one"]) as traffic:
-            wait_for("traffic flows", lambda: traffic.tally.sent > 5, 30)
-            space.patch("modeldeployment", "shop", {"spec": {"model": {"ref": {"name": "student-int4"}}}})
-            weights = set()
+    shop = (space.get("modeldeployment", "shop") or {})["status"]
+    prompts = ["I want a tiny red box", "blue ring please, huge one"]
+    with traffic(space, images["server"], shop["endpoint"], "shop", prompts):
+        space.patch("modeldeployment", "shop", {"spec": {"model": {"ref": {"name": "student-int4"}}}})
+        weights = set()
 
-            def promoted() -> bool:
-                status = (space.get("modeldeployment", "shop") or {})["status"]
-                weights.add(status.get("weight"))
-                return bool(status["stable"]["revision"] != before and not status.get("candidate"))
+        def promoted() -> bool:
+            status = (space.get("modeldeployment", "shop") or {})["status"]
+            weights.add(status.get("weight"))
+            return bool(status["stable"]["revision"] != shop["stable"]["revision"] and not status.get("candidate"))
 
-            wait_for("the candidate is promoted", promoted, 180)
-            space.wait_ready("modeldeployment", "shop", 60)
-        assert traffic.tally.lost == 0, traffic.tally
-        assert {20, 60} <= weights, f"weights seen: {weights}\n{describe(space)}"
+        wait_for("the candidate is promoted", promoted, 180)
+        space.wait_ready("modeldeployment", "shop", 60)
+    assert {20, 60} <= weights, f"weights seen: {weights}\n{describe(space)}"
 
     lineage = (space.get("modeldeployment", "shop") or {})["status"]["lineage"]["parents"]
     uris = " ".join(parent["uri"] for parent in lineage)

@@ -3,9 +3,9 @@
 import re
 from typing import Any
 
-from kit import chart
 from kit.kubectl import Kubectl, Object, wait_for
 from kit.objects import SMALL_POD, STORE, TRAINING, dataset, describe, finetune, obj
+from kit.teacher import Teacher
 
 
 def status_of(kube: Kubectl, kind: str, name: str) -> dict[str, Any]:
@@ -76,161 +76,48 @@ def test_suspend_keeps_what_was_done(space: Kubectl, seeded: str) -> None:
     assert resumed_at(space, "pausing") > 0
 
 
-TEACHER = """
-import json, http.server
-class Teacher(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    asked = 0
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        words = body["messages"][-1]["content"].replace(",", " ").split()
-        colour = next((w for w in words if w in "red green blue black white yellow pink brown".split()), "")
-        shape = next((w for w in words if w in "box ball cone ring plate stick".split()), "")
-        text = json.dumps({"colour": colour, "shape": shape})
-        Teacher.asked += 1
-        self.reply({"id": "x", "object": "chat.completion", "created": 0, "model": body["model"],
-                    "choices": [{"index": 0, "finish_reason": "stop",
-                                 "message": {"role": "assistant", "content": text}}],
-                    "usage": {"prompt_tokens": 9, "completion_tokens": 9, "total_tokens": 18}})
-    def do_GET(self):
-        self.reply({"asked": Teacher.asked})
-    def reply(self, what):
-        data = json.dumps(what).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-    def log_message(self, *_): pass
-http.server.ThreadingHTTPServer(("", 8000), Teacher).serve_forever()
-"""
-
-
-def teacher_objects(image: str) -> list[Object]:
-    """A scripted teacher behind a Service; scaled to 0 it is down."""
-    labels = {"app": "teacher"}
-    return [
-        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "teacher"}, "data": {"teacher.py": TEACHER}},
-        {
-            "apiVersion": "v1",
-            "kind": "Service",
-            "metadata": {"name": "teacher"},
-            "spec": {"selector": labels, "ports": [{"port": 8000}]},
-        },
-        {
-            "apiVersion": "apps/v1",
-            "kind": "Deployment",
-            "metadata": {"name": "teacher"},
-            "spec": {
-                "replicas": 0,
-                "selector": {"matchLabels": labels},
-                "template": {
-                    "metadata": {"labels": labels},
-                    "spec": {
-                        "securityContext": {
-                            "runAsNonRoot": True,
-                            "runAsUser": 65532,
-                            "seccompProfile": {"type": "RuntimeDefault"},
-                        },
-                        "containers": [
-                            {
-                                "name": "teacher",
-                                "image": image,
-                                "imagePullPolicy": "Never",
-                                "command": ["python", "/files/teacher.py"],
-                                "readinessProbe": {"httpGet": {"path": "/", "port": 8000}, "periodSeconds": 1},
-                                "securityContext": {
-                                    "allowPrivilegeEscalation": False,
-                                    "capabilities": {"drop": ["ALL"]},
-                                },
-                                "volumeMounts": [{"name": "files", "mountPath": "/files"}],
-                            }
-                        ],
-                        "volumes": [{"name": "files", "configMap": {"name": "teacher"}}],
-                    },
-                },
-            },
-        },
-    ]
-
-
-def test_teacher_down_then_back(space: Kubectl, seeded: str, images: dict[str, str]) -> None:
-    space.apply(*teacher_objects(images["operator"]))
+def test_teacher_down_in_mid_generation_then_back(space: Kubectl, seeded: str, images: dict[str, str]) -> None:
+    teacher = Teacher(space, images["operator"], "down-after", "40")
     space.apply(
         obj(
             "DistillationJob",
             "student",
             {
-                "teacher": {"endpoint": {"url": f"http://teacher.{space.namespace}.svc:8000/v1", "model": "any"}},
+                "teacher": {"endpoint": teacher.endpoint},
                 "student": {"uri": f"{STORE}/base:tiny"},
                 "data": {"prompts": {**dataset("prompts.jsonl"), "limit": 100}},
                 "training": {**TRAINING, "maxSteps": 20},
                 "pod": SMALL_POD,
+                "backoffLimit": 0,
             },
         )
     )
+    teacher.answered(40, 120)
 
     def says_so() -> bool:
-        status = status_of(space, "distillationjob", "student")
-        words = str(status.get("progress")) + str(status.get("conditions")) + str(status.get("lastFailure"))
-        return "teacher" in words.lower() and "unavailable" in words.lower()
+        progress = status_of(space, "distillationjob", "student").get("progress") or {}
+        return "Teacher unavailable" in progress.get("message", "")
 
-    wait_for("status says that the teacher is unavailable", says_so, 120)
+    wait_for("status says that the teacher is unavailable", says_so, 60)
     assert (space.condition("distillationjob", "student", "Stalled") or {}).get("status") != "True", describe(space)
-    space.run("scale", "deployment/teacher", "--replicas=1")
+    first = space.list("pods", "slmops.dev/owner=student")[0]["metadata"]["name"]
+    space.delete("pod", first)  # its answers were paid for: the next pod must know them
+    wait_for("another pod", lambda: [p for p in worker_pods(space, "student") if p != first], 60)
+    teacher.revive()
     done = space.wait_ready("distillationjob", "student", 240)
     assert done["status"]["metrics"]["answers"] == 100, done["status"]["metrics"]
+    assert done["status"]["attempts"] == 0, done["status"]
+    asked = teacher.asked()
+    assert len(asked) == 100
+    assert max(asked.values()) == 1, f"asked twice: {[q for q, times in asked.items() if times > 1]}"
 
 
-def test_quota_forbids_the_pod_then_grows(space: Kubectl, seeded: str) -> None:
-    quota = {
-        "apiVersion": "v1",
-        "kind": "ResourceQuota",
-        "metadata": {"name": "small"},
-        "spec": {"hard": {"limits.memory": "1Gi"}},
-    }
-    space.apply(quota)
-    space.apply(finetune("squeezed", training={**TRAINING, "maxSteps": 5}, evaluation=None))
-
-    def forbidden() -> bool:
-        ready = space.condition("finetunejob", "squeezed", "Ready") or {}
-        return ready.get("reason") == "QuotaExceeded" and "quota" in ready.get("message", "")
-
-    wait_for("the condition names the quota", forbidden, 60)
-    space.delete("resourcequota", "small")
-    space.wait_ready("finetunejob", "squeezed", 240)
+def worker_pods(kube: Kubectl, owner: str) -> list[str]:
+    """Names."""
+    return [pod["metadata"]["name"] for pod in kube.list("pods", f"slmops.dev/owner={owner}")]
 
 
-def test_missing_secret_mends_itself(space: Kubectl, seeded: str) -> None:
-    space.apply(
-        finetune(
-            "locked",
-            base={"uri": f"{STORE}/base:tiny", "secretRef": {"name": "later"}},
-            training={**TRAINING, "maxSteps": 5},
-            evaluation=None,
-        )
-    )
-
-    def said() -> bool:
-        ready = space.condition("finetunejob", "locked", "Ready") or {}
-        return ready.get("reason") == "SecretNotFound" and "later" in ready.get("message", "")
-
-    wait_for("the condition names the Secret", said, 30)
-    assert not space.list("pods"), "no pod may run before its Secret is there"
-    space.apply(
-        {
-            "apiVersion": "v1",
-            "kind": "Secret",
-            "metadata": {"name": "later"},
-            "type": "kubernetes.io/dockerconfigjson",
-            "stringData": {".dockerconfigjson": '{"auths": {}}'},
-        }
-    )
-    space.wait_ready("finetunejob", "locked", 180)
-
-
-def test_a_gpu_job_lands_on_the_node_that_has_one(space: Kubectl, seeded: str) -> None:
-    node = space.list("nodes")[0]["metadata"]["name"]
+def test_a_gpu_job_lands_on_the_node_that_has_one(space: Kubectl, seeded: str, gpu_node: str) -> None:
     gpu = "nvidia.com/gpu"
     pod = {
         "resources": {"limits": {"memory": "3Gi", gpu: 1}},
@@ -245,18 +132,13 @@ def test_a_gpu_job_lands_on_the_node_that_has_one(space: Kubectl, seeded: str) -
 
     wait_for("the condition says that no node has a GPU", waits, 60)
     try:
-        space.patch("node", node, {"status": {"capacity": {gpu: "1"}, "allocatable": {gpu: "1"}}}, subresource="status")
+        space.patch(
+            "node", gpu_node, {"status": {"capacity": {gpu: "1"}, "allocatable": {gpu: "1"}}}, subresource="status"
+        )
         space.wait_ready("finetunejob", "accelerated", 180)
         limits = [p["spec"]["containers"][0]["resources"]["limits"] for p in space.list("pods")]
         assert all(limit[gpu] == "1" for limit in limits), limits
     finally:
         space.patch(
-            "node", node, {"status": {"capacity": {gpu: None}, "allocatable": {gpu: None}}}, subresource="status"
+            "node", gpu_node, {"status": {"capacity": {gpu: None}, "allocatable": {gpu: None}}}, subresource="status"
         )
-
-
-def test_names_of_63_characters(space: Kubectl, seeded: str) -> None:
-    name = "a" * 60 + "-63"
-    assert chart.RELEASE not in name
-    space.apply(finetune(name, training={**TRAINING, "maxSteps": 5}, evaluation=None))
-    space.wait_ready("finetunejob", name, 180)

@@ -1,114 +1,43 @@
-"""The node itself: what every other scenario stands on."""
+"""The node itself: what every other scenario stands on. Nothing is skipped: without a node it fails."""
 
-from __future__ import annotations
-
-import json
-import subprocess
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-LOCAL = Path(__file__).resolve().parents[2] / ".local"
-IMAGES = LOCAL / "images.json"
-BASE = json.loads(IMAGES.read_text()).get("base", "") if IMAGES.exists() else ""
+from kit import chart, pods
+from kit.kubectl import Kubectl, KubectlError, Object, wait_for
 
-pytestmark = pytest.mark.skipif(not BASE, reason="needs `localkube up` and `localkube build base`")
-
-Manifest = dict[str, Any]
-RESTRICTED: Manifest = {
-    "runAsNonRoot": True,
-    "runAsUser": 65532,
-    "allowPrivilegeEscalation": False,
-    "readOnlyRootFilesystem": True,
-    "capabilities": {"drop": ["ALL"]},
-    "seccompProfile": {"type": "RuntimeDefault"},
-}
-
-
-class Kubectl:
-    """kubectl in one namespace."""
-
-    def __init__(self, namespace: str) -> None:
-        self.namespace = namespace
-
-    def attempt(self, *words: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-        argv = [str(LOCAL / "bin" / "kubectl"), "--kubeconfig", str(LOCAL / "kubeconfig"), "-n", self.namespace, *words]
-        return subprocess.run(argv, input=stdin, capture_output=True, text=True, check=False, timeout=120)
-
-    def __call__(self, *words: str, stdin: str | None = None) -> str:
-        done = self.attempt(*words, stdin=stdin)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def apply(self, *manifests: Manifest) -> None:
-        self("apply", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": list(manifests)}))
-
-    def get(self, kind: str, name: str) -> Manifest:
-        found: Manifest = json.loads(self("get", kind, name, "-o", "json"))
-        return found
+NAMESPACE = "node-basics"
+LIMITS: Object = {"requests": {"cpu": "10m", "memory": "32Mi"}, "limits": {"memory": "64Mi"}}
+GPU = "nvidia.com/gpu"
 
 
 @pytest.fixture(scope="module")
-def kubectl() -> Iterator[Kubectl]:
-    in_namespace = Kubectl("node-basics")
-    in_namespace("delete", "namespace", in_namespace.namespace, "--ignore-not-found", "--wait")
-    label = {"pod-security.kubernetes.io/enforce": "restricted"}
-    in_namespace.apply(
-        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": in_namespace.namespace, "labels": label}}
-    )
-    wait_until(lambda: in_namespace.attempt("get", "serviceaccount", "default").returncode == 0)
-    yield in_namespace
-    in_namespace("delete", "namespace", in_namespace.namespace, "--wait=false")
+def kubectl(installed: Kubectl) -> Iterator[Kubectl]:
+    """kubectl in an empty namespace that admits restricted pods only."""
+    kube = installed.within(NAMESPACE)
+    kube.delete("namespace", NAMESPACE)
+    kube.apply(chart.namespace(NAMESPACE))
+    wait_for("the namespace has its account", lambda: kube.get("serviceaccount", "default"), 30)
+    yield kube
+    kube.delete("namespace", NAMESPACE, wait=False)
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.2)
+def pod(name: str, script: str, *, mounts: dict[str, Object] | None = None, token: bool = False, **more: Any) -> Object:
+    """A pod that runs a few lines of Python; `more`: fields of its container."""
+    image = chart.running_images(Kubectl(NAMESPACE))["operator"]  # any that has Python
+    made = pods.spec(image, ["python3", "-c", script], mounts=mounts, token=token, **{"resources": LIMITS, **more})
+    return pods.pod(name, made)
 
 
-def pod(name: str, script: str, **extra: Any) -> Manifest:
-    """A pod that runs a few lines of Python under the `restricted` Pod Security level."""
-    volumes = extra.pop("volumes", [])
-    token = extra.pop("token", False)
-    container = {
-        "name": "main",
-        "image": BASE,
-        "command": ["python3", "-c", script],
-        "securityContext": RESTRICTED,
-        "resources": {"requests": {"cpu": "10m", "memory": "32Mi"}, "limits": {"memory": "64Mi"}},
-        "volumeMounts": [{"name": v["name"], "mountPath": f"/{v['name']}"} for v in volumes],
-        **extra,
-    }
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": name, "labels": {"app": name}},
-        "spec": {
-            "restartPolicy": "Never",
-            "automountServiceAccountToken": token,
-            "terminationGracePeriodSeconds": 1,
-            "containers": [container],
-            "volumes": volumes,
-        },
-    }
-
-
-def finish(kubectl: Kubectl, manifest: Manifest) -> tuple[Manifest, str]:
+def finish(kubectl: Kubectl, manifest: Object) -> tuple[Object, str]:
     """Run a pod to its end; return the state its container ended in, and its log."""
     name = manifest["metadata"]["name"]
     kubectl.apply(manifest)
-
-    def ended() -> bool:
-        return kubectl.get("pod", name)["status"].get("phase") in ("Succeeded", "Failed")
-
-    wait_until(ended)
-    state: Manifest = kubectl.get("pod", name)["status"]["containerStatuses"][0]["state"]["terminated"]
-    return state, kubectl("logs", name)
+    wait_for(f"pod/{name} ends", lambda: pods.phase(kubectl, name) in ("Succeeded", "Failed"), 60, every=0.2)
+    state: Object = (kubectl.get("pod", name) or {})["status"]["containerStatuses"][0]["state"]["terminated"]
+    return state, kubectl.run("logs", name)
 
 
 def test_a_restricted_pod_runs_as_its_user_and_cannot_write_to_its_image(kubectl: Kubectl) -> None:
@@ -121,9 +50,8 @@ def test_a_restricted_pod_runs_as_its_user_and_cannot_write_to_its_image(kubectl
 
 def test_pod_security_refuses_a_root_pod(kubectl: Kubectl) -> None:
     manifest = pod("root", "pass", securityContext={"runAsUser": 0})
-    refused = kubectl.attempt("apply", "-f", "-", stdin=json.dumps(manifest))
-    assert refused.returncode != 0
-    assert 'violates PodSecurity "restricted' in refused.stderr
+    with pytest.raises(KubectlError, match='violates PodSecurity "restricted'):
+        kubectl.apply(manifest)
 
 
 def test_a_pod_over_its_memory_limit_ends_as_oomkilled(kubectl: Kubectl) -> None:
@@ -150,7 +78,7 @@ def test_a_service_is_reached_by_its_name_from_another_pod(kubectl: Kubectl) -> 
             "spec": {"selector": {"app": "web"}, "ports": [{"port": 80, "targetPort": 8080}]},
         },
     )
-    kubectl("wait", "--for=condition=Ready", "pod/web", "--timeout=60s")
+    kubectl.run("wait", "--for=condition=Ready", "pod/web", "--timeout=60s")
     script = (
         "import urllib.request as u\n"
         "for name in ['web', 'web.node-basics.svc.cluster.local']:\n"
@@ -177,17 +105,17 @@ def test_a_pod_reaches_the_api_server_with_its_token(kubectl: Kubectl) -> None:
 
 def test_exec_reaches_a_running_pod(kubectl: Kubectl) -> None:
     kubectl.apply(pod("idle", "import time; time.sleep(600)"))
-    kubectl("wait", "--for=condition=Ready", "pod/idle", "--timeout=60s")
-    assert kubectl("exec", "idle", "--", "python3", "-c", "print(6 * 7)").strip() == "42"
+    kubectl.run("wait", "--for=condition=Ready", "pod/idle", "--timeout=60s")
+    assert kubectl.run("exec", "idle", "--", "python3", "-c", "print(6 * 7)").strip() == "42"
 
 
 def test_a_claim_binds_and_a_non_root_pod_writes_to_it(kubectl: Kubectl) -> None:
     spec = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
     kubectl.apply({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "data"}, "spec": spec})
-    volumes = [{"name": "data", "persistentVolumeClaim": {"claimName": "data"}}]
-    state, log = finish(kubectl, pod("writer", "open('/data/x', 'w').write('kept')", volumes=volumes))
+    mounts: dict[str, Object] = {"/data": {"persistentVolumeClaim": {"claimName": "data"}}}
+    state, log = finish(kubectl, pod("writer", "open('/data/x', 'w').write('kept')", mounts=mounts))
     assert state["exitCode"] == 0, log
-    _, log = finish(kubectl, pod("reader", "print(open('/data/x').read())", volumes=volumes))
+    _, log = finish(kubectl, pod("reader", "print(open('/data/x').read())", mounts=mounts))
     assert log.strip() == "kept"
 
 
@@ -195,4 +123,38 @@ def test_a_job_completes(kubectl: Kubectl) -> None:
     template = pod("job", "print('done')")["spec"]
     job = {"template": {"spec": template}, "backoffLimit": 0}
     kubectl.apply({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "once"}, "spec": job})
-    kubectl("wait", "--for=condition=Complete", "job/once", "--timeout=60s")
+    kubectl.run("wait", "--for=condition=Complete", "job/once", "--timeout=60s")
+
+
+def test_an_extended_resource_is_counted_as_a_gpu_is(kubectl: Kubectl, gpu_node: str) -> None:
+    """One GPU, two pods that want it: one runs, the other one waits until it is free."""
+    limits: dict[str, Any] = {"resources": {"limits": {"memory": "64Mi", GPU: "1"}}}
+
+    def running() -> list[str]:
+        return [n for n in ("gpu-1", "gpu-2") if pods.phase(kubectl, n) == "Running"]
+
+    try:
+        kubectl.apply(*(pod(name, "import time; time.sleep(600)", **limits) for name in ("gpu-1", "gpu-2")))
+        wait_for("both wait", lambda: unschedulable(kubectl, "gpu-1") and unschedulable(kubectl, "gpu-2"), 30)
+        with_gpu(kubectl, gpu_node, "1")
+        (first,) = wait_for("one runs", running, 60)
+        (second,) = {"gpu-1", "gpu-2"} - {first}
+        assert f"Insufficient {GPU}" in unschedulable(kubectl, second)
+        kubectl.delete("pod", first)
+        wait_for("then the other one", lambda: running() == [second], 60)
+    finally:
+        for name in ("gpu-1", "gpu-2"):
+            kubectl.delete("pod", name)
+        with_gpu(kubectl, gpu_node, None)
+
+
+def unschedulable(kubectl: Kubectl, name: str) -> str:
+    """The scheduler's message; empty while it has none."""
+    conditions = ((kubectl.get("pod", name) or {}).get("status") or {}).get("conditions") or []
+    return next((c["message"] for c in conditions if c.get("reason") == "Unschedulable"), "")
+
+
+def with_gpu(kubectl: Kubectl, node: str, count: str | None) -> None:
+    """As a device plugin would: the node's capacity; None takes it away."""
+    patch = {"status": {"capacity": {GPU: count}, "allocatable": {GPU: count}}}
+    kubectl.patch("node", node, patch, subresource="status")

@@ -1,14 +1,15 @@
 """Rollouts under continuous traffic on the node: no request is lost, whatever happens to operator or candidate."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 
 from kit import chart
 from kit.kubectl import Kubectl, wait_for
+from kit.load import Load, traffic
 from kit.objects import TRAINING, deployment, describe, finetune, quantize
-from kit.traffic import Traffic
 
 PROMPTS = ["I want a tiny red box", "blue ring please, huge one", "send me the green cone, small"]
 STEPS = [{"weight": 20, "pauseSeconds": 4}, {"weight": 50, "pauseSeconds": 4}]
@@ -65,55 +66,77 @@ def serves(kube: Kubectl, model: str, timeout: float = 180) -> None:
 
 
 def phase_is(kube: Kubectl, *phases: str, timeout: float = 120) -> dict[str, Any]:
-    return wait_for(f"phase {phases}", lambda: (s := status(kube))["phase"] in phases and s, timeout)
+    return wait_for(f"phase {phases}", lambda: s if (s := status(kube))["phase"] in phases else None, timeout)
 
 
-def test_operator_killed_at_every_phase(shop: Kubectl) -> None:
+@pytest.fixture
+def requests(shop: Kubectl, images: dict[str, str]) -> AbstractContextManager[Load]:
+    """Continuous requests while its block runs; fails at the end if one was lost."""
+    return traffic(shop, images["server"], status(shop)["endpoint"], "shop", PROMPTS)
+
+
+PHASES = [("Preparing", 0), ("Step", 0), ("Step", 1), ("Promoting", 1), ("Draining", 0)]
+
+
+def test_operator_killed_at_every_phase(shop: Kubectl, requests: AbstractContextManager[Load]) -> None:
     system = shop.within(chart.NAMESPACE)
+    pods = ("pod", "-l", "app.kubernetes.io/name=slmops-operator")
+    left = list(PHASES)
 
-    def kill_operator() -> None:
-        system.run("delete", "pod", "-l", "app.kubernetes.io/name=slmops-operator", "--grace-period=0", "--force")
+    def ended() -> bool:
+        now = status(shop)
+        phase, step = now["rollout"]["phase"], now["rollout"]["step"]
+        here = next((each for each in left if each[0] == phase and (each[1] == step or phase != "Step")), None)
+        if here:
+            left.remove(here)
+            system.run("delete", *pods, "--grace-period=0", "--force")
+        return bool(phase == "Stable" and now["stable"]["source"] == "QuantizedModel/two")
 
-    with shop.port_forward("service/shop", 8000) as url, Traffic(f"{url}/v1", "shop", PROMPTS) as traffic:
-        wait_for("traffic flows", lambda: traffic.tally.sent > 5, 30)
+    with requests:
         roll_to(shop, "two")
-        seen: set[tuple[str, int]] = set()
-
-        def moved_on() -> bool:
-            now = status(shop)
-            here = (now["rollout"]["phase"], now["rollout"]["step"])
-            if here not in seen and now.get("candidate"):
-                seen.add(here)
-                kill_operator()
-            return bool(now["stable"]["source"] == "QuantizedModel/two" and not now.get("candidate"))
-
-        wait_for("the rollout ends", moved_on, 240)
-        assert len(seen) >= 3, f"killed only in {seen}"
+        wait_for("the rollout ends", ended, 240, every=0.1)
         serves(shop, "two")
-    assert traffic.tally.lost == 0, traffic.tally
+    assert not left, f"never seen: {left}"
 
 
-def test_slow_candidate_is_rolled_back(shop: Kubectl) -> None:
+def candidate_pods(kube: Kubectl, revision: str) -> int:
+    """Pods that the candidate's Deployment is to have."""
+    found = kube.list("deployments", f"slmops.dev/owner=shop,slmops.dev/revision={revision}")
+    return int(found[0]["spec"]["replicas"]) if found else 0
+
+
+def test_slow_candidate_is_rolled_back_weight_first(shop: Kubectl, requests: AbstractContextManager[Load]) -> None:
     analysis = {**ANALYSIS, "metrics": [{"name": "p95", "builtin": "latencyP95", "max": 0.0001}]}
     before = status(shop)["stable"]["revision"]
-    with shop.port_forward("service/shop", 8000) as url, Traffic(f"{url}/v1", "shop", PROMPTS) as traffic:
+    history: list[tuple[int, int]] = []  # (weight, pods) of the candidate: pods are read after the weight
+
+    def gone() -> bool:
+        now = status(shop)
+        revision = (now.get("candidate") or {}).get("revision", before)
+        if revision != before:
+            history.append((now.get("weight") or 0, candidate_pods(shop, revision)))
+        return bool(now["rollout"]["phase"] == "RolledBack" and history[-1] == (0, 0))
+
+    with requests as load:
         roll_to(shop, "three", analysis=analysis, steps=STEPS)
-        now = phase_is(shop, "RolledBack", timeout=180)
+        wait_for("the candidate is rolled back and its pods are gone", gone, 240, every=0.1)
+        fell = max(index for index, (weight, _) in enumerate(history) if weight)
+        assert history[fell][1] > 0, f"pods went before the weight: {history}"
+        assert history[fell + 1] == (0, history[fell][1]), f"weight and pods went at once: {history}"
+        now = status(shop)
         assert now["stable"]["revision"] == before
-        wait_for("the candidate has no weight", lambda: not status(shop).get("weight"), 30)
         stalled = shop.condition("modeldeployment", "shop", "Stalled") or {}
         assert stalled["status"] == "True", describe(shop)
         assert "p95" in stalled["message"], stalled
         assert (shop.condition("modeldeployment", "shop", "Available") or {})["status"] == "True"
+        load.flows(20)
         roll_to(shop, now["stable"]["source"].split("/")[1], analysis=ANALYSIS, steps=STEPS)
         shop.wait_ready("modeldeployment", "shop", 60)
-    assert traffic.tally.sent > 20
-    assert traffic.tally.lost == 0, traffic.tally
 
 
-def test_candidate_that_never_starts_is_rolled_back(shop: Kubectl) -> None:
+def test_candidate_that_never_starts_is_rolled_back(shop: Kubectl, requests: AbstractContextManager[Load]) -> None:
     before = status(shop)["stable"]
-    with shop.port_forward("service/shop", 8000) as url, Traffic(f"{url}/v1", "shop", PROMPTS) as traffic:
+    with requests as load:
         shop.patch(
             "modeldeployment",
             "shop",
@@ -121,18 +144,18 @@ def test_candidate_that_never_starts_is_rolled_back(shop: Kubectl) -> None:
         )
         phase_is(shop, "RolledBack", timeout=120)
         assert status(shop)["stable"]["revision"] == before["revision"]
+        load.flows(20)
         shop.patch(
             "modeldeployment", "shop", {"spec": {"engine": {"args": None}, "rollout": {"progressDeadlineSeconds": 600}}}
         )
         shop.wait_ready("modeldeployment", "shop", 60)
-    assert traffic.tally.lost == 0, traffic.tally
 
 
-def test_third_revision_supersedes_and_revert_comes_home(shop: Kubectl) -> None:
+def test_third_revision_supersedes_and_revert_comes_home(shop: Kubectl, requests: AbstractContextManager[Load]) -> None:
     long = [{"weight": 30, "pauseSeconds": 600}]
     home = status(shop)["stable"]["source"].split("/")[1]
     second, third = [m for m in ("one", "two", "three") if m != home]
-    with shop.port_forward("service/shop", 8000) as url, Traffic(f"{url}/v1", "shop", PROMPTS) as traffic:
+    with requests:
         roll_to(shop, second, steps=long)
         wait_for("the second has traffic", lambda: status(shop).get("weight") == 30, 120)
         roll_to(shop, third)
@@ -145,7 +168,6 @@ def test_third_revision_supersedes_and_revert_comes_home(shop: Kubectl) -> None:
         assert status(shop)["stable"]["source"] == f"QuantizedModel/{home}"
         roll_to(shop, home, steps=STEPS)
         serves(shop, home, timeout=90)
-    assert traffic.tally.lost == 0, traffic.tally
 
 
 def test_scale_and_delete(shop: Kubectl) -> None:

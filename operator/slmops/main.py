@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from pydantic import ValidationError
 
@@ -14,7 +14,7 @@ from slmops import __version__
 from slmops.cluster.kube import KubeCluster, configuration
 from slmops.cluster.port import ClusterError, Key
 from slmops.handlers import logs, probes
-from slmops.handlers.known import Known, Note
+from slmops.handlers.known import Known
 from slmops.handlers.metrics import Metrics
 from slmops.handlers.schedule import Schedule
 from slmops.handlers.watches import Watches
@@ -49,25 +49,29 @@ def main() -> int:
 async def run(settings: Settings) -> None:
     """Put the parts together and serve. Raises ClusterError, OSError where that is impossible."""
     metrics, known = Metrics(), Known()
+
+    def wake(keys: Iterable[Key]) -> None:
+        for key in keys:
+            if key.kind in driver.reconcilers:
+                work.poke(key)
+
     cluster = KubeCluster(configuration(), threads=settings.workers, on_call=metrics.on_call)
-    driver = Driver(cluster, settings, reconcilers(), pusher(settings))
+    driver = Driver(cluster, settings, reconcilers(), pusher(settings), metrics.on_end, metrics.on_count)
     work = Work(
         driver.run,
         Schedule[Key](lambda: random.uniform(-1, 1)),  # noqa: S311  # spreads load, guards nothing
         workers=settings.workers,
         on_pass=metrics.on_pass,
+        on_gone=lambda key: wake(known.gone(key)),
     )
     metrics.observe(work, known)
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
-
-    def take(note: Note) -> None:
-        for key in known.concerned(note):
-            if key.kind in driver.reconcilers:
-                work.poke(key)
-
     namespaces = [name.strip() for name in settings.namespaces.split(",") if name.strip()]
     watches = Watches(
-        lambda note: _soon(loop, lambda: take(note)), cluster.served, namespaces, metrics.watch_restarts.inc
+        lambda note: _soon(loop, lambda: wake(known.concerned(note))),
+        cluster.served,
+        namespaces,
+        metrics.watch_restarts.inc,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)

@@ -3,6 +3,8 @@
 import os
 from collections.abc import Mapping
 
+from pydantic import Field
+
 from slmops.api.base import Model
 
 
@@ -13,16 +15,18 @@ class Settings(Model):
     server_image: str = "docker.io/slmops/server:0.1.0"
     router_image: str = "docker.io/slmops/router:0.1.0"
     image_pull_policy: str = "IfNotPresent"
-    store: str = ""  # default output, for example oci://slmops-registry.slmops-system.svc:5000
+    store: str = Field(
+        default="", pattern=r"^$|^(oci|pvc)://[^\s]+$"
+    )  # default output, for example oci://slmops-registry.slmops-system.svc:5000
     plain_http: str = ""  # comma-separated host:port of registries spoken to without TLS
     registry_secret: str = ""  # dockerconfigjson Secret in each object's namespace for the default store
     hf_endpoint: str = ""  # a mirror of the Hugging Face Hub
     prometheus_url: str = ""
     router_key: str = ""  # from it the routers' agents' tokens are derived
     namespaces: str = ""  # comma-separated; empty: all
-    metrics_port: int = 9090
-    probe_port: int = 8080
-    workers: int = 8  # passes at once
+    metrics_port: int = Field(default=9090, ge=1, le=65535)
+    probe_port: int = Field(default=8080, ge=1, le=65535)
+    workers: int = Field(default=8, ge=1, le=64)  # passes at once
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":

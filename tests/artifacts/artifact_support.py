@@ -24,7 +24,9 @@ def free_port() -> int:
 class Registry:
     """One docker-registry process with its storage in a folder."""
 
-    def __init__(self, folder: Path, htpasswd: Path | None = None, storage: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, htpasswd: Path | None = None, storage: Path | None = None, deletes: bool = True
+    ) -> None:
         self.folder = folder
         self.storage = storage or folder / "storage"
         self.storage.mkdir(parents=True, exist_ok=True)
@@ -35,7 +37,7 @@ class Registry:
         self.config = folder / "config.yml"
         self.config.write_text(
             f"version: 0.1\nlog:\n  level: info\nstorage:\n  filesystem:\n    rootdirectory: {self.storage}\n"
-            f"  delete:\n    enabled: true\nhttp:\n  addr: {self.host}\n  secret: tests\n{auth}"
+            f"  delete:\n    enabled: {str(deletes).lower()}\nhttp:\n  addr: {self.host}\n  secret: tests\n{auth}"
         )
 
     def start(self) -> None:

@@ -93,6 +93,8 @@ class Hub:
         self.busy = 0  # answer 503 that often
         self.cut_after = 0  # close the connection after so many bytes of a body ...
         self.cuts = 0  # ... that often
+        self.stalls = 0  # ... or say nothing more, that often, after so many bytes; `released` ends it
+        self.released = threading.Event()
         self.corrupt: set[str] = set()  # paths whose content is damaged, with the right size
         self.ranges = True
         self._servers = [self._serve(host, port, "hub"), self._serve(host, 0, "storage")]
@@ -116,6 +118,7 @@ class Hub:
         return server
 
     def close(self) -> None:
+        self.released.set()
         for server in self._servers:
             server.shutdown()
             server.server_close()
@@ -263,6 +266,13 @@ class _Handler(BaseHTTPRequestHandler):
         if not send:
             return
         hub = self.hub
+        if hub.stalls > 0 and len(body) > hub.cut_after:
+            hub.stalls -= 1
+            self.wfile.write(body[: hub.cut_after])
+            self.wfile.flush()
+            hub.released.wait()
+            self.close_connection = True
+            return
         if hub.cuts > 0 and len(body) > hub.cut_after:
             hub.cuts -= 1
             self.wfile.write(body[: hub.cut_after])

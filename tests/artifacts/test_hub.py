@@ -128,6 +128,7 @@ def test_private_and_gated(hub: Hub, tmp_path: Path) -> None:
         pull("hf://org/gated", tmp_path / "gated", secret={"token": b"hf_bad\n"})
     assert caught.value.reason == "AccessDenied"
     assert "hf_bad" not in str(caught.value)
+    assert "is gated. Ask for access" in caught.value.message
 
 
 def test_the_token_stays_with_the_hub(hub: Hub, tmp_path: Path) -> None:

@@ -130,6 +130,25 @@ def test_store_and_prometheus_follow_the_values() -> None:
     assert own["SLMOPS_PROMETHEUS_URL"] == "http://prom:9090"
 
 
+def operator_key(objects: list[Object]) -> Object:
+    (operator,) = [f for f in objects if f["kind"] == "Deployment" and f["metadata"]["name"] == "slmops-operator"]
+    (container,) = operator["spec"]["template"]["spec"]["containers"]
+    (found,) = [entry for entry in container["env"] if entry["name"] == "SLMOPS_ROUTER_KEY"]
+    named: Object = found["valueFrom"]["secretKeyRef"]
+    return named
+
+
+def test_a_key_of_ones_own_makes_every_rendering_the_same() -> None:
+    flags = ("router.existingSecret=mine",)
+    first, second = render(*flags), render(*flags)
+    assert first == second
+    assert not [f for f in first if f["kind"] == "Secret"]
+    assert operator_key(first) == {"name": "mine", "key": "key"}
+    (made,) = [f for f in render() if f["kind"] == "Secret"]
+    assert made["metadata"]["name"] == operator_key(render())["name"]
+    assert made["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+
+
 @pytest.mark.parametrize(
     ("value", "word"),
     [
@@ -137,6 +156,7 @@ def test_store_and_prometheus_follow_the_values() -> None:
         ("operator.workers=0", "workers"),
         ("imagePullPolicy=Sometimes", "imagePullPolicy"),
         ("store.url=http://registry", "url"),
+        ("router.existingSecret=Not_A_Name", "existingSecret"),
         ("prometheus.url=prom:9090", "url"),
         ("watchNamespaces={UPPER}", "watchNamespaces"),
         ("registry.persistence.size=big", "size"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
+from multidict import CIMultiDict
 from tests.kube.api import Access
 
 WRITES = {"POST", "PUT", "PATCH", "DELETE"}
@@ -23,6 +24,8 @@ class Proxy:
         self.answer: int | None = None  # this status for everything, instead of asking the server
         self.writes: list[str] = []  # "PATCH /path" of every write that the server has accepted
         self.requests: list[str] = []
+        self.denied: list[str] = []  # requests that the server answered with 403
+        self.user = ""  # who asks, instead of the admin
         self.after_write: Callable[[int], bool] = lambda number: False  # True: lose the answer
         self._errors: set[asyncio.Queue[bytes]] = set()
         self._loop = asyncio.new_event_loop()
@@ -107,7 +110,11 @@ class Proxy:
         self.requests.append(f"{request.method} {request.path_qs}")
         if self.answer is not None:
             return web.json_response({"kind": "Status", "code": self.answer, "message": "scripted"}, status=self.answer)
-        headers = {name: value for name, value in request.headers.items() if name.lower() not in HOP}
+        headers = CIMultiDict({name: value for name, value in request.headers.items() if name.lower() not in HOP})
+        if self.user:
+            headers["Impersonate-User"] = self.user
+            headers.add("Impersonate-Group", "system:authenticated")
+            headers.add("Impersonate-Group", "system:serviceaccounts")
         body = await request.read()
         url = self.access.server + request.path_qs
         async with self._session.request(
@@ -117,6 +124,8 @@ class Proxy:
             if "watch=true" in request.query_string and answer.status == 200:
                 return await self._stream(request, answer, kept)
             data = await answer.read()
+            if answer.status == 403:
+                self.denied.append(f"{request.method} {request.path_qs}")
             if request.method in WRITES and answer.status < 300:
                 self.writes.append(f"{request.method} {request.path}")
                 if self.after_write(len(self.writes)):

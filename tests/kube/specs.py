@@ -149,10 +149,10 @@ EXAMPLES: dict[str, list[Object]] = {
         {
             "model": URI,
             "servedName": "mine",
-            "engine": {"name": "onnxruntime-genai", "image": "server:1", "args": ["--x"]},
+            "engine": {"name": "onnxruntime-genai", "image": "server:1", "args": ["--slots=4", "--threads", "2"]},
             "replicas": 2,
             "endpoint": {"apiKeysSecretRef": {"name": "keys"}},
-            "pod": POD,
+            "pod": {name: value for name, value in POD.items() if name != "image"},
             "rollout": {
                 "steps": [{"weight": 10, "pauseSeconds": 5}, {"weight": 50, "approval": True}],
                 "analysis": ANALYSIS,
@@ -161,6 +161,26 @@ EXAMPLES: dict[str, list[Object]] = {
             },
         },
         {"model": {"ref": {"kind": "QuantizedModel", "name": "q"}}},
+        {
+            "model": URI,
+            "pod": {"image": "server:1"},
+            "rollout": {
+                "steps": [
+                    {"weight": 0, "pauseSeconds": 1},
+                    {"weight": 5, "approval": True},
+                    {"weight": 5, "pauseSeconds": 1},
+                    {"weight": 100, "pauseSeconds": 604800},
+                ]
+            },
+        },
+        {
+            "model": URI,
+            "rollout": {
+                "steps": [{"weight": 1}, {"weight": 100}],
+                "analysis": {"metrics": [{"name": "exact", "query": "up", "min": 1.0, "max": 1.0}]},
+            },
+        },
+        {"model": URI, "rollout": {"steps": []}},
     ],
 }
 
@@ -182,7 +202,7 @@ def put(spec: Object, path: str, value: Any) -> Object:
     return copy
 
 
-QUANTIZED = {"ref": {"kind": "QuantizedModel", "name": "q"}}
+QUANTIZED = {"ref": {"kind": "QuantizedModel", "name": "q"}}  # what a ModelDeployment can name
 BOTH = {**URI, **REF}
 ONE_OF_URI_AND_REF = "give exactly one of uri and ref"
 ONE_OF_URI_AND_MAP = "give exactly one of uri and configMap"
@@ -199,7 +219,7 @@ def rejects(kind: str, message: str, *changes: Change) -> None:
 
 
 for kind, model in (
-    ("DistillationJob", "student"), ("FineTuneJob", "base"), ("QuantizedModel", "source"), ("ModelDeployment", "model"),
+    ("DistillationJob", "student"), ("FineTuneJob", "base"), ("QuantizedModel", "source"),
 ):  # fmt: skip
     rejects(kind, ONE_OF_URI_AND_REF, {model: BOTH}, {model: {}})
     rejects(kind, REF_WITHOUT_SECRET, {model: {**REF, "secretRef": {"name": "s"}}})
@@ -230,30 +250,36 @@ rejects(
     {"teacher.deploymentRef": {"name": "t"}},
     {"teacher": {}},
 )
-rejects(
-    "DistillationJob",
-    "student: a QuantizedModel is ONNX, which cannot be trained; name the model it was made from",
-    {"student": QUANTIZED},
-)
 rejects("FineTuneJob", "lora goes with method: lora", {"method": "full", "merge": None})
 rejects("FineTuneJob", "merge goes with method: lora", {"method": "full", "lora": None})
-rejects(
-    "FineTuneJob",
-    "base: a QuantizedModel is ONNX, which cannot be trained; name the model it was made from",
-    {"base": QUANTIZED},
-)
 for field in ("blockSize", "symmetric", "accuracyLevel"):
     only = {name: None for name in ("blockSize", "symmetric", "accuracyLevel") if name != field}
     rejects("QuantizedModel", f"{field} goes with precision: int4", {"precision": "fp16", **only})
-rejects(
-    "QuantizedModel",
-    "source: a QuantizedModel is quantized already; name the model it was made from",
-    {"source": QUANTIZED},
-)
+rejects("ModelDeployment", ONE_OF_URI_AND_REF, {"model": {**URI, **QUANTIZED}}, {"model": {}})
+rejects("ModelDeployment", REF_WITHOUT_SECRET, {"model": {**QUANTIZED, "secretRef": {"name": "s"}}})
 rejects("ModelDeployment", "give exactly one of builtin and query", {"rollout.analysis.metrics.0.query": "up"})
 rejects("ModelDeployment", "give max or min, or both", {"rollout.analysis.metrics.0.max": None})
 rejects(
     "ModelDeployment",
-    "model: the server runs ONNX; name a QuantizedModel (precision: fp32 keeps the weights as they are)",
-    {"model": REF},
+    "min is above max: no value can pass",
+    {"rollout.analysis.metrics.1.min": 2.5},
+)
+rejects(
+    "ModelDeployment",
+    "steps: a weight must not be below that of the step before",
+    {"rollout.steps.0.weight": 51},
+)
+rejects(
+    "ModelDeployment",
+    "steps: each needs pauseSeconds, approval, or analysis with a weight above 0; else it proves nothing",
+    {"rollout.steps": [{"weight": 10}], "rollout.analysis": None},
+    {"rollout.steps": [{"weight": 10, "approval": False}], "rollout.analysis": None},
+    {"rollout.steps": [{"weight": 0}, {"weight": 10}]},
+)
+rejects("ModelDeployment", "give engine.image or pod.image, not both", {"pod.image": "server:2"})
+rejects(
+    "ModelDeployment",
+    "args: model, served-name, host, port, metrics-port and api-keys-dir are set by the operator",
+    {"engine.args": ["--model", "/other"]},
+    {"engine.args": ["--slots=4", "--port=9000"]},
 )

@@ -25,6 +25,62 @@ def examples() -> Iterator[tuple[str, Object]]:
 
 
 EXAMPLES = list(examples())
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+COMMANDS = [
+    (page.name, line.removeprefix("$ ").strip())
+    for page in [*PAGES, ROOT / "images/artifacts/README.md"]
+    for language, text in BLOCK.findall(page.read_text())
+    if language in ("", "console")
+    for line in text.splitlines()
+]
+
+
+def deployment_with(metrics: object) -> Object:
+    """A ModelDeployment whose rollout has these metrics."""
+    spec = {
+        "model": {"uri": "oci://registry/model:1"},
+        "rollout": {"steps": [{"weight": 10}], "analysis": {"metrics": metrics}},
+    }
+    return {"apiVersion": "slmops.dev/v1alpha1", "kind": "ModelDeployment", "metadata": {"name": "x"}, "spec": spec}
+
+
+def test_every_other_yaml_is_a_list_of_metrics_that_is_accepted(api: Api) -> None:
+    texts = [(page.name, text) for page in PAGES for text in FENCE.findall(page.read_text())]
+    others = [(name, text) for name, text in texts if "apiVersion: slmops.dev/" not in text]
+    assert [name for name, _ in others] == ["metrics.md"]
+    found = deployment_with(yaml.safe_load(others[0][1]))
+    path = api.path(found["kind"])
+    body = {**found, "metadata": {"name": "x", "namespace": api.namespace}}
+    api.ask("POST", path, body, dryRun="All", fieldValidation="Strict")
+
+
+def test_make_targets_in_the_docs_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {line.split()[1] for _, line in COMMANDS if line.startswith("make ")}
+    named |= {target for page in PAGES for target in re.findall(r"`make ([a-z]+)", page.read_text())}
+    assert {"demo", "test"} <= named <= targets, named - targets
+
+
+def test_fields_that_the_docs_explain_exist() -> None:
+    paths = [line.split()[2] for _, line in COMMANDS if line.startswith("kubectl explain ")]
+    assert paths
+    for path in paths:
+        kind, *fields = path.split(".")
+        crd = yaml.safe_load((ROOT / f"crds/{kind}s.slmops.dev.yaml").read_text())
+        schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+        for field in fields:
+            schema = schema["properties"][field]
+
+
+def test_files_that_commands_of_the_docs_name_exist() -> None:
+    files = {
+        word.partition("=")[2] or word
+        for _, line in COMMANDS
+        for word in line.split()
+        if re.match(r"(PYTHONPATH=)?(charts|images|e2e|tests)/", word) and "*" not in word
+    }
+    assert files
+    assert not [file for file in files if not (ROOT / file).exists()]
 
 
 def test_every_kind_has_an_example_on_its_page() -> None:

@@ -16,6 +16,8 @@ from tests.kube.kubelet import (
     set_pod,
 )
 
+from slmops.api.run import RunSpec
+
 TUNE: Object = {"base": {"uri": "oci://r/base:1"}, "dataset": {"uri": "oci://r/data:1"}}
 JOB = "tune-finetune"
 
@@ -195,3 +197,35 @@ def test_a_foreign_job_is_left_alone(api: Api, operator: Operator) -> None:
     status = api.until_reason("FineTuneJob", "tune", "NameConflict")
     assert JOB in str(status["conditions"])
     assert api.need("Job", JOB)["metadata"]["resourceVersion"] == foreign["metadata"]["resourceVersion"]
+
+
+def test_who_waits_for_each_other_is_told_and_can_be_parted(api: Api, operator: Operator) -> None:
+    api.create("FineTuneJob", "a", spec={**TUNE, "base": {"ref": {"kind": "FineTuneJob", "name": "b"}}})
+    api.create("FineTuneJob", "b", spec={**TUNE, "base": {"ref": {"kind": "FineTuneJob", "name": "a"}}})
+    for name in ("a", "b"):
+        status = api.until_reason("FineTuneJob", name, "SourceCycle")
+        assert {c["type"]: c["status"] for c in status["conditions"]} == {"Ready": "False", "Stalled": "True"}
+    api.delete("FineTuneJob", "b")
+    api.until_reason("FineTuneJob", "a", "SourceNotReady")
+    api.create("FineTuneJob", "b", spec=TUNE)
+    with Kubelet(api):
+        api.until_phase("FineTuneJob", "a", "Succeeded", 30)
+
+
+def test_the_longest_name_and_words_of_all_scripts(api: Api, operator: Operator) -> None:
+    name = "n" * 229 + "-" + "x" * 23  # where it is cut for its Event there is a hyphen
+    text = '\u4f60\u597d \u0646 \U0001f600 \u2028 \\ " $(HOME) {{x}}'
+    generation = {"generation": {"systemPrompt": text}, "prompts": {"uri": "oci://r/p:1"}}
+    teacher = {"endpoint": {"url": "https://t/v1", "model": "m"}}
+    spec = {"teacher": teacher, "student": {"uri": "oci://r/m:1"}, "data": generation}
+    api.create("DistillationJob", name, spec={**spec, "pod": {"env": [{"name": "FACE", "value": "\U0001f600\u2028"}]}})
+    with Kubelet(api):
+        api.until_phase("DistillationJob", name, "Succeeded")
+    (job,) = api.list("Job")
+    env = {e["name"]: e["value"] for e in job["spec"]["template"]["spec"]["containers"][0]["env"]}
+    assert env["FACE"] == "\U0001f600\u2028"
+    run = RunSpec.model_validate_json(env["SLMOPS_RUN"])
+    assert run.distill is not None
+    assert run.distill.data.generation.system_prompt == text
+    assert run.name == name
+    wait_for("the Event", lambda: any(e["involvedObject"]["name"] == name for e in api.list("Event")))

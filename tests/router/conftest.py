@@ -56,8 +56,8 @@ def router(tmp_path: Path, dns: Dns) -> Iterator[Callable[..., Router]]:
     """Start a router, with routes in its ConfigMap or without."""
     made: list[Router] = []
 
-    def start(mounted: dict[str, Any] | None = None) -> Router:
-        made.append(Router(tmp_path, dns, mounted))
+    def start(mounted: dict[str, Any] | None = None, **how: Any) -> Router:
+        made.append(Router(tmp_path, dns, mounted, **how))
         return made[-1]
 
     yield start

@@ -48,6 +48,7 @@ class Dns:
     def __init__(self) -> None:
         self.records: dict[str, list[str]] = {}
         self.asked = Counter[str]()
+        self.deaf = 0  # queries that get lost before one is answered
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.bind(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
@@ -59,6 +60,9 @@ class Dns:
                 query, client = self._socket.recvfrom(4096)
             except OSError:
                 return
+            if self.deaf > 0:
+                self.deaf -= 1
+                continue
             with contextlib.suppress(OSError):  # closed in the meantime
                 self._socket.sendto(self._answer(query), client)
 
@@ -151,7 +155,7 @@ class ModelServer:
 class Router:
     """`python -m slmops_router` as a process."""
 
-    def __init__(self, folder: Path, dns: Dns, routes: dict[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path, dns: Dns, routes: dict[str, Any] | None = None, reach: float = 0.5) -> None:
         self.folder, self.port, self.metrics_port, self.agent_port = folder, free_port(), free_port(), free_port()
         mounted = folder / "routes.json"
         if routes is not None:
@@ -174,6 +178,8 @@ class Router:
             dns.address,
             "--drain-seconds",
             "0.5",
+            "--reach-seconds",
+            str(reach),
         ]
         self.start()
 

@@ -31,6 +31,7 @@ class FakeTeacher:
 
     asked     how often each question came in
     requests  their bodies, in order
+    seen      is told each request's path and query
     """
 
     def __init__(self, reply: Callable[[str], str], script: Script | None = None, port: int = 0) -> None:
@@ -38,6 +39,7 @@ class FakeTeacher:
         self.asked: Counter[str] = Counter()
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
+        self.seen: Callable[[str], object] = lambda path: None
         self.most_at_once = 0
         self._now = 0
         self._lock = threading.Lock()
@@ -80,6 +82,7 @@ class FakeTeacher:
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         question = body["messages"][-1]["content"]
+        self.seen(handler.path)
         with self._lock:
             self.requests.append(body)
             self.keys.append(handler.headers.get("Authorization"))
@@ -90,7 +93,7 @@ class FakeTeacher:
             self.changed.notify_all()
         try:
             fault = self.script(number, question, body) if self.script else None
-            if handler.path != "/v1/chat/completions":
+            if handler.path.partition("?")[0] != "/v1/chat/completions":
                 fault = Fault(404, "no such path")
             if not isinstance(fault, Fault):
                 fault = Fault(body=answer(self.reply(question) if fault is None else fault))

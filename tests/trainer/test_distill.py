@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from fake_teacher import FakeTeacher, Fault, answer
-from tiny import chat, task
+from tiny import CHATML, chat, task, write_model
 
 from slmops.api.run import EXIT_INTERRUPTED
 from slmops_artifacts import read_manifest
@@ -191,6 +191,55 @@ def test_nothing_left_says_why(make_run: Callable[..., Context], job: Callable[.
             distill.run(ctx)
     assert caught.value.reason == "NothingToTrain"
     assert ctx.metrics["dropped_validJson"] == 16
+
+
+def test_an_object_that_corrects_another_asks_nothing_again(
+    make_run: Callable[..., Context], job: Callable[..., dict[str, Any]]
+) -> None:
+    with FakeTeacher(lambda question: "I am sorry" if question.endswith("!") else f"it is: {knows(question)}") as fake:
+        strict = job(fake)
+        strict["distill"]["data"]["filters"] = {"validJson": True}
+        with pytest.raises(RunFailure, match="16 dropped by validJson"):
+            distill.run(make_run(**strict))
+        assert len(fake.requests) == 16
+        loose = {**job(fake), "uid": "another"}
+        result = distill.run(make_run(**loose))
+        assert (result.metrics["kept"], result.metrics["answers_reused"]) == (16, 16)
+        assert len(fake.requests) == 16 + len(GOLD)
+        for change in ({"training": {"seed": 1}}, {"data": {"generation": {"temperature": 0.1}}}):
+            before = len(fake.requests)
+            other = {**job(fake, **change), "uid": f"uid {before}"}
+            other["distill"]["data"]["filters"] = {"validJson": True}
+            with pytest.raises(RunFailure, match="16 dropped by validJson"):
+                distill.run(make_run(**other))
+            assert len(fake.requests) == before + 16
+
+
+def test_prompts_that_cannot_be_trained_on_are_not_asked(
+    make_run: Callable[..., Context], job: Callable[..., dict[str, Any]], jsonl: Callable[..., str]
+) -> None:
+    long = "the kitchen " * 200
+    prompts = jsonl([{"prompt": question} for question in (*list(RIGHT)[:3], long)], "some")
+    with FakeTeacher(knows) as fake:
+        spec = job(fake, data={"prompts": {"uri": prompts}})
+        found = distill.run(make_run(**spec)).metrics
+        assert long not in fake.asked
+    assert (found["prompts"], found["answers"], found["dropped_maxLength"]) == (4, 3, 1)
+
+
+def test_a_conversation_that_the_template_cannot_take_costs_no_request(
+    make_run: Callable[..., Context], job: Callable[..., dict[str, Any]], jsonl: Callable[..., str], tmp_path: Path
+) -> None:
+    no_system = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + CHATML
+    model = write_model(tmp_path / "strict", no_system)
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "the lamp in the lab is broken"}]
+    prompts = jsonl([{"messages": [{"role": "user", "content": next(iter(RIGHT))}]}, {"messages": talk}], "some")
+    with FakeTeacher(knows) as fake:
+        spec = job(fake, data={"prompts": {"uri": prompts}})
+        with pytest.raises(RunFailure, match="refuses the conversation of line 2: no system turns") as caught:
+            distill.run(make_run(model=model, **spec))
+        assert not fake.requests
+    assert caught.value.reason == "BadDataset"
 
 
 def test_faults_of_the_spec_cost_no_request(

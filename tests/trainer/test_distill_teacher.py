@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from fake_teacher import FakeTeacher, Fault, answer
 
 from slmops.api.run import TeacherEndpoint
 from slmops_artifacts import pull
-from slmops_trainer import generation, teacher
+from slmops_trainer import answers, generation, teacher
 from slmops_trainer.context import Context
 from slmops_trainer.failure import RunFailure
 
@@ -153,12 +154,71 @@ def test_a_teacher_that_stays_away_ends_the_pod_with_its_answers_saved(
             ask(pod(), fake.url, TEXTS)
         assert caught.value.reason == "TeacherUnavailable"
         assert caught.value.retryable
+        assert caught.value.message.endswith("5 of 12 answers came, and are saved.")
         assert saved(tmp_path) == 5
         fake.script = None
         _, texts = ask(pod(), fake.url, TEXTS)
         assert texts == [text.upper() for text in TEXTS]
         answered_first = [request["messages"][-1]["content"] for request in fake.requests[:5]]
         assert all(fake.asked[text] == 1 for text in answered_first)
+
+
+def silent(hold: threading.Event) -> Fault:
+    return Fault(body=answer("late"), wait=hold)
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_teacher_that_breaks_down_is_not_taken_for_one_that_rejects(
+    pod: Callable[[], Context], monkeypatch: pytest.MonkeyPatch, concurrency: int, hangs: bool
+) -> None:
+    """HTTP 500 and no answer in time may be a question's own fault, but not every question's."""
+    monkeypatch.setenv(teacher.ENV_PATIENCE, "0.4")
+    hold = threading.Event()
+    broken = lambda number, *_: (silent(hold) if hangs else Fault(500)) if number > 5 else None  # noqa: E731
+    with FakeTeacher(upper, broken) as fake:
+        with pytest.raises(RunFailure, match="5 of 12 answers came, and are saved") as caught:
+            ask(pod(), fake.url, TEXTS, concurrency=concurrency, timeout=0.2, min_success_ratio=0.9)
+        assert (caught.value.reason, caught.value.retryable) == ("TeacherUnavailable", True)
+        hold.set()
+        fake.script = None
+        _, texts = ask(pod(), fake.url, TEXTS)
+    assert texts == [text.upper() for text in TEXTS]
+
+
+@pytest.mark.parametrize("place", [0, 5, 11])
+def test_a_question_that_the_teacher_never_survives_is_given_up_when_asked_one_by_one(
+    pod: Callable[[], Context], monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    monkeypatch.setenv(teacher.ENV_PATIENCE, "0.4")
+    poison = lambda _, question, __: Fault(500) if question == TEXTS[place] else None  # noqa: E731
+    with FakeTeacher(upper, poison) as fake:
+        outcome, texts = ask(pod(), fake.url, TEXTS, concurrency=1, min_success_ratio=0.9)
+    assert [text for text in texts if text is None] == [None]
+    assert len(outcome.rejected) == 1
+    others = [text for at, text in enumerate(TEXTS) if at != place]
+    assert all(fake.asked[text] == 1 for text in others)
+
+
+def test_asking_holds_while_the_store_takes_nothing(
+    pod: Callable[[], Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "HOLD_SECONDS", 0.1)
+    texts = [f"question {number}" for number in range(300)]
+    down, up = threading.Event(), threading.Event()
+    ctx = pod()
+    save = ctx.checkpoints.save
+    monkeypatch.setattr(ctx.checkpoints, "save", lambda: (down.set(), up.wait(60), save()))
+    slow = lambda number, question, _: Fault(body=answer(upper(question)), wait=down) if number > 20 else None  # noqa: E731
+    with FakeTeacher(upper, slow) as fake:
+        thread, found = in_thread(lambda: ask(ctx, fake.url, texts))
+        wait_until(lambda: ctx.board.progress.message.startswith("The store does not take the answers"))
+        assert len(fake.requests) < len(texts)
+        monkeypatch.setattr(generation, "HOLD_SECONDS", 60.0)
+        up.set()
+        thread.join(60)
+        assert fake.asked == dict.fromkeys(texts, 1)
+    assert found[0][1] == [text.upper() for text in texts]
 
 
 def test_a_slow_request_is_cut_off_and_asked_again(pod: Callable[[], Context]) -> None:
@@ -216,6 +276,27 @@ def test_a_ratio_that_holds_lets_the_run_go_on(pod: Callable[[], Context]) -> No
             ask(pod(), fake.url, TEXTS, min_success_ratio=0.76)
 
 
+def test_a_prompt_is_lost_once_however_many_samples_were_wanted(pod: Callable[[], Context]) -> None:
+    """And only when its last sample is: the ratio is one of prompts."""
+    bad = TEXTS[0]
+    hold = threading.Event()
+
+    def script(number: int, question: str, body: dict[str, Any]) -> Fault | None:
+        if question == bad:
+            return Fault(400, "never")
+        if question == TEXTS[1] and fake.asked[question] == 1:
+            return Fault(body=answer("late"), wait=hold)  # still in flight when its other samples are refused
+        if question == TEXTS[1]:
+            hold.set()
+            return Fault(400, "no further answer")
+        return None
+
+    with FakeTeacher(upper, script) as fake:
+        outcome, texts = ask(pod(), fake.url, TEXTS[:10], samples=4, concurrency=8, min_success_ratio=0.9)
+    assert sum(text is not None for text in texts) == 4 * 8 + 1
+    assert len(outcome.rejected) == 4 + 3
+
+
 def test_one_sample_of_several_is_an_answer_to_the_prompt(pod: Callable[[], Context]) -> None:
     seen: set[str] = set()
 
@@ -228,6 +309,60 @@ def test_one_sample_of_several_is_an_answer_to_the_prompt(pod: Callable[[], Cont
         outcome, texts = ask(pod(), fake.url, TEXTS[:4], samples=2, min_success_ratio=1.0)
     assert sorted(text for text in texts if text) == sorted(text.upper() for text in TEXTS[:4])
     assert len(outcome.rejected) == 4
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_what_would_be_refused_again_is_asked_once(pod: Callable[[], Context], status: int) -> None:
+    fault = Fault(status, '{"error": {"message": "max_tokens is too large"}}')
+    with FakeTeacher(upper, lambda *_: fault) as fake, pytest.raises(RunFailure, match="max_tokens is too large"):
+        ask(pod(), fake.url, TEXTS, min_success_ratio=0.9, concurrency=1)
+    assert list(fake.asked.values()) == [1, 1]
+
+
+def test_thoughts_that_leave_no_room_are_paid_once_and_count_for_the_budget(pod: Callable[[], Context]) -> None:
+    thoughts = lambda _, question, __: Fault(body=answer("", "length", 16)) if question == TEXTS[0] else None  # noqa: E731
+    with FakeTeacher(upper, thoughts) as fake:
+        outcome, texts = ask(pod(), fake.url, TEXTS, budget=20, concurrency=1)
+    assert list(outcome.rejected.values()) == ["no room for an answer: raise generation.maxTokens"]
+    assert (texts[0], texts[1], outcome.tokens) == (None, TEXTS[1].upper(), 16 + 7)
+    assert len(fake.requests) == 2
+
+
+def test_an_account_without_money_is_named_at_once(pod: Callable[[], Context], tmp_path: Path) -> None:
+    with FakeTeacher(upper, lambda number, *_: Fault(402, "pay") if number > 5 else None) as fake:
+        with pytest.raises(RunFailure, match="top it up") as caught:
+            ask(pod(), fake.url, TEXTS, concurrency=1)
+        assert (caught.value.reason, len(fake.requests), saved(tmp_path)) == ("AccessDenied", 6, 5)
+
+
+def test_a_question_that_is_forbidden_does_not_end_the_run(pod: Callable[[], Context]) -> None:
+    flagged = lambda _, question, __: Fault(403, "flagged") if question == TEXTS[5] else None  # noqa: E731
+    with FakeTeacher(upper, flagged) as fake:
+        outcome, texts = ask(pod(), fake.url, TEXTS, concurrency=1, min_success_ratio=0.9)
+    assert list(outcome.rejected.values()) == ["HTTP 403: 'flagged'"]
+    assert texts.count(None) == 1
+
+
+@pytest.mark.parametrize("status", [301, 307])
+def test_a_redirect_is_not_followed_and_named(pod: Callable[[], Context], status: int) -> None:
+    with FakeTeacher(upper) as other:
+        away = Fault(status, "moved", {"Location": f"{other.url}/chat/completions?key=s3cret"})
+        with FakeTeacher(upper, lambda *_: away) as fake, pytest.raises(RunFailure) as caught:
+            ask(pod(), fake.url, TEXTS, key="s3cret", concurrency=1)
+        assert not other.requests
+    assert caught.value.reason == "BadSpec"
+    assert f"leads elsewhere (HTTP {status}, to '{other.url}/chat/completions')" in caught.value.message
+    assert "s3cret" not in caught.value.message
+    assert len(fake.requests) == 1
+
+
+def test_a_url_keeps_its_query(pod: Callable[[], Context]) -> None:
+    paths: list[str] = []
+    with FakeTeacher(upper) as fake:
+        fake.seen = paths.append
+        _, texts = ask(pod(), f"{fake.url}/?api-version=1", TEXTS[:1])
+    assert texts == [TEXTS[0].upper()]
+    assert paths == ["/v1/chat/completions?api-version=1"]
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -319,8 +454,6 @@ def test_a_killed_pod_has_to_ask_again_only_what_was_not_saved(pod: Callable[[],
 
 
 def test_many_saves_make_few_files(pod: Callable[[], Context], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from slmops_trainer import answers
-
     monkeypatch.setattr(answers, "SMALL_CHUNKS", 4)
     store = answers.Answers(tmp_path / "answers")
     for number in range(10):
@@ -332,6 +465,44 @@ def test_many_saves_make_few_files(pod: Callable[[], Context], tmp_path: Path, m
     again = answers.Answers(tmp_path / "answers")
     assert len(again) == 10
     assert again.get("key 7") == teacher.Reply("text\u20287\r\n", "stop", 3)
+
+
+def test_a_disk_that_fills_up_spoils_no_answer(tmp_path: Path) -> None:
+    store = answers.Answers(tmp_path / "answers")
+    store.add("one", teacher.Reply("first", "stop", 3))
+    used = sum(path.stat().st_size for path in (tmp_path / "answers").iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (used + 20, limits[1]))  # as a full disk: a part of the line fits
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            store.add("two", teacher.Reply("second", "stop", 3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    store.seal()
+    again = answers.Answers(tmp_path / "answers")
+    assert (again.get("one"), again.get("two")) == (teacher.Reply("first", "stop", 3), None)
+
+
+def test_what_another_version_shared_is_ignored(pod: Callable[[], Context], tmp_path: Path) -> None:
+    (tmp_path / "store/out-answers").mkdir(parents=True)
+    (tmp_path / "store/out-answers/answers.jsonl").write_text('{"question": "who?"}\n')
+    store = answers.Answers(tmp_path / "answers")
+    store.recall(answers.shared(pod()))
+    assert store.get("who?") is None
+
+
+@pytest.mark.parametrize(
+    ("output", "uri"),
+    [
+        ("oci://reg:5000/ns/distillationjob-x:0123abcd", "oci://reg:5000/ns/distillationjob-x:slmops-answers"),
+        ("oci://reg/x", "oci://reg/x:slmops-answers"),
+        ("pvc://models/x/", "pvc://models/x-answers"),
+    ],
+)
+def test_answers_are_shared_by_the_objects_of_one_output(tmp_path: Path, output: str, uri: str) -> None:
+    ctx = context(tmp_path / "pod", STORE)
+    ctx.spec = ctx.spec.model_copy(update={"output": output})
+    assert answers.shared(ctx).uri == uri
 
 
 def test_checkpoints_hold_whole_chunks_only(pod: Callable[[], Context], tmp_path: Path) -> None:

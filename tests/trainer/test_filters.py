@@ -36,6 +36,7 @@ def run(
         ([row("ab"), row("abc")], {"maxCharacters": 2}, ["ab"], {"maxCharacters": 1}),
         ([row("   ")], {"minCharacters": 0}, [], {"noAnswer": 1}),
         ([row("a", finish="length"), row("b", finish="")], {}, ["b"], {"truncated": 1}),
+        ([row("a", finish="content_filter")], {}, [], {"truncated": 1}),
         ([row("a", finish="length")], {"dropTruncated": False}, ["a"], {}),
         ([row('{"a": 1}'), row("3"), row("{"), row("NaN"), row("```json\n{}\n```")], {"validJson": True},
          ['{"a": 1}', "3"], {"validJson": 3}),
@@ -52,6 +53,11 @@ def test_the_schema_drops_what_does_not_fit_and_what_is_no_json() -> None:
     rows = [row('{"room": "lab"}'), row('{"room": 3}'), row("{}"), row("hello")]
     assert run(rows, schema=SCHEMA) == (['{"room": "lab"}'], {"jsonSchema": 3})
     assert run(rows, schema=SCHEMA, validJson=True) == (['{"room": "lab"}'], {"jsonSchema": 2, "validJson": 1})
+
+
+def test_an_answer_nested_deeper_than_a_recursive_schema_can_follow_is_dropped() -> None:
+    lists = {"$defs": {"list": {"type": "array", "items": {"$ref": "#/$defs/list"}}}, "$ref": "#/$defs/list"}
+    assert run([row("[[]]"), row("[" * 600 + "]" * 600)], schema=lists) == (["[[]]"], {"jsonSchema": 1})
 
 
 @pytest.mark.parametrize(
@@ -92,6 +98,9 @@ def test_contamination_is_told_whatever_the_case_and_space() -> None:
     [
         ("{", "here is not JSON"),
         ('{"type": "objekt"}', "here is no JSON Schema"),
+        ('{"pattern": "("}', "here is no JSON Schema"),
+        ("3", "here is no JSON Schema: it has to be an object"),
+        ("[]", "here is no JSON Schema: it has to be an object"),
         ('{"$ref": "#/$defs/room"}', r"here has a \$ref that leads nowhere"),
         ('{"$ref": "https://example.com/room.json"}', r"here has a \$ref that leads nowhere"),
     ],

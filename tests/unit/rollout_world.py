@@ -11,10 +11,10 @@ from slmops.api.deployment import (
     ModelDeploymentStatus,
     Revision,
     Rollout,
+    ServedModel,
     Step,
     Verdict,
 )
-from slmops.api.meta import ModelSource
 from slmops.rollout.machine import decide, measurement_due
 from slmops.rollout.seen import Decision, Pods, Problem, Router, Seen
 from slmops.rollout.sizes import candidate_pods
@@ -30,7 +30,7 @@ def revision(name: str) -> Revision:
 
 def spec(replicas: int = 2, **rollout: object) -> ModelDeploymentSpec:
     """Two steps, 10 and 50 percent, with a pause of 60 s each, unless the test says otherwise."""
-    return ModelDeploymentSpec(model=ModelSource(uri="oci://store/m:1"), replicas=replicas, rollout=Rollout(**rollout))
+    return ModelDeploymentSpec(model=ServedModel(uri="oci://store/m:1"), replicas=replicas, rollout=Rollout(**rollout))
 
 
 def analysis(**more: object) -> Analysis:

@@ -10,6 +10,7 @@ from tests.unit.objects import NOW, Object
 from slmops.api import keys
 from slmops.cluster.memory import MemoryCluster, key_of
 from slmops.cluster.port import ClusterError, Key
+from slmops.handlers.metrics import Metrics
 from slmops.reconcile.deployment import DeploymentReconciler
 from slmops.reconcile.driver import Driver
 from slmops.remote import prometheus
@@ -50,7 +51,7 @@ class Kubernetes:
 
     def __init__(self, **spec: Any) -> None:
         self.cluster, self.now = Refusing(), NOW
-        self.settings = SETTINGS
+        self.settings, self.metrics = SETTINGS, Metrics()
         self.agents: dict[str, Object] = {}  # url -> routes
         self.silent = False
         self.deaf: set[str] = set()  # urls of agents that refuse routes
@@ -107,7 +108,14 @@ class Kubernetes:
 
     def driver(self) -> Driver:
         reconciler = DeploymentReconciler(self.ask, self.query)
-        return Driver(self.cluster, self.settings, {"ModelDeployment": reconciler}, self.push, clock=lambda: self.now)
+        return Driver(
+            self.cluster,
+            self.settings,
+            {"ModelDeployment": reconciler},
+            self.push,
+            on_count=self.metrics.on_count,
+            clock=lambda: self.now,
+        )
 
     def kubelet(self) -> None:
         """Start and stop pods as the Deployments say."""

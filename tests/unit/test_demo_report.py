@@ -2,13 +2,15 @@
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from demo import pods, report
+from demo import pods, report, run
 from demo.bench import sizes
 from demo.show import Board, row
+from kit.kubectl import Kubectl
 
 
 def bench(**changes: dict[str, Any]) -> dict[str, Any]:
@@ -23,6 +25,9 @@ def bench(**changes: dict[str, Any]) -> dict[str, Any]:
         models[name] = {
             "accuracy": {"known": share, "new": share, "security_known": 0.9, "security_new": 0.9},
             "latency_seconds": seconds,
+            "one_token_seconds": seconds / 4,
+            "weight_bytes": files * 0.9,
+            "kv_bytes": memory * 0.1,
             "tokens_per_second": 26 / seconds,
             "model_memory_bytes": memory,
             "file_bytes": files,
@@ -41,7 +46,7 @@ def test_the_json_has_exactly_the_promised_keys() -> None:
 
 
 def met(measured: dict[str, Any], sent: int = 300, lost: int = 0) -> list[bool]:
-    return [bar.met for bar in report.bars(report.figures(measured, sent, lost), 0.9)]
+    return [bar.met for bar in report.bars(measured, report.figures(measured, sent, lost), ("503",))]
 
 
 def test_all_bars_are_met_by_good_figures() -> None:
@@ -58,9 +63,25 @@ def test_all_bars_are_met_by_good_figures() -> None:
     ],
 )
 def test_each_bar_is_missed_by_its_own_figure_and_says_why(change: dict[str, Any], missed: int) -> None:
-    found = report.bars(report.figures(bench(int4=change), 300, 0), 0.9)
+    measured = bench(int4=change)
+    found = report.bars(measured, report.figures(measured, 300, 0), ())
     assert [index for index, bar in enumerate(found) if not bar.met] == [missed]
     assert "because: " in "\n".join(report.verdicts(found))
+
+
+def test_a_missed_accuracy_names_the_step_that_lost_most() -> None:
+    worse = {"known": 0.9, "new": 0.7, "security_known": 0.9, "security_new": 0.9}
+    measured = bench(student={"accuracy": worse}, tuned={"accuracy": worse}, int4={"accuracy": worse})
+    found = report.bars(measured, report.figures(measured, 300, 0), ())
+    assert not found[0].met
+    assert "most was lost in distillation, 18.0 points" in found[0].reason
+    assert "new phrasings 98.0% -> 70.0%" in found[0].reason
+
+
+def test_lost_requests_say_what_came_back() -> None:
+    measured = bench()
+    found = report.bars(measured, report.figures(measured, 300, 1), ("12:00:00 ValueError: status 503",))
+    assert "status 503" in "\n".join(report.verdicts(found))
 
 
 @pytest.mark.parametrize(("sent", "lost"), [(300, 1), (0, 0)])
@@ -124,11 +145,75 @@ def test_off_a_terminal_a_state_is_told_once() -> None:
     assert stream.getvalue().count("FineTuneJob/teacher") == 2
 
 
-def test_the_code_fits_a_config_map_and_the_pods_are_restricted() -> None:
-    assert sum(len(text.encode()) for text in pods.code()["data"].values()) < 900_000
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_no_line_is_wider_than_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("LINES", "5")
+    stream = Terminal()
+    board = Board(stream)
+    noisy = job(phase="Running", conditions=[{**condition("Stalled"), "message": "far\ttoo\x1b[2J long\n" * 40}])
+    for _ in range(2):
+        board.show([row("FineTuneJob", "teacher", "", noisy, 0)] * 9, "the chain " * 20)
+    lines = stream.getvalue().split("\n")
+    assert len(lines) == 2 * 4 + 1
+    assert all(len(line.replace("\x1b[4F", "").replace("\x1b[J", "")) < 60 for line in lines)
+    assert "\x1b[2J" not in stream.getvalue()
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    Board(stream).show([row("FineTuneJob", "teacher", "", job(phase="Running"), 0)], "the chain")
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_off_a_terminal_a_count_that_grows_is_not_worth_a_line() -> None:
+    stream = io.StringIO()
+    board = Board(stream)
+    for count in range(3):
+        board.show([], f"step 1; {count} requests", key="step 1")
+    assert stream.getvalue().count("step 1") == 1
+
+
+def test_the_code_fits_a_config_map_and_finds_its_files() -> None:
+    code = pods.code()["data"]
+    assert sum(len(text.encode()) for text in code.values()) < 900_000
     made = pods.pod("seed", "image", "demo.seed", "oci://r/demo", env={"A": "b"})["spec"]
-    assert made["securityContext"]["runAsNonRoot"] is True
-    assert made["automountServiceAccountToken"] is False
-    context = made["containers"][0]["securityContext"]
-    assert context["allowPrivilegeEscalation"] is False
-    assert context["capabilities"] == {"drop": ["ALL"]}
+    items = next(volume["configMap"]["items"] for volume in made["volumes"] if "configMap" in volume)
+    assert {item["key"] for item in items} == set(code)
+    assert {"name": "A", "value": "b"} in made["containers"][0]["env"]
+
+
+def logging(tmp_path: Path, line: str) -> Kubectl:
+    """kubectl whose pods' logs end with `line`."""
+    file = tmp_path / "kubectl"
+    file.write_text(f"#!/bin/sh\necho {line}\n")
+    file.chmod(0o755)
+    kube = Kubectl("slmops-demo", current=True)
+    kube.program = str(file)
+    return kube
+
+
+def test_a_running_step_has_the_newest_line_of_its_log(tmp_path: Path) -> None:
+    running = row("FineTuneJob", "teacher", "", job(phase="Running", startTime="2026-01-01T00:00:00Z"), 1767225600.0)
+    heart = run.Heart(logging(tmp_path, "step 7 of 9"))
+    assert heart.beat(running).detail.endswith("step 7 of 9")
+    heart.kube = logging(tmp_path, "step 8 of 9")
+    assert heart.beat(running).detail.endswith("step 7 of 9"), "not read again within a few seconds"
+    waiting = row("FineTuneJob", "tuned", "", job(phase="Waiting"), 0)
+    assert heart.beat(waiting) == waiting
+
+
+def test_results_are_written_whole(tmp_path: Path) -> None:
+    file = tmp_path / "demo.json"
+    run.write(file, {"a": 1})
+    assert json.loads(file.read_text()) == {"a": 1}
+    with pytest.raises(TypeError):
+        run.write(file, {"a": object()})
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert [each.name for each in tmp_path.iterdir()] == ["demo.json"]

@@ -136,6 +136,10 @@ REFUSED = [
     (ClusterError(403, "Forbidden", "cannot create"), "Reconciling", "Forbidden"),
     (ClusterError(403, "Forbidden", "namespace ns is being terminated"), "Reconciling", "NamespaceTerminating"),
     (ClusterError(422, "Invalid", "spec.x: bad"), "Stalled", "Rejected"),
+    (ClusterError(413, "RequestEntityTooLarge", "limit is 3145728"), "Stalled", "TooLarge"),
+    (ClusterError(500, "InternalError", "etcdserver: request is too large"), "Stalled", "TooLarge"),
+    (ClusterError(500, "InternalError", 'failed calling webhook "x": timeout'), "Reconciling", "WebhookFailed"),
+    (ClusterError(500, "InternalError", "etcdserver: leader changed"), "Reconciling", "ApiServerError"),
 ]
 
 
@@ -150,7 +154,7 @@ def test_a_refused_child_is_explained(error: ClusterError, condition: str, reaso
     assert cluster.objects[key]["status"].get("phase") != "X"
 
 
-@pytest.mark.parametrize("status", [0, 409, 429, 500, 503])
+@pytest.mark.parametrize("status", [0, 409, 429, 503, 504])
 def test_an_ill_api_server_goes_up_to_the_queue(status: int) -> None:
     cluster, driver, key = setting(Plan(status={"phase": "X"}, apply=(CHILD,)))
     cluster.refuse["Service"] = ClusterError(status, "", "")
@@ -190,6 +194,41 @@ def test_an_object_of_an_older_schema_is_explained() -> None:
     assert stalled is not None
     assert stalled["reason"] == "InvalidSpec"
     assert "dataset" in stalled["message"]
+
+
+def test_a_new_object_that_must_wait_has_a_phase() -> None:
+    cluster, driver, key = setting(Retry("NameConflict", "Job x exists."))
+    driver.run(key)
+    assert cluster.objects[key]["status"]["phase"] == "Waiting"
+
+
+@pytest.mark.parametrize("trouble", [ClusterError(403, "Forbidden", "cannot get secrets"), Terminal("NoStore", "x")])
+def test_a_failed_run_stays_failed_whatever_hinders_looking_after_it(trouble: Exception) -> None:
+    cluster, driver, key = setting(trouble)  # type: ignore[arg-type]  # the scripted ones are Exceptions
+    said = {"reason": "BadDataset", "message": "", "lastTransitionTime": at(0)}
+    words = {"Ready": "False", "Stalled": "True", "Failed": "True"}
+    failed = {"conditions": [{**said, "type": kind, "status": word} for kind, word in words.items()], "phase": "Failed"}
+    cluster.set_status(key, failed)
+    driver.run(key)
+    assert cluster.objects[key]["status"] == failed
+    assert cluster.posted == []
+
+
+def test_the_end_of_a_run_is_told_once_and_with_its_length() -> None:
+    told: list[tuple[str, str, float]] = []
+    ended = {"phase": "Failed", "startTime": at(-90), "completionTime": at(-5)}
+    cluster, driver, key = setting(Plan(status=ended))
+    driver = replace(driver, on_end=lambda *what: told.append(what))
+    driver.run(key)
+    driver.run(key)
+    assert told == [("FineTuneJob", "Failed", 85.0)]
+    again = replace(driver)  # another process: the status is all it knows
+    again.run(key)
+    assert len(told) == 1
+    never_began = replace(driver, reconcilers={"FineTuneJob": Scripted(Plan(status={"phase": "Succeeded"}))})
+    cluster.set_status(key, {})
+    never_began.run(key)
+    assert len(told) == 1
 
 
 def test_what_was_reached_is_not_taken_back() -> None:

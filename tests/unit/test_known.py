@@ -99,3 +99,25 @@ def test_phases_are_counted() -> None:
     assert known.phases() == {("FineTuneJob", "Running"): 1, ("FineTuneJob", "Unknown"): 1}
     known.concerned(event(finetune(), "DELETED"))
     assert known.phases() == {("FineTuneJob", "Unknown"): 1}
+
+
+def test_what_a_pass_did_not_find_is_forgotten_and_those_who_name_it_are_told() -> None:
+    known = Known()
+    known.concerned(event(finetune(ready()), None))
+    known.concerned(event(next_of(), None))
+    assert known.gone(TUNE) == {NEXT}
+    assert known.phases() == {("FineTuneJob", "Unknown"): 1}
+    assert known.gone(TUNE) == set()
+    assert known.concerned(event(finetune(), "DELETED")) == {TUNE, NEXT}  # told late: one look too many
+
+
+def test_of_annotations_our_verbs_alone_wake() -> None:
+    known = Known()
+    obj = finetune(ready())
+    known.concerned(event(obj, None))
+    metadata = obj["metadata"]
+    applied = {"kubectl.kubernetes.io/last-applied-configuration": "x" * 200_000}
+    note = event({**obj, "metadata": {**metadata, "annotations": applied}})
+    assert known.concerned(note) == set()
+    assert len(str(note.asked)) < 1000  # it is kept for every object
+    assert known.concerned(event({**obj, "metadata": {**metadata, "annotations": {"slmops.dev/retry": "*"}}})) == {TUNE}

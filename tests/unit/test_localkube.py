@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from localkube import config, daemons, images, network, paths, rootfs, seed, tools
+from localkube import cli, config, daemons, images, network, paths, rootfs, seed, tools
 from localkube.images import Image
 from localkube.say import Failure
 
@@ -113,6 +113,39 @@ def test_cni_gives_pods_the_bridge_as_gateway() -> None:
     (bridge,) = json.loads(config.cni())["plugins"]
     assert bridge["bridge"] == paths.BRIDGE
     assert bridge["ipam"]["ranges"] == [[{"subnet": paths.POD_CIDR, "gateway": paths.NODE_IP}]]
+
+
+@pytest.mark.parametrize(
+    ("resolv_conf", "asks"),
+    [
+        ("nameserver 192.0.2.53\n", True),
+        ("search lan\n nameserver ::1\n", True),
+        ("# nameserver 192.0.2.53\nsearch lan\n", False),
+        ("", False),
+    ],
+)
+def test_names_of_the_world_are_forwarded_where_somebody_can_be_asked(resolv_conf: str, asks: bool) -> None:
+    text = config.corefile(Path("/kubeconfig"), resolv_conf)
+    assert ("forward . /etc/resolv.conf" in text) is asks
+    assert "kubernetes cluster.local" in text
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, "10.244.0.0/24,10.96.0.0/16"),
+        ({"NO_PROXY": "a.test,", "no_proxy": "b.test"}, "a.test,10.244.0.0/24,10.96.0.0/16"),
+        ({"no_proxy": "b.test"}, "b.test,10.244.0.0/24,10.96.0.0/16"),
+    ],
+)
+def test_the_node_is_reached_without_a_proxy(said: dict[str, str], expected: str) -> None:
+    assert cli.no_proxy(said) == expected
+
+
+def test_pods_reach_the_node_behind_a_firewall() -> None:
+    lines = network.rules().splitlines()
+    accept = lines.index(f"-A SLMOPS-LOCAL-IN -i {paths.BRIDGE} -j ACCEPT")
+    assert accept < lines.index("-I INPUT -j SLMOPS-LOCAL-IN")
 
 
 SAVED = """\

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from localkube import packages, say, shell
+from localkube import cli, packages, say, shell, venv
 from localkube.say import Failure
 
 
@@ -108,3 +109,31 @@ def test_a_lock_whose_file_was_removed_by_its_holder_still_excludes(tmp_path: Pa
         lock.unlink()
     other.join(10)
     assert order == ["first", "second"]
+
+
+def test_an_error_of_the_system_is_said_in_its_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path))
+
+    monkeypatch.setattr(venv, "ensure", full)
+    monkeypatch.setenv("NO_PROXY", "")
+    umask = os.umask(0o022)
+    try:
+        assert cli.main(["venv"]) == 1
+    finally:
+        os.umask(umask)
+    said = capsys.readouterr().err
+    assert "failed: " in said
+    assert "No space left on device" in said
+    assert str(tmp_path) in said
+    assert "next: " in said
+
+
+def test_whoever_is_not_root_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(packages.shutil, "which", lambda _: "/usr/bin/apt-get")
+    with pytest.raises(Failure) as caught:
+        packages.install(["haproxy"])
+    assert "apt-get install haproxy" in caught.value.report()

@@ -154,19 +154,6 @@ def test_without_a_prometheus_it_holds_and_says_what_to_set():
     assert world.queries == []
 
 
-def test_a_model_that_is_not_onnx_is_refused_and_what_serves_goes_on():
-    world = Kubernetes()
-    world.passes()
-    world.edit(model={"ref": {"kind": "FineTuneJob", "name": "tune"}})
-    world.passes()
-    assert world.condition("Stalled")[:2] == ("True", "UnsupportedModel")
-    assert "QuantizedModel" in world.condition("Stalled")[2]
-    assert world.condition("Available")[0] == "True"
-    world.edit(replicas=3)
-    world.passes()
-    assert list(world.deployments().values()) == [3]
-
-
 def test_a_missing_secret_holds_the_new_revision_only():
     world = Kubernetes()
     world.passes()

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -15,6 +16,7 @@ from tests.unit.objects import NOW, Object, at, condition, exited, finetune, pod
 
 from slmops.api import keys
 from slmops.api.meta import Condition
+from slmops.cluster.kube import as_yaml
 from slmops.cluster.same import covers, merge_patch, stamped
 from slmops.handlers.logs import JsonFormatter
 from slmops.handlers.watches import EndlessBackoffs
@@ -112,6 +114,18 @@ def test_the_merge_patch_leads_there_and_is_empty_only_at_the_end(current: Objec
     patch = merge_patch(current, wanted)
     assert patched(current, patch) == wanted
     assert (not patch) == (current == wanted)
+
+
+SIGNS = st.text(st.characters(codec="utf-8"), max_size=30) | st.sampled_from(
+    ["\U0001f600", "\u2028\x85\x7f", "\\ud83d"]
+)
+
+
+@given(st.dictionaries(SIGNS, st.lists(SIGNS, max_size=3), max_size=3))
+def test_what_is_applied_is_yaml_and_json_whatever_the_signs(obj: Object) -> None:
+    text = as_yaml(obj)
+    assert yaml.safe_load(text.decode()) == obj
+    assert json.loads(text) == obj
 
 
 # Names.
@@ -231,8 +245,9 @@ def test_settings_come_from_the_environment() -> None:
     env = {"SLMOPS_STORE": "oci://s", "SLMOPS_WORKERS": "3", "SLMOPS_NAMESPACES": "", "OTHER": "x"}
     found = Settings.from_env(env)
     assert (found.store, found.workers, found.namespaces) == ("oci://s", 3, "")
-    with pytest.raises(ValidationError):
-        Settings.from_env({"SLMOPS_WORKERS": "many"})
+    for name, value in (("WORKERS", "many"), ("WORKERS", "0"), ("PROBE_PORT", "99999"), ("STORE", "https://r")):
+        with pytest.raises(ValidationError):
+            Settings.from_env({f"SLMOPS_{name}": value})
 
 
 def test_logs_are_one_json_object_a_line() -> None:

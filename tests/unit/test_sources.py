@@ -9,7 +9,7 @@ from slmops.api.distillation import Teacher
 from slmops.api.finetune import FineTuneJobSpec
 from slmops.api.meta import ModelSource
 from slmops.build.inputs import Inputs, inputs
-from slmops.cluster.memory import MemoryCluster
+from slmops.cluster.memory import MemoryCluster, key_of
 from slmops.reconcile import needs, sources
 from slmops.reconcile.state import Retry, Terminal
 from slmops.settings import Settings
@@ -157,6 +157,7 @@ MISSING: dict[str, tuple[list[Object], str, str]] = {
     "no key": ([secret("hub"), config_map("data", other="")], "ConfigMapNotFound", "has no key train; its keys: other"),
     "not JSON": ([secret("hub"), config_map("data", train=GOOD + "\n{oops\n")], "BadDataset", "line 3: not JSON"),
     "not an object": ([secret("hub"), config_map("data", train="[1]")], "BadDataset", "line 1: not a JSON object"),
+    "bottomless": ([secret("hub"), config_map("data", train="[" * 99_999)], "BadDataset", "line 1: not JSON"),
     "empty": ([secret("hub"), config_map("data", train="\n\n")], "BadDataset", "no example"),
 }
 
@@ -172,7 +173,7 @@ def test_what_is_missing_is_named(name: str) -> None:
     assert (caught.value.reason, caught.value.after) == (reason, needs.RECHECK_SECONDS)
 
 
-def test_the_hash_follows_contents_of_configmaps_and_versions_of_secrets() -> None:
+def test_the_hash_follows_contents() -> None:
     cluster = MemoryCluster()
     cluster.put(secret("hub", token="x"))
     cluster.put(config_map("data", train=GOOD))
@@ -193,8 +194,69 @@ def test_lines_end_with_newlines_alone() -> None:
     assert needs.check(cluster, "ns", needed(dataset=SPEC["dataset"]))
 
 
+def test_a_file_may_begin_with_a_byte_order_mark() -> None:
+    cluster = MemoryCluster()
+    cluster.put(config_map("data", train="\ufeff" + GOOD))
+    assert needs.check(cluster, "ns", needed(dataset=SPEC["dataset"]))
+
+
 def test_a_schema_is_no_dataset() -> None:
     spec = {"configMap": {"name": "data", "key": "train"}}
     found = needed(dataset=spec, evaluation={"dataset": {"configMap": {"name": "eval", "key": "e"}}})
     assert found.jsonl == {("data", "train"), ("eval", "e")}
     assert found.config_maps == {"data": {"train"}, "eval": {"e"}}
+
+
+def waiting_for(cluster: MemoryCluster, kind: str, name: str, **spec: Any) -> Object:
+    return cluster.put(ours(kind, spec, name=name, status={"conditions": conditions(Ready="False SourceNotReady")}))
+
+
+def ref(kind: str, name: str) -> Object:
+    return {"ref": {"kind": kind, "name": name}}
+
+
+def test_who_waits_for_himself_is_told_the_whole_way() -> None:
+    cluster = MemoryCluster()
+    job = waiting_for(cluster, "DistillationJob", "d", teacher={"deploymentRef": {"name": "m"}}, student={"uri": "x"})
+    waiting_for(cluster, "FineTuneJob", "f", base=ref("DistillationJob", "d"))
+    waiting_for(cluster, "QuantizedModel", "q", source=ref("FineTuneJob", "f"))
+    sources.check_cycle(cluster, job)  # m is not there: it may become anything
+    served = waiting_for(cluster, "ModelDeployment", "m", model=ref("QuantizedModel", "q"))
+    way = "DistillationJob/d -> ModelDeployment/m -> QuantizedModel/q -> FineTuneJob/f -> DistillationJob/d"
+    with pytest.raises(Terminal, match=way) as caught:
+        sources.check_cycle(cluster, job)
+    assert caught.value.reason == "SourceCycle"
+    cluster.put({**served, "status": {}})
+    cluster.set_status(key_of(served), {"conditions": conditions(Ready="True Stable")})
+    sources.check_cycle(cluster, job)  # what is ready waits for nobody
+
+
+def test_who_names_himself_is_told() -> None:
+    cluster = MemoryCluster()
+    with pytest.raises(Terminal, match="FineTuneJob/a -> FineTuneJob/a"):
+        sources.check_cycle(cluster, waiting_for(cluster, "FineTuneJob", "a", base=ref("FineTuneJob", "a")))
+
+
+def test_a_cycle_that_one_merely_waits_for_is_not_ones_own() -> None:
+    cluster = MemoryCluster()
+    waiting_for(cluster, "FineTuneJob", "a", base=ref("FineTuneJob", "b"))
+    waiting_for(cluster, "FineTuneJob", "b", base=ref("FineTuneJob", "a"))
+    sources.check_cycle(cluster, waiting_for(cluster, "FineTuneJob", "c", base=ref("FineTuneJob", "a")))
+
+
+def test_a_folder_as_store_has_no_tags() -> None:
+    found = sources.resolve_output(finetune(), None, Settings(store="pvc://models/all"))
+    assert found.artifact == "pvc://models/all/ns/finetunejob-tune-11111111"
+    assert found.checkpoint == "pvc://models/all/ns/finetunejob-tune-ckpt-11111111"
+
+
+def test_a_secret_that_is_touched_but_not_changed_is_the_same() -> None:
+    """External stores write their Secrets anew every hour: that must not start a failed run again."""
+    cluster, wanted = MemoryCluster(), Inputs(secrets={"s": set()})
+    made = secret("s", token="YQ==")
+    cluster.put(made)
+    before = needs.check(cluster, "ns", wanted)
+    cluster.put({**made, "metadata": {**made["metadata"], "annotations": {"refreshed": "now"}}})
+    assert needs.check(cluster, "ns", wanted) == before
+    cluster.put(secret("s", token="Yg=="))
+    assert needs.check(cluster, "ns", wanted) != before

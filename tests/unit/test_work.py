@@ -1,6 +1,7 @@
 """The workers: passes in threads, failures kept apart, an end in good order."""
 
 import asyncio
+import math
 import threading
 from collections.abc import Callable
 
@@ -8,7 +9,7 @@ import pytest
 
 from slmops.cluster.port import ClusterError, Key
 from slmops.handlers.schedule import Schedule
-from slmops.handlers.work import STALL_SECONDS, Work
+from slmops.handlers.work import PASS_SECONDS, STALL_SECONDS, Work
 
 A, B = Key("FineTuneJob", "ns", "a"), Key("FineTuneJob", "ns", "b")
 
@@ -116,6 +117,56 @@ def test_stopping_waits_for_the_pass_in_progress_and_starts_none() -> None:
         await until(lambda: ended == [A])
         await asyncio.sleep(0)
         assert ended == [A]
+
+    asyncio.run(main())
+
+
+def test_one_pass_that_hangs_is_an_illness_though_others_end() -> None:
+    now = 0.0
+    began, hung = threading.Event(), threading.Event()
+
+    def run(key: Key) -> float | None:
+        if key == A:
+            began.set()
+            hung.wait(5)
+        return None
+
+    async def main() -> None:
+        nonlocal now
+        ended: list[Key] = []
+        work = Work(
+            run, Schedule[Key](lambda: 0.0), workers=2, clock=lambda: now, on_pass=lambda key, *_: ended.append(key)
+        )
+        stop = asyncio.Event()
+        serving = asyncio.create_task(work.serve(stop))
+        work.poke(A)
+        now += 1
+        work.poke(A)
+        await until(began.is_set)
+        now += PASS_SECONDS - 1
+        work.poke(B)
+        now += 0.5
+        work.poke(B)
+        await until(lambda: B in ended)
+        assert not work.stalled()  # long is not yet too long
+        now += 1
+        assert work.stalled()
+        hung.set()
+        await until(lambda: A in ended)
+        assert not work.stalled()
+        stop.set()
+        await asyncio.wait_for(serving, 5)
+
+    asyncio.run(main())
+
+
+def test_an_object_that_is_not_there_any_more_is_told() -> None:
+    gone: list[Key] = []
+
+    async def main() -> None:
+        work = Work(lambda key: math.inf, Schedule[Key](lambda: 0.0), workers=1, on_gone=gone.append)
+        work.poke(A)
+        await served(work, lambda: gone == [A])
 
     asyncio.run(main())
 

@@ -4,6 +4,9 @@
     uri, manifest = push(Path("out"), "oci://registry:5000/team/tuned:v1", Manifest(kind="model"))
 
 Every failure is an `ArtifactError` with a reason for machines and a sentence for people.
+
+`patience` is for how many seconds nothing may move before a store is given up that refuses, fails or is away
+(default: SLMOPS_RETRY_SECONDS, 300); one that takes the connection and says nothing gets a minute at most.
 """
 
 from __future__ import annotations
@@ -16,7 +19,18 @@ from .errors import ArtifactError, Reason
 from .model import Manifest, Parent
 from .uris import FolderRef, HubRef, OciRef, parse
 
-__all__ = ["ArtifactError", "Manifest", "Parent", "Reason", "pull", "push", "read_manifest", "resolve"]
+__all__ = [
+    "ArtifactError",
+    "Manifest",
+    "Parent",
+    "Reason",
+    "delete",
+    "pinned",
+    "pull",
+    "push",
+    "read_manifest",
+    "resolve",
+]
 
 Secret = Mapping[str, Any]
 
@@ -27,6 +41,7 @@ def pull(
     *,
     secret: Secret | None = None,
     progress: Callable[[int, int], None] | None = None,
+    patience: float | None = None,
 ) -> Manifest:
     """Bring the artifact behind `uri` to the folder `dest`, verified and whole.
 
@@ -37,11 +52,11 @@ def pull(
         case OciRef() as ref:
             from . import oci
 
-            return oci.pull(ref, Path(dest), secret, progress)
+            return oci.pull(ref, Path(dest), secret, progress, patience)
         case HubRef() as ref:
             from . import hub
 
-            return hub.pull(ref, Path(dest), secret, progress)
+            return hub.pull(ref, Path(dest), secret, progress, patience)
         case FolderRef() as ref:
             from . import folder
 
@@ -55,6 +70,7 @@ def push(
     *,
     secret: Secret | None = None,
     progress: Callable[[int, int], None] | None = None,
+    patience: float | None = None,
 ) -> tuple[str, Manifest]:
     """Publish the folder `src` under `uri`. Returns the pinned URI and the manifest with its digest.
 
@@ -64,7 +80,7 @@ def push(
         case OciRef() as ref:
             from . import oci
 
-            return oci.push(Path(src), ref, manifest, secret, progress)
+            return oci.push(Path(src), ref, manifest, secret, progress, patience)
         case FolderRef() as ref:
             from . import folder
 
@@ -75,34 +91,65 @@ def push(
             )
 
 
-def resolve(uri: str, *, secret: Secret | None = None) -> str | None:
+def delete(uri: str, *, secret: Secret | None = None, patience: float | None = None) -> bool:
+    """Remove the artifact behind `uri`; what is gone already is fine. False where the store allows no removal.
+
+    In a registry, every tag of this content in the repository goes with it.
+    """
+    match parse(uri):
+        case OciRef() as ref:
+            from . import oci
+
+            return oci.delete(ref, secret, patience)
+        case FolderRef() as ref:
+            from . import folder
+
+            return folder.delete(ref)
+        case HubRef():
+            return False
+
+
+def pinned(uri: str, manifest: Manifest) -> str:
+    """Return the URI that always means the content of `manifest`, which was pulled from `uri`."""
+    match parse(uri):
+        case OciRef() as ref:
+            return ref.pinned(manifest.digest)
+        case HubRef():
+            from . import hub
+
+            return manifest.annotations.get(hub.SOURCE, uri)
+        case FolderRef():
+            return uri  # a folder has one content only, and its digest stands beside the URI
+
+
+def resolve(uri: str, *, secret: Secret | None = None, patience: float | None = None) -> str | None:
     """Return the digest that is behind `uri` now; None when there is nothing."""
     match parse(uri):
         case OciRef() as ref:
             from . import oci
 
-            return oci.resolve(ref, secret)
+            return oci.resolve(ref, secret, patience)
         case HubRef() as ref:
             from . import hub
 
-            return hub.resolve(ref, secret)
+            return hub.resolve(ref, secret, patience)
         case FolderRef() as ref:
             from . import folder
 
             return folder.resolve(ref)
 
 
-def read_manifest(uri: str, *, secret: Secret | None = None) -> Manifest | None:
+def read_manifest(uri: str, *, secret: Secret | None = None, patience: float | None = None) -> Manifest | None:
     """Return the manifest behind `uri` without its files; None when there is nothing."""
     match parse(uri):
         case OciRef() as ref:
             from . import oci
 
-            return oci.read_manifest(ref, secret)
+            return oci.read_manifest(ref, secret, patience)
         case HubRef() as ref:
             from . import hub
 
-            return hub.read_manifest(ref, secret)
+            return hub.read_manifest(ref, secret, patience)
         case FolderRef() as ref:
             from . import folder
 

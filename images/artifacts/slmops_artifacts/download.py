@@ -32,8 +32,9 @@ class Wanted(NamedTuple):
 class _Sink:
     """A partial file and the running hashes of what it holds."""
 
-    def __init__(self, part: Path, wanted: Wanted, on_bytes: Callable[[int], None]) -> None:
+    def __init__(self, part: Path, wanted: Wanted, on_bytes: Callable[[int], None], patience: Patience) -> None:
         self.part, self._wanted, self._on_bytes = part, wanted, on_bytes
+        self._patience, self._best = patience, 0
         self._start()
         if part.is_file() and not part.is_symlink():
             self._continue()
@@ -53,6 +54,9 @@ class _Sink:
         self._sha256.update(block)
         if self._wanted.git:
             self._git.update(block)
+        if self.have > self._best:  # bytes that come a second time are no progress
+            self._best = self.have
+            self._patience.progressed()
         self._on_bytes(len(block))
 
     def reset(self) -> None:
@@ -99,28 +103,26 @@ def fetch(http: Http, wanted: Wanted, staging: Staging, on_bytes: Callable[[int]
     part = staging.folder / f"{PRIVATE}part-{name}"
     try:
         if (found := staging.existing(wanted.path)) is not None:
-            kept = _Sink(found, wanted, on_bytes)
+            kept = _Sink(found, wanted, on_bytes, http.patience())
             if not kept.complaint():
                 return Entry(wanted.path, kept.have, kept.sha256)
             kept.reset()
-        sink = _Sink(part, wanted, on_bytes)
-        _fill(http, wanted, sink)
+        patience = http.patience()
+        sink = _Sink(part, wanted, on_bytes, patience)
+        _fill(http, wanted, sink, patience)
         part.replace(staging.target(wanted.path))
     except OSError as error:
         raise from_os(error, "Writing to", staging.dest) from error
     return Entry(wanted.path, sink.have, sink.sha256)
 
 
-def _fill(http: Http, wanted: Wanted, sink: _Sink) -> None:
+def _fill(http: Http, wanted: Wanted, sink: _Sink, patience: Patience) -> None:
     """Ask for the missing bytes until the file is whole and right."""
-    patience, damaged, best = Patience(), 0, sink.have
+    damaged = 0
     while True:
         failure, hint = None, 0.0
         if sink.have < wanted.size or not sink.part.exists():
             failure, hint = _attempt(http, wanted, sink)
-        if sink.have > best:
-            best = sink.have
-            patience.progressed()
         if failure is not None:
             patience.wait(failure, hint)
             continue
@@ -155,4 +157,6 @@ def _attempt(http: Http, wanted: Wanted, sink: _Sink) -> tuple[ArtifactError | N
             response.close()
     except httpx.HTTPError as error:
         return unreachable(error, http.where), 0.0
+    except ArtifactError as error:
+        return error, 0.0
     return None, 0.0

@@ -20,10 +20,12 @@ Reason = Literal[
 class ArtifactError(Exception):
     """An artifact could not be moved. `message` says what failed, where, and what to do about it."""
 
-    def __init__(self, reason: Reason, message: str) -> None:
+    def __init__(self, reason: Reason, message: str, *, silent: bool = False) -> None:
         super().__init__(message)
         self.reason: Reason = reason
         self.message = message
+        self.silent = silent
+        """The other side took the connection and then said nothing."""
 
     def __reduce__(self) -> tuple[type[ArtifactError], tuple[Reason, str]]:
         """Survive pickling, so that the error may cross a process pool."""

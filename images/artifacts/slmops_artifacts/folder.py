@@ -11,7 +11,7 @@ from .errors import ArtifactError, from_os
 from .files import CHUNK, Entry, Progress, Ticker, folder_digest, hash_file, list_files
 from .formats import FOLDER_MANIFEST, check_content, check_files, detect_format
 from .model import Manifest
-from .staging import Staging, installed
+from .staging import Staging, discard, installed
 from .uris import FolderRef
 
 _READS = 3
@@ -113,6 +113,20 @@ def push(src: Path, ref: FolderRef, manifest: Manifest, progress: Progress | Non
                 raise ArtifactError("DigestMismatch", f"{src}/{entry.path} changed while it was copied. Push it again.")
         staging.publish(manifest, entries)
     return str(ref), manifest
+
+
+def delete(ref: FolderRef) -> bool:
+    """Remove a folder that we published; it is gone at once, its files as fast as the disk can."""
+    _check_root(ref)
+    there = installed(ref.path)
+    if there is None:
+        if os.path.lexists(ref.path):
+            raise ArtifactError("BadUri", f"{ref} holds files that are not an artifact of ours. Remove them by hand.")
+        return True
+    if ref.digest not in (None, there.manifest.digest):
+        return True
+    discard(ref.path, there.manifest.digest)
+    return True
 
 
 def _copy(source: Path, path: str, staging: Staging, on_bytes: Callable[[int], None]) -> Entry:

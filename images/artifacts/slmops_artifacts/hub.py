@@ -24,8 +24,11 @@ from .formats import FORMAT_ORDER, check_content, classify, detect_format, remed
 from .model import Manifest
 from .registry_auth import secret_text
 from .staging import Staging
-from .transfer import Http
+from .transfer import Http, gated
 from .uris import HubRef
+
+SOURCE = "dev.slmops.source"
+"""Annotation: the URI with the commit in it."""
 
 _HEX40 = re.compile(r"[0-9a-f]{40}")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
@@ -62,18 +65,18 @@ class _HubAuth:
         return False
 
 
-def resolve(ref: HubRef, secret: Mapping[str, Any] | None) -> str | None:
+def resolve(ref: HubRef, secret: Mapping[str, Any] | None, patience: float | None) -> str | None:
     """Return the digest of what the revision holds now. Small files have no SHA-256 in the listing: they are read."""
-    http = _http(ref, secret)
+    http = _http(ref, secret, patience)
     snapshot = _snapshot(http, ref)
     if snapshot is None:
         return None
     return folder_digest(Entry(item.path, item.size, item.sha256 or _hash(http, item)) for item in snapshot.files)
 
 
-def read_manifest(ref: HubRef, secret: Mapping[str, Any] | None) -> Manifest | None:
+def read_manifest(ref: HubRef, secret: Mapping[str, Any] | None, patience: float | None) -> Manifest | None:
     """Return what the Hub says about the revision."""
-    http = _http(ref, secret)
+    http = _http(ref, secret, patience)
     snapshot = _snapshot(http, ref)
     if snapshot is None:
         return None
@@ -81,9 +84,11 @@ def read_manifest(ref: HubRef, secret: Mapping[str, Any] | None) -> Manifest | N
     return _manifest(ref, snapshot, entries)
 
 
-def pull(ref: HubRef, dest: Path, secret: Mapping[str, Any] | None, progress: Progress | None) -> Manifest:
+def pull(
+    ref: HubRef, dest: Path, secret: Mapping[str, Any] | None, progress: Progress | None, patience: float | None
+) -> Manifest:
     """Fetch the allowed files of one commit."""
-    http = _http(ref, secret)
+    http = _http(ref, secret, patience)
     snapshot = _snapshot(http, ref)
     if snapshot is None:
         raise ArtifactError(
@@ -96,7 +101,7 @@ def pull(ref: HubRef, dest: Path, secret: Mapping[str, Any] | None, progress: Pr
     stage = "sha256:" + hashlib.sha256(f"{ref.pinned(snapshot.commit)}".encode()).hexdigest()
     with Staging(dest, stage) as staging:
         there = staging.published()
-        if there is not None and there.annotations.get("dev.slmops.source") == ref.pinned(snapshot.commit):
+        if there is not None and there.annotations.get(SOURCE) == ref.pinned(snapshot.commit):
             ticker.add(total)
             return there
         staging.reserve(total)
@@ -119,11 +124,11 @@ def _endpoint() -> httpx.URL:
     return url
 
 
-def _http(ref: HubRef, secret: Mapping[str, Any] | None) -> Http:
+def _http(ref: HubRef, secret: Mapping[str, Any] | None, patience: float | None) -> Http:
     token = secret_text(secret, "HF_TOKEN", "token") or os.environ.get("HF_TOKEN", "").strip()
     if not (token.isascii() and token.isprintable()):
         raise ArtifactError("AccessDenied", f"{ref}: HF_TOKEN holds characters that no token has. Mend the Secret.")
-    return Http(f"{ref} ({_endpoint().host})", _HubAuth(_endpoint(), token))
+    return Http(f"{ref} ({_endpoint().host})", _HubAuth(_endpoint(), token), patience)
 
 
 def _snapshot(http: Http, ref: HubRef) -> _Snapshot | None:
@@ -136,9 +141,7 @@ def _snapshot(http: Http, ref: HubRef) -> _Snapshot | None:
         limit=_MAX_LISTING,
     )
     if reply.status == 401 and reply.headers.get("x-error-code") == "GatedRepo":
-        raise ArtifactError(
-            "AccessDenied", f"{ref} is gated. Ask for access on the Hub and put HF_TOKEN in the Secret."
-        )
+        raise gated(http.where)
     if reply.status in (401, 404):
         return None  # the Hub answers 401 for what does not exist when nobody is signed in
     try:
@@ -215,7 +218,7 @@ def _manifest(ref: HubRef, snapshot: _Snapshot, entries: list[Entry]) -> Manifes
         digest=folder_digest(entries),
         annotations={
             "name": ref.repository,
-            "dev.slmops.source": ref.pinned(snapshot.commit),
+            SOURCE: ref.pinned(snapshot.commit),
             "dev.slmops.commit": snapshot.commit,
         },
         created=snapshot.modified,

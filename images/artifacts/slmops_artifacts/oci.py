@@ -23,7 +23,7 @@ from .formats import Role, check_content, check_files, detect_format
 from .model import Manifest
 from .registry_auth import RegistryAuth, plain_http
 from .staging import Staging
-from .transfer import Http, Patience
+from .transfer import Http
 from .upload import upload
 from .uris import OciRef
 
@@ -41,26 +41,30 @@ OURS = "dev.slmops.manifest"
 
 _MAX_DOCUMENT = 4 << 20
 _MAX_LAYER = 1 << 44
+_PUSHES = 3
+"""How often a registry may lose what we have just sent before we give up."""
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
-def resolve(ref: OciRef, secret: Mapping[str, Any] | None) -> str | None:
+def resolve(ref: OciRef, secret: Mapping[str, Any] | None, patience: float | None) -> str | None:
     """Return the digest that the reference means now."""
-    found = _Repository(ref, secret, "pull").manifest()
+    found = _Repository(ref, secret, "pull", patience).manifest()
     return found[0] if found else None
 
 
-def read_manifest(ref: OciRef, secret: Mapping[str, Any] | None) -> Manifest | None:
+def read_manifest(ref: OciRef, secret: Mapping[str, Any] | None, patience: float | None) -> Manifest | None:
     """Return the manifest behind the reference, by one request."""
-    found = _Repository(ref, secret, "pull").manifest()
+    found = _Repository(ref, secret, "pull", patience).manifest()
     if found is None:
         return None
     return _manifest(found[0], found[1], _layers(found[1], str(ref)), str(ref))
 
 
-def pull(ref: OciRef, dest: Path, secret: Mapping[str, Any] | None, progress: Progress | None) -> Manifest:
+def pull(
+    ref: OciRef, dest: Path, secret: Mapping[str, Any] | None, progress: Progress | None, patience: float | None
+) -> Manifest:
     """Fetch every layer into `dest`."""
-    repository = _Repository(ref, secret, "pull")
+    repository = _Repository(ref, secret, "pull", patience)
     found = repository.manifest()
     if found is None:
         raise ArtifactError("SourceNotFound", f"{ref} does not exist in the registry. Check repository and tag.")
@@ -83,7 +87,12 @@ def pull(ref: OciRef, dest: Path, secret: Mapping[str, Any] | None, progress: Pr
 
 
 def push(
-    src: Path, ref: OciRef, manifest: Manifest, secret: Mapping[str, Any] | None, progress: Progress | None
+    src: Path,
+    ref: OciRef,
+    manifest: Manifest,
+    secret: Mapping[str, Any] | None,
+    progress: Progress | None,
+    patience: float | None,
 ) -> tuple[str, Manifest]:
     """Upload what the registry does not have yet, then the manifest."""
     if ref.digest:
@@ -115,24 +124,35 @@ def push(
     )
     if len(document) > _MAX_DOCUMENT:
         raise ArtifactError("UnsupportedFormat", f"The manifest for {ref} is over 4 MiB. Shorten recipe or metrics.")
-    repository = _Repository(ref, secret, "pull,push")
-    ticker = Ticker(manifest.size_bytes, progress)
-    for entry in entries:
-        repository.put_file(files[entry.path], entry, ticker)
-    repository.put_bytes(config)
-    digest = repository.put_manifest(document)
-    return ref.pinned(digest), manifest.model_copy(update={"digest": digest})
+    repository = _Repository(ref, secret, "pull,push", patience)
+    for _ in range(_PUSHES):
+        ticker = Ticker(manifest.size_bytes, progress)
+        for entry in entries:
+            repository.put_file(files[entry.path], entry, ticker)
+        repository.put_bytes(config)
+        if (digest := repository.put_manifest(document)) is not None:
+            return ref.pinned(digest), manifest.model_copy(update={"digest": digest})
+    raise ArtifactError("SourceUnavailable", f"{ref}: the registry lost files while they were pushed. See its log.")
+
+
+def delete(ref: OciRef, secret: Mapping[str, Any] | None, patience: float | None) -> bool:
+    """Remove the manifest, and with it every tag on it. The registry's garbage collection frees the files."""
+    repository = _Repository(ref, secret, "pull,push,delete", patience)
+    if ref.digest:
+        return repository.delete(ref.digest)
+    found = repository.manifest()
+    return found is None or repository.delete(found[0])
 
 
 class _Repository:
     """The calls of the OCI distribution API that we need, for one repository."""
 
-    def __init__(self, ref: OciRef, secret: Mapping[str, Any] | None, actions: str) -> None:
+    def __init__(self, ref: OciRef, secret: Mapping[str, Any] | None, actions: str, patience: float | None) -> None:
         host = "registry-1.docker.io" if ref.host in ("docker.io", "index.docker.io") else ref.host
         self._ref = ref
         self._base = httpx.URL(f"{'http' if plain_http(ref.host) else 'https'}://{host}/v2/{ref.repository}/")
         auth = RegistryAuth(self._base, host, ref.repository, actions, secret)
-        self.http = Http(str(ref), auth)
+        self.http = Http(str(ref), auth, patience)
 
     def blob(self, digest: str) -> str:
         """Where a blob is."""
@@ -197,20 +217,32 @@ class _Repository:
         if not self._has(entry.sha256):
             upload(self.http, self._base, entry, lambda start, end: iter([content[start:end]]), Ticker(0, None))
 
-    def put_manifest(self, document: bytes) -> str:
-        """Publish under the tag; from here on the artifact is visible."""
+    def put_manifest(self, document: bytes) -> str | None:
+        """Publish under the tag; from here on the artifact is visible. None: the registry lacks some file of it."""
         digest = "sha256:" + hashlib.sha256(document).hexdigest()
         reply = self.http.request(
             "PUT",
             f"{self._base}manifests/{self._ref.tag or 'latest'}",
-            expect=(201,),
+            expect=(201, 400, 404),
             body=lambda: document,
             headers={"Content-Type": MANIFEST_TYPE},
-            patience=Patience(),
         )
+        if reply.status != 201:
+            # Its garbage collection may have run between the files and the manifest that names them.
+            if b"BLOB_UNKNOWN" in reply.body:
+                return None
+            raise ArtifactError(
+                "UnsupportedFormat",
+                f"{self._ref}: the registry refused the manifest (HTTP {reply.status}). See its log.",
+            )
         if reply.headers.get("docker-content-digest", digest) != digest:
             raise ArtifactError("DigestMismatch", f"{self._ref}: the registry changed the manifest. Use another one.")
         return digest
+
+    def delete(self, digest: str) -> bool:
+        """Remove a manifest; False where the registry does not allow that."""
+        reply = self.http.request("DELETE", f"{self._base}manifests/{digest}", expect=(200, 202, 204, 404, 405))
+        return reply.status != 405
 
     def _has(self, sha256: str) -> bool:
         return self.http.request("HEAD", self.blob(f"sha256:{sha256}"), expect=(200, 404)).status == 200

@@ -89,7 +89,8 @@ class RegistryAuth:
                     f"The token server of {self._host} does not work now (HTTP {response.status_code}). Try later.",
                 )
             document = response.json() if response.status_code == 200 else {}
-            token = document.get("token") or document.get("access_token")
+            known_form = document if isinstance(document, dict) else {}
+            token = known_form.get("token") or known_form.get("access_token")
         except httpx.HTTPError as error:
             raise unreachable(error, f"The token server of {self._host}") from error
         except ValueError:

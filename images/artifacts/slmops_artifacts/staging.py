@@ -57,6 +57,17 @@ def installed(folder: Path) -> Installed | None:
     return None
 
 
+def discard(folder: Path, digest: str) -> None:
+    """Remove a folder that we published: renamed first, under a name that the next writer there sweeps away."""
+    spare = folder.with_name(f"{_private_name(folder)}{_tag(digest)}.gone-{secrets.token_hex(4)}")
+    try:
+        folder.rename(spare)
+        fsync_path(folder.parent)
+        shutil.rmtree(spare)
+    except OSError as error:
+        raise from_os(error, "Removing", folder) from error
+
+
 class Staging:
     """The writer's side. Use as a context manager: entering waits for other writers of the same content."""
 
@@ -65,10 +76,9 @@ class Staging:
         self.digest = digest
         self._marker = marker
         self._in_place = marker == MARKER and dest.exists()
-        tag = digest.removeprefix("sha256:")[:16]
         self._base = dest if self._in_place else dest.parent
-        self._prefix = f"{PRIVATE}staging-" if self._in_place else f"{PRIVATE}{dest.name[:180]}-"
-        self.folder = self._base / f"{self._prefix}{tag}"
+        self._prefix = f"{PRIVATE}staging-" if self._in_place else _private_name(dest)
+        self.folder = self._base / f"{self._prefix}{_tag(digest)}"
         self._lock = -1
 
     def __enter__(self) -> Staging:
@@ -249,6 +259,15 @@ class Staging:
                     shutil.rmtree(old, ignore_errors=True)
             finally:
                 os.close(handle)
+
+
+def _private_name(dest: Path) -> str:
+    """How the names begin that we use beside `dest`."""
+    return f"{PRIVATE}{dest.name[:180]}-"
+
+
+def _tag(digest: str) -> str:
+    return digest.removeprefix("sha256:")[:16]
 
 
 def _try_lock(handle: int) -> bool:

@@ -8,15 +8,20 @@ import random
 import ssl
 import time
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, Protocol
 
 import httpx
 
 from .errors import ArtifactError, disk_full
 
-_TIMEOUT = httpx.Timeout(60.0, connect=10.0, write=120.0)
 _SLOW = httpx.Timeout(300.0, connect=10.0)
 """A registry reads a large blob once more before it confirms it."""
+SILENCE = 60.0
+"""Seconds after which a server that took the connection and says nothing is given up, whatever the patience."""
+_LEAST_READ = 5.0
+"""Seconds that an answer may always take."""
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -39,11 +44,10 @@ class Reply(NamedTuple):
 
 
 class Patience:
-    """Retries until nothing has moved for a while: `SLMOPS_RETRY_SECONDS`, 300 by default."""
+    """Retries until nothing has moved for `window` seconds."""
 
-    def __init__(self) -> None:
-        value = os.environ.get("SLMOPS_RETRY_SECONDS", "")
-        self._window = float(value) if value.replace(".", "", 1).isdecimal() else 300.0
+    def __init__(self, window: float) -> None:
+        self._window = window
         self.progressed()
 
     def progressed(self) -> None:
@@ -54,7 +58,8 @@ class Patience:
     def wait(self, failure: ArtifactError, hint: float = 0.0) -> None:
         """Sleep before the next attempt, or raise `failure` when the time is over or trying is useless."""
         pause = max(min(hint, 60.0), self._pause * random.uniform(0.7, 1.3))  # noqa: S311 - jitter, not a secret
-        if not failure.retryable or time.monotonic() - self._since + pause > self._window:
+        window = min(self._window, SILENCE) if failure.silent else self._window
+        if not failure.retryable or time.monotonic() - self._since + pause > window:
             raise failure
         time.sleep(pause)
         self._pause = min(self._pause * 2, 15.0)
@@ -63,17 +68,21 @@ class Patience:
 class Http:
     """A client for one server, named `where` in messages."""
 
-    def __init__(self, where: str, auth: Auth) -> None:
+    def __init__(self, where: str, auth: Auth, patience: float | None = None) -> None:
         logger = logging.getLogger("httpx")
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.WARNING)  # httpx logs whole URLs, and signed ones are secrets
         self.where = where
         self.auth = auth
-        self.client = httpx.Client(timeout=_TIMEOUT, headers={"User-Agent": "slmops"}, follow_redirects=False)
+        self._window = _default_patience() if patience is None else patience
+        # Half the silence, so that one lost answer is asked for again before the source is given up.
+        read = max(_LEAST_READ, min(self._window, SILENCE) / 2)
+        self._timeout = httpx.Timeout(read, connect=10.0, write=120.0)
+        self.client = httpx.Client(timeout=self._timeout, headers={"User-Agent": "slmops"}, follow_redirects=False)
 
-    def close(self) -> None:
-        """Close all connections."""
-        self.client.close()
+    def patience(self) -> Patience:
+        """Fresh patience, as much as this client was given."""
+        return Patience(self._window)
 
     def request(
         self,
@@ -87,7 +96,7 @@ class Http:
         patience: Patience | None = None,
     ) -> Reply:
         """Ask until one of the `expect`ed answers comes. `body()` gives the content anew for every attempt."""
-        patience = patience or Patience()
+        patience = patience or self.patience()
         while True:
             hint = 0.0
             try:
@@ -100,6 +109,8 @@ class Http:
                     response.close()
             except httpx.HTTPError as error:
                 failure = unreachable(error, self.where)
+            except ArtifactError as error:
+                failure = error
             patience.wait(failure, hint)
 
     def send(
@@ -110,14 +121,14 @@ class Http:
         while True:
             signed = {**headers, **self.auth.headers(target)}
             content = body() if body is not None else None
-            wait = _SLOW if method == "PUT" else _TIMEOUT
+            wait = _SLOW if method == "PUT" else self._timeout
             request = self.client.build_request(method, target, headers=signed, content=content, timeout=wait)
             response = self.client.send(request, stream=True)
             if response.status_code == 401 and not challenged and self.auth.challenge(response):
                 challenged = True
             elif response.is_redirect and method in ("GET", "HEAD") and hops < 5:
                 hops += 1
-                target = _redirect(target, response)
+                target = self._redirect(target, response)
             else:
                 return response
             response.close()
@@ -131,6 +142,8 @@ class Http:
             text = ""
         if "no space left" in text or code == 507:
             return disk_full(f"{self.where} has no space left on its own volume")
+        if response.headers.get("x-error-code") == "GatedRepo":
+            return gated(self.where)
         if code in (401, 403):
             return ArtifactError(
                 "AccessDenied",
@@ -153,6 +166,31 @@ class Http:
             )
         return ArtifactError("UnsupportedFormat", f"{self.where} refused the request (HTTP {code}). See its log.")
 
+    def _redirect(self, url: httpx.URL, response: httpx.Response) -> httpx.URL:
+        """Where a redirect leads. Never out of TLS: a manifest found by its tag has no digest to be checked with."""
+        try:
+            target = url.join(response.headers.get("location", ""))
+        except httpx.InvalidURL as error:
+            raise httpx.RemoteProtocolError("a redirect to nowhere") from error
+        if url.scheme == "https" and target.scheme != "https":
+            raise ArtifactError(
+                "AccessDenied", f"{self.where} redirects to plain HTTP. Mend its redirect; not followed."
+            )
+        return target
+
+
+def gated(where: str) -> ArtifactError:
+    """A repository of the Hub that its owner opens by hand."""
+    return ArtifactError(
+        "AccessDenied",
+        f"{where} is gated. Ask for access on the Hub, and put the HF_TOKEN of the account that has it in the Secret.",
+    )
+
+
+def _default_patience() -> float:
+    value = os.environ.get("SLMOPS_RETRY_SECONDS", "")
+    return float(value) if value.replace(".", "", 1).isdecimal() else 300.0
+
 
 def unreachable(error: httpx.HTTPError, where: str) -> ArtifactError:
     """Name what went wrong below HTTP, without the URL."""
@@ -170,6 +208,12 @@ def unreachable(error: httpx.HTTPError, where: str) -> ArtifactError:
             "AccessDenied",
             f"{where} does not speak TLS. If it shall be plain HTTP, name it in SLMOPS_PLAIN_HTTP.",
         )
+    if isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout):
+        return ArtifactError(
+            "SourceUnavailable",
+            f"{where} took the connection and then said nothing. Check the server and its log, and proxies before it.",
+            silent=True,
+        )
     if isinstance(error, httpx.TimeoutException):
         text = "no answer in time"
     return ArtifactError(
@@ -178,18 +222,15 @@ def unreachable(error: httpx.HTTPError, where: str) -> ArtifactError:
     )
 
 
-def _redirect(url: httpx.URL, response: httpx.Response) -> httpx.URL:
-    """Where a redirect leads."""
-    try:
-        return url.join(response.headers.get("location", ""))
-    except httpx.InvalidURL as error:
-        raise httpx.RemoteProtocolError("a redirect to nowhere") from error
-
-
 def retry_after(response: httpx.Response) -> float:
-    """Seconds that the server asks us to wait."""
+    """Seconds that the server asks us to wait, which it may give as a number or as a date."""
     value: str = response.headers.get("retry-after", "")
-    return float(value) if value.isdigit() and len(value) < 6 else 0.0
+    if value.isdigit() and len(value) < 6:
+        return float(value)
+    try:
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):
+        return 0.0
 
 
 def _read(response: httpx.Response, limit: int, where: str) -> bytes:

@@ -19,7 +19,7 @@ Reader = Callable[[int, int], Iterator[bytes]]
 
 def upload(http: Http, base: httpx.URL, entry: Entry, read: Reader, ticker: Ticker) -> None:
     """Upload until the registry has confirmed the digest. `read(start, end)` yields that part of the content."""
-    patience, mark = Patience(), ticker.done
+    patience, mark = http.patience(), ticker.done
     location: httpx.URL | None = None
     offset = 0
     while True:
@@ -50,6 +50,8 @@ def upload(http: Http, base: httpx.URL, entry: Entry, read: Reader, ticker: Tick
                 response.close()
         except httpx.HTTPError as error:
             failure, lost = unreachable(error, http.where), True
+        except ArtifactError as error:
+            failure, lost = error, True
         if lost:
             if failure.reason == "SourceNotFound":
                 failure = ArtifactError("SourceUnavailable", f"{http.where}: the registry forgot an upload. Try again.")

@@ -40,7 +40,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/livez":
             self._say(200 if haproxy.alive() else 503, {"alive": haproxy.alive()})
         elif self.path == "/readyz":
-            good = haproxy.answers() and not self.server.draining
+            good = haproxy.ready() and not self.server.draining
             self._say(200 if good else 503, {"ready": good})
         elif self.path != "/observed":
             self._say(404, {"error": f"There is no {self.path}."})

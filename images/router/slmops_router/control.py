@@ -46,6 +46,8 @@ class Haproxy:
         self._process: subprocess.Popen[bytes] | None = None
         self._before = Totals()  # counted by processes before the last reload
         self._base = Totals()  # counted when the epoch began
+        self._began = clock()
+        self._open = False  # whether it was ready once
 
     @property
     def routes(self) -> Routes:
@@ -111,6 +113,22 @@ class Haproxy:
             return runtime.running(self.place.socket) == fingerprint(self._routes)
         except RuntimeApiError:
             return False
+
+    def ready(self) -> bool:
+        """Whether requests may come. A fresh one first has to reach a pod of every revision that gets any.
+
+        From then on pods come and go without it: what none of them answers is answered here.
+        """
+        if not self.answers():
+            return False
+        if not self._open:
+            try:
+                up = self._see(self._routes).up
+            except RuntimeApiError:
+                return False
+            reached = all(up[r.revision] for r in self._routes.revisions if r.weight)
+            self._open = reached or self._clock() - self._began > self.place.reach_seconds
+        return self._open
 
     def drain(self) -> None:
         """Take no new connections; the process ends with the last answer."""

@@ -41,6 +41,7 @@ class Place:
     nameservers: tuple[str, ...] = ()  # ip:port
     search: str = ""  # domain put behind a host without dots
     threads: int = 1
+    reach_seconds: float = 15.0  # for longer, a model without ready pods does not keep its router from being ready
     old_worker_seconds: int = 3600  # how long a reload waits for answers that the old process still gives
 
     @property

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             metrics_port=args.metrics_port,
             nameservers=(args.nameserver,) if args.nameserver else nameservers,
             search=search,
+            reach_seconds=args.reach_seconds,
             threads=min(THREADS_MAX, len(os.sched_getaffinity(0))),
         ),
         args.haproxy,
@@ -110,5 +111,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resolv-conf", type=Path, default=Path("/etc/resolv.conf"), help="where to find DNS")
     parser.add_argument("--nameserver", default="", help="ip:port instead of those of resolv.conf")
     parser.add_argument("--haproxy", default="haproxy", help="the program")
+    parser.add_argument("--reach-seconds", type=float, default=15.0, help="not ready before a pod is reached, so long")
     parser.add_argument("--drain-seconds", type=float, default=5.0, help="after SIGTERM, go on accepting for this long")
     return parser.parse_args(argv)

@@ -1,50 +1,87 @@
-"""The teacher's answers on disk: append-only JSONL chunks in the run's checkpoint, so that nothing is asked twice."""
+"""The teacher's answers on disk, so that nothing is asked twice: not by the next pod, not by the next object.
+
+A run keeps its answers in append-only JSONL chunks in its checkpoint. Once it has asked, or failed in asking, it leaves
+all of them beside its output, where a later object with that output finds them: a spec that turned out wrong is
+corrected by a new object, and the teacher's answers are the dear part of the old one.
+"""
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
+from slmops.api.run import TeacherEndpoint
+from slmops_artifacts.uris import OciRef, parse
+from slmops_trainer.checkpoints import Checkpoints
+from slmops_trainer.failure import RunFailure
 from slmops_trainer.teacher import Reply, Sampling
 
+if TYPE_CHECKING:
+    from slmops_trainer.context import Context
+
 PART = "generation"  # the checkpoint's subfolder
+SHARED, SHARED_TAG = "answers.jsonl", "slmops-answers"
 OPEN = ".open.jsonl"  # hidden, so that no checkpoint takes it along half written
 SMALL_CHUNKS = 32  # this many are merged into one, so that a long run does not end in ten thousand files
 
 
-def answer_key(messages: Sequence[dict[str, str]], sample: int, model: str, sampling: Sampling) -> str:
-    """Identity of an answer: the question as asked, the number of the sample, and how it was drawn."""
-    text = json.dumps([list(messages), sample, model, asdict(sampling)], sort_keys=True, ensure_ascii=False)
+log = logging.getLogger("slmops")
+
+
+def teacher_key(endpoint: TeacherEndpoint) -> str:
+    """Identity of a teacher: where it is, what it is called there, and the model behind it, if it is ours."""
+    return json.dumps([endpoint.url, endpoint.model, *(row.digest for row in endpoint.lineage[:1])])
+
+
+def answer_key(messages: Sequence[dict[str, str]], sample: int, teacher: str, sampling: Sampling, seed: int) -> str:
+    """Identity of an answer: the question as asked, the number of the sample, who is asked, and how it is drawn."""
+    text = json.dumps([list(messages), sample, teacher, asdict(sampling), seed], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Answers:
-    """Answers by key. `add` writes through to an open chunk; `seal` makes it part of the next checkpoint."""
+    """Answers by key. `add` writes through to an open chunk; `seal` makes it part of the next checkpoint.
+
+    recalled  how many were found among the answers of earlier objects
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._replies: dict[str, Reply] = {}
-        self._open: IO[str] | None = None
+        self._earlier: dict[str, Reply] = {}
+        self._open: IO[bytes] | None = None
+        self.recalled = 0
         for path in sorted(folder.glob("*.jsonl")) if folder.is_dir() else []:
-            self._read(path)
+            self._replies |= _read(path)
 
     def __len__(self) -> int:
         return len(self._replies)
 
     def get(self, key: str) -> Reply | None:
-        """The saved answer, if there is one."""
+        """The saved answer, if there is one; an earlier object's becomes one of this run."""
+        if key not in self._replies and key in self._earlier:
+            self.add(key, self._earlier[key])
+            self.recalled += 1
         return self._replies.get(key)
 
     def add(self, key: str, reply: Reply) -> None:
         """Keep an answer."""
         if self._open is None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._open = (self._folder / OPEN).open("w", encoding="utf-8")
-        self._open.write(json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False) + "\n")
-        self._open.flush()
+            self._open = (self._folder / OPEN).open("wb", buffering=0)
+        whole = self._open.tell()
+        line = _line(key, reply)
+        try:
+            while line:
+                line = line[self._open.write(line) :]
+        except OSError:
+            # A full disk takes a part of a line, which would spoil all that came before it.
+            self._open.truncate(whole)
+            raise
         self._replies[key] = reply
 
     def seal(self) -> bool:
@@ -75,8 +112,44 @@ class Answers:
         for path in small:
             path.unlink()
 
-    def _read(self, path: Path) -> None:
-        with path.open(encoding="utf-8", newline="\n") as stream:
-            for line in stream:
-                row = json.loads(line)
-                self._replies[row["key"]] = Reply(row["text"], row["finish"], row["tokens"])
+    def recall(self, shared: Checkpoints) -> None:
+        """Look among the answers of earlier objects, too. Raises the failures of the store."""
+        folder = shared.load()
+        if folder is None or not (folder / SHARED).is_file():
+            return
+        try:
+            self._earlier = _read(folder / SHARED)
+        except (ValueError, KeyError, TypeError):
+            log.warning("Ignored answers that another version of this program left")
+
+    def share(self, shared: Checkpoints) -> None:
+        """Leave all answers to later objects. This run has its own already: a failure is told, not raised."""
+        if self._replies.keys() <= self._earlier.keys():
+            return
+        try:
+            shared.folder.mkdir(parents=True, exist_ok=True)
+            with (shared.folder / SHARED).open("wb") as stream:
+                stream.writelines(_line(key, reply) for key, reply in (self._earlier | self._replies).items())
+            shared.save()
+        except (RunFailure, OSError) as error:
+            log.warning("The answers were not left for later objects: %s", error)
+
+
+def shared(ctx: "Context") -> Checkpoints:
+    """Where the answers for one output lie, whatever the object that asks."""
+    ref = parse(ctx.spec.output)
+    if isinstance(ref, OciRef):
+        uri = f"oci://{ref.host}/{ref.repository}:{SHARED_TAG}"
+    else:
+        uri = f"{ctx.spec.output.rstrip('/')}-answers"
+    return Checkpoints(uri, ctx.work / "answers", ctx.spec.uid, ctx.started)
+
+
+def _line(key: str, reply: Reply) -> bytes:
+    return (json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False) + "\n").encode()
+
+
+def _read(path: Path) -> dict[str, Reply]:
+    with path.open(encoding="utf-8", newline="\n") as stream:
+        rows = [json.loads(line) for line in stream]
+    return {row["key"]: Reply(row["text"], row["finish"], row["tokens"]) for row in rows}

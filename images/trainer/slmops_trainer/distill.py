@@ -45,15 +45,19 @@ def run(ctx: Context) -> RunResult:
     folder, base = ctx.pull(ctx.spec.model, "student")
     ctx.report("Loading", 0, 1, ctx.spec.model.uri)
     loaded = models.load(folder, ctx.spec.model.uri)
-    # The chat template must take what it will be given: known now, or after the last answer is paid for.
-    encoding.encode_prompt(loaded.tokenizer, synthetic.instructed(prompts.items[0], settings.system_prompt))
+    unfit = synthetic.unfit(loaded, prompts, spec)
     ctx.checkpoints.load()
     store = answers.Answers(ctx.checkpoints.folder / answers.PART)
-    made = synthetic.make(ctx, spec, terms, prompts, held_out, schema, store)
-    examples, system = made.examples, settings.system_prompt
-    if held_out is not None:
-        held_out = replace(held_out, items=tuple(synthetic.instructed(item, system) for item in held_out.items))
-    _measure_teacher(ctx, spec, terms, held_out, store)
+    shared = answers.shared(ctx)
+    store.recall(shared)
+    try:
+        made = synthetic.make(ctx, spec, terms, prompts, held_out, schema, store, unfit)
+        examples, system = made.examples, settings.system_prompt
+        if held_out is not None:
+            held_out = replace(held_out, items=tuple(synthetic.instructed(item, system) for item in held_out.items))
+        _measure_teacher(ctx, spec, terms, held_out, store)
+    finally:
+        store.share(shared)
     encoded = encoding.encode(loaded.tokenizer, examples.items, loaded.stop_ids, "assistant", spec.training.max_length)
     ctx.check()
     _measure(ctx, loaded, spec.evaluation, held_out, BEFORE, "base_")
@@ -129,8 +133,8 @@ def _measure_teacher(
         longest = max(longest, settings.max_tokens)  # its thoughts need room before the answer
     greedy = replace(terms, sampling=Sampling(0.0, 1.0, longest), min_success_ratio=0.0, budget=None)
     shown = [synthetic.instructed(item, None, think=settings.chain_of_thought) for item in held_out.items]
-    model, seed = terms.endpoint.model, spec.training.seed
-    asked = generation.questions(synthetic.wire(shown), 1, model, greedy.sampling, seed)
+    teacher, seed = answers.teacher_key(terms.endpoint), spec.training.seed
+    asked = generation.questions(synthetic.wire(shown), 1, teacher, greedy.sampling, seed)
     generation.ask_all(ctx, asked, greedy, store, TEACHER)
     replies = [store.get(question.key) for question in asked]
     texts = [_answer(reply.text, think=settings.chain_of_thought) if reply else "" for reply in replies]

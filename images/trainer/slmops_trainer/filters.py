@@ -18,8 +18,11 @@ from slmops_trainer.data import Example
 from slmops_trainer.failure import RunFailure
 
 NAMES = (
-    "decontaminate", "noAnswer", "truncated", "minCharacters", "maxCharacters", "validJson", "jsonSchema", "dedupe",
+    "decontaminate", "maxLength", "noAnswer", "truncated", "minCharacters", "maxCharacters", "validJson", "jsonSchema",
+    "dedupe",
 )  # fmt: skip
+
+CUT_OFF = ("length", "content_filter")  # finish reasons of answers that did not come to their end
 
 _OPEN, _CLOSE = "<think>", "</think>"
 
@@ -84,6 +87,8 @@ def schema_of(text: str, where: str) -> Validator:
     """A validator that fetches nothing from anywhere. Raises RunFailure(BadSpec)."""
     try:
         schema = json.loads(text)
+        if not isinstance(schema, dict):
+            raise RunFailure("BadSpec", f"{where} is no JSON Schema: it has to be an object.")
         kind = validators.validator_for(schema, default=validators.Draft202012Validator)
         kind.check_schema(schema)
         validator: Validator = kind(schema, registry=Registry())
@@ -99,7 +104,7 @@ def schema_of(text: str, where: str) -> Validator:
 
 def _reason(row: Row, answer: str | None, filters: Filters, schema: Validator | None) -> str | None:
     """The first filter that drops the row, None if all let it pass."""
-    if filters.drop_truncated and row.finish == "length":
+    if filters.drop_truncated and row.finish in CUT_OFF:
         return "truncated"
     if not answer:
         return "noAnswer"
@@ -122,6 +127,8 @@ def _fits(schema: Validator, value: Any) -> bool:
     check: Callable[[Any], bool] = schema.is_valid
     try:
         return check(value)
+    except RecursionError:
+        return False
     except Unresolvable as error:
         raise _unresolvable("data.filters.jsonSchema", error) from error
 

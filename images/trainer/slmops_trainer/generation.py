@@ -5,20 +5,21 @@ import hashlib
 import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from slmops.api.run import TeacherEndpoint
 from slmops_trainer.answers import Answers, answer_key
 from slmops_trainer.failure import RunFailure, interrupted
-from slmops_trainer.teacher import Rejected, Sampling, Teacher
+from slmops_trainer.teacher import Rejected, Sampling, Silent, Teacher
 
 if TYPE_CHECKING:
     from slmops_trainer.context import Context
 
 SAVE_SECONDS = 5.0  # between two checkpoints: what a killed pod has to pay twice at most
+HOLD_SECONDS = 15.0  # of a save that does not come to its end, after which nothing more is asked
 GRACE_SECONDS = 5.0  # that requests in flight get when the pod is asked to stop
 HOPELESS = 20  # prompts without any answer at all, after which it is no use to go on
 
@@ -52,9 +53,9 @@ class Terms:
 class Outcome:
     """What came of the questions. The answers are in the store.
 
-    rejected  what came instead of an answer, by key
+    rejected  what came instead of an answer, by key, from this pod's requests
     unasked   questions that the token budget left out
-    tokens    that the teacher wrote, over all pods of the run
+    tokens    that the teacher wrote: for answers, over all pods of the run, and for what was rejected, in this one
     """
 
     rejected: dict[str, str] = field(default_factory=dict)
@@ -62,15 +63,22 @@ class Outcome:
     tokens: int = 0
 
 
+class _Turn(NamedTuple):
+    """A question to ask. `since`: when it was first asked, if it was put off since."""
+
+    question: Question
+    since: float | None = None
+
+
 def questions(
-    prompts: Sequence[Sequence[dict[str, str]]], samples: int, model: str, sampling: Sampling, seed: int
+    prompts: Sequence[Sequence[dict[str, str]]], samples: int, teacher: str, sampling: Sampling, seed: int
 ) -> list[Question]:
     """`samples` questions to each prompt, prompt by prompt. Equal prompts give equal keys: they are asked once."""
     found: list[Question] = []
     for number, messages in enumerate(prompts):
         for sample in range(samples):
-            key = answer_key(messages, sample, model, sampling)
-            digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+            key = answer_key(messages, sample, teacher, sampling, seed)
+            digest = hashlib.sha256(key.encode()).digest()
             found.append(Question(key, number, tuple(messages), int.from_bytes(digest[:4], "big") >> 1))
     return found
 
@@ -94,19 +102,22 @@ class _Run:
         self.prompts = len({question.prompt for question in self.all})
         self.open = Counter(question.prompt for question in self.all)  # questions without a verdict, by prompt
         self.answered: set[int] = set()  # prompts with an answer
-        self.failed = 0  # prompts whose every question was rejected
+        self.failed: set[int] = set()  # prompts whose every question was rejected
         self.outcome = Outcome()
-        self.todo: list[Question] = []
+        self.turns: deque[_Turn] = deque()
         for question in self.all:
             saved = store.get(question.key)
             if saved is None:
-                self.todo.append(question)
+                self.turns.append(_Turn(question))
             else:
                 self.open[question.prompt] -= 1
                 self.answered.add(question.prompt)
                 self.outcome.tokens += saved.tokens
-        self.done = len(self.all) - len(self.todo)
+        self.done = len(self.all) - len(self.turns)
+        self.width = min(terms.concurrency, len(self.turns))
+        self.silences = 0  # questions that waited in vain since the last answer
         self.saving = threading.Lock()
+        self.saving_since: float | None = None
         self.trouble = ""
 
     async def go(self) -> Outcome:
@@ -114,12 +125,10 @@ class _Run:
             log.info("Found %d of %d answers saved", self.done, len(self.all))
         self._tell()
         terms = self.terms
-        width = min(terms.concurrency, len(self.todo))
         async with Teacher(
             terms.endpoint, terms.key, timeout=terms.timeout, concurrency=terms.concurrency, on_trouble=self._on_trouble
         ) as teacher:
-            source = iter(self.todo)
-            workers = [asyncio.create_task(self._work(teacher, source)) for _ in range(width)]
+            workers = [asyncio.create_task(self._work(teacher)) for _ in range(self.width)]
             keeper = asyncio.create_task(self._keep())
             try:
                 await self._until_over(workers, keeper)
@@ -147,47 +156,86 @@ class _Run:
                 return
             running -= over
 
-    async def _work(self, teacher: Teacher, source: Iterator[Question]) -> None:
-        for question in source:
+    async def _work(self, teacher: Teacher) -> None:
+        while self.turns:
+            await self._until_saved()
             spent = self.terms.budget is not None and self.outcome.tokens >= self.terms.budget
-            if spent or self.ctx.stop.is_set():
+            if spent or self.ctx.stop.is_set() or not self.turns:
                 return
-            self.open[question.prompt] -= 1
+            turn = self.turns.popleft()
+            question, began = turn.question, time.monotonic()
             try:
-                reply = await teacher.ask(question.messages, self.terms.sampling, question.seed)
+                reply = await teacher.ask(question.messages, self.terms.sampling, question.seed, turn.since)
             except Rejected as rejected:
+                self.outcome.tokens += rejected.tokens
                 self._reject(question, str(rejected))
+            except Silent as silent:
+                self._put_off(turn, began, silent)
+                continue
             else:
                 self.store.add(question.key, reply)
+                self.open[question.prompt] -= 1
                 self.answered.add(question.prompt)
                 self.outcome.tokens += reply.tokens
                 self.done += 1
+                self.silences = 0
             self.trouble = ""
             self._tell()
+
+    async def _until_saved(self) -> None:
+        """Hold while the store does not take what came: every answer more would be one more to lose."""
+        while self.saving_since is not None and time.monotonic() - self.saving_since > HOLD_SECONDS:
+            if self.ctx.stop.is_set():
+                return
+            self._on_trouble("The store does not take the answers; asking goes on when it does")
+            await asyncio.sleep(0.1)  # as often as the keeper looks
+
+    def _put_off(self, turn: _Turn, began: float, silent: Silent) -> None:
+        """Nothing was heard for long: is it the teacher, or this question? Others tell.
+
+        The question is asked again after all others. Raises RunFailure(TeacherUnavailable) once as many questions as
+        are asked side by side waited in vain with no answer between them.
+        """
+        self.silences += 1
+        if silent.own and turn.since is None and self.silences <= self.width:
+            self.turns.append(_Turn(turn.question, began))
+            return
+        if silent.own and not self.turns and self._holds_without_the_rest():
+            self._reject(turn.question, str(silent))
+            return
+        failure = silent.failure
+        text = f"{failure.message} {self.done} of {len(self.all)} answers came, and are saved."
+        raise RunFailure(failure.reason, text, retryable=failure.retryable)
+
+    def _holds_without_the_rest(self) -> bool:
+        """Whether the ratio is reached even if nothing more is answered."""
+        return bool(self.answered) and len(self.answered) >= self.terms.min_success_ratio * self.prompts - 1e-9
 
     def _reject(self, question: Question, what: str) -> None:
         log.warning("The teacher gave no usable answer: %s", what)
         self.outcome.rejected[question.key] = what
+        self.open[question.prompt] -= 1
         if not self.open[question.prompt] and question.prompt not in self.answered:
-            self.failed += 1
+            self.failed.add(question.prompt)
         self._check_ratio()
 
     def _check_ratio(self, *, final: bool = False) -> None:
         """Fail as soon as the ratio cannot be reached any more, or when nothing usable came for long."""
         ratio, asked = self.terms.min_success_ratio, self.prompts
         if final:
-            asked = len(self.answered) + self.failed
-        lost = self.failed > (1 - ratio) * asked + 1e-9
-        hopeless = ratio > 0 and self.failed >= HOPELESS and not self.answered
+            asked = len(self.answered) + len(self.failed)
+        lost = len(self.failed) > (1 - ratio) * asked + 1e-9
+        hopeless = ratio > 0 and len(self.failed) >= HOPELESS and not self.answered
         if asked and (lost or hopeless):
             counts = Counter(_kind(what) for what in self.outcome.rejected.values())
             kinds = ", ".join(f"{count} x {kind}" for kind, count in counts.most_common(4))
             raise RunFailure(
                 "TeacherAnswersRejected",
-                f"{self.failed} prompts got no usable answer from {self.terms.endpoint.url}, {len(self.answered)} got "
-                f"one; minSuccessRatio {ratio:g} of {asked} prompts cannot be reached. Instead came: {kinds}. "
-                f"An example: {next(iter(self.outcome.rejected.values()))}. Check spec.teacher (URL, model), or lower "
-                "data.generation.minSuccessRatio. The answers that came are saved.",
+                f"{len(self.failed)} prompts got no usable answer from {self.terms.endpoint.url}, "
+                f"{len(self.answered)} got one; minSuccessRatio {ratio:g} of {asked} prompts cannot be reached. "
+                f"Instead came: {kinds}. An example: {next(iter(self.outcome.rejected.values()))}. "
+                "Check spec.teacher (URL, model), or lower data.generation.minSuccessRatio. "
+                "The answers that came are saved.",
             )
 
     async def _keep(self) -> None:
@@ -202,7 +250,9 @@ class _Run:
     async def _save(self) -> None:
         """Publish what is new. In a thread: requests go on meanwhile, into the next chunk."""
         if self.store.seal():
+            self.saving_since = time.monotonic()
             await asyncio.to_thread(self._publish, seal=False)
+            self.saving_since = None
 
     async def _last_save(self, *, quiet: bool = False) -> None:
         """After the last answer. `quiet`: the run fails already, and for another reason."""

@@ -15,9 +15,10 @@ from slmops.api.meta import Dataset
 from slmops.api.run import Input, TeacherEndpoint
 from slmops_artifacts import Manifest, Parent
 from slmops_artifacts.model import dedupe
-from slmops_trainer import answers, data, filters, generation, publish
+from slmops_trainer import answers, data, encoding, filters, generation, publish
 from slmops_trainer.data import Example, Examples, Message
 from slmops_trainer.failure import RunFailure
+from slmops_trainer.models import Loaded
 from slmops_trainer.teacher import Sampling
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 GENERATING, FILTERING = "Generating", "Filtering"
 FILE = "train.jsonl"
+ROOM = 8  # tokens that the shortest answer and the end of its turn may need
 THINK = (
     "Think step by step inside <think></think> first. After </think> write the final answer alone, "
     "without any explanation."
@@ -49,9 +51,11 @@ def make(
     held_out: Examples | None,
     schema: Validator | None,
     store: answers.Answers,
+    unfit: set[int],
 ) -> SyntheticSet:
     """The set, from the artifact that an earlier pod of this run published, or asked of the teacher and published.
 
+    `unfit`: positions of prompts that the student could not be trained on, which are not asked.
     Raises RunFailure(NothingToTrain) with the drop report, and those of generation.ask_all and the store.
     """
     found = ctx.existing(uri_of(ctx))
@@ -59,7 +63,7 @@ def make(
         log.info("Found the synthetic set of an earlier pod of this run")
         folder, _ = ctx.pull(Input(uri=found[0].uri), "synthetic", "Pulling synthetic data")
         return _read(ctx, folder, found[0].uri, found[1])
-    kept, metrics = _generate(ctx, spec, terms, prompts, held_out, schema, store)
+    kept, metrics = _generate(ctx, spec, terms, prompts, held_out, schema, store, unfit)
     folder = ctx.work / "synthetic"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / FILE).open("w", encoding="utf-8") as stream:
@@ -68,6 +72,23 @@ def make(
     manifest = _manifest(ctx, spec, terms.endpoint, prompts, metrics)
     artifact, manifest = ctx.push(folder, manifest, uri_of(ctx), FILTERING)
     return _read(ctx, folder, artifact.uri, manifest)
+
+
+def unfit(loaded: Loaded, prompts: Examples, spec: DistillationJobSpec) -> set[int]:
+    """Positions of the prompts that leave no room for an answer in what is trained on.
+
+    Raises RunFailure(BadDataset, UnsupportedModel) for a conversation that the student's chat template cannot take:
+    known now, or after the last answer is paid for.
+    """
+    limit = min(spec.training.max_length, loaded.tokenizer.model_max_length)
+    taught = [instructed(example, spec.data.generation.system_prompt) for example in prompts.items]
+    lengths = [len(encoding.encode_prompt(loaded.tokenizer, example)) for example in taught]
+    found = {index for index, length in enumerate(lengths) if length + ROOM > limit}
+    # Earlier answers in a conversation have to be told apart in it: one of each shape shows whether they can.
+    shapes = {tuple(m.role for m in taught[i].messages): taught[i] for i in range(len(taught)) if i not in found}
+    for example in shapes.values():
+        encoding.encode(loaded.tokenizer, [replace(example, answer="x")], loaded.stop_ids, "assistant", limit)
+    return found
 
 
 def uri_of(ctx: "Context") -> str:
@@ -102,25 +123,29 @@ def _generate(
     held_out: Examples | None,
     schema: Validator | None,
     store: answers.Answers,
+    unfit: set[int],
 ) -> tuple[list[Example], dict[str, float]]:
     """Ask and filter. Returns what is trained on, and the report as metrics."""
     settings, rules = spec.data.generation, spec.data.filters
     # What would be dropped anyway is not asked: the teacher's tokens are the dear part.
     leaked = filters.contaminated(prompts.items, held_out.items) if held_out and rules.decontaminate else set()
-    asked = [example for index, example in enumerate(prompts.items) if index not in leaked]
+    asked = [example for index, example in enumerate(prompts.items) if index not in leaked | unfit]
     taught = [instructed(example, settings.system_prompt) for example in asked]
     shown = wire([instructed(example, settings.system_prompt, think=settings.chain_of_thought) for example in asked])
     samples = settings.samples_per_prompt
-    questions = generation.questions(shown, samples, terms.endpoint.model, terms.sampling, spec.training.seed)
+    teacher = answers.teacher_key(terms.endpoint)
+    questions = generation.questions(shown, samples, teacher, terms.sampling, spec.training.seed)
     outcome = generation.ask_all(ctx, questions, terms, store, GENERATING)
     ctx.report(FILTERING, 0, 1, f"{len(store)} answers")
     replies = [(store.get(question.key), taught[question.prompt]) for question in questions]
     rows = [filters.Row(example, reply.text, reply.finish) for reply, example in replies if reply is not None]
     kept, drops = filters.apply(rows, rules, schema, thoughts=settings.chain_of_thought)
     drops["decontaminate"] = len(leaked) * samples
+    drops["maxLength"] = len(unfit - leaked) * samples
     metrics = {
         "prompts": len(prompts.items),
         "answers": len(rows),
+        "answers_reused": store.recalled,
         "unanswered": len(questions) - len(rows),
         "kept": len(kept),
         "teacher_tokens": outcome.tokens,
@@ -133,7 +158,8 @@ def _generate(
         raise RunFailure(
             "NothingToTrain",
             f"No example is left of {len(prompts.items)} prompts: {len(rows)} answers, {_report(drops, 0)}. "
-            "Loosen data.filters, raise generation.maxTokens if answers are truncated, or use other prompts.",
+            "Loosen data.filters, raise generation.maxTokens if answers are truncated or training.maxLength if prompts "
+            "are too long, or use other prompts, in a new object: what was answered is kept for it.",
         )
     return kept, {name: float(value) for name, value in metrics.items()}
 

@@ -1,10 +1,11 @@
 """The teacher: one OpenAI-compatible endpoint, asked with patience. What one question costs and yields is decided here.
 
 Three things can go wrong, and they end differently:
-  refused       the key or the URL is wrong: fatal at once (RunFailure)
+  refused       the key, the URL or the account is no good: fatal at once (RunFailure)
   trouble       429, 5xx, no connection, no answer in time: asked again, with jittered backoff and Retry-After, until
-                nothing was heard for `patience` seconds: then RunFailure(TeacherUnavailable), worth another pod
-  rejection     the endpoint answers, but not with an answer (no JSON, no choices, empty text, HTTP 400): Rejected
+                nothing was heard for `patience` seconds: then Silent
+  rejection     the endpoint answers, but not with an answer: Rejected, after TRIES if another try may help (no JSON,
+                no choices, empty text), at once if not (HTTP 400)
 """
 
 import asyncio
@@ -27,6 +28,7 @@ ENV_PATIENCE = "SLMOPS_TEACHER_PATIENCE_SECONDS"
 PATIENCE = 300.0  # seconds without any answer before the pod gives up; the next one goes on from what was saved
 TRIES = 3  # of a question whose answer is garbage
 OWN_TRIES = 8  # of a question that alone runs into trouble, over half a minute, while others are answered
+OWN_PROOFS = 3  # so often others were answered between two of its tries: one such answer may be the teacher's last
 CONNECT_SECONDS = 10.0
 FIRST_PAUSE, LONGEST_PAUSE, LONGEST_HINT = 0.25, 15.0, 900.0  # seconds
 BODY_MAX = 16 << 20  # bytes of a response
@@ -52,7 +54,29 @@ class Reply:
 
 
 class Rejected(Exception):  # noqa: N818  # a verdict, not an error
-    """A question got no usable answer. The text says what came instead."""
+    """A question got no usable answer. The text says what came instead.
+
+    final   asking again would bring the same
+    tokens  that the teacher wrote for it nevertheless
+    """
+
+    def __init__(self, what: str, *, final: bool = False, tokens: int = 0) -> None:
+        super().__init__(what)
+        self.final = final
+        self.tokens = tokens
+
+
+class Silent(Exception):  # noqa: N818  # a verdict, not an error
+    """Nothing was heard of the teacher for `patience` seconds.
+
+    failure  how the run ends if this is the teacher's fault
+    own      it may be this question's fault alone
+    """
+
+    def __init__(self, what: str, failure: RunFailure, *, own: bool) -> None:
+        super().__init__(what)
+        self.failure = failure
+        self.own = own
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +93,7 @@ class Teacher:
 
     timeout     seconds for one request
     on_trouble  called with a sentence while the endpoint does not answer
-    patience    seconds without a sign of life before RunFailure(TeacherUnavailable)
+    patience    seconds without a sign of life before Silent
     """
 
     def __init__(
@@ -84,7 +108,8 @@ class Teacher:
     ) -> None:
         self._endpoint = endpoint
         self._key = key
-        self._url = endpoint.url.rstrip("/") + "/chat/completions"
+        head, mark, query = endpoint.url.partition("?")
+        self._url = f"{head.rstrip('/')}/chat/completions{mark}{query}"
         self._timeout = timeout
         self._on_trouble = on_trouble
         self._patience = float(os.environ.get(ENV_PATIENCE, PATIENCE)) if patience is None else patience
@@ -108,10 +133,16 @@ class Teacher:
     ) -> None:
         await self._http.aclose()
 
-    async def ask(self, messages: Sequence[dict[str, str]], sampling: Sampling, seed: int) -> Reply:
-        """One answer to one conversation. Raises Rejected, RunFailure(AccessDenied, BadSpec, TeacherUnavailable)."""
+    async def ask(
+        self, messages: Sequence[dict[str, str]], sampling: Sampling, seed: int, since: float | None = None
+    ) -> Reply:
+        """One answer to one conversation; `since`: when it was first asked (monotonic seconds), if it was put off.
+
+        Raises Rejected, Silent, RunFailure(AccessDenied, BadSpec).
+        """
         body = self._body(messages, sampling, seed)
-        first, tries, garbage = time.monotonic(), 0, 0
+        troubled, tries, garbage, tokens = 0.0, 0, 0, 0
+        last, proofs = time.monotonic(), 0  # last: end of the last try
         while True:
             await self._wait()
             found = await self._once(body)
@@ -120,14 +151,19 @@ class Teacher:
                 return found
             if isinstance(found, Rejected):
                 garbage += 1
-                if garbage >= TRIES:
-                    raise found
+                tokens += found.tokens
+                if found.final or garbage >= TRIES:
+                    raise Rejected(str(found), tokens=tokens)
                 await asyncio.sleep(FIRST_PAUSE * random.uniform(0.5, 1.5))  # noqa: S311  # jitter
                 continue
             tries += 1
-            if found.own and tries >= OWN_TRIES and self._last_answer > first:
-                raise Rejected(f"{found.what}, {tries} times, while other questions were answered")
-            await self._pause(found, tries)
+            troubled = troubled or time.monotonic()
+            proofs += self._last_answer > last
+            last = time.monotonic()
+            apart = proofs >= OWN_PROOFS or (since is not None and self._last_answer > since)
+            if found.own and tries >= OWN_TRIES and apart:
+                raise Rejected(f"{found.what}, {tries} times, while other questions were answered", tokens=tokens)
+            await self._pause(found, tries, troubled)
 
     def _body(self, messages: Sequence[dict[str, str]], sampling: Sampling, seed: int) -> bytes:
         body: dict[str, Any] = {
@@ -168,20 +204,17 @@ class Teacher:
 
     def _judge(self, response: httpx.Response, raw: bytes) -> "Reply | Rejected | _Trouble":
         code = response.status_code
-        if code in (401, 403):
+        # Once it has answered, it is not the key or the URL: some endpoints say 403 of a single question.
+        if code in (401, 402) or (code == 403 and not self._last_answer):
             raise self._denied(code)
-        if code == 404 and not self._last_answer:
-            raise RunFailure(
-                "BadSpec",
-                f"The teacher at {self._endpoint.url} has no /chat/completions, or knows no model "
-                f"{self._endpoint.model!r} (HTTP 404: {self._excerpt(raw)}). Correct the URL (up to and with /v1) and "
-                "the model in spec.teacher.",
-            )
+        if (code in (404, 405) or response.has_redirect_location) and not self._last_answer:
+            raise self._misdirected(response, raw)
         if code in (404, 408, 425, 429) or code >= 500:
-            return _Trouble(f"HTTP {code}", _retry_after(response), own=code in (408, 500))
+            said = f": {self._excerpt(raw)}" if raw.lstrip().startswith(b"{") else ""
+            return _Trouble(f"HTTP {code}{said}", _retry_after(response), own=code in (408, 500))
         self._alive()
         if code != 200:
-            return Rejected(f"HTTP {code}: {self._excerpt(raw)}")
+            return Rejected(f"HTTP {code}: {self._excerpt(raw)}", final=True)
         return self._read(raw)
 
     def _read(self, raw: bytes) -> Reply | Rejected:
@@ -194,15 +227,18 @@ class Teacher:
             text = choice["message"]["content"]
         except (KeyError, IndexError, TypeError):
             return Rejected(f"no choices[0].message.content: {self._excerpt(raw)}")
-        if not isinstance(text, str) or not text.strip():
-            return Rejected(f"an empty answer: {self._excerpt(raw)}")
-        if any("\ud800" <= char <= "\udfff" for char in text):
-            return Rejected("half a surrogate pair, which is no text")
+        finish = str(choice.get("finish_reason") or "")
         usage = body.get("usage")
-        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+        counted = usage.get("completion_tokens") if isinstance(usage, dict) else None
+        tokens = counted if isinstance(counted, int) and counted > 0 else 0
+        if not isinstance(text, str) or not text.strip():
+            if finish == "length":  # a model that reasons aside has used up its tokens
+                return Rejected("no room for an answer: raise generation.maxTokens", final=True, tokens=tokens)
+            return Rejected(f"an empty answer: {self._excerpt(raw)}", tokens=tokens)
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            return Rejected("half a surrogate pair, which is no text", tokens=tokens)
         # A server that counts nothing must not make the token budget endless: four characters are about a token.
-        counted = tokens if isinstance(tokens, int) and tokens > 0 else (len(text) + 3) // 4
-        return Reply(text, str(choice.get("finish_reason") or ""), counted)
+        return Reply(text, finish, tokens or (len(text) + 3) // 4)
 
     def _alive(self) -> None:
         self._silent_since = None
@@ -212,28 +248,29 @@ class Teacher:
         while (rest := self._not_before - time.monotonic()) > 0:  # noqa: ASYNC110  # a moment, not an event
             await asyncio.sleep(rest + random.uniform(0, 0.1))  # noqa: S311  # jitter
 
-    async def _pause(self, trouble: _Trouble, tries: int) -> None:
-        """Wait before the next try, or give up when the endpoint has been silent for too long."""
+    async def _pause(self, trouble: _Trouble, tries: int, troubled: float) -> None:
+        """Wait before the next try; raise Silent when there was trouble for too long, with this question, too."""
         now = time.monotonic()
         if self._silent_since is None:
             self._silent_since = now
         hint = min(trouble.hint, LONGEST_HINT)
         if hint:
             self._not_before = max(self._not_before, now + hint)
-        if now - self._silent_since >= self._patience + hint:
-            if trouble.own and self._last_answer:
-                raise Rejected(f"{trouble.what}, {tries} times")
-            raise RunFailure(
-                "TeacherUnavailable",
-                f"The teacher at {self._endpoint.url} did not answer for {now - self._silent_since:.0f} s "
-                f"({trouble.what}). What it had answered is saved. Check that it runs, its name, and network policies.",
-                retryable=True,
-            )
+        if now - max(self._silent_since, troubled) >= self._patience + hint:
+            raise Silent(trouble.what, self._unavailable(now - self._silent_since, trouble.what), own=trouble.own)
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(tries - 1, 10)) * random.uniform(0.5, 1.5)  # noqa: S311  # jitter
         silent = now - self._silent_since
         if tries > 1:
             self._on_trouble(f"Teacher unavailable for {silent:.0f} s ({trouble.what}); trying again")
         await asyncio.sleep(max(pause, hint))
+
+    def _unavailable(self, seconds: float, what: str) -> RunFailure:
+        return RunFailure(
+            "TeacherUnavailable",
+            f"The teacher at {self._endpoint.url} did not answer for {seconds:.0f} s ({what}). Check that it runs, its "
+            "name, network policies, and data.generation.requestTimeoutSeconds.",
+            retryable=True,
+        )
 
     def _denied(self, code: int) -> RunFailure:
         # The body is not quoted: some servers repeat the key in it.
@@ -243,7 +280,26 @@ class Teacher:
             if given
             else "Give a key with spec.teacher.endpoint.apiKeySecretRef."
         )
+        if code == 402:
+            remedy = "Its account has nothing left to pay with: top it up."
         return RunFailure("AccessDenied", f"The teacher at {self._endpoint.url} refused access (HTTP {code}). {remedy}")
+
+    def _misdirected(self, response: httpx.Response, raw: bytes) -> RunFailure:
+        code = response.status_code
+        if response.has_redirect_location:
+            # Not followed: the key would go along.
+            target = response.headers["location"].partition("?")[0][:EXCERPT]
+            what = f"leads elsewhere (HTTP {code}, to {target!r})"
+        else:
+            what = (
+                f"has no /chat/completions, or knows no model {self._endpoint.model!r} "
+                f"(HTTP {code}: {self._excerpt(raw)})"
+            )
+        return RunFailure(
+            "BadSpec",
+            f"The teacher at {self._endpoint.url} {what}. Correct the URL (up to and with /v1) and the model in "
+            "spec.teacher.",
+        )
 
     def _excerpt(self, raw: bytes) -> str:
         text = " ".join(raw[: 4 * EXCERPT].decode("utf-8", "replace").split())

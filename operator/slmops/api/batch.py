@@ -9,6 +9,8 @@ from slmops.api.meta import Dataset, Pod, cel
 
 MUTABLE = ("suspend", "backoffLimit", "activeDeadlineSeconds", "ttlSecondsAfterFinished")
 
+SECONDS_MAX = 2147483647  # 68 years; more is no date any more
+
 Metric = Literal["exactMatch", "fieldMatch", "jsonValid", "tokenF1", "rougeL", "perplexity"]
 
 MessageRole = Literal["assistant", "completion", "all"]
@@ -98,9 +100,14 @@ class BatchSpec(Model):
     backoff_limit: int = Field(
         default=3, ge=0, le=100, description="Retries after a pod's own fault; evictions are free."
     )
-    active_deadline_seconds: int | None = Field(default=None, ge=1, description="Longest run of one Job, in seconds.")
+    active_deadline_seconds: int | None = Field(
+        default=None, ge=1, le=SECONDS_MAX, description="Longest run of one Job, in seconds."
+    )
     ttl_seconds_after_finished: int | None = Field(
-        default=None, ge=0, description="Seconds after the end at which the Job (not this object) is removed."
+        default=None,
+        ge=0,
+        le=SECONDS_MAX,
+        description="Seconds after the end at which the Job (not this object) is removed.",
     )
     queue_name: str | None = Field(
         default=None, max_length=63, description="Kueue LocalQueue; sets the label on the Job."

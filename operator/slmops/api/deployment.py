@@ -5,13 +5,36 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from slmops.api.base import Model
-from slmops.api.meta import Lineage, ModelSource, Pod, SecretRef, Status, cel
+from slmops.api.meta import Lineage, ModelSource, ObjectRef, Pod, SecretRef, Status, cel
 
-Seconds = Annotated[int, Field(ge=0, le=604800)]
+_OWN_OPTIONS = "^--(model|served-name|host|port|metrics-port|api-keys-dir)(=|$)"  # of slmops-server
+
+
+class QuantizedRef(ObjectRef):
+    """A QuantizedModel in the same namespace; its artifact is meant."""
+
+    kind: Literal["QuantizedModel"] = Field(
+        description="QuantizedModel: the server runs ONNX (precision fp32 keeps the weights as they are)."
+    )
+
+
+class ServedModel(ModelSource):
+    """Where an ONNX model comes from: exactly one of `uri` and `ref`."""
+
+    ref: QuantizedRef | None = Field(
+        default=None, description="A QuantizedModel; this object waits until it is Ready, and follows its artifact."
+    )
 
 
 class Engine(Model):
     """What runs the model."""
+
+    model_config = cel(
+        (
+            f"!has(self.args) || self.args.all(arg, !arg.matches('{_OWN_OPTIONS}'))",
+            "args: model, served-name, host, port, metrics-port and api-keys-dir are set by the operator",
+        ),
+    )
 
     name: Literal["onnxruntime-genai"] = Field(default="onnxruntime-genai", description="The engine.")
     image: str | None = Field(
@@ -34,8 +57,8 @@ class Step(Model):
     """One step: a share of the requests, and how long it has to hold."""
 
     weight: int = Field(ge=0, le=100, description="Percent of the requests that the candidate gets.")
-    pause_seconds: Seconds | None = Field(
-        default=None, description="Least time at this weight. Without it, analysis alone decides."
+    pause_seconds: int | None = Field(
+        default=None, ge=1, le=604800, description="Least time at this weight. Without it, analysis alone decides."
     )
     approval: bool = Field(
         default=False, description="Wait here for the annotation slmops.dev/promote with the candidate's revision."
@@ -48,6 +71,7 @@ class AnalysisMetric(Model):
     model_config = cel(
         ("has(self.builtin) != has(self.query)", "give exactly one of builtin and query"),
         ("has(self.max) || has(self.min)", "give max or min, or both"),
+        ("!has(self.max) || !has(self.min) || self.min <= self.max", "min is above max: no value can pass"),
     )
 
     name: str = Field(
@@ -95,8 +119,22 @@ class Analysis(Model):
     )
 
 
+_EVIDENCE = "has(step.pauseSeconds) || step.approval || (has(self.analysis) && step.weight > 0)"
+
+
 class Rollout(Model):
     """How a new revision earns its traffic. The first revision, and steps: [], go straight to 100 percent."""
+
+    model_config = cel(
+        (
+            "!has(self.steps) || self.steps.map(step, step.weight).isSorted()",
+            "steps: a weight must not be below that of the step before",
+        ),
+        (
+            f"!has(self.steps) || self.steps.all(step, {_EVIDENCE})",
+            "steps: each needs pauseSeconds, approval, or analysis with a weight above 0; else it proves nothing",
+        ),
+    )
 
     steps: list[Step] = Field(
         default=[Step(weight=10, pause_seconds=60), Step(weight=50, pause_seconds=60)],
@@ -110,8 +148,8 @@ class Rollout(Model):
         le=86400,
         description="Longest wait for a candidate's pods to be ready; after it, roll back.",
     )
-    scale_down_delay_seconds: Seconds = Field(
-        default=30, description="How long the old revision stays after the switch."
+    scale_down_delay_seconds: int = Field(
+        default=30, ge=0, le=604800, description="How long the old revision stays after the switch."
     )
 
 
@@ -120,12 +158,12 @@ class ModelDeploymentSpec(Model):
 
     model_config = cel(
         (
-            "!has(self.model.ref) || self.model.ref.kind == 'QuantizedModel'",
-            "model: the server runs ONNX; name a QuantizedModel (precision: fp32 keeps the weights as they are)",
+            "!has(self.engine.image) || !has(self.pod) || !has(self.pod.image)",
+            "give engine.image or pod.image, not both",
         ),
     )
 
-    model: ModelSource = Field(description="An ONNX model: a QuantizedModel, or an artifact of one.")
+    model: ServedModel = Field(description="An ONNX model: a QuantizedModel, or an artifact of one.")
     served_name: str | None = Field(
         default=None,
         min_length=1,

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from slmops.api.base import Model
 from slmops.api.batch import TrainedSpec, Training
-from slmops.api.meta import BatchStatus, ConfigMapKeyRef, Dataset, ModelSource, Name, SecretKeyRef, cel
+from slmops.api.meta import BatchStatus, ConfigMapKeyRef, Dataset, Name, SecretKeyRef, TrainableSource, cel
 
 TaskType = Literal["nli", "conversation", "qa", "math", "summarization", "classification", "extraction", "generation"]
 
@@ -85,14 +85,10 @@ class DistillationJobSpec(TrainedSpec):
 
     model_config = cel(
         ("!has(self.training.earlyStopping) || has(self.evaluation)", "training.earlyStopping needs evaluation"),
-        (
-            "!has(self.student.ref) || self.student.ref.kind != 'QuantizedModel'",
-            "student: a QuantizedModel is ONNX, which cannot be trained; name the model it was made from",
-        ),
     )
 
     teacher: Teacher = Field(description="The model that answers.")
-    student: ModelSource = Field(description="The model that learns; safetensors, a causal LM.")
+    student: TrainableSource = Field(description="The model that learns; safetensors, a causal LM.")
     task_type: TaskType = Field(default="generation", description="Recorded in the artifact; chooses no defaults.")
     data: DistillationData = Field(description="Prompts, generation, filters.")
     training: Training = Field(default=Training(), description="How the student learns.")

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from slmops.api.base import Model
 from slmops.api.batch import TrainedSpec, Training
-from slmops.api.meta import BatchStatus, Dataset, ModelSource, cel
+from slmops.api.meta import BatchStatus, Dataset, TrainableSource, cel
 
 
 class Lora(Model):
@@ -27,13 +27,9 @@ class FineTuneJobSpec(TrainedSpec):
         ("!has(self.lora) || self.method == 'lora'", "lora goes with method: lora"),
         ("!has(self.merge) || self.method == 'lora'", "merge goes with method: lora"),
         ("!has(self.training.earlyStopping) || has(self.evaluation)", "training.earlyStopping needs evaluation"),
-        (
-            "!has(self.base.ref) || self.base.ref.kind != 'QuantizedModel'",
-            "base: a QuantizedModel is ONNX, which cannot be trained; name the model it was made from",
-        ),
     )
 
-    base: ModelSource = Field(description="The model to tune; safetensors, a causal LM.")
+    base: TrainableSource = Field(description="The model to tune; safetensors, a causal LM.")
     method: Literal["full", "lora"] = Field(default="lora", description="full: all weights; lora: low-rank adapters.")
     lora: Lora | None = Field(default=None, description="With method: lora.")
     merge: bool | None = Field(

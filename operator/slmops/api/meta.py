@@ -9,6 +9,7 @@ from slmops.api.base import Model, rules
 
 Kind = Literal["DistillationJob", "FineTuneJob", "QuantizedModel", "ModelDeployment"]
 ModelKind = Literal["DistillationJob", "FineTuneJob", "QuantizedModel"]
+TrainableKind = Literal["DistillationJob", "FineTuneJob"]
 Name = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
 URI_PATTERN = r"^(oci|pvc|hf)://[^\s]+$"
 
@@ -71,6 +72,20 @@ class ModelSource(Model):
         default=None,
         description="Credentials: key .dockerconfigjson for oci://, key token for hf://.",
     )
+
+
+class TrainableRef(ObjectRef):
+    """A DistillationJob or FineTuneJob: a QuantizedModel is ONNX, which can be neither trained nor quantized again."""
+
+    kind: TrainableKind = Field(
+        description="DistillationJob or FineTuneJob; not a QuantizedModel: name the model it was made from."
+    )
+
+
+class TrainableSource(ModelSource):
+    """Where a model comes from that is to be trained or converted: exactly one of `uri` and `ref`."""
+
+    ref: TrainableRef | None = Field(default=None, description="Another object; this one waits until it is Ready.")
 
 
 class Columns(Model):

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from slmops.api.base import Model
 from slmops.api.batch import BatchSpec, Metric
-from slmops.api.meta import BatchStatus, Dataset, ModelSource, cel
+from slmops.api.meta import BatchStatus, Dataset, TrainableSource, cel
 
 
 class Gate(Model):
@@ -27,13 +27,9 @@ class QuantizedModelSpec(BatchSpec):
         ("!has(self.blockSize) || self.precision == 'int4'", "blockSize goes with precision: int4"),
         ("!has(self.symmetric) || self.precision == 'int4'", "symmetric goes with precision: int4"),
         ("!has(self.accuracyLevel) || self.precision == 'int4'", "accuracyLevel goes with precision: int4"),
-        (
-            "!has(self.source.ref) || self.source.ref.kind != 'QuantizedModel'",
-            "source: a QuantizedModel is quantized already; name the model it was made from",
-        ),
     )
 
-    source: ModelSource = Field(description="The model to convert; safetensors, a causal LM.")
+    source: TrainableSource = Field(description="The model to convert; safetensors, a causal LM.")
     precision: Literal["int4", "fp16", "fp32"] = Field(default="int4", description="Of the weights.")
     block_size: Literal[16, 32, 64, 128, 256] | None = Field(
         default=None, description="Weights that share a scale; default 32."

@@ -6,6 +6,7 @@ timeout and is counted; nothing is retried here, the queue does that.
 
 import json
 import os
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -26,6 +27,8 @@ CONNECT_SECONDS, READ_SECONDS = 5.0, 30.0
 APPLY = "application/apply-patch+yaml"
 MERGE = "application/merge-patch+json"
 
+_BELOW_ASTRAL = re.compile("[\x7f-\uffff]")
+
 Query = list[tuple[str, str]] | None
 OnCall = Callable[[str, str, int, float], None]
 """Told of every call: verb, kind, HTTP status (0: no answer), seconds."""
@@ -43,8 +46,10 @@ def configuration(env: dict[str, str] | None = None) -> client.Configuration:
             config.load_incluster_config(client_configuration=found)  # type: ignore[no-untyped-call]  # of the client
         else:
             config.load_kube_config(client_configuration=found)  # type: ignore[no-untyped-call]  # of the client
-    except config.ConfigException as error:
-        raise ClusterError(0, "NoConfiguration", f"No way to reach a cluster: {error}") from error
+    except Exception as error:  # of a broken file the loader says anything
+        said = " ".join(str(error).split()) or type(error).__name__
+        where = env.get("KUBECONFIG") or "the service account, or ~/.kube/config"
+        raise ClusterError(0, "NoConfiguration", f"No way to reach a cluster, by {where}: {said}") from error
     found.retries = False
     return found
 
@@ -84,7 +89,7 @@ class KubeCluster:
         metadata = obj["metadata"]
         path = PLACES[obj["kind"]].path(metadata["namespace"], metadata["name"])
         query = [("fieldManager", FIELD_MANAGER), ("force", "true")]
-        return self._ask("PATCH", obj["kind"], path, query=query, body=wanted, content=APPLY, verb="apply")
+        return self._ask("PATCH", obj["kind"], path, query=query, body=as_yaml(wanted), content=APPLY, verb="apply")
 
     def delete(self, key: Key, *, uid: str | None = None) -> None:
         """See port.Cluster."""
@@ -121,7 +126,7 @@ class KubeCluster:
         place: Place = PLACES["Event"]
         now = stamp(datetime.now(UTC))
         digest = sha256(f"{metadata['uid']} {reason} {message}".encode()).hexdigest()[:16]
-        name = f"{metadata['name'][:230]}.{digest}"
+        name = f"{metadata['name'][:230].rstrip('-.')}.{digest}"
         event = {
             "apiVersion": "v1",
             "kind": "Event",
@@ -170,7 +175,7 @@ class KubeCluster:
         *,
         verb: str,
         query: Query = None,
-        body: Object | None = None,
+        body: Object | bytes | None = None,
         content: str = "application/json",
     ) -> Object:
         """One HTTP exchange. Raises ClusterError: for every status but 2xx, and with status 0 for no answer."""
@@ -190,6 +195,16 @@ class KubeCluster:
             if self._on_call:
                 self._on_call(verb, kind, status, monotonic() - began)
         return _parsed(status, data)
+
+
+def as_yaml(obj: Object) -> bytes:
+    """`obj` as JSON that is YAML as well: what is applied is read as YAML.
+
+    YAML knows no surrogate pairs, so what lies beyond the first plane stands as it is; and it takes some other signs
+    for ends of lines, or for none at all, so these are escaped.
+    """
+    text = json.dumps(obj, ensure_ascii=False, separators=(",", ":"))
+    return _BELOW_ASTRAL.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode()
 
 
 def _parsed(status: int, data: bytes) -> Object:

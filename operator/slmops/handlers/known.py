@@ -6,7 +6,7 @@ what it misses the resync finds.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from slmops.api.keys import GROUP, LABEL_OWNER_UID
@@ -87,6 +87,14 @@ class Known:
             woken |= self._named_by.get(note.key, set())
         return woken
 
+    def gone(self, key: Key) -> set[Key]:
+        """Forget an object that a pass did not find: its end fell into a gap of the watches. Returns who named it."""
+        before = self._notes.get(key)
+        if before is None:
+            return set()
+        self._keep(replace(before, deleted=True), before)
+        return set(self._named_by.get(key, ()))
+
     def phases(self) -> Counter[tuple[str, str]]:
         """How many objects there are by kind and phase."""
         return Counter((note.key.kind, note.phase) for note in self._notes.values())
@@ -106,12 +114,15 @@ class Known:
 
 
 def _asked(metadata: Object) -> tuple[str, ...]:
-    """What only others than this operator change: the rest of an object is its own status, written by itself."""
+    """What only others than this operator change: the rest of an object is its own status, written by itself.
+
+    Of the annotations our verbs alone: kubectl's copy of what was applied may be as large as the object.
+    """
     annotations = metadata.get("annotations") or {}
     return (
         str(metadata.get("generation")),
         str(metadata.get("deletionTimestamp")),
-        *(f"{name}={value}" for name, value in sorted(annotations.items())),
+        *(f"{name}={value}" for name, value in sorted(annotations.items()) if name.startswith(f"{GROUP}/")),
     )
 
 

@@ -10,8 +10,11 @@ from slmops import __version__
 from slmops.cluster.port import Key
 from slmops.handlers.known import Known
 from slmops.handlers.work import Work
+from slmops.reconcile.state import Count
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+_RUN_SECONDS = (10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400, 43200, 86400, 259200)
 
 
 class Metrics:
@@ -39,6 +42,28 @@ class Metrics:
         self._call_seconds = Histogram(
             "slmops_api_request_seconds", "Duration of these calls.", ["verb"], buckets=_SECONDS, registry=self.registry
         )
+        self._runs = Histogram(
+            "slmops_run_seconds",
+            "Duration of runs that ended, from the first pod's creation.",
+            ["kind", "outcome"],
+            buckets=_RUN_SECONDS,
+            registry=self.registry,
+        )
+        whose = ["namespace", "name"]
+        self._counters = {
+            "rollouts": Counter(
+                "slmops_rollouts",
+                "Rollouts that started, and how they ended.",
+                [*whose, "outcome"],
+                registry=self.registry,
+            ),
+            "verdicts": Counter(
+                "slmops_rollout_verdicts",
+                "Measurements of rollouts by metric and verdict.",
+                [*whose, "metric", "verdict"],
+                registry=self.registry,
+            ),
+        }
         self.watch_restarts = Counter(
             "slmops_watch_restarts", "How often the watches had to be started again.", registry=self.registry
         )
@@ -56,6 +81,14 @@ class Metrics:
         self._passes.labels(key.kind).observe(seconds)
         if failed:
             self._errors.labels(key.kind).inc()
+
+    def on_end(self, kind: str, outcome: str, seconds: float) -> None:
+        """See driver.OnEnd."""
+        self._runs.labels(kind, outcome).observe(seconds)
+
+    def on_count(self, count: Count) -> None:
+        """See driver.OnCount."""
+        self._counters[count.counter].labels(*count.labels).inc()
 
     def on_call(self, verb: str, kind: str, status: int, seconds: float) -> None:
         """See cluster.kube.OnCall."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
@@ -13,8 +14,12 @@ log = logging.getLogger(__name__)
 
 STALL_SECONDS = 120.0
 
+PASS_SECONDS = 900.0  # every call of a pass has a time limit: a pass as long as this hangs
+
 OnPass = Callable[[Key, float, bool], None]
 """Told of every pass: object, seconds, whether it failed."""
+OnGone = Callable[[Key], None]
+"""Told of every object that its pass did not find."""
 
 
 class Work:
@@ -27,9 +32,12 @@ class Work:
         *,
         workers: int,
         on_pass: OnPass = lambda _key, _seconds, _failed: None,
+        on_gone: OnGone = lambda _key: None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        self._run, self._schedule, self._workers, self._on_pass, self._clock = run, schedule, workers, on_pass, clock
+        self._run, self._schedule, self._workers, self._clock = run, schedule, workers, clock
+        self._on_pass, self._on_gone = on_pass, on_gone
+        self._begun: dict[Key, float] = {}  # of the passes in progress
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="pass")
         self._wake = asyncio.Event()
         self._running: set[asyncio.Task[None]] = set()
@@ -49,9 +57,11 @@ class Work:
         return self._schedule.oldest(self._clock())
 
     def stalled(self) -> bool:
-        """Whether work waits while no pass has ended for two minutes. A pass that failed has ended."""
-        idle = self._clock() - self._last_end
-        return idle > STALL_SECONDS and self.oldest() > STALL_SECONDS
+        """Whether a pass hangs, or work waits while no pass has ended for two minutes. One that failed has ended."""
+        now = self._clock()
+        if any(now - began > PASS_SECONDS for began in self._begun.values()):
+            return True
+        return now - self._last_end > STALL_SECONDS and self.oldest() > STALL_SECONDS
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Run passes until `stop` is set."""
@@ -84,10 +94,13 @@ class Work:
 
     async def _pass(self, key: Key) -> None:
         began, failed = self._clock(), False
+        self._begun[key] = began
         where = {"kind": key.kind, "namespace": key.namespace, "object": key.name}
         try:
             after = await asyncio.get_running_loop().run_in_executor(self._pool, self._run, key)
             self._schedule.done(key, self._clock(), after)
+            if after is not None and math.isinf(after):
+                self._on_gone(key)
         except ClusterError as error:
             failed = True
             delay = self._schedule.failed(key, self._clock())
@@ -98,5 +111,6 @@ class Work:
             delay = self._schedule.failed(key, self._clock())
             log.exception("Could not finish pass: bug", extra=where | {"retry_seconds": round(delay, 1)})
         finally:
+            del self._begun[key]
             self._last_end = self._clock()
             self._on_pass(key, self._last_end - began, failed)

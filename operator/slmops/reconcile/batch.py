@@ -8,7 +8,7 @@ What becomes of a Job that failed, by the reason that its last pod gave:
       the object is not failed: Ready=False, Reconciling=True with that reason, and a new Job starts at
       status.nextRetryTime. The delay starts at 30 s and doubles up to 1 h, and it ends at once when a ConfigMap or a
       Secret that the object names has changed. So it mends itself when the cause goes, checkpoints are kept, and an
-      outage of a day costs some thirty short-lived pods
+      outage of a day costs some thirty short-lived Jobs
   anything else
       the object is failed: Failed=True, Stalled=True. It goes on from its checkpoint when something that could help
       was changed: a ConfigMap or a Secret it names, a backoffLimit above the attempts so far (unless the worker said
@@ -79,13 +79,15 @@ class BatchReconciler:
         labels = {keys.LABEL_OWNER_UID: obj["metadata"]["uid"], keys.LABEL_ROLE: keys.ROLE_WORKER}
         pods = sorted(cluster.list("Pod", namespace, labels), key=created)
         mine = tuple(pod for pod in pods if found is not None and _belongs(pod, found))
-        former = tuple(pod["metadata"]["name"] for pod in pods if pod not in mine and not ended(pod))
+        former = tuple(pod for pod in pods if pod not in mine and not ended(pod))
         wanted, blocked, digest = None, None, ""
         has_failed = conditions.is_true(status.conditions, conditions.FAILED)
         if not spec.suspend and (found is None or status.next_retry_time or has_failed):
             try:
                 wanted, digest = self._wanted(obj, spec, world)
             except Retry as retry:
+                if retry.reason == sources.NOT_READY:
+                    sources.check_cycle(cluster, obj)
                 blocked = Blocked(retry.reason, str(retry), retry.after or None)
         return Seen(
             job=found,
@@ -123,7 +125,8 @@ class BatchReconciler:
         namespace = metadata["namespace"]
         output = sources.resolve_output(obj, spec.output, world.settings)
         teacher = getattr(spec, "teacher", None)
-        slot: dict[str, Model] = {self._recipe.slot: spec}
+        # The pod's own form is none of the worker's business, and one variable holds no more than 128 KiB.
+        slot: dict[str, Model] = {self._recipe.slot: spec.model_copy(update={"pod": None})}
         return RunSpec(
             namespace=namespace,
             name=metadata["name"],

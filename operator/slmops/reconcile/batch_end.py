@@ -21,6 +21,7 @@ RETRY_FIRST = timedelta(seconds=30)
 RETRY_MOST = timedelta(hours=1)
 RECHECK_FAILED = 60.0  # seconds between two looks at a failed object's ConfigMaps and Secrets
 LINEAGE_MAX = 64
+TABLE = {"quality": 64, "size": 32, "delta": 32}  # status fields for the table, and their lengths in the CRD
 
 
 def conclude(p: Pass, job: Object) -> Plan | None:
@@ -63,7 +64,7 @@ def worth_again(p: Pass) -> bool:
         return False
     if failure.reason == "DeadlineExceeded":
         limit = p.spec.active_deadline_seconds
-        return limit is None or limit > _ran_seconds(p)
+        return limit is None or limit > _deadline(p)
     return failure.exit_code != EXIT_FATAL and p.spec.backoff_limit >= p.status.attempts
 
 
@@ -80,9 +81,9 @@ def retry_requeue(p: Pass, at: str) -> float:
 def _succeeded(p: Pass, pod: Object, result: RunResult) -> Plan:
     assert result.artifact is not None
     artifact = result.artifact
-    table = {name: getattr(result, name) or None for name in ("quality", "size", "delta")}
+    table = {name: cut(getattr(result, name), limit) or None for name, limit in TABLE.items()}
     known = {name: value for name, value in table.items() if name in type(p.status).model_fields}
-    message = cut(f"Wrote {artifact.uri}" + (f"; {result.quality}" if result.quality else ""))
+    message = cut(f"Wrote {artifact.uri}" + (f"; {table['quality']}" if table["quality"] else ""))
     status = complete(
         p,
         message,
@@ -143,7 +144,11 @@ def _cause(p: Pass, job: Object) -> Failure:
     return Failure(reason=reason, message=cut(str(said.get("message") or "The Job failed.")), time=time)
 
 
-def _ran_seconds(p: Pass) -> float:
+def _deadline(p: Pass) -> float:
+    """Which deadline the Job missed; where the Job is gone, how long the run was."""
+    before = ((p.seen.job or {}).get("spec") or {}).get("activeDeadlineSeconds")
+    if before is not None:
+        return float(before)
     if p.status.start_time is None or p.status.completion_time is None:
         return 0.0
     return (parse(p.status.completion_time) - parse(p.status.start_time)).total_seconds()

@@ -1,5 +1,6 @@
 """The life of a batch object, from waiting for its sources to its end: `decide`. Pure; see batch.py for the rules."""
 
+import re
 from datetime import timedelta
 
 from slmops.api.meta import Failure
@@ -9,11 +10,12 @@ from slmops.cluster.port import Object
 from slmops.reconcile import conditions
 from slmops.reconcile.batch_end import collected, conclude, retry_requeue, worth_again
 from slmops.reconcile.batch_pass import ANNOTATION_INPUTS, Pass, going_on, plan, progress
-from slmops.reconcile.pods import INTERRUPTED, Trouble, created, ended, failure_of, running, trouble_of
+from slmops.reconcile.pods import INTERRUPTED, Trouble, created, ended, failure_of, lost, running, trouble_of
 from slmops.reconcile.state import Event, Plan
 
 POLL_RUNNING = 3.0  # seconds between two looks at a run's progress
 POLL_STARTING = 15.0  # at a pod that does not start: some causes are told by Events alone
+_POD_FORBIDDEN = re.compile(r'^pods "[^"]*" is forbidden: ')
 POLL_PODLESS = 5.0  # and at the Job's events while it has no pod: nothing else tells why
 
 
@@ -50,8 +52,11 @@ def _between_jobs(p: Pass) -> Plan:
         gone = () if old["metadata"].get("deletionTimestamp") else (p.job_key,)
         return plan(status, delete=gone, requeue=POLL_PODLESS)
     if seen.former:
-        message = f"Pod {seen.former[0]} of the last try still saves its checkpoint."
-        return plan(going_on(p, "Waiting", "PodTerminating", message), requeue=POLL_PODLESS)
+        name = seen.former[0]["metadata"]["name"]
+        message = f"Pod {name} of the last try still saves its checkpoint."
+        stuck = lost(seen.former[0], p.now) or Trouble("PodTerminating", message)
+        status = going_on(p, "Waiting", stuck.reason, stuck.message)
+        return plan(status, *_first(p, stuck), requeue=POLL_PODLESS)
     if seen.wanted is None:
         blocked = seen.blocked
         if blocked is None:  # cannot be: observing looks for what is wanted whenever there is no Job
@@ -119,8 +124,9 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
     pod = next((pod for pod in reversed(p.seen.pods) if not ended(pod)), None)
     if pod is not None and pod["metadata"].get("deletionTimestamp"):
         message = f"Pod {pod['metadata']['name']} is being stopped; the next one goes on from its checkpoint."
-        status = going_on(p, "Pending", "PodTerminating", message, last_failure=failure)
-        return plan(status, *news, apply=apply)
+        stuck = lost(pod, p.now) or Trouble("PodTerminating", message)
+        status = going_on(p, "Pending", stuck.reason, stuck.message, last_failure=failure)
+        return plan(status, *news, *_first(p, stuck), apply=apply, requeue=POLL_STARTING)
     if pod is not None and running(pod):
         message = f"Pod {pod['metadata']['name']} runs."
         status = going_on(p, "Running", "Running", message, progress=progress(p), last_failure=failure)
@@ -135,15 +141,21 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
         if trouble.reason == "ImagePullBackOff" and known and known.reason == trouble.reason:
             message = known.message  # the kubelet says two things in turns; the first one has the cause
         status = going_on(p, "Pending", trouble.reason, message, last_failure=failure)
-        first = known is None or known.reason != trouble.reason
-        events = (*news, Event(trouble.reason, message, warning=True)) if first else news
-        return plan(status, *events, apply=apply, requeue=POLL_STARTING if pod else POLL_PODLESS)
+        return plan(status, *news, *_first(p, trouble), apply=apply, requeue=POLL_STARTING if pod else POLL_PODLESS)
     reason, message = "Starting", "The pod starts."
     if failure is not None:
         reason = "Retrying"
         message = f"Attempt {p.status.attempts + 1} of {p.spec.backoff_limit + 1} starts; before: {failure.message}"
     status = going_on(p, "Pending", reason, message, last_failure=failure)
     return plan(status, *news, apply=apply, requeue=POLL_STARTING if pod else POLL_PODLESS)
+
+
+def _first(p: Pass, trouble: Trouble) -> tuple[Event, ...]:
+    """Its Event, where the object does not say so already; merely taking time is no trouble."""
+    known = conditions.find(p.status.conditions, conditions.READY)
+    if trouble.reason == "PodTerminating" or (known and known.reason == trouble.reason):
+        return ()
+    return (Event(trouble.reason, trouble.message, warning=True),)
 
 
 def _last_failure(p: Pass) -> Failure | None:
@@ -176,8 +188,11 @@ def _refused(p: Pass, job: Object) -> Trouble | None:
         when = event.get("lastTimestamp") or event.get("eventTime") or stamp(p.now)
         if about != uid or event.get("reason") != "FailedCreate" or parse(when) < since:
             continue
-        said = str(event.get("message") or "").removeprefix("Error creating: ")
+        # Each try has a new random name: with it in the message every try would be a status write.
+        said = _POD_FORBIDDEN.sub("", str(event.get("message") or "").removeprefix("Error creating: "))
         if "exceeded quota" in said:
             return Trouble("QuotaExceeded", f"The namespace's quota forbids the pod: {said}")
+        if "serviceaccount" in said and "not found" in said:
+            return Trouble("ServiceAccountNotFound", f"The namespace's ServiceAccount is missing: create it. ({said})")
         return Trouble("PodRefused", f"The pod cannot be created: {said}")
     return None

@@ -33,7 +33,7 @@ class Seen:
 
     job: Object | None = None
     pods: tuple[Object, ...] = ()  # of this Job, oldest first
-    former: tuple[str, ...] = ()  # names of pods of earlier Jobs that have not ended
+    former: tuple[Object, ...] = ()  # pods of earlier Jobs that have not ended
     wanted: Object | None = None  # the Job as it would be made now, where one may be wanted
     blocked: Blocked | None = None  # why `wanted` is None
     inputs: str = ""  # hash of the inputs as they are now; empty where they were not looked at

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from slmops.api import keys
-from slmops.api.deployment import ModelDeploymentSpec, ModelDeploymentStatus, Revision, Verdict
+from slmops.api.deployment import ModelDeploymentSpec, ModelDeploymentStatus, Revision, ServedModel, Verdict
 from slmops.api.meta import Lineage
 from slmops.api.run import Input
 from slmops.build import router as router_parts
@@ -20,7 +20,7 @@ from slmops.reconcile.deployment_measure import measure
 from slmops.reconcile.deployment_report import Facts, report
 from slmops.reconcile.protocol import World
 from slmops.reconcile.serverpods import is_ready, problem_of
-from slmops.reconcile.state import Event, Plan, Retry, Routes
+from slmops.reconcile.state import Count, Event, Plan, Retry, Routes
 from slmops.remote import prometheus, router
 from slmops.remote.errors import RemoteError
 from slmops.remote.router import Report
@@ -29,6 +29,13 @@ from slmops.rollout.revision import identify
 from slmops.rollout.seen import Decision, Pods, Problem, Router, Seen
 from slmops.settings import Settings
 
+OUTCOMES = {  # of a rollout, by the reason of the Event that tells it
+    "RolloutStarted": "Started",
+    "RolloutPromoted": "Promoted",
+    "RollingBack": "RolledBack",
+    "RolloutReverted": "Reverted",
+    "RolloutSuperseded": "Superseded",
+}
 RECHECK_SECONDS = 10.0  # until a missing Secret is looked for again
 
 Ask = Callable[[str, str], Report]
@@ -43,7 +50,6 @@ class Wanted:
     model: Input | None = None
     lineage: Lineage | None = None  # of the model that is asked for
     waiting: Problem | None = None  # SourceNotReady, SecretNotFound: mends itself
-    refused: Problem | None = None  # only another spec helps
 
 
 @dataclass(frozen=True)
@@ -126,9 +132,7 @@ class DeploymentReconciler:
         before = ModelDeploymentStatus.model_validate(obj.get("status") or {})
         decision = decide(spec, before, observed.seen, now)
         wanted = observed.wanted
-        facts = Facts(
-            spec, before, observed.seen, obj["metadata"].get("generation", 0), wanted.waiting, wanted.refused, now
-        )
+        facts = Facts(spec, before, observed.seen, obj["metadata"].get("generation", 0), wanted.waiting, now)
         status = report(facts, decision).model_copy(
             update={
                 "endpoint": router_parts.endpoint(obj),
@@ -143,6 +147,7 @@ class DeploymentReconciler:
             routes=_orders(obj, observed, decision, routes),
             delete=_removed(obj, spec, observed, decision),
             events=tuple(Event(note.reason, note.message, note.warning) for note in decision.notes),
+            counts=_counts(obj, decision),
             requeue=_requeue(decision, wanted),
             keep_going=True,
         )
@@ -163,21 +168,8 @@ class DeploymentReconciler:
 def _wanted(cluster: Cluster, obj: Object, spec: ModelDeploymentSpec, status: ModelDeploymentStatus) -> Wanted:
     """Resolve the model. Raises ClusterError."""
     namespace, name = obj["metadata"]["namespace"], obj["metadata"]["name"]
-    ref, lineage, digest = spec.model.ref, None, ""
-    if ref is not None and ref.kind != "QuantizedModel":
-        return Wanted(
-            refused=Problem(
-                "UnsupportedModel",
-                f"{ref.kind}/{ref.name} makes safetensors, and a model is served as ONNX: "
-                "make a QuantizedModel of it (precision fp32 changes nothing) and refer to that.",
-            )
-        )
     try:
-        model = sources.resolve_model(cluster, namespace, spec.model)
-        if ref is not None:
-            said = sources.ready_object(cluster, Key(ref.kind, namespace, ref.name)).get("status") or {}
-            digest = said["artifact"]["digest"]
-            lineage = Lineage.model_validate(said.get("lineage") or {"digest": digest})
+        model, digest, lineage = _resolved(cluster, namespace, spec.model)
     except Retry as retry:
         return Wanted(waiting=Problem(retry.reason, retry.message))
     revision = identify(name, spec, model, digest)
@@ -188,6 +180,22 @@ def _wanted(cluster: Cluster, obj: Object, spec: ModelDeploymentSpec, status: Mo
     if missing:
         return Wanted(waiting=Problem("SecretNotFound", f"Secret {missing} does not exist: create it."))
     return Wanted(revision=revision, model=model, lineage=lineage)
+
+
+def _resolved(cluster: Cluster, namespace: str, source: ServedModel) -> tuple[Input, str, Lineage | None]:
+    """The model, the digest of its artifact where that is known, and its lineage: of one moment, by one read.
+
+    Raises Retry(SourceNotReady), ClusterError.
+    """
+    if source.ref is None:
+        return Input(uri=source.uri or "", secret=source.secret_ref.name if source.secret_ref else None), "", None
+    name = f"{source.ref.kind}/{source.ref.name}"
+    said = sources.ready_object(cluster, Key(source.ref.kind, namespace, source.ref.name)).get("status") or {}
+    artifact = said.get("artifact")
+    if not artifact:
+        raise sources.not_ready(f"{name} is Ready but names no artifact.")
+    lineage = Lineage.model_validate(said.get("lineage") or {"digest": artifact["digest"]})
+    return Input(uri=artifact["uri"], name=name), artifact["digest"], lineage
 
 
 def _missing_secret(cluster: Cluster, namespace: str, spec: ModelDeploymentSpec, model: Input) -> str:
@@ -302,6 +310,15 @@ def _removed(obj: Object, spec: ModelDeploymentSpec, observed: Observed, decisio
     if spec.replicas <= 1:
         gone += [Key("PodDisruptionBudget", namespace, name) for name in sorted(observed.budgets)]
     return tuple(gone)
+
+
+def _counts(obj: Object, decision: Decision) -> tuple[Count, ...]:
+    whose = (obj["metadata"]["namespace"], obj["metadata"]["name"])
+    outcomes = [OUTCOMES[note.reason] for note in decision.notes if note.reason in OUTCOMES]
+    return (
+        *(Count("rollouts", (*whose, outcome)) for outcome in outcomes),
+        *(Count("verdicts", (*whose, verdict.name, verdict.verdict)) for verdict in decision.verdicts),
+    )
 
 
 def _requeue(decision: Decision, wanted: Wanted) -> float | None:

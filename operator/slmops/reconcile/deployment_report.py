@@ -25,7 +25,6 @@ class Facts:
     seen: Seen
     generation: int
     waiting: Problem | None  # why there is no target yet
-    refused: Problem | None  # why the spec cannot be served as it is
     now: datetime
 
 
@@ -53,7 +52,7 @@ def report(facts: Facts, decision: Decision) -> ModelDeploymentStatus:
 def _phase(facts: Facts, decision: Decision) -> str:
     roll = decision.rollout
     if decision.stable is None and decision.candidate is None:
-        return "Failed" if facts.refused else "Pending"
+        return "Pending"
     if facts.spec.replicas == 0 and roll.phase in (STABLE, DRAINING, PREPARING):
         return "ScaledToZero"
     if roll.hold and roll.phase in (STEP, PROMOTING):
@@ -94,8 +93,6 @@ def _conditions(facts: Facts, decision: Decision, ready: int) -> list[Condition]
 def _said(facts: Facts, decision: Decision, ready: int) -> tuple[str, str, str]:
     """Kind of state, reason and sentence."""
     roll, spec = decision.rollout, facts.spec
-    if facts.refused:
-        return "stalled", facts.refused.reason, facts.refused.message
     rolling = decision.candidate is not None and roll.phase in (*ROLLING_OUT, ROLLING_BACK)
     if spec.replicas == 0 and roll.phase not in (ROLLING_BACK, ROLLED_BACK):
         return "ready", "ScaledToZero", "spec.replicas is 0: no pod runs, as wanted."

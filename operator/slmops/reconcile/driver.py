@@ -6,7 +6,7 @@ killed anywhere and started again; the status is written last and says only what
 Errors, and what becomes of them:
   Retry             Ready=False and Reconciling=True with its reason; the pass comes again
   Terminal          Stalled=True with its reason; nothing more happens until an event or the resync
-  ClusterError      403: Retry (a quota, a missing right); 400 and 422 of a child: Terminal;
+  ClusterError      403: Retry (a quota, a missing right); of a child 400, 413, 422: Terminal, 500: Retry (a webhook);
                     all else goes up: the API server is ill, and the queue backs off
   RemoteError       Retry
   ValidationError   Terminal InvalidSpec: the object was stored under an older schema
@@ -26,18 +26,28 @@ from functools import partial
 from pydantic import ValidationError
 
 from slmops.api.meta import Condition, Status
+from slmops.api.times import parse
 from slmops.cluster.port import Cluster, ClusterError, Key, Object
 from slmops.reconcile import conditions
 from slmops.reconcile.ownership import check_ours
 from slmops.reconcile.protocol import Reconciler, World
-from slmops.reconcile.state import Event, Plan, Retry, Routes, Terminal
+from slmops.reconcile.state import Count, Event, Plan, Retry, Routes, Terminal
 from slmops.remote.errors import RemoteError
 from slmops.settings import Settings
+
+ENDS = ("Succeeded", "Failed")
 
 log = logging.getLogger(__name__)
 
 PushRoutes = Callable[[Routes], None]
 """Brings one router to the wanted weights and returns once it has them. Raises RemoteError."""
+
+
+OnEnd = Callable[[str, str, float], None]
+"""Told once of every run that ends: kind, outcome (Succeeded, Failed), seconds from its first pod to its end."""
+
+OnCount = Callable[[Count], None]
+"""Told of every count of a plan, once its status has been written."""
 
 
 def utc_now() -> datetime:
@@ -53,6 +63,8 @@ class Driver:
     settings: Settings
     reconcilers: Mapping[str, Reconciler]
     push_routes: PushRoutes
+    on_end: OnEnd = field(default=lambda _kind, _outcome, _seconds: None)
+    on_count: OnCount = field(default=lambda _count: None)
     clock: Callable[[], datetime] = field(default=utc_now)
 
     def run(self, key: Key) -> float | None:
@@ -81,8 +93,18 @@ class Driver:
         if refused is not None:
             return self._in_spite(obj, plan, refused, now)
         written = self.cluster.patch_status(obj, plan.status)
-        self._post(written, plan.events)
+        self._tell_end(obj, plan.status)
+        self._tell(written, plan)
         return plan.requeue
+
+    def _tell_end(self, obj: Object, status: Object) -> None:
+        """The status says it: it has been written, so that no later pass tells it again."""
+        before = obj.get("status") or {}
+        if before.get("phase") in ENDS or status.get("phase") not in ENDS:
+            return
+        began, ended = status.get("startTime"), status.get("completionTime")
+        if began and ended:
+            self.on_end(obj["kind"], status["phase"], max(0.0, (parse(ended) - parse(began)).total_seconds()))
 
     def _carry_out(self, obj: Object, plan: Plan) -> Exception | None:
         """Carry the plan out. Returns the first refusal past which it went on; raises it where the plan stops there."""
@@ -108,7 +130,7 @@ class Driver:
         outcome = _outcome(refused)
         status = plan.status if outcome is None else _told(obj, plan.status, outcome, now)
         written = self.cluster.patch_status(obj, status)
-        self._post(written, plan.events)
+        self._tell(written, plan)
         match outcome:
             case Retry() as retry:
                 return retry.after if plan.requeue is None else min(plan.requeue, retry.after)
@@ -139,7 +161,7 @@ class Driver:
     def _not_yet(self, obj: Object, retry: Retry, now: datetime) -> float:
         generation = obj["metadata"].get("generation", 0)
         status = Status.model_validate(obj.get("status") or {})
-        if conditions.is_true(status.conditions, conditions.COMPLETE):
+        if _over(status.conditions):
             log.warning("Could not look after finished object", extra={"reason": retry.reason, "error": str(retry)})
             return retry.after  # what has been reached is not taken back
         marked = conditions.reconciling(
@@ -150,13 +172,16 @@ class Driver:
             now=now,
             still_ready=conditions.is_true(status.conditions, conditions.READY) and _serves(obj),
         )
-        self.cluster.patch_status(obj, _merged(obj, marked, generation))
+        status_now = _merged(obj, marked, generation)
+        if not _serves(obj):
+            status_now = {"phase": "Waiting"} | status_now  # of a first pass: later ones keep what they have reached
+        self.cluster.patch_status(obj, status_now)
         return retry.after
 
     def _give_up(self, obj: Object, terminal: Terminal, now: datetime) -> None:
         generation = obj["metadata"].get("generation", 0)
         before = Status.model_validate(obj.get("status") or {}).conditions
-        if conditions.is_true(before, conditions.COMPLETE):
+        if _over(before):
             log.warning("Could not look after finished object", extra={"reason": terminal.reason})
             return
         marked = conditions.stalled(
@@ -184,6 +209,12 @@ class Driver:
         known = conditions.find(said, conditions.STALLED)
         if known is None or known.reason != terminal.reason:
             self._post(obj, (Event(terminal.reason, terminal.message, warning=True),))
+
+    def _tell(self, obj: Object, plan: Plan) -> None:
+        """What the status that has just been written says: no later pass tells it again."""
+        for count in plan.counts:
+            self.on_count(count)
+        self._post(obj, plan.events)
 
     def _post(self, obj: Object, events: tuple[Event, ...]) -> None:
         for event in events:
@@ -236,6 +267,11 @@ def _merged(obj: Object, marked: list[Condition], generation: int) -> Object:
     }
 
 
+def _over(said: list[Condition]) -> bool:
+    """Whether a run has ended, well or not: trouble in looking after it does not take that back."""
+    return conditions.is_true(said, conditions.COMPLETE) or conditions.is_true(said, conditions.FAILED)
+
+
 def _serves(obj: Object) -> bool:
     """A ModelDeployment goes on serving while it cannot be changed; a batch object is Ready at its end or never."""
     return bool(obj["kind"] == "ModelDeployment")
@@ -248,8 +284,16 @@ def _explain(error: ClusterError, what: str) -> None:
     if error.status == 403:
         reason = "QuotaExceeded" if "exceeded quota" in error.message else "Forbidden"
         raise Retry(reason, f"{what} was refused: {error.message}", after=5.0) from error
+    if error.status == 413 or "request is too large" in error.message:
+        raise Terminal(
+            "TooLarge", f"{what} is too large for the API server; shorten the spec: {error.message}"
+        ) from error
     if not error.retryable:
         raise Terminal("Rejected", f"The API server refuses {what}: {error.message}") from error
+    if error.status == 500:  # it is well, as the reads before this write show, but something behind it is not
+        reason = "WebhookFailed" if "webhook" in error.message else "ApiServerError"
+        remedy = "It is tried again; if it stays so, it is for those who run the cluster to mend."
+        raise Retry(reason, f"{what} could not be written: {error.message}. {remedy}", after=15.0) from error
     raise error
 
 

@@ -17,8 +17,9 @@ RECHECK_SECONDS = 5.0
 def check(cluster: Cluster, namespace: str, needed: Inputs) -> str:
     """Return the hash of all that is needed. Raises Retry(SecretNotFound, ConfigMapNotFound, BadDataset), ClusterError.
 
-    The hash is of contents for ConfigMaps and of versions for Secrets, whose contents shall not be guessed from it;
-    where nothing is needed it is empty.
+    The hash is of contents, not of versions: what touches a Secret without changing it must not start a failed run
+    again. A Secret's uid goes into it: who may not read the Secret does not know that, and can guess nothing from the
+    hash. Where nothing is needed it is empty.
     """
     if not needed.secrets and not needed.config_maps:
         return ""
@@ -28,7 +29,9 @@ def check(cluster: Cluster, namespace: str, needed: Inputs) -> str:
         if secret is None:
             raise Retry("SecretNotFound", f"Secret {name} does not exist: create it.", after=RECHECK_SECONDS)
         _keys("SecretNotFound", f"Secret {name}", wanted, secret.get("data") or {})
-        digest.update(f"{secret['metadata']['uid']}/{secret['metadata']['resourceVersion']};".encode())
+        digest.update(f"{secret['metadata']['uid']};".encode())
+        for key, value in sorted((secret.get("data") or {}).items()):
+            digest.update(f"{name}/{key}/{value};".encode())
     for name, wanted in sorted(needed.config_maps.items()):
         config_map = cluster.get(Key("ConfigMap", namespace, name))
         if config_map is None:
@@ -51,14 +54,14 @@ def _keys(reason: str, what: str, wanted: set[str], data: Object) -> None:
 
 def _jsonl(what: str, text: str) -> None:
     """Each line one JSON object. Columns are the worker's to judge. Raises Retry(BadDataset)."""
-    found = False
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() also splits within strings
+    found, lines = False, text.removeprefix("\ufeff").split("\n")  # splitlines() also splits within strings
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         found = True
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _bad(f"{what}, line {number}: not JSON ({error})") from error
         if not isinstance(value, dict):
             raise _bad(f"{what}, line {number}: not a JSON object")

@@ -1,18 +1,20 @@
 """What a worker pod says about itself: its result, why it failed, why it does not start. Pure."""
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
+from typing import get_args
 
 from pydantic import ValidationError
 
 from slmops.api.meta import Failure
-from slmops.api.run import EXIT_INTERRUPTED, RunResult
+from slmops.api.run import EXIT_INTERRUPTED, FailureReason, RunResult
 from slmops.api.times import parse, stamp
 from slmops.build.job import CONTAINER
 from slmops.cluster.port import Object
 from slmops.reconcile.conditions import cut
 
 INTERRUPTED = "Interrupted"
+LOST_AFTER = timedelta(seconds=60)  # beyond the time by which a deleted pod has to be gone
 
 # Why a container waits, as the kubelet says it -> our reason. Two words for one thing would make the status flap.
 _WAITING = {
@@ -74,13 +76,30 @@ def failure_of(pod: Object, now: datetime) -> Failure | None:
     return Failure(reason=reason, message=cut(message), exit_code=code, time=time)
 
 
+def lost(pod: Object, now: datetime) -> Trouble | None:
+    """A pod that was deleted and is still there long after its grace period: its node does not answer."""
+    gone_by = pod["metadata"].get("deletionTimestamp")
+    if gone_by is None or now < parse(gone_by) + LOST_AFTER:
+        return None
+    name, namespace = pod["metadata"]["name"], pod["metadata"]["namespace"]
+    node = (pod.get("spec") or {}).get("nodeName") or "its node"
+    return Trouble(
+        "NodeLost",
+        f"Pod {name} should have ended by {gone_by}, but {node} does not say so. If the node is dead, delete it, or: "
+        f"kubectl -n {namespace} delete pod {name} --force. The run then goes on from its checkpoint.",
+    )
+
+
 def trouble_of(pod: Object) -> Trouble | None:
     """Why the pod does not start, if it says so."""
     status = pod.get("status") or {}
     for condition in status.get("conditions") or []:
         if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
             reason = condition.get("reason") or "Unschedulable"
-            return Trouble(reason, f"No node takes the pod: {condition.get('message') or reason}")
+            said = condition.get("message") or reason
+            if "persistentvolumeclaim" in said and "not found" in said:
+                return Trouble("ClaimNotFound", f"A PersistentVolumeClaim does not exist: create it. ({said})")
+            return Trouble(reason, f"No node takes the pod: {said}")
     waiting = (_container(pod).get("state") or {}).get("waiting") or {}
     reason = _WAITING.get(waiting.get("reason", ""))
     if reason is None:
@@ -94,8 +113,10 @@ def trouble_of(pod: Object) -> Trouble | None:
 
 def _named(pod: Object, terminated: Object, code: int | None) -> tuple[str, str]:
     result = result_of(pod)
-    if result is not None and result.reason:
+    if result is not None and result.reason in get_args(FailureReason):
         return result.reason, result.message
+    if result is not None and not result.succeeded:  # an image of the user's own
+        return "InternalError", f"The container said {cut(result.reason, 64) or 'no reason'}: {result.message}"
     if terminated.get("reason") == "OOMKilled":
         return "OutOfMemory", _out_of_memory(pod)
     disrupted = _disruption(pod)

@@ -6,10 +6,13 @@ from slmops.api.distillation import DistillationJobSpec, Teacher
 from slmops.api.keys import child_name
 from slmops.api.meta import Ancestor, Condition, Lineage, ModelSource
 from slmops.api.run import Input, TeacherEndpoint
+from slmops.cluster.kinds import OURS
 from slmops.cluster.port import Cluster, Key, Object
 from slmops.reconcile import conditions
 from slmops.reconcile.state import Retry, Terminal
 from slmops.settings import Settings
+
+NOT_READY = "SourceNotReady"
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Output:
 
 def not_ready(message: str) -> Retry:
     """Say that a source has to come first. Nothing polls: the source's own change wakes whoever names it."""
-    return Retry("SourceNotReady", message, after=0)
+    return Retry(NOT_READY, message, after=0)
 
 
 def resolve_model(cluster: Cluster, namespace: str, source: ModelSource) -> Input:
@@ -49,9 +52,12 @@ def resolve_teacher(cluster: Cluster, namespace: str, teacher: Teacher) -> Teach
         )
     name = teacher.deployment_ref.name if teacher.deployment_ref else ""
     found = ready_object(cluster, Key("ModelDeployment", namespace, name))
+    url = (found.get("status") or {}).get("endpoint")
+    if not url:
+        raise not_ready(f"ModelDeployment/{name} is Ready but names no endpoint.")
     secret = ((found["spec"].get("endpoint") or {}).get("apiKeysSecretRef") or {}).get("name")
     return TeacherEndpoint(
-        url=found["status"]["endpoint"],
+        url=url,
         model=found["spec"].get("servedName") or name,
         secret=secret,
         key=_some_key(cluster, namespace, secret) if secret else None,
@@ -66,13 +72,33 @@ def ready_object(cluster: Cluster, key: Key) -> Object:
     name = f"{key.kind}/{key.name}"
     if found is None:
         raise not_ready(f"Waits for {name}, which does not exist yet.")
-    said = [Condition.model_validate(item) for item in (found.get("status") or {}).get("conditions") or []]
+    said = _said(found)
     if conditions.is_true(said, conditions.READY):
         return found
     stalled = conditions.find(said, conditions.STALLED)
     if stalled is not None and stalled.status == "True":
         raise not_ready(f"Waits for {name}, which has failed ({stalled.reason}: {stalled.message})")
     raise not_ready(f"Waits for {name} to be ready.")  # not why it is not: each of its steps would be a write here
+
+
+def check_cycle(cluster: Cluster, obj: Object) -> None:
+    """See that nothing which `obj` waits for waits for `obj` itself. Raises Terminal(SourceCycle), ClusterError."""
+    namespace, start = obj["metadata"]["namespace"], (obj["kind"], obj["metadata"]["name"])
+    ways, seen = [[name] for name in sorted(references(obj))], set[tuple[str, str]]()
+    while ways:
+        way = ways.pop()
+        if way[-1] == start:
+            names = " -> ".join(f"{kind}/{name}" for kind, name in (start, *way))
+            raise Terminal(
+                "SourceCycle",
+                f"These wait for each other: {names}. Delete one of them and make it anew from another model.",
+            )
+        if way[-1] in seen or way[-1][0] not in OURS:
+            continue
+        seen.add(way[-1])
+        found = cluster.get(Key(way[-1][0], namespace, way[-1][1]))
+        if found is not None and not conditions.is_true(_said(found), conditions.READY):
+            ways += [[*way, name] for name in sorted(references(found))]
 
 
 def resolve_output(owner: Object, output: str | None, settings: Settings) -> Output:
@@ -87,7 +113,8 @@ def resolve_output(owner: Object, output: str | None, settings: Settings) -> Out
             )
         name = child_name(f"{owner['kind'].lower()}-{metadata['name']}", limit=120)
         base = f"{settings.store.rstrip('/')}/{metadata['namespace']}/{name}"
-        return Output(f"{base}:{short}", f"{base}:ckpt-{short}")
+        mark = ":" if base.startswith("oci://") else "-"  # a tag, or a part of a folder's name
+        return Output(f"{base}{mark}{short}", f"{base}{mark}ckpt-{short}")
     if output.startswith("pvc://"):
         base = output.rstrip("/")
         return Output(base, f"{base}-ckpt-{short}")
@@ -119,6 +146,10 @@ def teacher_label(spec: DistillationJobSpec) -> str:
 def source_label(source: ModelSource) -> str:
     """Name a model source for the table."""
     return f"{source.ref.kind}/{source.ref.name}" if source.ref else source.uri or ""
+
+
+def _said(obj: Object) -> list[Condition]:
+    return [Condition.model_validate(item) for item in (obj.get("status") or {}).get("conditions") or []]
 
 
 def _split_tag(uri: str) -> tuple[str, str]:

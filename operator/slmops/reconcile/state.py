@@ -1,7 +1,7 @@
 """What a decision is made of."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from slmops.cluster.port import Key, Object
 
@@ -26,6 +26,14 @@ class Routes:
 
 
 @dataclass(frozen=True)
+class Count:
+    """One more in a counter of the operator's own metrics; told only after the status was written."""
+
+    counter: Literal["rollouts", "verdicts"]
+    labels: tuple[str, ...]  # values, in the counter's order
+
+
+@dataclass(frozen=True)
 class Plan:
     """One pass's decision, carried out in this order: apply, routes, delete, status, events; then wait.
 
@@ -38,6 +46,7 @@ class Plan:
     routes: tuple[Routes, ...] = ()
     delete: tuple[Key, ...] = ()
     events: tuple[Event, ...] = ()
+    counts: tuple[Count, ...] = ()
     requeue: float | None = None
     keep_going: bool = False
 

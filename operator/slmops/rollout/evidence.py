@@ -63,6 +63,7 @@ def judged(work: Work) -> bool:
     if not verdicts or analysis is None or not due(work):
         return False
     failed = first_failed(verdicts)
+    work.verdicts = verdicts
     work.set(
         measured_at=stamp(work.now),
         verdicts=list(verdicts),

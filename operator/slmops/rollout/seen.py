@@ -70,4 +70,5 @@ class Decision:
     epoch: str
     remove: tuple[str, ...]
     notes: tuple[Note, ...]
+    verdicts: tuple[Verdict, ...]  # those of Seen, where this pass took them into account
     requeue: float | None  # seconds

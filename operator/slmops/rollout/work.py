@@ -2,7 +2,7 @@
 
 from datetime import datetime, timedelta
 
-from slmops.api.deployment import ModelDeploymentSpec, ModelDeploymentStatus, Revision, Step
+from slmops.api.deployment import ModelDeploymentSpec, ModelDeploymentStatus, Revision, Step, Verdict
 from slmops.api.times import parse, stamp
 from slmops.rollout.phases import (
     DRAINING,
@@ -34,6 +34,7 @@ class Work:
         self.retiring = dict(status.rollout.retiring)
         self.remove: list[str] = []
         self.notes: list[Note] = []
+        self.verdicts: tuple[Verdict, ...] = ()
         self.wakes: list[float] = []
 
     # Words.
@@ -258,6 +259,7 @@ class Work:
             epoch=self.epoch(),
             remove=tuple(self.remove),
             notes=tuple(self.notes),
+            verdicts=self.verdicts,
             requeue=min(self.wakes, default=None),
         )
 

@@ -1,0 +1,65 @@
+"""README's commands, as they stand there: a model and data from this machine into the registry, and a run on them."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from kit.kubectl import LOCAL, ROOT, Kubectl
+from kit.objects import STORE
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SECTION = README.partition("## Your own models and data\n")[2].partition("\n## ")[0]
+
+
+def block(language: str, text: str) -> str:
+    """The first fenced block of a language."""
+    found = re.search(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert found, f"README has no {language} block"
+    return found[1]
+
+
+def run_in(folder: Path, space: Kubectl, script: str) -> str:
+    """Run commands as a user would who has kubectl and python on the PATH; what they left running is ended."""
+    path = f"{LOCAL / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    # A user is in the checkout; here models and data are beside it, so that nothing is left in it.
+    script = script.replace("PYTHONPATH=images", f"PYTHONPATH={ROOT}/images")
+    with subprocess.Popen(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
+        env={**space.env, "PATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            process.wait(120)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+        said = process.stdout.read() if process.stdout else ""
+    assert process.returncode == 0, said
+    return said
+
+
+def test_own_model_and_data(space: Kubectl, seeded: str, tmp_path: Path) -> None:
+    commands = "\n".join(line.removeprefix("$ ") for line in block("console", SECTION).splitlines())
+    repository = STORE.rpartition("/")[2]
+    push = next(line for line in commands.splitlines() if " push " in line)
+    fetch = "".join(
+        f"python -m slmops_artifacts pull oci://localhost:5000/{repository}/{name}:tiny my-{folder}\n"
+        for name, folder in (("base", "model"), ("data", "data"))
+    )
+    said = run_in(tmp_path, space, commands.replace(push, fetch + push))
+    assert '"kind":"dataset"' in said.replace(" ", ""), said
+
+    for found in yaml.safe_load_all(block("yaml", SECTION)):
+        space.apply(found)
+    done = space.wait_ready("finetunejob", "mine", 300)
+    parents = [parent["uri"] for parent in done["status"]["lineage"]["parents"]]
+    assert any("/models/mine" in uri for uri in parents), parents
+    assert any("/data/support" in uri for uri in parents), parents

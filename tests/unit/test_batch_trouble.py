@@ -1,0 +1,173 @@
+"""What hinders a batch object, with its remedy: pods that do not come, do not go, or say strange things."""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from tests.unit.objects import (
+    ARTIFACT,
+    NOW,
+    RUNNING,
+    Object,
+    at,
+    condition,
+    exited,
+    finetune,
+    job,
+    of,
+    ours,
+    pod,
+    said,
+    succeeded,
+)
+from tests.unit.test_batch_life import FAILED_JOB, FATAL_JOB, WANTED, after, kstatus, ready, run
+
+from slmops import crdgen
+from slmops.api.batch import SECONDS_MAX
+from slmops.cluster.memory import MemoryCluster, key_of
+from slmops.cluster.port import Key
+from slmops.reconcile.driver import Driver
+from slmops.reconcile.pods import LOST_AFTER
+from slmops.reconcile.state import Plan
+from slmops.reconcile.table import reconcilers
+from slmops.settings import Settings
+
+
+def message(plan: Plan) -> str:
+    found = of({"status": plan.status}, "Ready")
+    assert found is not None
+    return str(found["message"])
+
+
+def going(obj: Object, by: float) -> Object:
+    """A pod that has to be gone by that many seconds from now."""
+    found = pod(obj, state=RUNNING)
+    found["metadata"]["deletionTimestamp"] = at(by)
+    found["spec"]["nodeName"] = "node-7"
+    return found
+
+
+TOO_LATE = -LOST_AFTER.total_seconds() - 1
+
+
+@pytest.mark.parametrize("of_this_job", [True, False])
+def test_a_pod_on_a_dead_node_is_named_with_its_remedy(of_this_job: bool) -> None:
+    def plan_of(obj: Object, by: float) -> Plan:
+        stuck = (going(obj, by),)
+        return run(obj, job=job(obj), pods=stuck) if of_this_job else run(obj, wanted=WANTED, former=stuck)
+
+    obj = finetune()
+    slow = plan_of(obj, 20)
+    assert ready(slow)[1] == "PodTerminating"
+    assert slow.events == ()
+    assert slow.requeue is not None  # no event will tell that it is too late
+    lost = plan_of(after(obj, slow), TOO_LATE)
+    assert ready(lost)[1] == "NodeLost"
+    assert "node-7" in message(lost)
+    assert "kubectl -n ns delete pod tune-abc --force" in message(lost)
+    assert [event.reason for event in lost.events] == ["NodeLost"]
+    assert plan_of(after(obj, lost), TOO_LATE).events == ()
+    assert kstatus(lost) == "InProgress"
+
+
+def test_a_missing_claim_is_named() -> None:
+    obj = finetune()
+    text = '0/1 nodes are available: persistentvolumeclaim "models" not found.'
+    waits = pod(obj, phase="Pending", conditions=[condition("PodScheduled", "Unschedulable", text, "False")])
+    plan = run(obj, job=job(obj), pods=(waits,))
+    assert ready(plan)[1] == "ClaimNotFound"
+    assert '"models"' in message(plan)
+    assert "create it" in message(plan)
+
+
+def test_a_missing_service_account_is_named() -> None:
+    obj = finetune()
+    text = (
+        'Error creating: pods "x-" is forbidden: error looking up service account: serviceaccount "default" not found'
+    )
+    told = {"reason": "FailedCreate", "lastTimestamp": at(-1), "involvedObject": {"uid": "job-1"}, "message": text}
+    plan = run(obj, job=job(obj), events=(told,))
+    assert ready(plan)[1] == "ServiceAccountNotFound"
+    assert '"default"' in message(plan)
+
+
+LENGTHS = crdgen.schema(next(kind for kind in crdgen.KINDS if kind.name == "QuantizedModel"))["properties"]["status"]
+
+
+def fits(schema: Object, value: Any) -> bool:
+    """Whether lengths and numbers of items are within the schema."""
+    if isinstance(value, dict):
+        fields, extra = schema.get("properties") or {}, schema.get("additionalProperties")
+        return all(fits(fields.get(name, extra), item) for name, item in value.items())
+    if isinstance(value, list):
+        return len(value) <= schema.get("maxItems", len(value)) and all(fits(schema["items"], item) for item in value)
+    return not isinstance(value, str) or len(value) <= schema.get("maxLength", len(value))
+
+
+def test_what_a_strange_image_says_can_be_written() -> None:
+    """The result comes from a pod: longer than the CRD allows, no status could be written any more."""
+    obj = ours("QuantizedModel", {"source": {"uri": "oci://r/m:1"}}, name="q")
+    words = dict.fromkeys(("quality", "size", "delta"), "x" * 900)
+    plan = run(obj, job=job(obj), pods=(pod(obj, phase="Succeeded", state=succeeded(**words)),))
+    assert plan.status["phase"] == "Succeeded"
+    assert fits(LENGTHS, plan.status)
+    strange = said("My own reason! " * 20, "it broke " * 200, 1)
+    plan = run(obj, job=job(obj, **FAILED_JOB), pods=(pod(obj, phase="Failed", state=strange),))
+    assert ready(plan)[1] == "InternalError"
+    assert "My own reason!" in message(plan)
+    assert fits(LENGTHS, plan.status)
+    silent = said("", "", 1)
+    plan = run(obj, job=job(obj, **FAILED_JOB), pods=(pod(obj, phase="Failed", state=silent),))
+    assert "no reason" in message(plan)
+
+
+ARGUMENT_MAX = 128 * 1024  # bytes of one variable with its name: the kernel's limit
+
+
+def test_the_largest_spec_fits_into_its_variable() -> None:
+    """Beyond the kernel's limit a container cannot be started, and only the kubelet would say so."""
+    env = [{"name": f"{'N' * 120}{number:02d}", "value": "\u20ac" * 4096} for number in range(64)]
+    spec = {
+        "teacher": {"endpoint": {"url": "https://t/v1", "model": "m"}},
+        "student": {"uri": "oci://r/m:1"},
+        "data": {"prompts": {"uri": "oci://r/p:1"}, "generation": {"systemPrompt": "\u0001" * 16384}},
+        "pod": {"env": env},
+    }
+    cluster = MemoryCluster()
+    key = key_of(cluster.put(ours("DistillationJob", spec, name="d")))
+    Driver(cluster, Settings(store="oci://s"), reconcilers(lambda address: None), lambda routes: None).run(key)
+    container = cluster.objects[Key("Job", "ns", "d-distill")]["spec"]["template"]["spec"]["containers"][0]
+    sizes = {entry["name"]: len(f"{entry['name']}={entry['value']}".encode()) + 1 for entry in container["env"]}
+    assert sizes["SLMOPS_RUN"] > 64 * 1024
+    assert max(sizes.values()) < ARGUMENT_MAX
+    assert sizes[env[63]["name"]] > 12_000  # the container has them; only the worker's copy of the spec has not
+
+
+def test_the_largest_ttl_is_a_date() -> None:
+    obj = finetune(ttlSecondsAfterFinished=SECONDS_MAX)
+    done = run(obj, job=job(obj), pods=(pod(obj, phase="Succeeded", state=succeeded()),))
+    plan = run(after(obj, done), job=job(obj))
+    assert plan.requeue is not None
+    assert plan.requeue > timedelta(days=20000).total_seconds()
+
+
+def test_the_deadline_that_was_missed_is_the_jobs_and_not_the_whole_runs() -> None:
+    """A run that was tried for hours, and whose last Job had a minute: two minutes are more."""
+    obj = finetune({"observedGeneration": 1, "startTime": at(-7200)}, activeDeadlineSeconds=60)
+    late = job(obj, conditions=[condition("Failed", "DeadlineExceeded")], spec={"activeDeadlineSeconds": 60})
+    failed = after(obj, run(obj, job=late, pods=(pod(obj, phase="Failed", state=said("Interrupted", "", 143)),)))
+    assert failed["status"]["phase"] == "Failed"
+    metadata = {**failed["metadata"], "generation": 2}
+    longer = {**failed, "metadata": metadata, "spec": {**failed["spec"], "activeDeadlineSeconds": 120}}
+    assert run(longer, job=late).delete
+    shorter = {**longer, "spec": {**failed["spec"], "activeDeadlineSeconds": 50}}
+    assert not run(shorter, job=late).delete
+
+
+def test_bad_exit_of_the_users_own_image_keeps_its_last_words() -> None:
+    obj = finetune()
+    state = exited(2, message="usage: other-program [-h]")
+    plan = run(obj, job=job(obj, **FATAL_JOB), pods=(pod(obj, phase="Failed", state=state),))
+    assert "usage: other-program" in message(plan)
+    assert ARTIFACT["uri"] not in str(plan.status)
+    assert NOW.isoformat()[:10] in str(plan.status["lastFailure"]["time"])

@@ -1,0 +1,79 @@
+"""docs/errors.md has a row for every reason that an object or an Event can give, and for no other."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+from slmops.api.deployment import Verdict
+from slmops.api.run import FailureReason
+from slmops.reconcile import deployment_report, pods, sources
+from slmops.rollout import phases
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs/errors.md").read_text()
+WORD = re.compile(r"[A-Z][A-Za-z]+")
+# What makes an outcome -> which of its arguments is the reason.
+PLACES = {"Retry": 0, "Terminal": 0, "Trouble": 0, "Problem": 0, "Event": 0, "hold": 0, "note": 0, "_keys": 0,
+          "going_on": 2, "ready": 1}  # fmt: skip
+
+
+def words(node: ast.expr | None) -> Iterator[str]:
+    """The constants that an expression may be."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str) and WORD.fullmatch(node.value):
+        yield node.value
+    if isinstance(node, ast.IfExp):
+        yield from words(node.body)
+        yield from words(node.orelse)
+
+
+def reasons(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+            if name in PLACES and len(node.args) > PLACES[name]:
+                yield from words(node.args[PLACES[name]])
+            yield from (word for keyword in node.keywords if keyword.arg == "reason" for word in words(keyword.value))
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+            if "reason" in names:
+                yield from words(node.value)
+            if "reason, message" in ast.unparse(targets[0]) and isinstance(node.value, ast.Tuple):
+                yield from words(node.value.elts[0])
+        elif isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) and node.value.elts:
+            first, *rest = node.value.elts
+            state = isinstance(first, ast.Constant) and first.value in ("ready", "reconciling", "stalled")
+            yield from words(rest[0] if state and rest else first)
+
+
+def given() -> set[str]:
+    folders = [ROOT / "operator/slmops" / name for name in ("reconcile", "rollout")]
+    found = {
+        reason for folder in folders for path in folder.rglob("*.py") for reason in reasons(ast.parse(path.read_text()))
+    }
+    assert len(found) > 40, "the search is broken"
+    rollout = {phases.PREPARING, phases.STEP, phases.PROMOTING}
+    shown = {deployment_report._PHASES.get(phase, phase) for phase in rollout}
+    verdicts = set(get_args(Verdict.model_fields["verdict"].annotation)) - {"Pass", "Fail"}
+    return found | shown | verdicts | {sources.NOT_READY, *get_args(FailureReason), *pods._WAITING.values()}
+
+
+def told() -> set[str]:
+    rows = [
+        line.split("|")[1] for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith("| reason ")
+    ]
+    return {word for row in rows for word in WORD.findall(row)}
+
+
+def test_every_reason_has_a_row() -> None:
+    assert given() - told() == set(), "add a row with the remedy to docs/errors.md"
+
+
+# Said by Kubernetes itself, and passed on as they are.
+PASSED_ON = {"SchedulingGated", "BackoffLimitExceeded", "DeadlineExceeded", "FailedMount", "FailedCreatePodSandBox"}
+
+
+def test_every_row_is_a_reason() -> None:
+    assert told() - given() - PASSED_ON == set()

@@ -1,0 +1,68 @@
+"""docs/metrics.md names every metric that the code has, and no other."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs/metrics.md").read_text()
+OURS = r"(?:slmops_[a-z_]+|vllm:[a-z0-9_]+|gen_ai_server_[a-z_]+)"
+MAKERS = re.compile(r"^(Gauge|Counter|Histogram|Summary|Info|histogram|counter|gauge|otel|\w+MetricFamily)$")
+PARTS = {
+    "operator": ROOT / "operator/slmops",
+    "trainer": ROOT / "images/trainer/slmops_trainer",
+    "server": ROOT / "images/server/slmops_server",
+    "router": ROOT / "images/router/slmops_router",
+}
+
+
+def names(tree: ast.AST) -> Iterator[str]:
+    """Of metrics: first arguments of what makes them, keys and members of tables that are names and nothing else."""
+    for node in ast.walk(tree):
+        found: list[ast.expr | None] = []
+        if isinstance(node, ast.Call):
+            made = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+            found = list(node.args[:1]) if MAKERS.match(made) else []
+        elif isinstance(node, ast.Dict):
+            found = list(node.keys)
+        elif isinstance(node, ast.Tuple):
+            found = list(node.elts)
+        for item in found:
+            if isinstance(item, ast.Constant) and isinstance(item.value, str) and re.fullmatch(OURS, item.value):
+                yield item.value
+
+
+def made(part: str) -> set[str]:
+    return {name for path in PARTS[part].rglob("*.py") for name in names(ast.parse(path.read_text()))}
+
+
+def told() -> set[str]:
+    rows = [line.split("|")[1] for line in PAGE.splitlines() if line.startswith("| `")]
+    return {name for row in rows for name in re.findall(f"`({OURS})`", row)}
+
+
+def plain(name: str) -> str:
+    return name.removesuffix("_total")
+
+
+@pytest.mark.parametrize("part", ["operator", "trainer", "server"])
+def test_every_metric_is_on_the_page(part: str) -> None:
+    found = made(part)
+    assert len(found) >= 3, "the search is broken"
+    assert {plain(name) for name in found} - {plain(name) for name in told()} == set(), "add a row to docs/metrics.md"
+
+
+def test_every_row_is_a_metric() -> None:
+    labels = {"slmops_owner", "slmops_revision", "slmops_role"}  # of the second table: what scrapes add
+    known = {plain(name) for part in PARTS for name in made(part)}
+    assert {plain(name) for name in told()} - known - labels == set()
+
+
+def test_what_rollouts_ask_for_is_on_the_page() -> None:
+    queries = (ROOT / "operator/slmops/rollout/queries.py").read_text()
+    asked = set(re.findall(r"haproxy_[a-z_]+|vllm:[a-z0-9_]+", queries))
+    assert asked
+    assert {name for name in asked if name not in PAGE} == set()

@@ -1,0 +1,69 @@
+"""What the operator's own metrics say of rollouts."""
+
+from tests.unit.serving_world import ANALYSIS, Kubernetes, uri
+
+from slmops.cluster.port import ClusterError
+from slmops.remote import prometheus
+
+CANARY = {"steps": [{"weight": 50}], "analysis": {**ANALYSIS, "metrics": ANALYSIS["metrics"][:1]}}
+
+
+def series(world: Kubernetes, counter: str, *labels: str) -> dict[tuple[str, ...], float]:
+    """The counter's values by these labels; all are of the one object there is."""
+    found = [s for family in world.metrics.registry.collect() for s in family.samples if s.name == f"{counter}_total"]
+    assert all((s.labels["namespace"], s.labels["name"]) == ("ns", "chat") for s in found)
+    return {tuple(s.labels[label] for label in labels): s.value for s in found}
+
+
+def rolling() -> Kubernetes:
+    world = Kubernetes(rollout=CANARY)
+    world.passes()
+    world.edit(model=uri("b"))
+    world.passes()
+    world.requests = 100
+    return world
+
+
+def outcomes(world: Kubernetes) -> dict[str, float]:
+    return {outcome: value for (outcome,), value in series(world, "slmops_rollouts", "outcome").items()}
+
+
+def verdicts(world: Kubernetes) -> dict[tuple[str, ...], float]:
+    return series(world, "slmops_rollout_verdicts", "metric", "verdict")
+
+
+def test_a_promotion_and_what_led_to_it():
+    world = rolling()
+    world.answers = [prometheus.Unreachable("down")]
+    world.passes(seconds=10)
+    world.passes(seconds=10)
+    assert outcomes(world) == {"Started": 2, "Promoted": 2}
+    assert verdicts(world) == {("errors", "Unreachable"): 1, ("errors", "Pass"): 1}
+
+
+def test_a_rollback():
+    world = rolling()
+    world.answers = [prometheus.Value(1.0)]
+    world.passes(seconds=10)
+    assert outcomes(world) == {"Started": 2, "Promoted": 1, "RolledBack": 1}
+    assert verdicts(world) == {("errors", "Fail"): 1}
+
+
+def test_a_third_revision_and_the_way_home():
+    world = rolling()
+    world.edit(model=uri("c"))
+    world.passes()
+    world.edit(model=uri("a"))
+    world.passes()
+    assert outcomes(world) == {"Started": 3, "Promoted": 1, "Superseded": 1, "Reverted": 1}
+
+
+def test_what_could_not_be_written_is_not_counted_twice():
+    world = rolling()
+    world.answers = [prometheus.Value(1.0)] * 2
+    world.cluster.refuse["ModelDeployment"] = ClusterError(503, "Unavailable", "later")
+    world.now = world.now.replace(minute=world.now.minute + 1)
+    world.try_pass()
+    world.passes()
+    assert outcomes(world)["RolledBack"] == 1
+    assert verdicts(world) == {("errors", "Fail"): 1}
