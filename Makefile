@@ -48,9 +48,7 @@ lint: venv ## ruff, import-linter
 	@test ! -e operator/__init__.py
 
 types: venv ## mypy --strict
-	@$(VENV)/bin/mypy -p slmops
-	@$(VENV)/bin/mypy -p slmops_artifacts -p slmops_server -p slmops_router -p slmops_trainer
-	@$(VENV)/bin/mypy -p localkube -p kit -p demo
+	@$(VENV)/bin/mypy $(addprefix -p ,slmops slmops_artifacts slmops_server slmops_router slmops_trainer localkube kit demo)
 
 unit: venv ## pure tests, milliseconds each
 	@$(PY) -m pytest -q tests/unit

@@ -5,7 +5,6 @@ python -m demo.run        needs the chart installed; CLUSTER=current takes the u
 
 import contextlib
 import json
-import os
 import sys
 import time
 from dataclasses import replace
@@ -17,7 +16,7 @@ from demo.phrases import KNOWN
 from demo.show import CHAIN, Board, Row, clock, condition, row
 from demo.task import Writer
 from kit import chart, pods
-from kit.kubectl import LOCAL, Kubectl, KubectlError, Object, TimedOut
+from kit.kubectl import CURRENT, LOCAL, Kubectl, KubectlError, Object, TimedOut
 from kit.load import Count, Load
 
 NAMESPACE = "slmops-demo"
@@ -36,13 +35,11 @@ class DemoError(Exception):
 
 def operator_settings(kube: Kubectl) -> dict[str, str]:
     """The SLMOPS_* variables of the installed operator. Raises DemoError where it cannot serve the demo."""
-    found = kube.within(chart.NAMESPACE).get("deployment", f"{chart.RELEASE}-operator")
-    if found is None:
+    settings = chart.settings(kube)
+    if not settings:
         raise DemoError(
             f"No SLMOps operator runs in namespace {chart.NAMESPACE}. Install the chart first: make install"
         )
-    env = found["spec"]["template"]["spec"]["containers"][0].get("env") or []
-    settings = {item["name"]: item.get("value", "") for item in env}
     store = settings.get("SLMOPS_STORE", "").rstrip("/")
     if store != STORE:
         raise DemoError(
@@ -253,21 +250,29 @@ def tidy(kube: Kubectl) -> None:
             kube.delete("pod", name, wait=False)
 
 
-def hints(current: bool) -> str:
-    """How to go on by hand."""
-    prefix = "" if current else "export KUBECONFIG=$PWD/.local/kubeconfig PATH=$PWD/.local/bin:$PATH\n  "
+def shell() -> str:
+    """What a shell needs first, as a line; empty with the user's own context."""
+    return "" if CURRENT else "export KUBECONFIG=$PWD/.local/kubeconfig PATH=$PWD/.local/bin:$PATH\n  "
+
+
+def hints() -> str:
+    """How to go on by hand after it worked."""
     return (
-        f"Go on:\n  {prefix}kubectl -n {NAMESPACE} get slm\n"
+        f"Go on:\n  {shell()}kubectl -n {NAMESPACE} get slm\n"
         f"  kubectl -n {NAMESPACE} port-forward service/assistant 8000 &\n"
         '  curl localhost:8000/v1/chat/completions -d \'{"model": "assistant", "messages": '
         '[{"role": "user", "content": "the beamer in room atlas keeps crashing, asap! fix it by Friday"}]}\''
     )
 
 
+def look() -> str:
+    """How to see what is there after it did not."""
+    return f"Look:\n  {shell()}kubectl -n {NAMESPACE} get slm,pods,events\n`make demo` starts over."
+
+
 def main() -> int:
     """Run it; returns the exit code."""
-    current = os.environ.get("CLUSTER") == "current"
-    kube, board = Kubectl(NAMESPACE, current=current), Board()
+    kube, board = Kubectl(NAMESPACE), Board()
     for file in (FIGURES, DETAILS):  # never the figures of another run
         file.unlink(missing_ok=True)
     try:
@@ -279,17 +284,13 @@ def main() -> int:
         close(board, measured, count, rows)
     except (DemoError, KubectlError, TimedOut) as error:
         tidy(kube)
-        print(f"\nThe demo failed.\n{error}\nThe cluster is still up; `make demo` starts over.", file=sys.stderr)
-        print(hints(current), file=sys.stderr)
+        print(f"\nThe demo failed.\n{error}\n{look()}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         tidy(kube)
-        print(
-            f"\nInterrupted. What was applied goes on in the cluster; `make demo` starts over.\n{hints(current)}",
-            file=sys.stderr,
-        )
+        print(f"\nInterrupted. What was applied goes on in the cluster.\n{look()}", file=sys.stderr)
         return 130
-    print(hints(current))
+    print(hints())
     return 0
 
 

@@ -15,7 +15,7 @@ from copy import deepcopy
 from pathlib import Path
 
 from kit import chart
-from kit.kubectl import Kubectl, Object, wait_for
+from kit.kubectl import Kubectl, KubectlError, Object, TimedOut, wait_for
 from kit.objects import STORE, TRAINING, finetune, quantize
 from kit.seeding import seed
 from kit.watching import Event, Watch
@@ -135,7 +135,7 @@ def main() -> int:
     """Print the measurements and write them to .local/bench.json."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
     kube = Kubectl(chart.NAMESPACE)
-    seed(kube)
+    seed(kube, chart.local_images()["trainer"])
     chains, bares, waits, per_object = [], [], [], []
     for number in range(rounds):
         before = writes(operator_metrics(kube))
@@ -167,4 +167,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (KubectlError, TimedOut) as error:
+        sys.exit(f"Failed: {error}")

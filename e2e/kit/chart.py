@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kit.kubectl import LOCAL, ROOT, Kubectl, KubectlError
+from kit.kubectl import CURRENT, LOCAL, ROOT, Kubectl, KubectlError
 
 RELEASE = "slmops"
 NAMESPACE = "slmops-system"
@@ -103,25 +103,46 @@ def local_images() -> dict[str, str]:
     return images
 
 
+def settings(kube: Kubectl) -> dict[str, str]:
+    """The SLMOPS_* variables of the operator that runs, and its image as `image`; empty where there is none."""
+    found = kube.within(NAMESPACE).get("deployment", f"{RELEASE}-operator")
+    if found is None:
+        return {}
+    container = found["spec"]["template"]["spec"]["containers"][0]
+    return {"image": container["image"], **{item["name"]: item.get("value", "") for item in container.get("env") or []}}
+
+
+def running_images(kube: Kubectl) -> dict[str, str]:
+    """References of the operator's, trainer's, server's and router's images. Raises KubectlError where none runs."""
+    found = settings(kube)
+    if not found:
+        raise KubectlError(f"No SLMOps operator runs in namespace {NAMESPACE}: make install")
+    return {"operator": found["image"]} | {
+        name: found[f"SLMOPS_{name.upper()}_IMAGE"] for name in ("trainer", "server", "router")
+    }
+
+
 def main() -> int:
     """`python -m kit.chart install|uninstall`; CLUSTER=current takes the user's kube context.
 
     There a release that runs is left alone: it has the user's images and values. Without one, published images are
     taken.
     """
-    current = os.environ.get("CLUSTER") == "current"
-    kube = Kubectl(NAMESPACE, current=current)
+    kube = Kubectl(NAMESPACE)
     try:
         if sys.argv[1:] == ["uninstall"]:
             print(uninstall(kube), end="")
-        elif current and not values_flags() and state(kube) == "deployed":
+        elif CURRENT and not values_flags() and state(kube) == "deployed":
             print(f"SLMOps is installed in namespace {NAMESPACE} already; it stays as it is")
         else:
-            install(kube, images=None if current else local_images())
+            install(kube, images=None if CURRENT else local_images())
             print(f"SLMOps runs in namespace {NAMESPACE}")
     except KubectlError as error:
         print(f"Failed: {error}\nSee: {Path(kube.program).name} -n {NAMESPACE} get pods,events", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command goes on from here.", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kit import pods
 from kit.chart import local_images
 from kit.kubectl import LOCAL, ROOT, Kubectl, KubectlError, Object, TimedOut, wait_for
 
@@ -57,44 +58,19 @@ def readable_tests() -> Iterator[Path]:
 
 def pod(name: str, image: str, folders: dict[str, Path], arguments: list[str]) -> Object:
     """The pod that runs the tests. `folders`: of this machine, by mount path; they make it more than `restricted`."""
-    volumes: dict[str, Object] = {
-        **{path: {"hostPath": {"path": str(folder), "type": "Directory"}} for path, folder in folders.items()},
-        **{path: {"emptyDir": {}} for path in ("/tmp", "/slmops")},
-    }
-    names = {path: path.strip("/").replace("/", "-") for path in volumes}
-    container = {
-        "name": "tests",
-        "image": image,
-        "imagePullPolicy": "Never",
-        "command": ["python", "-c", RUN, *OPTIONS, *arguments],
-        "env": [
-            {"name": "PYTHONPATH", "value": "/opt/slmops"},
-            {"name": "PYTHONDONTWRITEBYTECODE", "value": "1"},
-            {"name": "HOME", "value": "/tmp"},
-        ],
-        "resources": {"limits": {"memory": "8Gi"}},
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-            "seccompProfile": {"type": "RuntimeDefault"},
+    made = pods.spec(
+        image,
+        ["python", "-c", RUN, *OPTIONS, *arguments],
+        env={"PYTHONPATH": "/opt/slmops", "PYTHONDONTWRITEBYTECODE": "1"},
+        mounts={
+            **{path: {"hostPath": {"path": str(folder), "type": "Directory"}} for path, folder in folders.items()},
+            "/slmops": {"emptyDir": {}},
         },
-        "volumeMounts": [{"name": names[path], "mountPath": path, "readOnly": path in folders} for path in volumes],
-    }
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": name, "namespace": NAMESPACE},
-        "spec": {
-            "restartPolicy": "Never",
-            "automountServiceAccountToken": False,
-            # Process 1 is then one that waits for orphans, which the tests of crashes make.
-            "shareProcessNamespace": True,
-            "securityContext": {"runAsUser": 65532, "runAsGroup": 65532, "runAsNonRoot": True},
-            "containers": [container],
-            "volumes": [{"name": names[path], **source} for path, source in volumes.items()],
-        },
-    }
+        imagePullPolicy="Never",
+        resources={"limits": {"memory": "8Gi"}},
+    )
+    # Process 1 is then one that waits for orphans, which the tests of crashes make.
+    return pods.pod(name, {**made, "shareProcessNamespace": True})
 
 
 def run(name: str, arguments: list[str]) -> bool:
@@ -102,16 +78,14 @@ def run(name: str, arguments: list[str]) -> bool:
     kube, made = Kubectl(NAMESPACE), f"{name}-tests"
     kube.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
     kube.delete("pod", made)
-
-    def phase() -> str:
-        return str(((kube.get("pod", made) or {}).get("status") or {}).get("phase", ""))
-
     with readable_tests() as tests:
         folders = {"/tests": tests, "/opt/pytest": pytest_folder()}
         kube.apply(pod(made, local_images()[name], folders, arguments or [f"/tests/{name}"]))
-        wait_for("the test pod runs", lambda: phase() not in ("", "Pending"), timeout=120)
+        wait_for("the test pod runs", lambda: pods.phase(kube, made) not in ("", "Pending"), timeout=120)
         subprocess.run([kube.program, "-n", NAMESPACE, "logs", "-f", made], env=kube.env, check=False)
-        end = wait_for("the test pod ends", lambda: (p := phase()) in ("Succeeded", "Failed") and p, timeout=60)
+        end = wait_for(
+            "the test pod ends", lambda: (p := pods.phase(kube, made)) in ("Succeeded", "Failed") and p, timeout=60
+        )
     kube.delete("pod", made, wait=False)
     return end == "Succeeded"
 

@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 
 FORWARD_SECONDS = 30.0  # until a port-forward listens
+CLIENT_LOG = re.compile(r"[EWI]\d{4} \d\d:")  # what the client library logs before kubectl says what is wrong
 FORWARDING = re.compile(r"^Forwarding from (127\.0\.0\.1:\d+) ", re.MULTILINE)
 
 
@@ -42,10 +43,13 @@ def wait_for(what: str, probe: Callable[[], T | None], timeout: float = 60.0, ev
         time.sleep(every)
 
 
-class Kubectl:
-    """kubectl in one namespace of one cluster; `current=True` takes the user's own kube context."""
+CURRENT = os.environ.get("CLUSTER") == "current"  # the user's own kube context, not the local node
 
-    def __init__(self, namespace: str = "default", *, current: bool = False) -> None:
+
+class Kubectl:
+    """kubectl in one namespace of one cluster: the local node's, or with `current` that of the user's kube context."""
+
+    def __init__(self, namespace: str = "default", *, current: bool = CURRENT) -> None:
         self.namespace, self.current = namespace, current
         own = LOCAL / "bin" / "kubectl"
         self.program = str(own) if own.exists() and not current else "kubectl"
@@ -83,7 +87,8 @@ class Kubectl:
                 f"{command}: there is no program {self.program}. `make up` brings one with the local node"
             ) from None
         if done.returncode:
-            raise KubectlError(f"{command}: {done.stderr.strip() or done.stdout.strip()}")
+            said = "\n".join(line for line in done.stderr.splitlines() if not CLIENT_LOG.match(line))
+            raise KubectlError(f"{command}: {said.strip() or done.stderr.strip() or done.stdout.strip()}")
         return done
 
     def apply(self, *objects: Object) -> None:

@@ -10,12 +10,15 @@ SCRIPT = Path(__file__).resolve().parents[1] / "scenarios/seed_tiny.py"
 NAMESPACE = "e2e-seed"
 
 
-def seed(kube: Kubectl) -> str:
-    """The root of the tiny artifacts, <root>/base:tiny and <root>/data:tiny, pushed anew. Raises TimedOut."""
+def seed(kube: Kubectl, image: str) -> str:
+    """The root of the tiny artifacts, <root>/base:tiny and <root>/data:tiny, pushed anew. Raises TimedOut.
+
+    `image`: the trainer's.
+    """
     space = kube.within(NAMESPACE)
     space.delete("namespace", NAMESPACE)
     made = pods.spec(
-        chart.local_images()["trainer"],
+        image,
         ["python", "/files/seed_tiny.py", STORE],
         env={"SLMOPS_PLAIN_HTTP": REGISTRY},
         mounts={"/files": {"configMap": {"name": "seed"}}},

@@ -5,29 +5,38 @@ from collections.abc import Iterator
 import pytest
 
 from kit import chart
-from kit.kubectl import Kubectl
+from kit.kubectl import CURRENT, Kubectl
 from kit.objects import HUB, LATE
 from kit.seeding import seed
 
 
 @pytest.fixture(scope="session")
-def images() -> dict[str, str]:
-    """References of the images built here."""
-    return chart.local_images()
-
-
-@pytest.fixture(scope="session")
-def installed(images: dict[str, str]) -> Kubectl:
-    """The chart, installed; kubectl in its namespace."""
+def installed() -> Kubectl:
+    """The chart, installed; kubectl in its namespace. With CLUSTER=current the images are those of the file VALUES."""
     kube = Kubectl(chart.NAMESPACE)
-    chart.install(kube, f"store.plainHttp={{{LATE}}}", f"hfEndpoint={HUB}", images=images)
+    own = None if CURRENT else chart.local_images()
+    chart.install(kube, f"store.plainHttp={{{LATE}}}", f"hfEndpoint={HUB}", images=own)
     return kube
 
 
 @pytest.fixture(scope="session")
-def seeded(installed: Kubectl) -> str:
+def images(installed: Kubectl) -> dict[str, str]:
+    """References of the operator's, trainer's, server's and router's images."""
+    return chart.running_images(installed)
+
+
+@pytest.fixture(scope="session")
+def seeded(installed: Kubectl, images: dict[str, str]) -> str:
     """The root of the tiny artifacts: <root>/base:tiny and <root>/data:tiny."""
-    return seed(installed)
+    return seed(installed, images["trainer"])
+
+
+@pytest.fixture
+def gpu_node(installed: Kubectl) -> str:
+    """The local node, whose status may be given a GPU."""
+    if CURRENT:
+        pytest.skip("CLUSTER=current: its nodes are left alone")
+    return str(installed.list("nodes")[0]["metadata"]["name"])
 
 
 @pytest.fixture

@@ -117,8 +117,7 @@ def worker_pods(kube: Kubectl, owner: str) -> list[str]:
     return [pod["metadata"]["name"] for pod in kube.list("pods", f"slmops.dev/owner={owner}")]
 
 
-def test_a_gpu_job_lands_on_the_node_that_has_one(space: Kubectl, seeded: str) -> None:
-    node = space.list("nodes")[0]["metadata"]["name"]
+def test_a_gpu_job_lands_on_the_node_that_has_one(space: Kubectl, seeded: str, gpu_node: str) -> None:
     gpu = "nvidia.com/gpu"
     pod = {
         "resources": {"limits": {"memory": "3Gi", gpu: 1}},
@@ -133,11 +132,13 @@ def test_a_gpu_job_lands_on_the_node_that_has_one(space: Kubectl, seeded: str) -
 
     wait_for("the condition says that no node has a GPU", waits, 60)
     try:
-        space.patch("node", node, {"status": {"capacity": {gpu: "1"}, "allocatable": {gpu: "1"}}}, subresource="status")
+        space.patch(
+            "node", gpu_node, {"status": {"capacity": {gpu: "1"}, "allocatable": {gpu: "1"}}}, subresource="status"
+        )
         space.wait_ready("finetunejob", "accelerated", 180)
         limits = [p["spec"]["containers"][0]["resources"]["limits"] for p in space.list("pods")]
         assert all(limit[gpu] == "1" for limit in limits), limits
     finally:
         space.patch(
-            "node", node, {"status": {"capacity": {gpu: None}, "allocatable": {gpu: None}}}, subresource="status"
+            "node", gpu_node, {"status": {"capacity": {gpu: None}, "allocatable": {gpu: None}}}, subresource="status"
         )

@@ -49,9 +49,9 @@ def test_everything_is_admitted_where_restricted_is_enforced(busy: Kubectl, inst
         assert "violate" not in violations(kube)
 
 
-def test_the_question_would_find_a_pod_that_is_not_restricted(space: Kubectl) -> None:
+def test_the_question_would_find_a_pod_that_is_not_restricted(space: Kubectl, images: dict[str, str]) -> None:
     space.run("label", "namespace", space.namespace, f"{LEVEL}-", "pod-security.kubernetes.io/warn-")
-    pod = pods.spec(chart.local_images()["operator"], ["true"], securityContext={"runAsUser": 0, "runAsNonRoot": False})
+    pod = pods.spec(images["operator"], ["true"], securityContext={"runAsUser": 0, "runAsNonRoot": False})
     space.apply(pods.pod("root", pod))
     assert "violate" in violations(space)
 

@@ -42,7 +42,13 @@ def test_chat_whole_and_streamed_are_the_same(client: openai.OpenAI) -> None:
     assert len({(c.id, c.created, c.model, c.object) for c in chunks}) == 1
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-2:] == [None, "length"]
-    assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage
+    assert chunks[-1].usage.prompt_tokens_details
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens == whole.usage.prompt_tokens - 2
+    assert (
+        chunks[-1].usage.model_copy(update={"prompt_tokens_details": whole.usage.prompt_tokens_details}) == whole.usage
+    )
     assert all(c.usage is None for c in chunks[:-1])
 
 
@@ -181,3 +187,15 @@ def test_metrics_count_what_happened(server: Server) -> None:
 def test_probes(server: Server, probe: str) -> None:
     answer = server.http.get(f"/{probe}")
     assert (answer.status_code, answer.json()["phase"]) == (200, "ready")
+
+
+def test_usage_and_metrics_tell_the_tokens_taken_from_the_cache(server: Server) -> None:
+    prompt = [77, 78, 79, 80] * 25
+    hits = server.metric("vllm:prefix_cache_hits_total")
+    queries = server.metric("vllm:prefix_cache_queries_total")
+    cached = [
+        server.complete(prompt=prompt).json()["usage"]["prompt_tokens_details"]["cached_tokens"] for _ in range(2)
+    ]
+    assert cached == [0, 98]
+    assert server.metric("vllm:prefix_cache_hits_total") == hits + 98
+    assert server.metric("vllm:prefix_cache_queries_total") == queries + 200

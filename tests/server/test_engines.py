@@ -1,14 +1,17 @@
 """The engines on a real model: the same tokens alone and in any company, and from both engines."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from slmops_server import model_folder
-from slmops_server.engines import choose
-from slmops_server.engines.base import Engine, EngineRefusedError, Job, Sampling
+from slmops_server.engines import choose, slots
+from slmops_server.engines.base import Engine, EngineRefusedError, Job, Sampling, Token
+from slmops_server.engines.sampler import Logits
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -131,3 +134,78 @@ def test_a_model_that_the_slot_engine_refuses_goes_to_genai(tiny: Path) -> None:
         choose.load(folder, choose.EngineOptions(engine="onnxruntime", threads=1))
     fallen_back = choose.load(folder, choose.EngineOptions(threads=1, slots=1))
     assert (fallen_back.info.name, "shared" in fallen_back.info.notes["reason"]) == ("genai", True)
+
+
+class Recorder(slots.Sampler):
+    """Keeps the logits that a job saw, by the job's seed."""
+
+    seen: ClassVar[dict[int, list[bytes]]] = {}
+
+    def __init__(self, how: Sampling, prompt: Sequence[int], vocab: int, ends: frozenset[int], guide: None) -> None:
+        super().__init__(how, prompt, vocab, ends, guide)
+        self._kept = self.seen.setdefault(how.seed, [])
+        self._kept.clear()
+
+    def pick(self, logits: Logits) -> int:
+        self._kept.append(logits.tobytes())
+        return super().pick(logits)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_logit_is_the_same_in_any_company_and_after_any_past(
+    engine: Engine, tiny: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Bit for bit: lone rows, micro-batches, chunks of any size, prompts that begin like others, running or ended."""
+    monkeypatch.setattr(slots, "Sampler", Recorder)
+    draw = random.Random(100 + seed)
+    begin = [draw.randrange(3, 512) for _ in range(60)]
+    jobs = [
+        replace(
+            one,
+            prompt=begin[: draw.randrange(61)] + one.prompt if draw.random() < 0.7 else one.prompt,
+            sampling=replace(one.sampling, seed=one.id),
+        )
+        for one in random_jobs(draw, 16)
+    ]
+    alone: dict[int, list[bytes]] = {}
+    single = load(tiny, slots=1, prefill_chunk=256)
+    for one in jobs:
+        run(single, [one])
+        alone[one.id] = list(Recorder.seen[one.id])
+    waiting, cached = list(jobs), 0
+    while waiting or engine.busy:
+        while waiting and draw.random() < 0.3:
+            engine.submit(waiting.pop(0))
+        cached += sum(token.cached for token in engine.step())
+    assert cached > 0
+    different = [one for one in jobs if Recorder.seen[one.id] != alone[one.id]]
+    assert not different, [(one.id, len(one.prompt)) for one in different]
+
+
+def test_a_prompt_that_begins_like_an_ended_one_continues_from_there(engine: Engine) -> None:
+    begin = [11, 400, 37, 255, 18] * 20
+    run(engine, [job(1, [*begin, 7, 8, 9], 5)])
+    assert first(engine, job(2, [*begin, 7, 8, 9], 5)).cached == 101  # two tokens are always computed
+    assert first(engine, job(3, [*begin, 10, 11], 5)).cached == 100
+    assert first(engine, job(4, [12, *begin], 5)).cached == 0
+
+
+def test_a_prompt_that_begins_like_a_running_one_copies_from_it(engine: Engine) -> None:
+    begin = [21, 300, 47, 155, 28] * 20
+    engine.submit(job(1, [*begin, 5], 200))
+    while not engine.step():
+        pass
+    engine.submit(job(2, [*begin, 6], 3))
+    tokens = [t for _ in range(8) for t in engine.step() if t.job == 2]
+    assert tokens[0].cached == 99
+    engine.cancel(1)
+    drain(engine, {2: []})
+
+
+def first(engine: Engine, one: Job) -> Token:
+    """The job's first token; the job runs to its end."""
+    engine.submit(one)
+    tokens = []
+    while engine.busy:
+        tokens += engine.step()
+    return tokens[0]

@@ -1,16 +1,13 @@
-"""Wire bytes, API keys, settings, cgroup limits, the model folder, the sampler: pure tables."""
+"""Wire bytes, API keys, settings, cgroup limits, the model folder: pure tables."""
 
 import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from slmops_server import cgroup, model_folder, settings
-from slmops_server.engines.base import Sampling
 from slmops_server.engines.choose import DoesNotFitError, plan_slots
-from slmops_server.engines.sampler import Sampler
 from slmops_server.errors import ApiError
 from slmops_server.keys import ApiKeys
 from slmops_server.wire import Frames
@@ -21,9 +18,9 @@ V1_NONE = str((1 << 63) - 4096)
 def test_a_chat_stream_byte_by_byte() -> None:
     frames = Frames("chat", "m", include_usage=True)
     frames._head = b'data: {"id":"x"'
-    out = frames.role() + frames.text('a"\n') + frames.end("stop", 3, 2)
+    out = frames.role() + frames.text('a"\n') + frames.end("stop", 3, 2, 1)
     head, tail = b'data: {"id":"x","choices":[', b'],"usage":null}\n\n'
-    counts = b'{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5,"prompt_tokens_details":{"cached_tokens":0}}'
+    counts = b'{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5,"prompt_tokens_details":{"cached_tokens":1}}'
     assert out == b"".join(
         [
             head,
@@ -44,7 +41,7 @@ def test_a_chat_stream_byte_by_byte() -> None:
 
 def test_a_completion_stream_without_usage() -> None:
     frames = Frames("completions", "m")
-    out = (frames.role() + frames.text("a") + frames.end("length", 3, 2)).split(b"\n\n")
+    out = (frames.role() + frames.text("a") + frames.end("length", 3, 2, 0)).split(b"\n\n")
     assert [json.loads(o[6:])["choices"][0] for o in out[:2]] == [
         {"index": 0, "text": "a", "logprobs": None, "finish_reason": None},
         {"index": 0, "text": "", "logprobs": None, "finish_reason": "length"},
@@ -183,63 +180,3 @@ def test_slots_are_planned_from_memory(tiny: Path) -> None:
         plan_slots(folder, 512, 5, base + 3 * row)
     with pytest.raises(DoesNotFitError):
         plan_slots(folder, 512, 0, base)
-
-
-def logits(*values: float) -> np.ndarray:
-    return np.array(values, np.float32)
-
-
-def draws(sampling: Sampling, row: np.ndarray, count: int = 2000) -> dict[int, float]:
-    sampler = Sampler(sampling, [], row.size)
-    got = [sampler.pick(row.copy()) for _ in range(count)]
-    return {t: got.count(t) / count for t in sorted(set(got))}
-
-
-def test_greedy_takes_the_likeliest_and_the_first_of_equals() -> None:
-    assert draws(Sampling(temperature=0), logits(1, 3, 3, 2), 3) == {1: 1.0}
-
-
-def test_sampling_follows_the_probabilities() -> None:
-    got = draws(Sampling(seed=1), np.log(logits(0.1, 0.2, 0.7)))
-    assert got == pytest.approx({0: 0.1, 1: 0.2, 2: 0.7}, abs=0.03)
-
-
-def test_temperature_sharpens() -> None:
-    got = draws(Sampling(seed=1, temperature=0.5), np.log(logits(0.25, 0.75)))
-    assert got == pytest.approx({0: 0.1, 1: 0.9}, abs=0.03)
-
-
-@pytest.mark.parametrize(
-    ("sampling", "kept"),
-    [
-        (Sampling(seed=1, top_k=2), {2, 3}),
-        (Sampling(seed=1, top_p=0.69), {2, 3}),
-        (Sampling(seed=1, top_p=0.39), {3}),
-        (Sampling(seed=1, top_p=1e-9), {3}),
-        (Sampling(seed=1, min_p=0.6), {2, 3}),
-        (Sampling(seed=1, top_k=3, top_p=0.75), {2, 3}),
-    ],
-)
-def test_filters_keep_exactly_the_right_tokens(sampling: Sampling, kept: set[int]) -> None:
-    assert set(draws(sampling, np.log(logits(0.1, 0.2, 0.3, 0.4)))) == kept
-
-
-def test_a_seed_gives_the_same_tokens_again_and_another_seed_does_not() -> None:
-    row = np.zeros(100, np.float32)
-    one, again, other = (
-        [s.pick(row.copy()) for _ in range(20)] for s in (Sampler(Sampling(seed=x), [], 100) for x in (-5, -5, 6))
-    )
-    assert one == again != other
-
-
-def test_penalties() -> None:
-    repeat = Sampler(Sampling(temperature=0, repetition_penalty=2.0), [1], 3)
-    assert [repeat.pick(logits(1, 3, 2)) for _ in range(3)] == [2, 1, 1]
-    frequent = Sampler(Sampling(temperature=0, frequency_penalty=1.5), [1], 3)  # the prompt does not count here
-    assert [frequent.pick(logits(1, 3, 2)) for _ in range(3)] == [1, 2, 1]
-
-
-def test_nan_is_an_error_and_not_an_answer() -> None:
-    for temperature in (0.0, 1.0):
-        with pytest.raises(ValueError, match="NaN"):
-            Sampler(Sampling(temperature=temperature), [], 2).pick(logits(1, float("nan")))

@@ -291,6 +291,8 @@ def test_quota_is_named() -> None:
     assert ready(plan) == ("False", "QuotaExceeded")
     assert "requested: cpu=9" in of({"status": plan.status}, "Ready")["message"]  # type: ignore[index]
     assert plan.requeue is not None
+    again = run(obj, job=owned, events=({**event, "message": event["message"].replace('"x"', '"y"')},))
+    assert again.status == plan.status, "another try of the Job's controller is no news"
     other = run(obj, job=owned, events=({**event, "involvedObject": {"uid": "another"}},))
     assert ready(other)[1] == "Starting"
     psa = {**event, "message": "Error creating: pods violates PodSecurity"}

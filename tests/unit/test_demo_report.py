@@ -2,13 +2,15 @@
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from demo import pods, report
+from demo import pods, report, run
 from demo.bench import sizes
 from demo.show import Board, row
+from kit.kubectl import Kubectl
 
 
 def bench(**changes: dict[str, Any]) -> dict[str, Any]:
@@ -185,3 +187,33 @@ def test_the_code_fits_a_config_map_and_finds_its_files() -> None:
     items = next(volume["configMap"]["items"] for volume in made["volumes"] if "configMap" in volume)
     assert {item["key"] for item in items} == set(code)
     assert {"name": "A", "value": "b"} in made["containers"][0]["env"]
+
+
+def logging(tmp_path: Path, line: str) -> Kubectl:
+    """kubectl whose pods' logs end with `line`."""
+    file = tmp_path / "kubectl"
+    file.write_text(f"#!/bin/sh\necho {line}\n")
+    file.chmod(0o755)
+    kube = Kubectl("slmops-demo", current=True)
+    kube.program = str(file)
+    return kube
+
+
+def test_a_running_step_has_the_newest_line_of_its_log(tmp_path: Path) -> None:
+    running = row("FineTuneJob", "teacher", "", job(phase="Running", startTime="2026-01-01T00:00:00Z"), 1767225600.0)
+    heart = run.Heart(logging(tmp_path, "step 7 of 9"))
+    assert heart.beat(running).detail.endswith("step 7 of 9")
+    heart.kube = logging(tmp_path, "step 8 of 9")
+    assert heart.beat(running).detail.endswith("step 7 of 9"), "not read again within a few seconds"
+    waiting = row("FineTuneJob", "tuned", "", job(phase="Waiting"), 0)
+    assert heart.beat(waiting) == waiting
+
+
+def test_results_are_written_whole(tmp_path: Path) -> None:
+    file = tmp_path / "demo.json"
+    run.write(file, {"a": 1})
+    assert json.loads(file.read_text()) == {"a": 1}
+    with pytest.raises(TypeError):
+        run.write(file, {"a": object()})
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert [each.name for each in tmp_path.iterdir()] == ["demo.json"]

@@ -60,9 +60,7 @@ class Generate:
             service.supervisor.cancel(answer)
         if last is not None:
             service.took(last.last - arrival)
-            service.metrics.finished(
-                self._kind, last.finish or "error", arrival, last.first, last.last, last.gaps, len(prompt), last.tokens
-            )
+            service.metrics.finished(self._kind, last, arrival, len(prompt))
 
     async def _next(self, answer: Stream, watch: "asyncio.Future[None]") -> list[Delta]:
         """What has arrived; DisconnectedError when the client leaves first."""
@@ -82,7 +80,7 @@ class Generate:
         self, send: asgi.Send, answer: Stream, watch: "asyncio.Future[None]", frames: Frames, prompt: int
     ) -> Delta:
         last = (await self._next(answer, watch))[-1]
-        await asgi.respond(send, 200, frames.whole(last.text, last.finish or "error", prompt, last.tokens))
+        await asgi.respond(send, 200, frames.whole(last.text, last.finish or "error", prompt, last.tokens, last.cached))
         return last
 
     async def _stream(
@@ -96,7 +94,7 @@ class Generate:
                 if delta.text:
                     out += frames.text(delta.text)
                 if delta.finish:
-                    out += frames.end(delta.finish, prompt, delta.tokens)
+                    out += frames.end(delta.finish, prompt, delta.tokens, delta.cached)
             last = arrived[-1]
             await send({"type": "http.response.body", "body": out, "more_body": last.finish is None})
             if last.finish:

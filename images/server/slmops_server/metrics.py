@@ -12,7 +12,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from slmops_server.supervisor import Supervisor
+from slmops_server.supervisor import Delta, Supervisor
 
 TTFT = (
     0.001,
@@ -140,6 +140,8 @@ class Metrics:
             self._http.labels(model, code)
         self._restarts = counter("slmops_engine_restarts", "Times the engine process was started again.")
         self._prompt = counter("vllm:prompt_tokens", "Prompt tokens read.")
+        self._queries = counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache.")
+        self._hits = counter("vllm:prefix_cache_hits", "Prompt tokens taken from the cache.")
         self._generated = counter("vllm:generation_tokens", "Tokens generated.")
         self._ttft = histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", TTFT)
         self._gaps = _Gaps(model, ITL_FINE)
@@ -175,32 +177,24 @@ class Metrics:
         """An answer ended without its last token: "abort" (the client left) or "error"."""
         self._success[reason].inc()
 
-    def finished(
-        self,
-        kind: str,
-        reason: str,
-        arrival: float,
-        first: float,
-        last: float,
-        gaps: Sequence[int],
-        prompt: int,
-        made: int,
-    ) -> None:
-        """A whole answer. Times are of CLOCK_MONOTONIC in seconds, gaps in microseconds."""
-        self._success[reason].inc()
+    def finished(self, kind: str, last: Delta, arrival: float, prompt: int) -> None:
+        """A whole answer, by its last delta. Times are of CLOCK_MONOTONIC in seconds."""
+        self._success[last.finish or "error"].inc()
         self._prompt.inc(prompt)
-        self._generated.inc(made)
+        self._queries.inc(prompt)
+        self._hits.inc(last.cached)
+        self._generated.inc(last.tokens)
         self._size_in.observe(prompt)
-        self._size_out.observe(made)
-        self._ttft.observe(first - arrival)
-        self._e2e.observe(last - arrival)
-        self._gaps.observe(gaps)
+        self._size_out.observe(last.tokens)
+        self._ttft.observe(last.first - arrival)
+        self._e2e.observe(last.last - arrival)
+        self._gaps.observe(last.gaps)
         operation = "chat" if kind == "chat" else "text_completion"
         duration, ttft, tpot = (h.labels(self._model, operation, self._model, "slmops") for h in self._otel)
-        duration.observe(last - arrival)
-        ttft.observe(first - arrival)
-        if made > 1:
-            mean = (last - first) / (made - 1)
+        duration.observe(last.last - arrival)
+        ttft.observe(last.first - arrival)
+        if last.tokens > 1:
+            mean = (last.last - last.first) / (last.tokens - 1)
             self._tpot.observe(mean)
             tpot.observe(mean)
 

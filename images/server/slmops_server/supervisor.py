@@ -36,6 +36,7 @@ class Delta:
     first: float = 0.0
     last: float = 0.0
     gaps: tuple[int, ...] = ()
+    cached: int = 0  # prompt tokens that did not have to be computed
 
 
 class Stream:
@@ -252,4 +253,4 @@ class Supervisor:
         if finish == "error":
             stream.put(internal())
         else:
-            stream.put(Delta(text, tokens, finish, times[0], times[1], tuple(times[2])))
+            stream.put(Delta(text, tokens, finish, times[0], times[1], tuple(times[2]), times[3]))

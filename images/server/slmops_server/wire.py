@@ -8,13 +8,13 @@ import orjson
 DONE = b"data: [DONE]\n\n"
 
 
-def usage(prompt: int, completion: int) -> dict[str, object]:
-    """Token counts of one answer."""
+def usage(prompt: int, completion: int, cached: int) -> dict[str, object]:
+    """Token counts of one answer; `cached` of the prompt's did not have to be computed."""
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": cached},
     }
 
 
@@ -56,15 +56,15 @@ class Frames:
             body = b',"choices":[{"index":0,"text":' + orjson.dumps(text)
         return self._head + body + b',"logprobs":null,"finish_reason":null}]' + self._tail
 
-    def end(self, finish: str, prompt: int, completion: int) -> bytes:
+    def end(self, finish: str, prompt: int, completion: int, cached: int) -> bytes:
         """The finish reason, the usage where it was asked for, and the end mark."""
         body = b',"choices":[{"index":0,' + (b'"delta":{}' if self.kind == "chat" else b'"text":""')
         frame = self._head + body + b',"logprobs":null,"finish_reason":"' + finish.encode() + b'"}]' + self._tail
         if self._include_usage:
-            frame += self._head + b',"choices":[],"usage":' + orjson.dumps(usage(prompt, completion)) + b"}\n\n"
+            frame += self._head + b',"choices":[],"usage":' + orjson.dumps(usage(prompt, completion, cached)) + b"}\n\n"
         return frame + DONE
 
-    def whole(self, text: str, finish: str, prompt: int, completion: int) -> bytes:
+    def whole(self, text: str, finish: str, prompt: int, completion: int, cached: int) -> bytes:
         """The answer as one JSON object."""
         choice: dict[str, object] = {"index": 0}
         if self.kind == "chat":
@@ -72,4 +72,6 @@ class Frames:
         else:
             choice["text"] = text
         choice |= {"logprobs": None, "finish_reason": finish}
-        return orjson.dumps(self._base(self._object) | {"choices": [choice], "usage": usage(prompt, completion)})
+        return orjson.dumps(
+            self._base(self._object) | {"choices": [choice], "usage": usage(prompt, completion, cached)}
+        )

@@ -3,7 +3,7 @@
 It talks to the front over one inherited socket, a JSON object per line. In: {"op": "run"|"cancel"|"ping", ...}.
 Out: {"phase": ...}, {"ready": {...}}, {"fatal": text}, {"pong": n}, {"ev": [[job, text, tokens, finish, times], ...]};
 `times` comes with `finish` only: first and last token in seconds of CLOCK_MONOTONIC (one clock for all processes
-of a machine) and the gaps between tokens in microseconds.
+of a machine), the gaps between tokens in microseconds, and the prompt tokens that were taken from the cache.
 """
 
 import logging
@@ -56,12 +56,12 @@ class Channel:
 class Answer:
     """The text side of one job."""
 
-    __slots__ = ("count", "detok", "first", "gaps", "last", "pending", "stop", "stream")
+    __slots__ = ("cached", "count", "detok", "first", "gaps", "last", "pending", "stop", "stream")
 
     def __init__(self, factory: DetokenizerFactory, stops: list[str], stream: bool) -> None:
         self.detok, self.stop, self.stream = factory.new(), StopScanner(stops), stream
         self.pending = ""
-        self.count = 0
+        self.cached = self.count = 0
         self.first = self.last = 0.0
         self.gaps: list[int] = []
 
@@ -122,6 +122,7 @@ class Worker:
         for token in tokens:
             answer = self._answers[token.job]
             answer.tick(now)
+            answer.cached += token.cached
             finish, text = token.finish, ""
             if finish not in ("stop", "error"):
                 text, stopped = answer.stop.feed(answer.detok.feed(token.token))
@@ -130,7 +131,7 @@ class Worker:
                     self._engine.cancel(token.job)
             if finish:
                 text += answer.stop.flush()
-                times = [answer.first, answer.last, answer.gaps]
+                times = [answer.first, answer.last, answer.gaps, answer.cached]
                 events.append([token.job, answer.pending + text, answer.count, finish, times])
                 del self._answers[token.job]
             elif not answer.stream:

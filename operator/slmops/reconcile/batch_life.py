@@ -1,5 +1,6 @@
 """The life of a batch object, from waiting for its sources to its end: `decide`. Pure; see batch.py for the rules."""
 
+import re
 from datetime import timedelta
 
 from slmops.api.meta import Failure
@@ -14,6 +15,7 @@ from slmops.reconcile.state import Event, Plan
 
 POLL_RUNNING = 3.0  # seconds between two looks at a run's progress
 POLL_STARTING = 15.0  # at a pod that does not start: some causes are told by Events alone
+_POD_FORBIDDEN = re.compile(r'^pods "[^"]*" is forbidden: ')
 POLL_PODLESS = 5.0  # and at the Job's events while it has no pod: nothing else tells why
 
 
@@ -186,7 +188,8 @@ def _refused(p: Pass, job: Object) -> Trouble | None:
         when = event.get("lastTimestamp") or event.get("eventTime") or stamp(p.now)
         if about != uid or event.get("reason") != "FailedCreate" or parse(when) < since:
             continue
-        said = str(event.get("message") or "").removeprefix("Error creating: ")
+        # Each try has a new random name: with it in the message every try would be a status write.
+        said = _POD_FORBIDDEN.sub("", str(event.get("message") or "").removeprefix("Error creating: "))
         if "exceeded quota" in said:
             return Trouble("QuotaExceeded", f"The namespace's quota forbids the pod: {said}")
         if "serviceaccount" in said and "not found" in said:

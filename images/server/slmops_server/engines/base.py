@@ -3,10 +3,17 @@
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 switch those filters off."""
+    """How the next token is chosen. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 switch those filters off.
+
+    logit_bias: (token, added to its logit). stop_ids: tokens that end the answer beside the model's own end tokens;
+    none of them all comes before `min_tokens` tokens. logprobs: how many alternatives to tell, -1: no logprobs at all.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -16,6 +23,20 @@ class Sampling:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     seed: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    logprobs: int = -1
+
+
+class Guide(Protocol):
+    """What the text of one answer may be, token by token."""
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Which tokens may come next, shape [vocab]. ValueError when the guide gave up."""
+
+    def take(self, token: int) -> None:
+        """The token was chosen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +48,31 @@ class Job:
     max_tokens: int
     sampling: Sampling
     ignore_eos: bool = False
+    guide: Guide | None = None
+    score_prompt: bool = False  # tell the logprobs of the prompt's tokens too, with the first token
+
+
+class Scores(NamedTuple):
+    """Natural logarithms of probabilities, as the model gave them: of a token, and of the likeliest, best first."""
+
+    logprob: float
+    top: list[tuple[int, float]]
 
 
 class Token(NamedTuple):
-    """One generated token. `finish` is None, or "stop" (token is an end token), "length", "error"."""
+    """One generated token. `finish` is None, or "stop" (token is an end token), "length", "error".
+
+    `scores` where the job asks for logprobs; `prompt_scores`, on the first token, one for each token of the prompt
+    after its first.
+    `cached`, on the first token: tokens of the prompt that did not have to be computed.
+    """
 
     job: int
     token: int
     finish: str | None
+    scores: Scores | None = None
+    prompt_scores: list[tuple[int, Scores]] | None = None
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)

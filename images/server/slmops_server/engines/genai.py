@@ -5,7 +5,7 @@ penalties and results are the same with every engine.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnxruntime_genai as og
@@ -15,7 +15,10 @@ from slmops_server.model_folder import ModelFolder
 
 
 class GenaiForward:
-    """A loaded genai model. Rows are stepped one after the other (width 1)."""
+    """A loaded genai model. Rows are stepped one after the other."""
+
+    decode_seconds: Sequence[float] = (1.0,)  # one row a call: nothing to choose from
+    keeps = False
 
     def __init__(self, folder: ModelFolder, slots: int, max_len: int, threads: int) -> None:
         config = og.Config(str(folder.path))
@@ -26,8 +29,9 @@ class GenaiForward:
         self._max_len = max_len
         self._rows: list[og.Generator | None] = [None] * slots
         self.vocab = folder.vocab_size
-        self.width = 1
-        self.chunk = max_len
+        self.rows = slots
+        self.chunk = self.scored = max_len
+        self.prefill_seconds: Mapping[int, float] = {}
 
     def prefill(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
         """See Forward."""
@@ -37,9 +41,18 @@ class GenaiForward:
             self._rows[slot] = og.Generator(self._model, params)
         return self._append(slot, tokens)
 
+    def score(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+        """See Forward. One token at a time: genai hands out the logits of the last one only."""
+        rows = [self.prefill(slot, [token], past + index) for index, token in enumerate(tokens)]
+        return np.stack(rows)
+
     def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:  # noqa: ARG002 - genai counts
         """See Forward."""
         return self._append(first, tokens)[None]
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Not asked for: `keeps` is false."""
+        raise NotImplementedError
 
     def release(self, slot: int) -> None:
         """See Forward."""

@@ -1,26 +1,38 @@
 """Plain onnxruntime over ordinary Olive / ModelBuilder decoders: IOBinding on one shared KV buffer.
 
 The graph must use GroupQueryAttention with a shared past/present buffer. Rows of different lengths in one batch then
-give exactly the tokens that each row gives alone, because the kernel writes each row at its own length.
+give exactly the tokens that each row gives alone, because the kernel writes each row at its own length. One exception,
+found at load: the int4 kernel rounds a lone row differently from the same row in company, so where that is seen, a
+lone row is computed with an idle one beside it.
 """
 
+import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]  # it ships no types
 from numpy.typing import NDArray
 
+from slmops_server.engines import graph
 from slmops_server.engines.base import EngineRefusedError
 from slmops_server.engines.sampler import Logits
+from slmops_server.engines.schedule import SMALLEST_CHUNK
 from slmops_server.model_folder import ModelFolder
 
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-SMALL = 256 << 20  # bytes of model up to which loading it twice to measure thread counts costs little
-LOGITS_BYTES = 64 << 20  # a prefill chunk's logits, [chunk, vocab], stay below this
+SMALL = 64 << 20  # bytes of model up to which loading it twice to measure thread counts costs little
+LOGITS_BYTES = 64 << 20  # a prefill chunk's logits, [chunk, vocab], stay below this where all of them are computed
 TINY_STEP = 0.0003  # seconds; below that threads wait for each other longer than they work
 GAIN = 0.7  # more threads must take at most this share of the time of one, or one it is
+MAX_ROWS = 8  # in one call; beyond, the kernels gain nothing more
+MEASURED_CHUNKS = (4, 16, 64)  # tokens
+MEASURED_LENGTH = 64  # tokens in a row while it is measured
+
+_Decode = tuple[ort.IOBinding, NDArray[np.int64], NDArray[np.int64], Logits]
 
 
 def _session(folder: ModelFolder, threads: int) -> ort.InferenceSession:
@@ -29,19 +41,37 @@ def _session(folder: ModelFolder, threads: int) -> ort.InferenceSession:
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
     options.log_severity_level = 3
-    return ort.InferenceSession(os.fspath(folder.graph), options, providers=["CPUExecutionProvider"])
+    model: str | bytes = os.fspath(folder.graph)
+    changed = _with_logits_from(folder.graph, folder.outputs["logits"])
+    if changed is not None:
+        model = changed
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", os.fspath(folder.graph.parent)
+        )
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _with_logits_from(path: Path, logits: str) -> bytes | None:
+    """None where the graph is left as it is: onnxruntime then tells what is wrong with a damaged file."""
+    try:
+        return graph.logits_from(path.read_bytes(), logits)
+    except (ValueError, UnicodeDecodeError):
+        return None
 
 
 class OrtForward:
-    """One session, `slots` rows of KV cache. EngineRefusedError when the graph is not of the expected form."""
+    """One session, its rows of KV cache. EngineRefusedError when the graph is not of the expected form."""
+
+    keeps = True
 
     def __init__(
         self, folder: ModelFolder, session: ort.InferenceSession, slots: int, max_len: int, chunk: int
     ) -> None:
         self.vocab = folder.vocab_size
-        self.width = 1
-        self.chunk = max(1, min(chunk, LOGITS_BYTES // (4 * self.vocab), max_len))
-        self._session, self._slots, self._max_len = session, slots, max_len
+        self.rows = max(2, slots)  # a lone row may need company
+        self.decode_seconds: Sequence[float] = ()
+        self.prefill_seconds: Mapping[int, float] = {}
+        self._session, self._max_len = session, max_len
         kinds = {i.name: i.type for i in session.get_inputs()}
         self._ids = folder.inputs["input_ids"]
         self._mask = folder.inputs["attention_mask"]
@@ -53,7 +83,8 @@ class OrtForward:
             for part in ("key", "value")
         ]
         self._has_positions = self._positions in kinds
-        unknown = set(kinds) - {past for past, _ in pairs} - {self._ids, self._mask, self._positions}
+        self._has_from = graph.FROM in kinds
+        unknown = set(kinds) - {past for past, _ in pairs} - {self._ids, self._mask, self._positions, graph.FROM}
         if unknown:
             raise EngineRefusedError(
                 f"the graph has inputs that only another engine knows: {', '.join(sorted(unknown))}"
@@ -66,15 +97,29 @@ class OrtForward:
         self._kv_type, self._logits_type = TYPES[kinds[pairs[0][0]]], TYPES[logits_kind]
         self._row_shape = (folder.kv_heads, max_len, folder.head_size)
         # zeros is lazy: the machine pays for a row only when it is first used
-        self._cache = [(past, present, np.zeros((slots, *self._row_shape), self._kv_type)) for past, present in pairs]
+        shape = (self.rows, *self._row_shape)
+        self._cache = [(past, present, np.zeros(shape, self._kv_type)) for past, present in pairs]
         self._ones = np.ones((1, max_len), np.int64)
         self._ones_at = self._ones.ctypes.data
-        self._prompt_logits = np.empty(self.chunk * self.vocab, self._logits_type)
+        chunk = min(chunk, max_len)
+        self.scored = max(SMALLEST_CHUNK, min(chunk, LOGITS_BYTES // (4 * self.vocab)))
+        self.chunk = max(SMALLEST_CHUNK, chunk) if self._has_from else self.scored
+        self._prompt_logits = np.empty((1, self.vocab), self._logits_type)
+        self._first, self._begin = np.zeros(1, np.int64), np.zeros(1, np.int64)
         self._prefills: dict[int, ort.IOBinding] = {}
-        self._decodes: dict[tuple[int, int], tuple[ort.IOBinding, NDArray[np.int64], NDArray[np.int64], Logits]] = {}
+        self._decodes: dict[tuple[int, int], _Decode] = {}
 
     def prefill(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
         """See Forward."""
+        logits: Logits = self._prompt(slot, tokens, past, len(tokens) - 1)[-1]
+        return logits
+
+    def score(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+        """See Forward."""
+        return self._prompt(slot, tokens, past, 0)
+
+    def _prompt(self, slot: int, tokens: Sequence[int], past: int, begin: int) -> Logits:
+        """Append tokens; logits from the token `begin` on, or of all where the graph cannot choose."""
         size = len(tokens)
         binding = self._prefills.get(slot)
         if binding is None:
@@ -85,10 +130,17 @@ class OrtForward:
         self._bind(binding, self._mask, self._ones, (1, past + size))
         if self._has_positions:
             self._bind(binding, self._positions, positions, (1, size))
-        out = self._prompt_logits[: size * self.vocab]
-        binding.bind_output(self._logits, "cpu", 0, self._logits_type, (1, size, self.vocab), out.ctypes.data)
+        rows = size
+        if self._has_from:
+            self._begin[0] = begin
+            self._bind(binding, graph.FROM, self._begin, (1,))
+            rows -= begin
+        if rows > len(self._prompt_logits):
+            self._prompt_logits = np.empty((rows, self.vocab), self._logits_type)
+        out = self._prompt_logits[:rows]
+        binding.bind_output(self._logits, "cpu", 0, self._logits_type, (1, *out.shape), out.ctypes.data)
         self._session.run_with_iobinding(binding)
-        return out[-self.vocab :].astype(np.float32)
+        return out.astype(np.float32, copy=False)
 
     def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
         """See Forward."""
@@ -104,18 +156,25 @@ class OrtForward:
             mask = (np.arange(total) <= np.asarray(lengths)[:, None]).astype(np.int64)
             self._bind(binding, self._mask, mask, (rows, total))
         self._session.run_with_iobinding(binding)
-        return logits if self._logits_type is np.float32 else logits.astype(np.float32)
+        return logits.astype(np.float32, copy=False)
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """See Forward."""
+        for _, _, array in self._cache:
+            array[target, :, :count] = array[source, :, :count]
 
     def release(self, slot: int) -> None:
-        """Nothing to do: the next prompt overwrites the row."""
+        """Nothing to do: the row's content may be taken over by the next prompt."""
 
-    def _bind_decode(self, first: int, rows: int) -> tuple[ort.IOBinding, NDArray[np.int64], NDArray[np.int64], Logits]:
+    def _bind_decode(self, first: int, rows: int) -> _Decode:
         binding = self._bind_cache(first, rows)
         ids, positions = np.zeros((rows, 1), np.int64), np.zeros((rows, 1), np.int64)
         logits = np.empty((rows, self.vocab), self._logits_type)
         self._bind(binding, self._ids, ids, (rows, 1))
         if self._has_positions:
             self._bind(binding, self._positions, positions, (rows, 1))
+        if self._has_from:
+            self._bind(binding, graph.FROM, self._first, (1,))
         binding.bind_output(self._logits, "cpu", 0, self._logits_type, (rows, 1, self.vocab), logits.ctypes.data)
         self._decodes[first, rows] = made = (binding, ids, positions, logits)
         return made
@@ -133,15 +192,31 @@ class OrtForward:
     def _bind(binding: ort.IOBinding, name: str, array: NDArray[np.int64], shape: tuple[int, ...]) -> None:
         binding.bind_input(name, "cpu", 0, np.int64, shape, array.ctypes.data)
 
-    def time_decode(self, rows: int, steps: int = 9, length: int = 32) -> list[float]:
+    def time_decode(self, rows: int, steps: int) -> list[float]:
         """Seconds of `steps` decode steps of `rows` rows, sorted."""
-        times = []
-        length = min(length, self._max_len - 1)
-        for _ in range(steps):
-            start = time.perf_counter()
-            self.decode(0, [0] * rows, [length] * rows)
-            times.append(time.perf_counter() - start)
-        return sorted(times)
+        length = min(MEASURED_LENGTH, self._max_len - 1)
+        return sorted(_seconds(lambda: self.decode(0, [0] * rows, [length] * rows)) for _ in range(steps))
+
+    def measure(self) -> None:
+        """Fill in decode_seconds and prefill_seconds; the rows' content is lost."""
+        tokens = [(7 * index + 1) % self.vocab for index in range(max(MEASURED_CHUNKS))]
+        sizes = [size for size in MEASURED_CHUNKS if size <= self.chunk and size < self._max_len]
+        self.prefill_seconds = {size: _seconds(partial(self.prefill, 0, tokens[:size], 0)) for size in sizes}
+        length = min(MEASURED_LENGTH, self.chunk, self._max_len - 1)
+        for row in range(self.rows):
+            self.prefill(row, tokens[:length], 0)
+        counts = range(1, min(self.rows, MAX_ROWS) + 1)
+        first = [self.decode(0, tokens[:count], [length] * count)[0].copy() for count in counts]
+        self.decode_seconds = [
+            self.time_decode(count, 3)[0] if np.array_equal(row, first[1]) else math.inf
+            for count, row in zip(counts, first, strict=True)
+        ]
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def load(
@@ -155,20 +230,20 @@ def load(
     if not threads and limit > 1 and folder.model_bytes <= SMALL:
         counts = [1, limit]
     tried = [OrtForward(folder, _session(folder, n), slots, max_len, chunk) for n in counts]
-    times: list[list[float]] = [[] for _ in tried]
-    for _ in range(3):  # alternate, so that a noisy moment hits all
-        for forward, seen in zip(tried, times, strict=True):
-            seen.extend(forward.time_decode(1))
-    best = 1 if len(tried) == 2 and _pays(*times) else 0
+    notes = {}
+    best = 0
+    if len(tried) > 1:
+        times: list[list[float]] = [[] for _ in tried]
+        for _ in range(3):  # alternate, so that a noisy moment hits all
+            for forward, seen in zip(tried, times, strict=True):
+                seen.extend(forward.time_decode(1, 9))
+        best = 1 if _pays(*times) else 0
+        notes = {f"step_ms_{n}_threads": f"{_median(t) * 1e3:.3f}" for n, t in zip(counts, times, strict=True)}
     forward = tried[best]
-    notes = {f"step_ms_{n}_threads": f"{_median(t) * 1e3:.3f}" for n, t in zip(counts, times, strict=True)}
-    per_row = {1: _median(forward.time_decode(1))}
-    for rows in (2, 4, 8):
-        if rows <= slots:
-            per_row[rows] = _median(forward.time_decode(rows)) / rows
-            notes[f"step_ms_{rows}_rows"] = f"{per_row[rows] * rows * 1e3:.3f}"
-    forward.width = min(per_row, key=lambda rows: per_row[rows])
-    notes["width"] = str(forward.width)
+    forward.measure()
+    notes |= {f"step_ms_{n}_rows": f"{s * 1e3:.3f}" for n, s in enumerate(forward.decode_seconds, 1) if s < math.inf}
+    notes |= {f"prefill_ms_{n}_tokens": f"{s * 1e3:.3f}" for n, s in forward.prefill_seconds.items()}
+    notes["lone_rows"] = "exact" if forward.decode_seconds[0] < math.inf else "in company"
     return forward, counts[best], notes
 
 

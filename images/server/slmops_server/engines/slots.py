@@ -1,43 +1,67 @@
 """A slot scheduler: continuous batching over anything that computes logits for rows of a KV cache.
 
 Each running answer owns a slot (a row of the cache). A step prefills one chunk of one waiting prompt, then advances
-every decoding row by a token, so a long prompt never stops the answers that already run.
+every decoding row by a token. The chunk is as long as the running answers can bear, so that they keep moving.
+
+A row keeps its prompt's cache after its answer has ended; a later prompt that begins alike continues from there. Only
+the prompt's part is taken over: a token that was computed as part of an answer is rounded differently from the same
+token in a prompt, and an answer must not depend on what ran before it.
 """
 
+import math
+import time
 from collections import deque
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, cast
 
-from slmops_server.engines.base import EngineInfo, Job, Token
-from slmops_server.engines.sampler import Logits, Sampler
+from slmops_server.engines.base import EngineInfo, Job, Scores, Token
+from slmops_server.engines.sampler import Logits, Sampler, scores
+from slmops_server.engines.schedule import WEIGHT, Pace, common, cover
+
+PATIENCE = 2.0  # a chunk of a prompt may take this many times as long as a step of the running answers
+RECOMPUTED = 2  # tokens of a prompt that are never taken from the cache: the last one's logits, and a lone one differs
 
 
 class Forward(Protocol):
-    """A loaded model with `slots` rows of KV cache, each `max_len` tokens long."""
+    """A loaded model with `rows` rows of KV cache, each `max_len` tokens long. Logits are valid until the next call."""
 
     vocab: int
-    width: int  # rows that one decode call may hold: adjacent slots only
+    rows: int
     chunk: int  # prompt tokens that one prefill call may hold
+    scored: int  # prompt tokens that one score call may hold
+    decode_seconds: Sequence[float]  # time of a decode call for 1, 2, ... rows; inf where rows would not be exact
+    prefill_seconds: Mapping[int, float]  # time of a prefill call by number of tokens, as far as measured
+    keeps: bool  # whether a row's content outlives its answer and can be copied
 
     def prefill(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
         """Append tokens to a row that holds `past` tokens; logits of the last one, shape [vocab]."""
 
+    def score(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+        """As prefill, with the logits after every token: shape [tokens, vocab]."""
+
     def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
-        """One token for each of the slots first, first+1, ...; lengths before it; logits [rows, vocab]."""
+        """One token for each of the rows first, first+1, ...; lengths before it; logits [rows, vocab]."""
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """The first `count` tokens of a row become those of another."""
 
     def release(self, slot: int) -> None:
-        """The row is free; its content may be forgotten."""
+        """The row's answer has ended."""
 
 
 class _Row:
     """A running answer."""
 
-    __slots__ = ("job", "last", "length", "made", "sampler", "slot")
+    __slots__ = ("cached", "ends", "job", "last", "length", "made", "prompt_scores", "sampler", "slot", "started")
 
-    def __init__(self, job: Job, slot: int, vocab: int) -> None:
+    def __init__(self, job: Job, slot: int, cached: int, vocab: int, eos: frozenset[int]) -> None:
         self.job, self.slot = job, slot
-        self.sampler = Sampler(job.sampling, job.prompt, vocab)
-        self.length = 0  # tokens in the cache
+        self.ends = (frozenset() if job.ignore_eos else eos) | frozenset(job.sampling.stop_ids)
+        self.sampler = Sampler(job.sampling, job.prompt, vocab, self.ends, job.guide)
+        self.prompt_scores: list[tuple[int, Scores]] | None = [] if job.score_prompt else None
+        self.length = cached  # tokens in the cache
+        self.cached = cached  # of these, tokens that were there already
+        self.started = False
         self.last = -1  # newest token, not yet in the cache
         self.made = 0
 
@@ -45,12 +69,20 @@ class _Row:
 class SlotEngine:
     """An Engine over a Forward."""
 
-    def __init__(self, forward: Forward, info: EngineInfo, eos: frozenset[int]) -> None:
+    def __init__(
+        self, forward: Forward, info: EngineInfo, eos: frozenset[int], clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self.info = info
-        self._forward, self._eos = forward, eos
+        self._forward, self._eos, self._clock = forward, eos, clock
         self._waiting: deque[Job] = deque()
         self._prefilling: deque[_Row] = deque()
         self._rows: list[_Row | None] = [None] * info.slots
+        self._kept: list[list[int]] = [[] for _ in range(forward.rows)]  # prompt tokens in each row's cache
+        self._used = [0] * info.slots  # when a row's answer ended, in answers
+        self._ended = 0
+        self._pace = Pace(forward.chunk, forward.prefill_seconds)
+        self._score_pace = Pace(forward.scored, {})
+        self._step_seconds = 0.0  # moving average of a step's decode calls
 
     @property
     def busy(self) -> bool:
@@ -75,63 +107,116 @@ class SlotEngine:
 
     def step(self) -> list[Token]:
         """See Engine."""
-        self._admit()
+        while self._waiting and not all(self._rows):
+            self._admit(self._waiting.popleft())
         tokens: list[Token] = []
         if self._prefilling:
             self._prefill(self._prefilling[0], tokens)
-        for first, rows in self._batches():
-            self._decode(first, rows, tokens)
+        active = [row is not None and row.last >= 0 for row in self._rows]
+        if any(active):
+            begin = self._clock()
+            for first, count in cover(self._padded(active), self._forward.decode_seconds)[1]:
+                self._decode(first, count, tokens)
+            took = self._clock() - begin
+            self._step_seconds += (took - self._step_seconds) * (WEIGHT if self._step_seconds else 1.0)
         return tokens
 
-    def _admit(self) -> None:
-        for slot, row in enumerate(self._rows):
-            if not self._waiting:
-                return
-            if row is None:
-                self._rows[slot] = new = _Row(self._waiting.popleft(), slot, self._forward.vocab)
-                self._prefilling.append(new)
+    def _padded(self, active: list[bool]) -> list[bool]:
+        return active + [False] * (self._forward.rows - len(active))
+
+    def _admit(self, job: Job) -> None:
+        """Give a job a free slot: the one that holds most of its prompt, else where it costs least, else the oldest."""
+        free = [slot for slot, row in enumerate(self._rows) if row is None]
+        held = {slot: self._match(slot, job) for slot in free}
+        slot = max(free, key=held.__getitem__)
+        if held[slot] == 0 or 2 * held[slot] < len(self._kept[slot]):  # rather copy than lose a long tail
+            slot = min(free, key=lambda s: (self._cost_with(s), self._used[s]))
+        self._kept[slot] = job.prompt[: held[slot]]
+        self._rows[slot] = row = _Row(job, slot, held[slot], self._forward.vocab, self._eos)
+        self._prefilling.append(row)
+
+    def _cost_with(self, slot: int) -> float:
+        """Seconds of a step if that slot ran too."""
+        active = [row is not None or number == slot for number, row in enumerate(self._rows)]
+        return round(cover(self._padded(active), self._forward.decode_seconds)[0], 9)
+
+    def _match(self, slot: int, job: Job) -> int:
+        """Tokens at the beginning of the prompt that the row holds and that may be taken over."""
+        if not self._forward.keeps or job.score_prompt:
+            return 0
+        count = min(common(self._kept[slot], job.prompt), len(job.prompt) - RECOMPUTED)
+        return count if count >= RECOMPUTED else 0
 
     def _prefill(self, row: _Row, tokens: list[Token]) -> None:
-        part = row.job.prompt[row.length : row.length + self._forward.chunk]
-        logits = self._forward.prefill(row.slot, part, row.length)
-        row.length += len(part)
-        if row.length == len(row.job.prompt):
+        prompt = row.job.prompt
+        if not row.started:
+            row.started = True
+            self._take_over(row)
+        running = any(other is not None and other.last >= 0 for other in self._rows)
+        left = len(prompt) - row.length
+        if row.prompt_scores is not None:
+            size = self._score_pace.chunk(left, math.inf)
+            logits = self._score(row, prompt[row.length : row.length + size], row.prompt_scores)
+        else:
+            size = self._pace.chunk(left, PATIENCE * self._step_seconds if running else math.inf)
+            begin = self._clock()
+            logits = self._forward.prefill(row.slot, prompt[row.length : row.length + size], row.length)
+            self._pace.note(size, self._clock() - begin)
+        row.length += size
+        if self._forward.keeps:
+            self._kept[row.slot] = prompt[: row.length]
+        if row.length == len(prompt):
             self._prefilling.popleft()
             self._sample(row, logits, tokens)
 
-    def _batches(self) -> list[tuple[int, list[_Row]]]:
-        """Decoding rows in adjacent slots, at most `width` at a time."""
-        batches: list[tuple[int, list[_Row]]] = []
-        for slot, row in enumerate(self._rows):
-            if row is None or row.last < 0:
-                continue
-            if batches and slot == batches[-1][0] + len(batches[-1][1]) and len(batches[-1][1]) < self._forward.width:
-                batches[-1][1].append(row)
-            else:
-                batches.append((slot, [row]))
-        return batches
+    def _take_over(self, row: _Row) -> None:
+        """Copy what another row holds of this prompt, running or not."""
+        source = max(range(len(self._rows)), key=lambda slot: self._match(slot, row.job))
+        count = self._match(source, row.job)
+        if count > row.length:
+            self._forward.copy(source, row.slot, count)
+            row.length = row.cached = count
 
-    def _decode(self, first: int, rows: list[_Row], tokens: list[Token]) -> None:
-        logits = self._forward.decode(first, [r.last for r in rows], [r.length for r in rows])
+    def _score(self, row: _Row, part: list[int], told: list[tuple[int, Scores]]) -> Logits:
+        """Prefill and note how likely the model thought each next token of the prompt."""
+        after = self._forward.score(row.slot, part, row.length)
+        for logits, token in zip(after, row.job.prompt[row.length + 1 : row.length + 1 + len(part)], strict=False):
+            told.append((token, scores(logits, token, row.job.sampling.logprobs)))
+        return cast("Logits", after[-1])
+
+    def _decode(self, first: int, count: int, tokens: list[Token]) -> None:
+        slots = range(first, first + count)
+        rows = [self._rows[slot] if slot < len(self._rows) else None for slot in slots]
+        # a row that only keeps company writes behind what its slot holds, where the next token will overwrite it
+        lengths = [
+            row.length if row is not None else min(len(self._kept[slot]), self.info.max_len - 1)
+            for slot, row in zip(slots, rows, strict=True)
+        ]
+        newest = [max(row.last, 0) if row is not None else 0 for row in rows]
+        logits = self._forward.decode(first, newest, lengths)
         for row, row_logits in zip(rows, logits, strict=True):
-            row.length += 1
-            self._sample(row, row_logits, tokens)
+            if row is not None and row.last >= 0:
+                row.length += 1
+                self._sample(row, row_logits, tokens)
 
     def _sample(self, row: _Row, logits: Logits, tokens: list[Token]) -> None:
+        cached = 0 if row.made else row.cached
         try:
             token = row.sampler.pick(logits)
         except ValueError:
-            tokens.append(Token(row.job.id, -1, "error"))
+            tokens.append(Token(row.job.id, -1, "error", cached=cached))
             self._free(row)
+            self._kept[row.slot] = []
             return
         row.last = token
         row.made += 1
         finish = None
-        if token in self._eos and not row.job.ignore_eos:
+        if token in row.ends:
             finish = "stop"
         elif row.made >= row.job.max_tokens:
             finish = "length"
-        tokens.append(Token(row.job.id, token, finish))
+        tokens.append(Token(row.job.id, token, finish, row.sampler.scores, row.prompt_scores, cached))
+        row.prompt_scores = None
         if finish:
             self._free(row)
 
@@ -139,4 +224,6 @@ class SlotEngine:
         self._rows[row.slot] = None
         if row in self._prefilling:
             self._prefilling.remove(row)
+        self._ended += 1
+        self._used[row.slot] = self._ended
         self._forward.release(row.slot)

@@ -1,0 +1,140 @@
+"""One change to a decoder's ONNX graph at load: logits from a chosen position on, instead of for the whole prompt.
+
+The output head is a large part of a small model with a large vocabulary, and its result for a prompt is a copy of the
+vocabulary for each token, of which one row is needed. A new input `logits_from` (int64, [1]) says where to begin.
+
+The file is changed on the level of protobuf's wire format (messages of onnx.proto3), because that is one node to read
+and two to write; the onnx package would be ten times the size of this server for it.
+"""
+
+from collections.abc import Iterator
+
+FROM = "logits_from"
+HIDDEN = "slmops/hidden_from"
+END, AXIS = "slmops/end", "slmops/axis"
+HEADS = {"MatMul", "MatMulNBits"}
+BEHIND_HEADS = {"Cast", "Mul", "Div", "Tanh"}  # scaled and capped logits
+
+# field numbers of onnx.proto3
+GRAPH = 7
+NODE, INITIALIZER, INPUT = 1, 5, 11
+NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_OP = 1, 2, 3, 4
+INT64 = 7
+
+
+def logits_from(model: bytes, logits: str) -> bytes | None:
+    """The changed model, or None where its output head is not of a known form."""
+    fields = list(_fields(model))
+    graph = next((value for number, value, _ in fields if number == GRAPH and isinstance(value, bytes)), None)
+    if graph is None:
+        return None
+    parts = list(_fields(graph))
+    nodes = {index: _node(value) for index, (number, value, _) in enumerate(parts) if number == NODE}
+    made_by = {name: index for index, node in nodes.items() for name in node[NODE_OUTPUT]}
+    at = made_by.get(logits)
+    while at is not None and nodes[at][NODE_OP][0] in BEHIND_HEADS:
+        at = made_by.get(nodes[at][NODE_INPUT][0])
+    if at is None or nodes[at][NODE_OP][0] not in HEADS:
+        return None
+    hidden = nodes[at][NODE_INPUT][0]
+    if hidden not in made_by:
+        return None
+    head = _renamed(parts[at][1], hidden)
+    new = b"".join(head if index == at else raw for index, (_, _, raw) in enumerate(parts))
+    new += _message(NODE, _slice(hidden))
+    new += _message(INITIALIZER, _int64(END, (1 << 63) - 1)) + _message(INITIALIZER, _int64(AXIS, 1))
+    new += _message(INPUT, _input())
+    return b"".join(_message(GRAPH, new) if number == GRAPH else raw for number, _, raw in fields)
+
+
+def _slice(hidden: str) -> bytes:
+    """Slice(hidden, logits_from, end, axis) -> hidden_from."""
+    inputs = b"".join(_message(NODE_INPUT, name.encode()) for name in (hidden, FROM, END, AXIS))
+    return (
+        inputs
+        + _message(NODE_OUTPUT, HIDDEN.encode())
+        + _message(NODE_NAME, HIDDEN.encode())
+        + _message(NODE_OP, b"Slice")
+    )
+
+
+def _int64(name: str, value: int) -> bytes:
+    """TensorProto of shape [1]: dims = 1, data_type = 2, name = 8, raw_data = 9."""
+    return _number(1, 1) + _number(2, INT64) + _message(8, name.encode()) + _message(9, value.to_bytes(8, "little"))
+
+
+def _input() -> bytes:
+    """ValueInfoProto: name = 1, type = 2 {tensor_type = 1 {elem_type = 1, shape = 2 {dim = 1 {dim_value = 1}}}}."""
+    tensor = _number(1, INT64) + _message(2, _message(1, _number(1, 1)))
+    return _message(1, FROM.encode()) + _message(2, _message(1, tensor))
+
+
+def _node(data: int | bytes) -> dict[int, list[str]]:
+    """A NodeProto's inputs, outputs, name and operator."""
+    found: dict[int, list[str]] = {NODE_INPUT: [], NODE_OUTPUT: [], NODE_NAME: [], NODE_OP: []}
+    assert isinstance(data, bytes)
+    for number, value, _ in _fields(data):
+        if number in found and isinstance(value, bytes):
+            found[number].append(value.decode())
+    return found
+
+
+def _renamed(data: int | bytes, hidden: str) -> bytes:
+    """The head as a field of the graph, reading from the sliced states."""
+    assert isinstance(data, bytes)
+    node = b"".join(
+        _message(NODE_INPUT, HIDDEN.encode()) if number == NODE_INPUT and value == hidden.encode() else raw
+        for number, value, raw in _fields(data)
+    )
+    return _message(NODE, node)
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
+    """(field number, value, the field as it was written) of a message."""
+    at = 0
+    while at < len(data):
+        begin = at
+        tag, at = _varint(data, at)
+        number, kind = tag >> 3, tag & 7
+        value: int | bytes
+        if kind == 0:
+            value, at = _varint(data, at)
+        else:
+            size = {1: 8, 5: 4}.get(kind, 0)
+            if kind == 2:
+                size, at = _varint(data, at)
+            value = data[at : at + size]
+            at += size
+            if kind not in (1, 2, 5) or at > len(data):
+                raise ValueError(f"the ONNX file is damaged at byte {begin}")
+        yield number, value, data[begin:at]
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if at >= len(data):
+            raise ValueError(f"the ONNX file ends within a number at byte {at}")
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            return value, at
+
+
+def _encoded(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _number(field: int, value: int) -> bytes:
+    return _encoded(field << 3) + _encoded(value)
+
+
+def _message(field: int, data: bytes) -> bytes:
+    return _encoded(field << 3 | 2) + _encoded(len(data)) + data
