@@ -1,5 +1,7 @@
 """Writes that are refused, one after the other: what serves is looked after, and weight is never left behind."""
 
+from datetime import timedelta
+
 import pytest
 from tests.unit.serving_world import CANARY, Kubernetes, uri
 
@@ -122,3 +124,21 @@ def test_an_object_that_cannot_be_read_costs_nothing():
     assert world.status["rollout"] == before["rollout"]
     world.passes()
     assert world.status["phase"] == "RolledBack"
+
+
+@pytest.mark.parametrize("kind", ["Service", "Deployment"])
+@pytest.mark.parametrize("error", [HOOK, AWAY], ids=lambda error: error.reason)
+def test_nothing_of_an_old_revision_is_left_behind_when_its_removal_breaks_off(kind, error):
+    world = Kubernetes(rollout={"steps": [], "scaleDownDelaySeconds": 60})
+    world.passes()
+    old = world.status["stable"]["revision"]
+    world.edit(model=uri("b"))
+    world.passes()
+    world.now += timedelta(seconds=61)
+    world.cluster.refusing[kind] = error
+    for _ in range(3):
+        world.try_pass()
+    world.cluster.refusing.clear()
+    for _ in range(3):
+        world.try_pass()
+    assert [key for key in world.cluster.objects if old in key.name] == []

@@ -305,7 +305,7 @@ def _removed(obj: Object, spec: ModelDeploymentSpec, observed: Observed, decisio
     gone = [
         Key(kind, namespace, serving.revision_name(obj, revision))
         for revision in decision.remove
-        for kind in ("Deployment", "Service")
+        for kind in ("Service", "Deployment")  # by its Deployment a revision is known: that one last
     ]
     if spec.replicas <= 1:
         gone += [Key("PodDisruptionBudget", namespace, name) for name in sorted(observed.budgets)]

@@ -109,12 +109,12 @@ class Driver:
     def _carry_out(self, obj: Object, plan: Plan) -> Exception | None:
         """Carry the plan out. Returns the first refusal past which it went on; raises it where the plan stops there."""
         refused: Exception | None = None
-        away = False  # the API server does not answer: routers are reached without it
-        actions = [(True, partial(self._apply, obj, child)) for child in plan.apply]
-        actions += [(False, partial(self.push_routes, routes)) for routes in plan.routes]
-        actions += [(True, partial(self._delete, obj, key)) for key in plan.delete]
-        for in_cluster, action in actions:
-            if in_cluster and away:
+        skip: set[str] = set()
+        actions = [("apply", partial(self._apply, obj, child)) for child in plan.apply]
+        actions += [("push", partial(self.push_routes, routes)) for routes in plan.routes]
+        actions += [("delete", partial(self._delete, obj, key)) for key in plan.delete]
+        for verb, action in actions:
+            if verb in skip:
                 continue
             try:
                 action()
@@ -122,7 +122,10 @@ class Driver:
                 if not plan.keep_going:
                     raise
                 refused = refused or error
-                away = away or (isinstance(error, ClusterError) and error.status == 0)
+                if isinstance(error, ClusterError) and error.status == 0:
+                    skip |= {"apply", "delete"}  # the API server does not answer: routers are reached without it
+                if verb == "delete":
+                    skip.add(verb)  # in their order only: by what goes last the rest is found again
         return refused
 
     def _in_spite(self, obj: Object, plan: Plan, refused: Exception, now: datetime) -> float | None:
