@@ -176,7 +176,7 @@ class Driver:
         if not _serves(obj):
             status_now = {"phase": "Waiting"} | status_now  # of a first pass: later ones keep what they have reached
         self.cluster.patch_status(obj, status_now)
-        return retry.after
+        return retry.after if _serves(obj) else conditions.patiently(retry.after, status.conditions, now)
 
     def _give_up(self, obj: Object, terminal: Terminal, now: datetime) -> None:
         generation = obj["metadata"].get("generation", 0)
