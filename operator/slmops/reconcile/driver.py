@@ -92,7 +92,14 @@ class Driver:
             raise
         if refused is not None:
             return self._in_spite(obj, plan, refused, now)
-        written = self.cluster.patch_status(obj, plan.status)
+        try:
+            written = self.cluster.patch_status(obj, plan.status)
+        except ClusterError as error:
+            if error.retryable:
+                raise
+            # Something that a pod said does not fit the schema; what stood before does, and the user is told.
+            self._give_up(obj, Terminal("InternalError", f"The status cannot be written: {error.message}"), now)
+            return None
         self._tell_end(obj, plan.status)
         self._tell(written, plan)
         return plan.requeue
