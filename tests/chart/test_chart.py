@@ -172,3 +172,11 @@ def test_settings_cover_the_charts_variables() -> None:
     settings = (ROOT / "operator/slmops/settings.py").read_text()
     for name in environment(render()):
         assert f"{name.removeprefix('SLMOPS_').lower()}:" in settings, name
+
+
+def test_a_release_with_dots_in_its_name_has_services() -> None:
+    done = helm("template", "team.slmops", str(CHART), "--namespace", "n")
+    services = [f for f in yaml.safe_load_all(done.stdout) if f and f["kind"] == "Service"]
+    assert services
+    assert {f["metadata"]["name"] for f in services} == {"team-slmops-registry"}
+    assert "oci://team-slmops-registry.n.svc:5000" in done.stdout

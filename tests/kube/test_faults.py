@@ -165,6 +165,7 @@ def test_what_it_serves_to_prometheus(api: Api, start: Start) -> None:
 WORDS = [
     'slmops_objects{kind="FineTuneJob",phase="Succeeded"} 1.0',
     'slmops_reconcile_seconds_count{kind="FineTuneJob"}',
+    'slmops_run_seconds_count{kind="FineTuneJob",outcome="Succeeded"} 1.0',
     'slmops_api_requests_total{code="201",kind="Job",verb="apply"} 1.0',
     "slmops_queue_depth 0.0",
     "slmops_queue_oldest_seconds 0.0",

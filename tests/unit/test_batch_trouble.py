@@ -26,6 +26,7 @@ from slmops import crdgen
 from slmops.api.batch import SECONDS_MAX
 from slmops.cluster.memory import MemoryCluster, key_of
 from slmops.cluster.port import Key
+from slmops.reconcile.batch_pass import Blocked
 from slmops.reconcile.driver import Driver
 from slmops.reconcile.pods import LOST_AFTER
 from slmops.reconcile.state import Plan
@@ -171,3 +172,15 @@ def test_bad_exit_of_the_users_own_image_keeps_its_last_words() -> None:
     assert "usage: other-program" in message(plan)
     assert ARTIFACT["uri"] not in str(plan.status)
     assert NOW.isoformat()[:10] in str(plan.status["lastFailure"]["time"])
+
+
+def test_a_run_that_waits_for_days_asks_less_often() -> None:
+    obj = finetune()
+    missing = Blocked("SecretNotFound", "Secret s does not exist: create it.", 5.0)
+    first = run(obj, blocked=missing)
+    assert first.requeue == 5.0
+    for condition_ in first.status["conditions"]:
+        condition_["lastTransitionTime"] = at(-86400)
+    assert run(after(obj, first), blocked=missing).requeue == 60.0
+    by_event = run(after(obj, first), blocked=Blocked("SourceNotReady", "Waits.", None))
+    assert by_event.requeue is None

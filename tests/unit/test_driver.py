@@ -196,6 +196,16 @@ def test_an_object_of_an_older_schema_is_explained() -> None:
     assert "dataset" in stalled["message"]
 
 
+def test_a_status_that_does_not_fit_is_told_and_no_endless_error() -> None:
+    cluster, driver, key = setting(Plan(status={"phase": "X"}))
+    cluster.refuse["FineTuneJob"] = ClusterError(422, "Invalid", "status.artifact.sizeBytes: Invalid value")
+    assert driver.run(key) is None
+    stalled = of(cluster.objects[key], "Stalled")
+    assert stalled is not None
+    assert "sizeBytes" in stalled["message"]
+    assert [reason for _, reason, _ in cluster.posted] == ["InternalError"]
+
+
 def test_a_new_object_that_must_wait_has_a_phase() -> None:
     cluster, driver, key = setting(Retry("NameConflict", "Job x exists."))
     driver.run(key)

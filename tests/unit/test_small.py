@@ -44,6 +44,18 @@ def test_never_reconciling_and_stalled_at_once() -> None:
         assert len(names & {"Reconciling", "Stalled"}) == 1
 
 
+PATIENCE = [(5, 0, 5), (5, 100, 5), (5, 600, 30), (5, 10**6, 60), (300, 10**6, 300)]
+
+
+@pytest.mark.parametrize(("after", "waited", "seconds"), PATIENCE)
+def test_what_has_been_missing_for_long_is_looked_for_less_often(after: float, waited: float, seconds: float) -> None:
+    said = conditions.reconciling([], "SecretNotFound", "m", generation=1, now=NOW - timedelta(seconds=waited))
+    again = conditions.reconciling(said, "QuotaExceeded", "m", generation=1, now=NOW)  # the time is of Ready's status
+    assert conditions.patiently(after, again, NOW) == seconds
+    assert conditions.patiently(after, conditions.ready([], "R", "", generation=1, now=NOW), NOW) == after
+    assert conditions.patiently(after, [], NOW) == after
+
+
 def test_messages_are_one_line_of_bounded_length() -> None:
     said = conditions.ready([], "R", "a\nb " + "x" * 5000, generation=1, now=NOW)
     assert said[0].message.startswith("a b x")

@@ -1,5 +1,5 @@
 {{/* Names, labels and pieces used more than once. */}}
-{{- define "slmops.name" -}}{{ .Release.Name | trunc 40 | trimSuffix "-" }}{{- end }}
+{{- define "slmops.name" -}}{{ .Release.Name | replace "." "-" | trunc 40 | trimSuffix "-" }}{{- end }}
 
 {{- define "slmops.image" -}}
 {{- $given := index .root.Values.images .name -}}

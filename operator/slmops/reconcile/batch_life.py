@@ -61,7 +61,8 @@ def _between_jobs(p: Pass) -> Plan:
         blocked = seen.blocked
         if blocked is None:  # cannot be: observing looks for what is wanted whenever there is no Job
             raise AssertionError("neither a Job wanted nor a reason against it")
-        return plan(going_on(p, "Waiting", blocked.reason, blocked.message), requeue=blocked.after)
+        after = None if blocked.after is None else conditions.patiently(blocked.after, p.status.conditions, p.now)
+        return plan(going_on(p, "Waiting", blocked.reason, blocked.message), requeue=after)
     status = going_on(
         p,
         "Pending",

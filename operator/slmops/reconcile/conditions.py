@@ -8,11 +8,12 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 from slmops.api.meta import Condition
-from slmops.api.times import stamp
+from slmops.api.times import parse, stamp
 
 READY, RECONCILING, STALLED = "Ready", "Reconciling", "Stalled"
 COMPLETE, FAILED, SUSPENDED = "Complete", "Failed", "Suspended"
 
+PATIENCE_MAX = 60.0  # seconds
 MESSAGE_MAX = 1024  # an object stays small; the API server's own limit is 32,768
 
 
@@ -64,6 +65,18 @@ def is_true(conditions: Iterable[Condition], kind: str) -> bool:
     """Whether the condition is there and True."""
     found = find(conditions, kind)
     return found is not None and found.status == "True"
+
+
+def patiently(after: float, conditions: Iterable[Condition], now: datetime) -> float:
+    """Seconds until something missing is looked for again: `after`, and up to a minute once it was long missed.
+
+    Without it a thousand objects that nobody has wanted for days would ask as often as the one that was just made.
+    """
+    found = find(conditions, READY)
+    if found is None or found.status == "True":
+        return after
+    waited = (now - parse(found.last_transition_time)).total_seconds()
+    return max(after, min(waited / 20, PATIENCE_MAX))
 
 
 def ready(

@@ -92,7 +92,14 @@ class Driver:
             raise
         if refused is not None:
             return self._in_spite(obj, plan, refused, now)
-        written = self.cluster.patch_status(obj, plan.status)
+        try:
+            written = self.cluster.patch_status(obj, plan.status)
+        except ClusterError as error:
+            if error.retryable:
+                raise
+            # Something that a pod said does not fit the schema; what stood before does, and the user is told.
+            self._give_up(obj, Terminal("InternalError", f"The status cannot be written: {error.message}"), now)
+            return None
         self._tell_end(obj, plan.status)
         self._tell(written, plan)
         return plan.requeue
@@ -179,7 +186,7 @@ class Driver:
         if not _serves(obj):
             status_now = {"phase": "Waiting"} | status_now  # of a first pass: later ones keep what they have reached
         self.cluster.patch_status(obj, status_now)
-        return retry.after
+        return retry.after if _serves(obj) else conditions.patiently(retry.after, status.conditions, now)
 
     def _give_up(self, obj: Object, terminal: Terminal, now: datetime) -> None:
         generation = obj["metadata"].get("generation", 0)
