@@ -40,9 +40,13 @@ class Registry:
             f"  delete:\n    enabled: {str(deletes).lower()}\nhttp:\n  addr: {self.host}\n  secret: tests\n{auth}"
         )
 
+    def command(self) -> tuple[list[str], dict[str, str]]:
+        return ["docker-registry", "serve", str(self.config)], {}
+
     def start(self) -> None:
+        command, env = self.command()
         with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(["docker-registry", "serve", str(self.config)], stdout=log, stderr=log)
+            self.process = subprocess.Popen(command, env={**os.environ, **env}, stdout=log, stderr=log)
         for _ in range(200):
             try:
                 httpx.get(f"http://{self.host}/v2/", trust_env=False)

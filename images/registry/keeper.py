@@ -1,0 +1,106 @@
+"""The registry and its garbage collection: `keeper.py serve CONFIG`, in place of `docker-registry serve CONFIG`.
+
+Deleting a manifest frees no disk; `docker-registry garbage-collect` does, and must not run beside the registry: it
+takes the files of a push whose manifest is still to come. So a dry run, which harms nothing, looks for garbage now and
+then; if there is some that is older than any push, the registry stops for the seconds that collection takes. Its
+clients see a refused connection and try again, and a push that lost files sends them again.
+
+A process that is killed at any moment leaves a whole storage behind: collection removes only what nothing names.
+"""
+
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+REGISTRY = "/usr/bin/docker-registry"
+STORAGE = Path(os.environ.get("SLMOPS_REGISTRY_STORAGE", "/var/lib/registry"))
+LOOK_SECONDS = float(os.environ.get("SLMOPS_REGISTRY_LOOK_SECONDS", "600"))
+"""Between two looks for garbage."""
+AGE_SECONDS = float(os.environ.get("SLMOPS_REGISTRY_AGE_SECONDS", "3600"))
+"""A file that nothing names is garbage when it is that old; a younger one may belong to a push."""
+STOP_SECONDS = 30.0
+
+_ELIGIBLE = re.compile(r"blob eligible for deletion: sha256:([0-9a-f]{64})")
+
+
+class Keeper:
+    """One child at a time: the registry, or the collection of its garbage."""
+
+    def __init__(self, config: str) -> None:
+        self._config = config
+        self._stopping = False
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def run(self) -> int:
+        """Serve until SIGTERM (0) or until the registry ends by itself. Returns the exit status."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        while True:
+            registry = self._start("serve")
+            while True:
+                try:
+                    ended = registry.wait(LOOK_SECONDS)
+                    return 0 if self._stopping else abs(ended) or 1
+                except subprocess.TimeoutExpired:
+                    if not self._stopping and self._has_garbage():
+                        break
+            registry.terminate()
+            try:
+                registry.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                registry.kill()
+                registry.wait()
+            if self._stopping:
+                return 0
+            began = time.monotonic()
+            code = self._start("garbage-collect").wait()
+            print(f"Garbage was collected in {time.monotonic() - began:.1f} s, exit status {code}", flush=True)
+            if self._stopping:
+                return 0
+
+    def _start(self, verb: str) -> subprocess.Popen[bytes]:
+        quiet = subprocess.DEVNULL if verb != "serve" else None  # it names every file
+        self._child = subprocess.Popen([REGISTRY, verb, self._config], stdout=quiet)
+        if self._stopping:
+            self._child.terminate()
+        return self._child
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002  # the signature of signal handlers
+        self._stopping = True
+        if self._child is not None:
+            self._child.terminate()
+
+    def _has_garbage(self) -> bool:
+        """Look beside the running registry. An empty storage makes the dry run fail: there is nothing in it."""
+        looked = subprocess.run(
+            [REGISTRY, "garbage-collect", "--dry-run", self._config], capture_output=True, text=True, check=False
+        )
+        return looked.returncode == 0 and any(old(digest) for digest in _ELIGIBLE.findall(looked.stdout))
+
+
+def old(digest: str) -> bool:
+    """Whether the file of this SHA-256 is there and older than any push."""
+    file = STORAGE / "docker/registry/v2/blobs/sha256" / digest[:2] / digest / "data"
+    try:
+        return time.time() - file.stat().st_mtime > AGE_SECONDS
+    except OSError:
+        return False
+
+
+def main(arguments: list[str]) -> int:
+    """Keep the registry of `serve CONFIG`; hand any other command to docker-registry."""
+    if len(arguments) != 2 or arguments[0] != "serve":
+        os.execv(REGISTRY, [REGISTRY, *arguments])  # noqa: S606  # no shell is wanted
+    # Uploads go on after a collection only if the next registry can read what the last one signed.
+    os.environ.setdefault("REGISTRY_HTTP_SECRET", secrets.token_hex(32))
+    return Keeper(arguments[1]).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
