@@ -12,8 +12,8 @@ ifneq ($(words $(CLUSTER)) $(filter-out local current,$(CLUSTER)),1 )
 $(error CLUSTER is "local" or "current", not "$(CLUSTER)")
 endif
 ifeq ($(CLUSTER),current)
-ifneq ($(filter test components e2e bench up images down purge,$(MAKECMDGOALS)),)
-$(error with CLUSTER=current there are: demo, install, uninstall. The rest is about the local node, and the scenarios would change yours)
+ifneq ($(filter test components bench up images down purge,$(MAKECMDGOALS)),)
+$(error with CLUSTER=current there are: demo, e2e, install, uninstall. The rest is about the local node)
 endif
 endif
 VENV := .local/venv
@@ -48,9 +48,7 @@ lint: venv ## ruff, import-linter
 	@test ! -e operator/__init__.py
 
 types: venv ## mypy --strict
-	@$(VENV)/bin/mypy -p slmops
-	@$(VENV)/bin/mypy -p slmops_artifacts -p slmops_server -p slmops_router -p slmops_trainer
-	@$(VENV)/bin/mypy -p localkube -p kit -p demo
+	@$(VENV)/bin/mypy $(addprefix -p ,slmops slmops_artifacts slmops_server slmops_router slmops_trainer localkube kit demo)
 
 unit: venv ## pure tests, milliseconds each
 	@$(PY) -m pytest -q tests/unit
@@ -70,7 +68,9 @@ components: venv debs ## artifacts, router and chart on this machine; server and
 	@PYTHONPATH=e2e $(PY) -m kit.imagetests trainer
 
 e2e: venv ## the scenarios on a real node with real pods
+ifneq ($(CLUSTER),current)
 	@$(MAKE) --no-print-directory up images
+endif
 	@$(PY) -m pytest -q -x --timeout=1500 e2e/scenarios
 
 bench: venv ## what the operator costs, on the local node

@@ -250,15 +250,24 @@ def tidy(kube: Kubectl) -> None:
             kube.delete("pod", name, wait=False)
 
 
+def shell() -> str:
+    """What a shell needs first, as a line; empty with the user's own context."""
+    return "" if CURRENT else "export KUBECONFIG=$PWD/.local/kubeconfig PATH=$PWD/.local/bin:$PATH\n  "
+
+
 def hints() -> str:
-    """How to go on by hand."""
-    prefix = "" if CURRENT else "export KUBECONFIG=$PWD/.local/kubeconfig PATH=$PWD/.local/bin:$PATH\n  "
+    """How to go on by hand after it worked."""
     return (
-        f"Go on:\n  {prefix}kubectl -n {NAMESPACE} get slm\n"
+        f"Go on:\n  {shell()}kubectl -n {NAMESPACE} get slm\n"
         f"  kubectl -n {NAMESPACE} port-forward service/assistant 8000 &\n"
         '  curl localhost:8000/v1/chat/completions -d \'{"model": "assistant", "messages": '
         '[{"role": "user", "content": "the beamer in room atlas keeps crashing, asap! fix it by Friday"}]}\''
     )
+
+
+def look() -> str:
+    """How to see what is there after it did not."""
+    return f"Look:\n  {shell()}kubectl -n {NAMESPACE} get slm,pods,events\n`make demo` starts over."
 
 
 def main() -> int:
@@ -275,15 +284,11 @@ def main() -> int:
         close(board, measured, count, rows)
     except (DemoError, KubectlError, TimedOut) as error:
         tidy(kube)
-        print(f"\nThe demo failed.\n{error}\nThe cluster is still up; `make demo` starts over.", file=sys.stderr)
-        print(hints(), file=sys.stderr)
+        print(f"\nThe demo failed.\n{error}\n{look()}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         tidy(kube)
-        print(
-            f"\nInterrupted. What was applied goes on in the cluster; `make demo` starts over.\n{hints()}",
-            file=sys.stderr,
-        )
+        print(f"\nInterrupted. What was applied goes on in the cluster.\n{look()}", file=sys.stderr)
         return 130
     print(hints())
     return 0

@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 
 FORWARD_SECONDS = 30.0  # until a port-forward listens
+CLIENT_LOG = re.compile(r"[EWI]\d{4} \d\d:")  # what the client library logs before kubectl says what is wrong
 FORWARDING = re.compile(r"^Forwarding from (127\.0\.0\.1:\d+) ", re.MULTILINE)
 
 
@@ -86,7 +87,8 @@ class Kubectl:
                 f"{command}: there is no program {self.program}. `make up` brings one with the local node"
             ) from None
         if done.returncode:
-            raise KubectlError(f"{command}: {done.stderr.strip() or done.stdout.strip()}")
+            said = "\n".join(line for line in done.stderr.splitlines() if not CLIENT_LOG.match(line))
+            raise KubectlError(f"{command}: {said.strip() or done.stderr.strip() or done.stdout.strip()}")
         return done
 
     def apply(self, *objects: Object) -> None:

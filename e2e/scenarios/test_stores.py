@@ -61,10 +61,10 @@ def test_stores(space: Kubectl, seeded: str, images: dict[str, str]) -> None:
     )
 
     def refused() -> bool:
-        words = json.dumps((space.get("finetunejob", "first") or {}).get("status") or {})
-        return "AccessDenied" in words and "hub" in words
+        ready = space.condition("finetunejob", "first", "Ready") or {}
+        return ready.get("reason") == "SourceNotFound" and "private" in ready.get("message", "")
 
-    wait_for("the wrong token is named", refused, 120)
+    wait_for("the condition says that the repository may be private", refused, 180)
     space.apply(secret("hub", "hf_good"))
     first = space.wait_ready("finetunejob", "first", 240)
     assert first["status"]["artifact"]["uri"].startswith("pvc://models/first"), first["status"]["artifact"]

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2] / "images" / "artifacts")]
+IMAGES = Path(__file__).resolve().parents[2] / "images"
+sys.path[:0] = [str(Path(__file__).parent), str(IMAGES / "artifacts"), str(IMAGES / "trainer")]
 
 from artifact_support import Registry, safetensors, write  # noqa: E402  # the folder must be on the path first
 from hub import Hub  # noqa: E402

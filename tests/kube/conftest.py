@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -191,3 +192,56 @@ def check_log(operator: Operator) -> None:
     """No bug came to light."""
     text = operator.log.read_text()
     assert "Traceback" not in text, text[-4000:]
+
+
+LONG = "test_outage.py"  # its outages last while the other tests run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests that wait for a long time to be over come last."""
+    items.sort(key=lambda item: item.path.name == LONG)
+
+
+@dataclass
+class Outage:
+    """An API server that is away, for one operator with one object whose Job it has made."""
+
+    api: Api
+    proxy: Proxy
+    operator: Operator
+    began: float = field(default_factory=time.monotonic)
+
+    def last(self, seconds: float) -> None:
+        """Wait until it has lasted so long."""
+        wait_for("a long outage", lambda: time.monotonic() - self.began > seconds, seconds + 10)
+
+
+@pytest.fixture(scope="session")
+def outages(access: Access, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Outage]]:
+    """Two of them: one answers 503 to everything, one does not even take connections."""
+    found = {name: _outage(access, tmp_path_factory.mktemp(name), name) for name in ("ill", "away")}
+    found["ill"].proxy.answer = 503
+    found["ill"].proxy.error_in_watches(500)  # so that every watch has to be opened anew
+    found["away"].proxy.refuse()
+    yield found
+    for outage in found.values():
+        outage.operator.kill()
+        outage.proxy.close()
+        check_log(outage.operator)
+
+
+def _outage(access: Access, folder: Path, name: str) -> Outage:
+    proxy, api = Proxy(access).start(), Api(access, name)
+    api.ask("POST", "/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+    operator = Operator(proxy.url, folder, name).until_ready()
+    spec = {"base": {"uri": "oci://r/base:1"}, "dataset": {"uri": "oci://r/data:1"}}
+    api.create("FineTuneJob", "tune", spec=spec)
+    wait_for("the Job", lambda: api.get("Job", "tune-finetune"))
+    return Outage(api, proxy, operator)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def outages_begin_early(request: pytest.FixtureRequest) -> None:
+    """If their own tests are to run at all."""
+    if any(item.path.name == LONG for item in request.session.items):
+        request.getfixturevalue("outages")

@@ -31,6 +31,9 @@ FAULTS: list[tuple[str, str | bytes, dict[str, Any], str]] = [
     ("not UTF-8", GOOD.encode() + b'{"prompt": "\xff"}\n', {}, r"line 2 is not UTF-8 \(byte 13\)"),
     ("utf-16", GOOD.encode("utf-16"), {}, r"line 1 is not UTF-8 \(byte 1\)"),
     ("deep", "[" * 100_000, {}, r"line 1 is not JSON"),
+    ("endless number", '{"prompt": ' + "1" * 5000 + "}", {}, r"line 1 is not JSON \(a number is too long\)"),
+    ("a number for text", '{"prompt": 7, "completion": "c"}', {}, r"line 1: 'prompt' must be text, it is a JSON number"),
+    ("mark of UTF-8 in the middle", GOOD.encode() + b"\xef\xbb\xbf" + GOOD.encode(), {}, r"line 2 is not JSON \(Unexpected UTF-8 BOM"),
     ("no known columns", '{"input": "p", "output": "c"}', {}, r"line 1 has neither 'messages' nor 'prompt' and 'completion'; it has 'input', 'output'.*dataset.columns"),
     ("prompt alone", '{"prompt": "p"}', {}, r"it has 'prompt'"),
     ("named column is missing", GOOD, {"columns": {"completion": "wanted"}, "format": "prompt-completion"}, r"line 1 has no column 'wanted'; it has 'prompt', 'completion'.*dataset.columns.completion"),
@@ -108,7 +111,7 @@ def test_leaks_are_found_over_case_and_white_space() -> None:
     ("files", "file", "message"),
     [
         (["a.jsonl", "b.jsonl"], None, r"holds 2 .jsonl files: a.jsonl, b.jsonl. Name one in dataset.file"),
-        (["a.json"], None, r"holds 0 .jsonl files: none"),
+        (["a.json"], None, r"holds 0 .jsonl files: none. Write one JSON object a line"),
         (["a.jsonl"], "b.jsonl", r"has no file 'b.jsonl'. Its .jsonl files: a.jsonl"),
     ],
 )

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny import chat, task
 
-from slmops_artifacts import read_manifest
-from slmops_trainer import finetune, models
+from slmops.api.finetune import Lora
+from slmops_artifacts import ArtifactError, Manifest, push, read_manifest
+from slmops_trainer import context, finetune, models
 from slmops_trainer.context import Context
 from slmops_trainer.failure import RunFailure
 
@@ -101,6 +102,9 @@ def test_lora_merges_into_a_model_that_answers_like_the_adapter(
     assert torch.allclose(merged.model(ids).logits, adapted(ids).logits, atol=1e-4)
     assert result.artifact is not None
     assert not list((tmp_path / "store/out").glob("adapter*"))
+    manifests = [read_manifest(uri) for uri in ("pvc://store/out", "pvc://store/adapter")]
+    sizes = [manifest.recipe["trainableParameters"] for manifest in manifests if manifest]
+    assert sizes == [sum(value.numel() for name, value in adapted.named_parameters() if "lora_" in name)] * 2
 
 
 def test_a_model_below_its_threshold_is_kept_aside(
@@ -135,6 +139,57 @@ def test_unknown_target_modules_are_listed(make_run: Callable[..., Context], set
     with pytest.raises(RunFailure, match=r"c_attn.*it has .*down_proj.*q_proj") as caught:
         finetune.run(make_run(finetune=wrong))
     assert caught.value.reason == "BadSpec"
+
+
+def test_every_target_module_has_to_mean_something(tiny_model: Path) -> None:
+    """peft itself is content when one of them does, and trains less than was asked for."""
+    with pytest.raises(RunFailure, match=r"gate fits no module of the model; it has "):
+        finetune.adapt(models.load(tiny_model, "tiny").model, Lora(target_modules=["q_proj", "gate"]), 1)
+    found = finetune.adapt(models.load(tiny_model, "tiny").model, Lora(target_modules=["q_proj", "gate_proj"]), 1)
+    names = {name.split(".")[-4] for name, value in found.named_parameters() if value.requires_grad}
+    assert names == {"q_proj", "gate_proj"}
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_layers_that_share_their_weights_take_no_adapter(tiny_model: Path, target: str) -> None:
+    with pytest.raises(RunFailure, match="share their weights") as caught:
+        finetune.adapt(models.load(tiny_model, "tiny").model, Lora(target_modules=["q_proj", target]), 1)
+    assert caught.value.reason == "BadSpec"
+
+
+def test_what_cannot_be_adapted_is_said(tiny_model: Path) -> None:
+    with pytest.raises(RunFailure, match="cannot be adapted: Target module"):
+        finetune.adapt(models.load(tiny_model, "tiny").model, Lora(target_modules=["norm"]), 1)
+
+
+def test_a_result_waits_for_a_store_that_is_full(
+    make_run: Callable[..., Context], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies in the pod exists nowhere else."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    tries: list[str] = []
+
+    def busy(folder: Path, uri: str, manifest: Manifest, **more: Any) -> tuple[str, Manifest]:
+        tries.append(ctx.board.progress.message)
+        if len(tries) < 4:
+            raise ArtifactError("DiskFull" if len(tries) % 2 else "SourceUnavailable", "no room.")
+        return push(folder, uri, manifest, **more)
+
+    monkeypatch.setattr(context, "push", busy)
+    monkeypatch.setattr(context, "STORE_PAUSE", 0.001)
+    ctx = make_run(finetune=None)
+    ctx.push(tmp_path / "model", Manifest(kind="model"))
+    assert tries == ["", *["Waits for the store: no room."] * 3]
+    assert read_manifest("pvc://store/out") is not None
+    ctx.store_patience, tries = 0.0, []
+    with pytest.raises(RunFailure) as caught:
+        ctx.push(tmp_path / "model", Manifest(kind="model"))
+    assert (caught.value.reason, caught.value.retryable) == ("DiskFull", True)
+    ctx.store_patience, tries = 3600.0, []
+    ctx.stop.set()
+    with pytest.raises(RunFailure, match="waited for the store: no room"):
+        ctx.push(tmp_path / "model", Manifest(kind="model"))
 
 
 def test_early_stopping_stops(make_run: Callable[..., Context], sets: tuple[str, str]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tiny import chat, task
 
 from slmops.api.meta import Ancestor, Artifact
@@ -232,11 +233,13 @@ def test_metrics_that_json_cannot_say_are_left_out() -> None:
         (MemoryError(), "OutOfMemory", 3),
         (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "OutOfMemory", 3),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "OutOfMemory", 3),
-        (OSError(errno.ENOSPC, "No space left on device", "/x"), "DiskFull", 3),
+        (OSError(errno.ENOSPC, "No space left on device", "/x"), "DiskFull", 1),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "DiskFull", 1),
         (RuntimeError("something else"), "InternalError", 1),
         (RunFailure("Interrupted", "x", retryable=True), "Interrupted", 143),
         (ArtifactError("AccessDenied", "no"), "AccessDenied", 3),
         (ArtifactError("SourceUnavailable", "no"), "SourceUnavailable", 1),
+        (ArtifactError("DiskFull", "no"), "DiskFull", 1),
         (ArtifactError("UnsupportedFormat", "no"), "UnsupportedModel", 3),
     ],
 )

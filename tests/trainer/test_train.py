@@ -15,6 +15,7 @@ from slmops_trainer import encoding, finetune, models, state
 from slmops_trainer.context import Context
 from slmops_trainer.data import Example, Message
 from slmops_trainer.failure import RunFailure
+from slmops_trainer.generate import mean_loss
 from slmops_trainer.loss import collate, loss_sum
 from slmops_trainer.train import TrainReport, train
 
@@ -33,7 +34,7 @@ def recipe(**more: Any) -> Training:
 
 
 def fit(
-    ctx: Context, folder: Path, training: Training, lora: bool = False
+    ctx: Context, folder: Path, training: Training, lora: bool = False, watch: int = 0
 ) -> tuple[dict[str, torch.Tensor], TrainReport]:
     """Train in this `pod`; the weights as they are afterwards, whether or not it was stopped."""
     loaded = models.load(folder, "tiny")
@@ -43,7 +44,7 @@ def fit(
         from slmops.api.finetune import Lora
 
         model = finetune.adapt(model, Lora(r=4, dropout=0.3), training.seed)
-    report = train(ctx, model, loaded.tokenizer, encoded.items, training)
+    report = train(ctx, model, loaded.tokenizer, encoded.items, training, evaluation=encoded.items[:watch])
     return {name: value.detach().clone() for name, value in state.trainable(model).items()}, report
 
 
@@ -79,6 +80,115 @@ def test_a_run_stopped_after_every_step_ends_bit_equal(
     assert all(torch.equal(whole[name], torn[name]) for name in whole)
 
 
+def test_a_run_stopped_within_a_step_does_that_step_again(
+    make_run: Callable[..., Context], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accumulation may take longer than the pod's grace: no stop waits for its end."""
+    training = recipe(gradientAccumulation=4)
+    whole, report = fit(make_run(uid="whole", finetune=None), tiny_model, training, lora=True)
+    passes = 0
+
+    def stopping(model: Any, batch: Any) -> torch.Tensor:
+        nonlocal passes
+        passes += 1
+        if passes in (2, 6):  # the second of four passes: of the first step of the first pod and of the second
+            ctx.stop.set()
+        return loss_sum(model, batch)
+
+    monkeypatch.setattr("slmops_trainer.train.loss_sum", stopping)
+    for _ in range(2):
+        ctx = make_run(uid="torn", finetune=None)
+        with pytest.raises(RunFailure, match="Stopped after step 0 of 6") as caught:
+            fit(ctx, tiny_model, training, lora=True)
+        assert caught.value.exit_code == 143
+        passes = 4
+    torn, resumed = fit(make_run(uid="torn", finetune=None), tiny_model, training, lora=True)
+    assert (resumed.steps, resumed.tokens, resumed.loss) == (report.steps, report.tokens, report.loss)
+    assert all(torch.equal(whole[name], torn[name]) for name in whole)
+
+
+def test_an_evaluation_that_was_stopped_is_done_by_the_next_pod(
+    make_run: Callable[..., Context], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = recipe(learningRate=1e-8, earlyStopping={"patience": 1, "everySteps": 2, "minDelta": 0.5})
+    _, report = fit(make_run(uid="whole", finetune=None), tiny_model, training, watch=12)
+    ctx = make_run(uid="torn", finetune=None)
+    measured: list[int] = []
+
+    def stopping(*arguments: Any) -> float:
+        measured.append(1)
+        if len(measured) == 2:
+            ctx.stop.set()
+        return mean_loss(*arguments)
+
+    monkeypatch.setattr("slmops_trainer.train.mean_loss", stopping)
+    with pytest.raises(RunFailure, match="Stopped after step 4 of 6"):
+        fit(ctx, tiny_model, training, watch=12)
+    _, resumed = fit(make_run(uid="torn", finetune=None), tiny_model, training, watch=12)
+    assert resumed.resumed_at == 4
+    assert (resumed.steps, resumed.evaluation_loss) == (report.steps, report.evaluation_loss)
+    assert resumed.steps == 4  # the second measurement, taken by the second pod, did not fall
+
+
+@pytest.mark.parametrize("reason", ["StoreUnavailable", "DiskFull"])
+def test_a_store_that_is_away_or_full_ends_no_training(
+    make_run: Callable[..., Context], tiny_model: Path, monkeypatch: pytest.MonkeyPatch, reason: Any
+) -> None:
+    whole, _ = fit(make_run(uid="whole", finetune=None), tiny_model, recipe())
+    ctx = make_run(uid="torn", finetune=None)
+    ctx.checkpoints.load()
+    save, tries = ctx.checkpoints.save, 0
+
+    def saving(folder: Path | None = None, patience: float | None = None) -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            save(folder, patience)
+        else:
+            raise RunFailure(reason, "the store has gone.", retryable=True)
+
+    clock = iter(float(second) for second in range(0, 100_000, 100))
+    training = recipe(checkpoint={"everySeconds": 100})
+    with monkeypatch.context() as patch:
+        patch.setattr(ctx.checkpoints, "save", saving)
+        patch.setattr("slmops_trainer.train.time.monotonic", lambda: next(clock))
+        fit(ctx, tiny_model, training)
+    assert tries == STEPS
+    torn, report = fit(make_run(uid="torn", finetune=None), tiny_model, training)
+    assert report.resumed_at == 1
+    assert all(torch.equal(whole[name], torn[name]) for name in whole)
+
+
+def test_a_pod_stopped_while_the_store_is_away_says_from_where_the_run_goes_on(
+    make_run: Callable[..., Context], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(folder: Path | None = None, patience: float | None = None) -> None:
+        raise RunFailure("StoreUnavailable", "The registry cannot be reached.", retryable=True)
+
+    ctx = make_run(finetune=None)
+    monkeypatch.setattr(ctx.checkpoints, "save", gone)
+    stop_after(ctx, 2)
+    with pytest.raises(RunFailure, match=r"after step 2 of 6; saved up to 0: The registry cannot") as caught:
+        fit(ctx, tiny_model, recipe())
+    assert caught.value.exit_code == 143
+
+
+def test_a_last_step_that_breaks_the_weights_is_no_success(
+    make_run: Callable[..., Context], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = torch.optim.AdamW.step
+
+    def breaking(self: Any, *arguments: Any) -> None:
+        step(self, *arguments)
+        with torch.no_grad():
+            self.param_groups[0]["params"][0][0, 0] = float("nan")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", breaking)
+    with pytest.raises(RunFailure, match=r"embed_tokens.* are no numbers") as caught:
+        fit(make_run(finetune=None), tiny_model, recipe(maxSteps=1))
+    assert caught.value.reason == "LossDiverged"
+
+
 def test_a_pod_killed_without_warning_costs_the_steps_since_its_checkpoint(
     make_run: Callable[..., Context], tiny_model: Path
 ) -> None:
@@ -109,11 +219,11 @@ def test_a_checkpoint_is_written_every_so_many_seconds(
     saved: list[int] = []
     save = ctx.checkpoints.save
 
-    def saving(folder: Path | None = None) -> None:
+    def saving(folder: Path | None = None, patience: float | None = None) -> None:
         counters = state.read_counters(ctx.checkpoints.folder / "training")
         assert counters is not None
         saved.append(counters.step)
-        save(folder)
+        save(folder, patience)
 
     monkeypatch.setattr(ctx.checkpoints, "save", saving)
     fit(ctx, tiny_model, recipe(checkpoint={"everySeconds": 100}))

@@ -1,5 +1,6 @@
 """A world for the rollout's decisions: Deployments, pods, routers, a clock; each action of a pass can be the last."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -116,8 +117,8 @@ class World:
 
     # The operator.
 
-    def run(self, crash_after: int | None = None) -> Decision:
-        """One pass, in the driver's order. Raises KilledError after so many actions."""
+    def run(self, crash_after: int | None = None, refused: Collection[int] = ()) -> Decision:
+        """One pass, in the driver's order, which leaves the refused actions out. Raises KilledError after so many."""
         seen = self.seen()
         before = self.status
         decision = decide(self.spec, before, seen, self.now)
@@ -130,7 +131,8 @@ class World:
         for number, action in enumerate(actions):
             if crash_after is not None and number >= crash_after:
                 raise KilledError
-            action()
+            if number not in refused or number == len(actions) - 1:  # where no status can be written, it was killed
+                action()
             self.check_world()
         self.events += [note.reason for note in decision.notes]
         self.log.append(f"{self.phase} step={decision.rollout.step} weight={decision.weight} {decision.rollout.hold}")

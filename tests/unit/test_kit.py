@@ -30,6 +30,12 @@ def test_a_refusal_names_the_command_and_has_kubectls_words(tmp_path: Path) -> N
         program(tmp_path, "echo 'Forbidden: not you' >&2; exit 1").run("get", "pod", "web")
 
 
+def test_the_client_librarys_log_is_not_repeated(tmp_path: Path) -> None:
+    noise = "echo 'E1128 04:16:25.742111    7197 memcache.go:265] \"Unhandled Error\"' >&2; echo 'refused' >&2; exit 1"
+    with pytest.raises(KubectlError, match=r"kubectl -n shop get pods: refused$"):
+        program(tmp_path, noise).run("get", "pods")
+
+
 def test_a_kubectl_that_hangs_is_ended_and_named(tmp_path: Path) -> None:
     with pytest.raises(KubectlError, match="kubectl -n shop get pods: no answer within 0 s dialling"):
         program(tmp_path, "echo dialling >&2; exec sleep 60").run("get", "pods", timeout=0.3)

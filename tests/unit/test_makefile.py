@@ -22,14 +22,14 @@ def test_a_cluster_that_is_neither_is_refused_by_name(cluster: str) -> None:
     assert f'CLUSTER is "local" or "current", not "{cluster}"' in done.stderr
 
 
-@pytest.mark.parametrize("target", ["demo", "install", "uninstall"])
+@pytest.mark.parametrize("target", ["demo", "e2e", "install", "uninstall"])
 def test_your_own_cluster_gets_no_node_and_no_build(target: str) -> None:
     done = make(target, "CLUSTER=current")
     assert done.returncode == 0, done.stderr
     assert not re.search(r"localkube (up|build|down)", done.stdout)
 
 
-@pytest.mark.parametrize("target", ["test", "components", "e2e", "bench", "up", "images", "down", "purge"])
+@pytest.mark.parametrize("target", ["test", "components", "bench", "up", "images", "down", "purge"])
 def test_what_is_about_the_local_node_is_refused_on_another_cluster(target: str) -> None:
     done = make(target, "CLUSTER=current")
     assert done.returncode != 0

@@ -43,6 +43,8 @@ def vector(*values):
         (vector("-Inf"), NoData, "Inf"),
         (vector("1", "2"), Inconclusive, "2 series"),
         (vector("many"), Inconclusive, "not a number"),
+        ({"status": "success", "data": [1]}, Inconclusive, "not one number"),
+        ({"status": "success"}, Inconclusive, "not one number"),
         ({"status": "success", "data": {"resultType": "matrix", "result": []}}, Inconclusive, "matrix"),
         ({"status": "success", "data": {"resultType": "string", "result": [1, "x"]}}, Inconclusive, "string"),
         (

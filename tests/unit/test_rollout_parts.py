@@ -300,3 +300,18 @@ def test_two_routers_where_there_are_two_servers():
     assert [router.router_pods(spec(replicas=n)) for n in (0, 1, 2, 50)] == [1, 1, 2, 2]
     places = [router.routes(OWNER, {"a": 100}, "a", "", n)["revisions"][0]["servers"] for n in (1, 4, 5, 100)]
     assert places == [8, 8, 16, 256]
+
+
+def test_deployments_whose_names_are_alike_have_no_child_in_common():
+    def children(name: str) -> set[tuple[str, str]]:
+        owner = ours("ModelDeployment", FULL, name=name)
+        token, made = "t", [router.service(owner), router.config_map(owner, {}, {}), router.token_secret(owner, "t")]
+        made += [router.deployment(owner, spec(), token, SETTINGS)]
+        made += [serving.disruption_budget(owner, role) for role in ("server", "router")]
+        made += [serving.headless_service(owner, "0123456789")]
+        made += [serving.deployment(owner, spec(), "0123456789", MODEL, SETTINGS)]
+        return {(one["kind"], one["metadata"]["name"]) for one in made}
+
+    names = ["chat", "chat-router", "chat-servers", "chat-routers", "m" * 63, "m" * 62, "m" * 62 + "n"]
+    found = [children(name) for name in names]
+    assert len(set.union(*found)) == sum(len(one) for one in found)

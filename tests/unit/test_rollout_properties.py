@@ -51,6 +51,10 @@ class AnyOrder(RuleBasedStateMachine):
         with contextlib.suppress(KilledError):
             self.world.run(crash_after=actions)
 
+    @rule(actions=st.sets(st.integers(0, 7), min_size=1))
+    def some_writes_are_refused(self, actions: set[int]) -> None:
+        self.world.run(refused=actions)
+
     @rule()
     def pods_get_ready(self) -> None:
         self.world.settle()

@@ -1,11 +1,25 @@
-"""The run's checkpoint: one artifact at `spec.checkpoint`, replaced as a whole or not at all."""
+"""The run's checkpoint: one artifact at `spec.checkpoint`, replaced as a whole or not at all.
 
+In a registry the last two are kept: the tag is on the newest, which names the one before it. So a run goes on although
+the newest was damaged in the store, and a run of days leaves no more behind than a run of an hour.
+"""
+
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
-from slmops_artifacts import Manifest, pull, push, read_manifest
+from slmops_artifacts import Manifest, delete, pinned, pull, push, read_manifest
 from slmops_artifacts.errors import ArtifactError
 from slmops_artifacts.files import folder_digest, hash_file, list_files
+from slmops_artifacts.uris import OciRef, parse
 from slmops_trainer.failure import from_artifact
+
+ANNOTATION_UID = "slmops.dev/run-uid"
+PREVIOUS = "slmops.dev/previous-checkpoint"
+DAMAGED = ("DigestMismatch", "SourceNotFound", "UnsupportedFormat")
+QUICK = 10.0  # seconds of patience for a removal: what stays behind costs room, not results
+
+log = logging.getLogger("slmops")
 
 
 class Checkpoints:
@@ -22,6 +36,8 @@ class Checkpoints:
         self._created = created
         self._published = ""  # digest of the files that the store has
         self._found: bool | None = None  # None: not looked for yet
+        self._good = ""  # pinned URI of the newest checkpoint that is known to be whole, where the store keeps several
+        self._older: list[str] = []  # pinned URIs that the next save makes superfluous
 
     def load(self) -> Path | None:
         """The folder with the last complete checkpoint, None where there is none yet. Pulls once.
@@ -30,26 +46,78 @@ class Checkpoints:
         """
         if self._found is None:
             try:
-                self._found = read_manifest(self.uri) is not None
-                if self._found:
-                    pull(self.uri, self.folder)
+                manifest = read_manifest(self.uri)
+                if manifest is not None and manifest.annotations.get(ANNOTATION_UID) == self._uid:
+                    self._pull(manifest)
+                    self._found = True
+                else:
+                    self._found = False
             except ArtifactError as error:
                 raise from_artifact(error, writing=True) from error
         return self.folder if self._found else None
 
-    def save(self, folder: Path | None = None) -> None:
+    def save(self, folder: Path | None = None, patience: float | None = None) -> None:
         """Publish the folder. Cheap when nothing changed, and files that did not change are not sent again.
 
-        Raises RunFailure(StoreUnavailable, DiskFull, AccessDenied).
+        `patience`: seconds for which a store that is away is waited for. What was saved before stays until the new
+        one is whole. Raises RunFailure(StoreUnavailable, DiskFull, AccessDenied).
         """
         source = folder or self.folder
         files = list_files(source, str(source))
         digest = folder_digest(hash_file(path)._replace(path=name) for name, path in files.items())
         if not files or digest == self._published:
             return
-        manifest = Manifest(kind="checkpoint", annotations={"slmops.dev/run-uid": self._uid}, created=self._created)
+        annotations = {ANNOTATION_UID: self._uid, **({PREVIOUS: self._good} if self._good else {})}
+        manifest = Manifest(kind="checkpoint", annotations=annotations, created=self._created)
         try:
-            push(source, self.uri, manifest)
+            uri, _ = push(source, self.uri, manifest, patience=patience)
         except ArtifactError as error:
             raise from_artifact(error, writing=True) from error
         self._published = digest
+        if isinstance(parse(self.uri), OciRef):
+            self._remove([old for old in self._older if old not in (uri, self._good)])
+            self._older = [self._good] if self._good else []
+            self._good = uri
+
+    def discard(self) -> None:
+        """Remove the checkpoints of a run whose result is safe. What cannot be removed is left, with a warning."""
+        try:
+            manifest = read_manifest(self.uri, patience=QUICK)
+            if manifest is None or manifest.annotations.get(ANNOTATION_UID) != self._uid:
+                return
+            # The newest last: it is what leads to the others.
+            self._remove([*_before(manifest), pinned(self.uri, manifest)])
+        except ArtifactError as error:
+            log.warning("Left the checkpoint in the store: %s", error.message)
+
+    def _pull(self, newest: Manifest) -> None:
+        """Fill the folder from the newest checkpoint; from the one before it, if the store has damaged the newest."""
+        uri, previous = pinned(self.uri, newest), newest.annotations.get(PREVIOUS, "")
+        before = list(_before(newest))
+        try:
+            pull(uri, self.folder)
+            good = uri
+        except ArtifactError as error:
+            if error.reason not in DAMAGED or not previous:
+                raise
+            log.warning("Went back to the checkpoint before the last one: %s", error.message)
+            pull(previous, self.folder)
+            good = previous
+        if isinstance(parse(self.uri), OciRef):
+            self._good, self._older = good, [old for old in (uri, *before) if old != good]
+
+    def _remove(self, uris: list[str]) -> None:
+        for uri in uris:
+            try:
+                if not delete(uri, patience=QUICK):
+                    log.warning("Left %s in the store, which allows no removal", uri)
+            except ArtifactError as error:
+                log.warning("Left %s in the store: %s", uri, error.message)
+
+
+def _before(manifest: Manifest) -> Iterator[str]:
+    """The pinned URIs of the checkpoints before this one, newest first: more than one only if a pod was killed."""
+    found: Manifest | None = manifest
+    while found is not None and (previous := found.annotations.get(PREVIOUS)):
+        yield previous
+        found = read_manifest(previous, patience=QUICK)

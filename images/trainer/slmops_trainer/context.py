@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,11 +11,12 @@ from slmops.api.run import SECRET_ROOT, WORK_DIR, Input, RunSpec
 from slmops_artifacts import Manifest, pull, push, read_manifest
 from slmops_artifacts.errors import ArtifactError
 from slmops_artifacts.uris import OciRef, parse
-from slmops_trainer.checkpoints import Checkpoints
+from slmops_trainer.checkpoints import ANNOTATION_UID, Checkpoints
 from slmops_trainer.failure import RunFailure, from_artifact, interrupted
 from slmops_trainer.progress import Board
 
-ANNOTATION_UID = "slmops.dev/run-uid"
+STORE_PATIENCE = 3600.0  # seconds for which a store that is away or full is waited for, with the result in hand
+STORE_PAUSE = 15.0  # seconds between two tries
 
 log = logging.getLogger("slmops")
 
@@ -34,6 +36,7 @@ class Context:
         self.work = work
         self.stop = threading.Event()
         self.board = board or Board()
+        self.store_patience = STORE_PATIENCE
         self.metrics: dict[str, float] = {}
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
         work.mkdir(parents=True, exist_ok=True)
@@ -82,7 +85,8 @@ class Context:
     ) -> tuple[Artifact, Manifest]:
         """Publish `folder` at `uri` (default: spec.output). Not broken off by SIGTERM: it was paid for.
 
-        Raises RunFailure(StoreUnavailable, AccessDenied, DiskFull).
+        A store that is away or full is waited for, up to an hour: what lies in this pod exists nowhere else.
+        Raises RunFailure(StoreUnavailable, AccessDenied, DiskFull, Interrupted).
         """
         target = uri or self.spec.output
 
@@ -90,14 +94,22 @@ class Context:
             self.report(stage, done >> 20, max(1, total >> 20), f"{done >> 20} of {total >> 20} MiB")
 
         annotations = {**manifest.annotations, ANNOTATION_UID: self.spec.uid}
-        try:
-            pinned, pushed = push(
-                folder, target, manifest.model_copy(update={"annotations": annotations}), progress=progress
-            )
-        except ArtifactError as error:
-            raise from_artifact(error, writing=True) from error
-        log.info("Pushed %s (%s, %d bytes)", pinned, pushed.digest, pushed.size_bytes)
-        return Artifact(uri=pinned, digest=pushed.digest, size_bytes=pushed.size_bytes), pushed
+        whole = manifest.model_copy(update={"annotations": annotations})
+        end = time.monotonic() + self.store_patience
+        while True:
+            try:
+                pinned, pushed = push(folder, target, whole, progress=progress, patience=STORE_PAUSE)
+            except ArtifactError as error:
+                failure = from_artifact(error, writing=True)
+                if failure.reason not in ("StoreUnavailable", "DiskFull") or time.monotonic() >= end:
+                    raise failure from error
+                log.warning("Waits for the store: %s", error.message)
+                self.report(stage, 0, 1, f"Waits for the store: {error.message}")
+            else:
+                log.info("Pushed %s (%s, %d bytes)", pinned, pushed.digest, pushed.size_bytes)
+                return Artifact(uri=pinned, digest=pushed.digest, size_bytes=pushed.size_bytes), pushed
+            if self.stop.wait(min(STORE_PAUSE, max(0.0, end - time.monotonic()))):
+                raise interrupted(f"The pod was asked to stop while it waited for the store: {failure.message}")
 
     def existing(self, uri: str = "") -> tuple[Artifact, Manifest] | None:
         """What an earlier pod of this very run published at `uri` (default: spec.output), else None."""

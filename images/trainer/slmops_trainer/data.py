@@ -153,8 +153,10 @@ def _rows(path: Path, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
-                what = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+            except (ValueError, RecursionError) as error:
+                # A plain ValueError is a number with more digits than Python reads.
+                what = {RecursionError: "nested too deeply", ValueError: "a number is too long"}.get(type(error))
+                what = what or getattr(error, "msg", "")
                 raise RunFailure(
                     "BadDataset", f"{where} is not JSON ({what}). Write one JSON object a line (JSONL)."
                 ) from error
@@ -261,7 +263,8 @@ def _pick(folder: Path, file: str | None, uri: str) -> Path:
         return found[0]
     raise RunFailure(
         "BadDataset",
-        f"{uri} holds {len(found)} .jsonl files: {names}. " + ("Name one in dataset.file." if found else ""),
+        f"{uri} holds {len(found)} .jsonl files: {names}. "
+        + ("Name one in dataset.file." if found else "Write one JSON object a line into a .jsonl file."),
     )
 
 

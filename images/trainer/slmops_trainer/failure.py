@@ -46,7 +46,8 @@ def from_artifact(error: ArtifactError, *, writing: bool = False) -> RunFailure:
         reason = cast("FailureReason", error.reason)
     if writing and reason == "SourceUnavailable":
         reason = "StoreUnavailable"
-    return RunFailure(reason, error.message, retryable=error.retryable or error.reason == "DigestMismatch")
+    again = error.retryable or error.reason in ("DigestMismatch", "DiskFull")
+    return RunFailure(reason, error.message, retryable=again)
 
 
 def translate(error: BaseException) -> RunFailure:
@@ -63,9 +64,12 @@ def translate(error: BaseException) -> RunFailure:
             "(raise gradientAccumulation by as much), training.maxLength or evaluation.batchSize, "
             "or set training.gradientCheckpointing.",
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if _says_no_space(error):
+        where = error.filename if isinstance(error, OSError) and error.filename else "a file"
         return RunFailure(
-            "DiskFull", f"No space left writing {error.filename or 'a file'}. Give the pod more ephemeral storage."
+            "DiskFull",
+            f"No space left writing {where}. Give the pod more ephemeral storage, or its node more room.",
+            retryable=True,
         )
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return RunFailure("OutOfMemory", "Memory ran out. Raise spec.pod.resources.limits.memory.")
@@ -74,8 +78,16 @@ def translate(error: BaseException) -> RunFailure:
     )
 
 
+def _says_no_space(error: BaseException) -> bool:
+    """Python raises an OSError; safetensors, torch and tokenizers (Rust and C++) classes of their own with its text."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    return any(sign in text for sign in ("No space left on device", "os error 28", "Disk quota exceeded"))
+
+
 def _says_no_memory(error: BaseException) -> bool:
-    """Torch's CPU allocator raises a bare RuntimeError, a full disk under safetensors an odd class of its own."""
+    """Torch's CPU allocator raises a bare RuntimeError."""
     text = str(error)
     return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "CUDA out of memory" in text)
 

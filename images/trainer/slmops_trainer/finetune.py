@@ -1,10 +1,12 @@
 """FineTuneJob: full or LoRA fine-tuning of a causal language model."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from slmops.api.finetune import FineTuneJobSpec, Lora
 from slmops.api.run import RunResult
@@ -44,6 +46,7 @@ def run(ctx: Context) -> RunResult:
     _measure(ctx, loaded, spec, held_out, BEFORE, "base_")
     model = adapt(loaded.model, spec.lora or Lora(), spec.training.seed) if spec.method == "lora" else loaded.model
     watched = _watched(loaded, spec, held_out)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     report = train(ctx, model, loaded.tokenizer, encoded.items, spec.training, evaluation=watched, stage=TRAINING)
     ctx.check()
     tuned = ctx.work / "tuned"
@@ -56,7 +59,7 @@ def run(ctx: Context) -> RunResult:
     recipe = {
         **spec.wire(),
         "evaluationDigest": held_out.digest if held_out else None,
-        "trainableParameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "trainableParameters": trainable,
     }
     title = f"A causal language model, fine-tuned ({spec.method})."
     return publish.publish(ctx, tuned, origin, spec.evaluation, recipe=recipe, seed=spec.training.seed, title=title)
@@ -66,6 +69,7 @@ def adapt(model: Any, lora: Lora, seed: int) -> Any:
     """Put fresh LoRA adapters on the model; only they are trainable. Raises RunFailure(BadSpec)."""
     from peft import LoraConfig, get_peft_model
 
+    _check_targets(model, lora.target_modules or [])
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -77,11 +81,28 @@ def adapt(model: Any, lora: Lora, seed: int) -> Any:
     try:
         return get_peft_model(model, config)
     except ValueError as error:
+        what = (str(error).strip().splitlines() or [""])[0][:300]
+        raise RunFailure("BadSpec", f"lora.targetModules {lora.target_modules} cannot be adapted: {what}") from error
+
+
+def _check_targets(model: Any, wanted: Sequence[str]) -> None:
+    """Every name has to mean something: peft is content when one of them does. Raises RunFailure(BadSpec)."""
+    names = [name for name, _ in model.named_modules()]
+    absent = [target for target in wanted if not any(name == target or name.endswith(f".{target}") for name in names)]
+    if absent:
         leaves = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
         raise RunFailure(
             "BadSpec",
-            f"lora.targetModules {lora.target_modules} fits no module of the model; it has {', '.join(leaves)}.",
-        ) from error
+            f"lora.targetModules {', '.join(absent)} fits no module of the model; it has {', '.join(leaves)}.",
+        )
+    ends = {model.get_input_embeddings(), model.get_output_embeddings()}
+    tied = [name for name, module in model.named_modules() if module in ends and name.rpartition(".")[2] in wanted]
+    if tied and model.config.tie_word_embeddings:
+        raise RunFailure(
+            "BadSpec",
+            f"lora.targetModules {tied[0].rpartition('.')[2]}: the model's first and last layer share their weights, "
+            "so an adapter for one of them cannot be merged. Leave it out.",
+        )
 
 
 def write(loaded: models.Loaded, model: Any, spec: FineTuneJobSpec, folder: Path, base_uri: str) -> models.Loaded:
@@ -143,4 +164,4 @@ def _rank(name: str, spec: FineTuneJobSpec) -> int:
 
 
 def _is_linear(module: Any) -> bool:
-    return isinstance(module, torch.nn.Linear)
+    return isinstance(module, torch.nn.Linear | Conv1D)

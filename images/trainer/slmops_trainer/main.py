@@ -40,7 +40,11 @@ def main() -> int:
     try:
         done = recipe(ctx.spec)(ctx)
     except Exception as error:  # noqa: BLE001  # every end of a run gets a name
-        return _fail(translate(error), ctx.metrics, termination_log, error)
+        failure = translate(error)
+        if failure.reason == "QualityBelowThreshold":
+            ctx.checkpoints.discard()  # its model is kept aside, and another pod would find that
+        return _fail(failure, ctx.metrics, termination_log, error)
+    ctx.checkpoints.discard()
     result.write(done, termination_log)
     log.info("Run succeeded: %s", done.artifact.uri if done.artifact else "no artifact")
     return EXIT_OK

@@ -175,7 +175,15 @@ def write(loaded: Loaded, model: Any, folder: Path) -> None:
         pad_token_id=loaded.tokenizer.pad_token_id,
         **({"max_length": limit} if limit else {}),
     )
-    model.to(loaded.dtype).save_pretrained(folder, safe_serialization=True)
+    model.to(loaded.dtype)
+    broken = next((name for name, value in model.named_parameters() if not value.isfinite().all()), None)
+    if broken is not None:
+        raise RunFailure(
+            "LossDiverged",
+            f"{broken} holds values that {str(loaded.dtype).removeprefix('torch.')}, the base's type, cannot hold. "
+            "Lower training.learningRate, or use a base model in bfloat16 or float32.",
+        )
+    model.save_pretrained(folder, safe_serialization=True)
     copy_tokenizer(loaded, folder)
 
 

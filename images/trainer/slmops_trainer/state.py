@@ -25,7 +25,10 @@ WEIGHTS, OPTIMIZER, RANDOM, COUNTERS = (
 
 @dataclass
 class Counters:
-    """Where the run stands after a whole optimizer step. `loss` is smoothed, `seconds` were spent training."""
+    """Where the run stands after a whole optimizer step.
+
+    `loss` is smoothed, `seconds` were spent training, `measured` is the step of the last evaluation.
+    """
 
     fingerprint: str
     step: int = 0
@@ -35,6 +38,7 @@ class Counters:
     best: float | None = None
     waited: int = 0
     evaluation_loss: float | None = None
+    measured: int = 0
     done: bool = False
 
 
@@ -71,10 +75,7 @@ def save(folder: Path, model: Any, optimizer: Any, counters: Counters) -> None:
             },
             fresh / OPTIMIZER,
         )
-        randoms = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            randoms["cuda"] = torch.cuda.get_rng_state()
-        save_file(randoms, fresh / RANDOM)
+        save_file(randoms(), fresh / RANDOM)
     (fresh / COUNTERS).write_text(json.dumps(asdict(counters)))
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
@@ -101,10 +102,22 @@ def restore(folder: Path, model: Any, optimizer: Any, counters: Counters) -> Non
         name, _, entry = key.rpartition("/")
         state.setdefault(index[id(parameters[name])], {})[entry] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    randoms = load_file(folder / RANDOM)
-    torch.set_rng_state(randoms["cpu"])
-    if "cuda" in randoms and torch.cuda.is_available():
-        torch.cuda.set_rng_state(randoms["cuda"])
+    set_randoms(load_file(folder / RANDOM))
+
+
+def randoms() -> dict[str, Any]:
+    """Where torch's random numbers stand, by device."""
+    found = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.get_rng_state()
+    return found
+
+
+def set_randoms(saved: dict[str, Any]) -> None:
+    """Go back to where the random numbers stood."""
+    torch.set_rng_state(saved["cpu"])
+    if "cuda" in saved and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved["cuda"])
 
 
 def _in_order(optimizer: Any) -> list[Any]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 PART = "training"  # the checkpoint's subfolder
 SMOOTHING = 0.9
 LOG_SECONDS = 15.0
+# Seconds for which a store that is away holds up the training, and the end of the pod (whose grace is 60 s).
+SAVE_PATIENCE, STOP_PATIENCE = 30.0, 30.0
 
 log = logging.getLogger("slmops")
 
@@ -72,6 +74,10 @@ def train(
     return run.end()
 
 
+class _StoppedError(Exception):
+    """SIGTERM arrived within an evaluation; the next pod repeats it."""
+
+
 class _Run:
     """The loop's variables."""
 
@@ -95,6 +101,7 @@ class _Run:
         self.batches: tuple[int, list[list[int]]] = (-1, [])
         self.counters = state.Counters(state.fingerprint(model, encoded, training))
         self.resumed_at: int | None = None
+        self.stored = 0
         self.parameters = list(state.trainable(model).values())
         if not self.parameters:
             raise RunFailure("NothingToTrain", "The model has no trainable parameter.")
@@ -110,12 +117,13 @@ class _Run:
         saved = state.read_counters(self.folder)
         if saved is not None and saved.fingerprint == self.counters.fingerprint:
             state.restore(self.folder, self.model, self.optimizer, saved)
-            self.counters, self.resumed_at = saved, saved.step
+            self.counters, self.resumed_at, self.stored = saved, saved.step, saved.step
             log.info("Resumed at step %d of %d", saved.step, self.total)
         elif saved is not None:
             log.warning("Ignored a checkpoint of another recipe or other data")
         self.saved_at = self.logged_at = time.monotonic()
         self.ctx.report(self.stage, self.counters.step, self.total, "Training began")
+        self.maybe_evaluate()  # the last pod may have been stopped in the middle of it
 
     def one_step(self) -> None:
         """One optimizer step: the loss is the mean over all trained tokens of its batches together."""
@@ -124,11 +132,17 @@ class _Run:
         rows = [[self.encoded[index] for index in batch] for batch in self._batches(step)]
         batches = [collate(group, self.pad, self.model.device) for group in rows]
         trained = max(1, sum(batch.trained for batch in batches))
+        randoms = state.randoms()
         rate = schedule.learning_rate(step, self.total, self.training)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = 0.0
-        for batch in batches:
+        for index, batch in enumerate(batches):
+            if index and self.ctx.stop.is_set():
+                # Accumulation may take longer than the pod's grace: the next pod does the whole step again.
+                self.optimizer.zero_grad(set_to_none=True)
+                state.set_randoms(randoms)
+                return
             with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.training.precision == "bf16"):
                 part = loss_sum(self.model, batch) / trained
             part.backward()
@@ -143,10 +157,14 @@ class _Run:
     def maybe_evaluate(self) -> None:
         """Early stopping: end when the evaluation loss has not fallen for `patience` measurements."""
         rule, counters = self.training.early_stopping, self.counters
-        if rule is None or not self.evaluation or counters.step % rule.every_steps:
+        due = rule is not None and counters.step != counters.measured and counters.step % rule.every_steps == 0
+        if rule is None or not due or not self.evaluation:
             return
-        value = mean_loss(self.model, self.evaluation, self.pad, self.training.batch_size)
-        counters.evaluation_loss = value
+        try:
+            value = mean_loss(self.model, self.evaluation, self.pad, self.training.batch_size, self._unless_stopped)
+        except _StoppedError:
+            return
+        counters.evaluation_loss, counters.measured = value, counters.step
         self.ctx.live(evaluation_loss=value)
         if counters.best is None or value < counters.best - rule.min_delta:
             counters.best, counters.waited = value, 0
@@ -156,7 +174,10 @@ class _Run:
         counters.done = counters.waited >= rule.patience
 
     def maybe_save(self) -> None:
-        """Save when it is time, and when the pod has been asked to stop: then the run ends here."""
+        """Save when it is time, and when the pod has been asked to stop: then the run ends here.
+
+        A store that is away or full ends no training: it is tried again when the next checkpoint is due.
+        """
         counters = self.counters
         stop = self.ctx.stop.is_set()
         due = time.monotonic() - self.saved_at >= self.training.checkpoint.every_seconds
@@ -164,14 +185,38 @@ class _Run:
         if not (stop or due or counters.done):
             return
         state.save(self.folder, self.model, self.optimizer, counters)
-        self.ctx.checkpoints.save()
+        problem = self._publish(STOP_PATIENCE if stop else SAVE_PATIENCE)
         self.saved_at = time.monotonic()
-        log.info("Saved step %d of %d", counters.step, self.total)
+        if problem:
+            log.warning("Did not save step %d of %d: %s", counters.step, self.total, problem)
+        else:
+            self.stored = counters.step
+            log.info("Saved step %d of %d", counters.step, self.total)
+        if stop and problem:
+            raise interrupted(
+                f"Stopped after step {counters.step} of {self.total}; saved up to {self.stored}: {problem}"
+            )
         if stop:
             raise interrupted(f"Stopped after step {counters.step} of {self.total}; the checkpoint is written.")
 
+    def _publish(self, patience: float) -> str:
+        """Bring the checkpoint to the store. Returns what prevented it, if the store may mend itself."""
+        try:
+            self.ctx.checkpoints.save(patience=patience)
+        except RunFailure as failure:
+            if failure.reason not in ("StoreUnavailable", "DiskFull"):
+                raise
+            return failure.message
+        return ""
+
     def end(self) -> TrainReport:
-        """Leave the model as inference wants it."""
+        """Leave the model as inference wants it. Raises RunFailure(LossDiverged) if the last step broke it."""
+        broken = next((name for name, value in state.trainable(self.model).items() if not value.isfinite().all()), None)
+        if broken is not None:
+            raise RunFailure(
+                "LossDiverged",
+                f"Training left values in {broken} that are no numbers. Lower training.learningRate.",
+            )
         if self.training.gradient_checkpointing:
             self.model.gradient_checkpointing_disable()
         self.model.eval()
@@ -186,6 +231,10 @@ class _Run:
             stopped_early=counters.step < self.total,
             resumed_at=self.resumed_at,
         )
+
+    def _unless_stopped(self, done: int, total: int) -> None:  # noqa: ARG002  # what mean_loss calls
+        if self.ctx.stop.is_set():
+            raise _StoppedError
 
     def _batches(self, step: int) -> list[list[int]]:
         epoch, index = divmod(step, self.per_epoch)

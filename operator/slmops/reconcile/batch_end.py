@@ -16,7 +16,9 @@ from slmops.reconcile.pods import INTERRUPTED, failure_of, result_of
 from slmops.reconcile.state import Event, Plan
 
 # Reasons for which the world is to blame: it may mend itself, or be mended, without a change of the object.
-WORLD = frozenset({"SourceUnavailable", "SourceNotFound", "StoreUnavailable", "TeacherUnavailable", "AccessDenied"})
+WORLD = frozenset(
+    {"SourceUnavailable", "SourceNotFound", "StoreUnavailable", "TeacherUnavailable", "AccessDenied", "DiskFull"}
+)
 RETRY_FIRST = timedelta(seconds=30)
 RETRY_MOST = timedelta(hours=1)
 RECHECK_FAILED = 60.0  # seconds between two looks at a failed object's ConfigMaps and Secrets

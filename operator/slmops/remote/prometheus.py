@@ -7,6 +7,8 @@ from typing import Any
 
 import httpx
 
+from slmops.remote.client import shared
+
 TIMEOUT_SECONDS = 5.0
 BODY_MAX = 1_000_000  # bytes
 
@@ -44,24 +46,23 @@ Answer = Value | NoData | Inconclusive | Unreachable
 
 def query(url: str, promql: str, time: datetime, *, client: httpx.Client | None = None) -> Answer:
     """Evaluate `promql` at `time` (aware). Never raises for what Prometheus does or does not answer."""
-    opened = client or httpx.Client(trust_env=False, timeout=TIMEOUT_SECONDS)
+    asked = {"query": promql, "time": str(time.timestamp())}
     try:
-        answer = opened.post(f"{url.rstrip('/')}/api/v1/query", data={"query": promql, "time": str(time.timestamp())})
+        where = f"{url.rstrip('/')}/api/v1/query"
+        answer = (client or shared()).post(where, data=asked, timeout=TIMEOUT_SECONDS)
         if len(answer.content) > BODY_MAX:
             return Inconclusive(f"The answer has {len(answer.content)} bytes: aggregate to one number, as sum() does.")
         body = answer.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         return Unreachable(f"Prometheus at {url} gave no usable answer: {error or type(error).__name__}")
-    finally:
-        if client is None:
-            opened.close()
     if not isinstance(body, dict) or answer.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
         return Unreachable(f"Prometheus at {url} answered with HTTP {answer.status_code}.")
     if body.get("status") != "success":
         if answer.status_code in (httpx.codes.BAD_REQUEST, httpx.codes.UNPROCESSABLE_ENTITY):
             return Inconclusive(f"Prometheus refuses the query: {str(body.get('error', ''))[:300]}")
         return Unreachable(f"Prometheus at {url} answered with HTTP {answer.status_code}.")
-    return _number(body.get("data") or {})
+    data = body.get("data")
+    return _number(data if isinstance(data, dict) else {})
 
 
 def _number(data: dict[str, Any]) -> Answer:

@@ -9,6 +9,7 @@ import httpx
 from pydantic import Field, ValidationError
 
 from slmops.api.base import Model
+from slmops.remote.client import shared
 from slmops.remote.errors import RemoteError
 from slmops.settings import Settings
 
@@ -84,9 +85,8 @@ def pusher(settings: Settings) -> Callable[[Order], None]:  # noqa: ARG001  # th
 def _call(
     method: str, url: str, secret: str, body: dict[str, Any] | None, seconds: float, client: httpx.Client | None
 ) -> Report:
-    opened = client or httpx.Client(trust_env=False)
     try:
-        answer = opened.request(
+        answer = (client or shared()).request(
             method,
             url,
             json=body,
@@ -101,6 +101,3 @@ def _call(
         raise RemoteError(f"The router's agent at {url} does not answer: {error or type(error).__name__}") from error
     except ValidationError as error:
         raise RemoteError(f"The router's agent at {url} gave an answer that is none.") from error
-    finally:
-        if client is None:
-            opened.close()

@@ -177,7 +177,8 @@ class Work:
             problem = self.seen.router_problem or Problem("RouterNotReady", "No router pod is ready.")
             self.hold(problem.reason, problem.message)
         elif silent:
-            self.hold("RouterUnreachable", f"{silent} of {len(self.seen.routers)} routers do not answer the operator.")
+            said = f"{silent} of {len(self.seen.routers)} routers do not answer the operator"
+            self.hold("RouterUnreachable", f"{said}: it has to reach port 9091 of their pods (NetworkPolicies?).")
 
     def rid_of(self, revision: str) -> bool:
         """Whether every router was seen to send nothing to this revision."""

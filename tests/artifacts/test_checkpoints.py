@@ -1,0 +1,201 @@
+"""A run's checkpoints in a real registry: the last two, never fewer than are needed, never more."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from artifact_support import Registry, contents, safetensors, write
+
+from slmops_artifacts import Manifest, push, read_manifest
+from slmops_trainer import checkpoints
+from slmops_trainer.checkpoints import Checkpoints
+from slmops_trainer.failure import RunFailure
+
+REPOSITORY = "ml/tune"
+
+
+class Run:
+    """One run; `pod()` is its next pod, with an empty disk."""
+
+    def __init__(self, uri: str, folder: Path, uid: str = "uid-1") -> None:
+        self.uri, self._folder, self._uid, self._pods = uri, folder, uid, 0
+
+    def pod(self) -> Checkpoints:
+        self._pods += 1
+        return Checkpoints(self.uri, self._folder / f"{self._uid}-pod-{self._pods}", self._uid, f"start {self._pods}")
+
+
+def save(pod: Checkpoints, step: int) -> None:
+    write(pod.folder, {"training/weights.safetensors": safetensors(64, b"%d" % step), "training/same.json": b"{}"})
+    pod.save(patience=5)
+
+
+def loaded(pod: Checkpoints) -> int | None:
+    """The step that the pod goes on from."""
+    folder = pod.load()
+    return int(contents(folder)["training/weights.safetensors"][-1:]) if folder else None
+
+
+def kept(registry: Registry) -> int:
+    """How many manifests the registry has."""
+    revisions = registry.storage / f"docker/registry/v2/repositories/{REPOSITORY}/_manifests/revisions/sha256"
+    return len(list(revisions.glob("*/link"))) if revisions.exists() else 0
+
+
+@pytest.fixture
+def run(registry: Registry, tmp_path: Path) -> Run:
+    return Run(f"oci://{registry.host}/{REPOSITORY}:ckpt-1", tmp_path)
+
+
+def test_a_long_run_leaves_two(run: Run, registry: Registry) -> None:
+    pod = run.pod()
+    assert loaded(pod) is None
+    for step in range(1, 5):
+        save(pod, step)
+    assert kept(registry) == 2
+    pod = run.pod()
+    assert loaded(pod) == 4
+    for step in range(5, 8):
+        save(pod, step)
+        assert kept(registry) == 2
+    assert loaded(run.pod()) == 7
+
+
+def test_nothing_new_is_nothing_sent(run: Run, registry: Registry) -> None:
+    pod = run.pod()
+    pod.load()
+    save(pod, 1)
+    before = read_manifest(run.uri)
+    pod.save()
+    assert read_manifest(run.uri) == before
+    assert kept(registry) == 1
+
+
+@pytest.mark.parametrize("harm", ["changed", "lost"])
+def test_a_checkpoint_that_the_store_damaged_costs_one_step_back(run: Run, registry: Registry, harm: str) -> None:
+    pod = run.pod()
+    pod.load()
+    for step in (1, 2, 3):
+        save(pod, step)
+    digest = hash_of(pod.folder / "training/weights.safetensors")
+    blob = registry.blob(digest)
+    if harm == "changed":
+        blob.write_bytes(blob.read_bytes()[:-1] + b"?")
+    else:
+        blob.unlink()
+    pod = run.pod()
+    assert loaded(pod) == 2
+    save(pod, 4)
+    assert kept(registry) == 2
+    assert loaded(run.pod()) == 4
+
+
+def test_a_pod_killed_before_it_tidied_up(run: Run, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PowerCut(BaseException):
+        """Nothing gets to run after it."""
+
+    def cut(*_: object, **__: object) -> bool:
+        raise PowerCut
+
+    pod = run.pod()
+    pod.load()
+    for step in (1, 2):
+        save(pod, step)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "delete", cut)
+        with pytest.raises(PowerCut):
+            save(pod, 3)
+    assert kept(registry) == 3
+    pod = run.pod()
+    assert loaded(pod) == 3
+    save(pod, 4)
+    assert kept(registry) == 2
+
+
+def test_when_the_result_is_safe_nothing_stays(run: Run, registry: Registry, tmp_path: Path) -> None:
+    result, _ = push(
+        write(tmp_path / "out", {"model.safetensors": safetensors()}),
+        f"oci://{registry.host}/{REPOSITORY}:v1",
+        Manifest(kind="model"),
+    )
+    pod = run.pod()
+    pod.load()
+    for step in (1, 2, 3):
+        save(pod, step)
+    run.pod().discard()
+    assert read_manifest(run.uri) is None
+    assert kept(registry) == 1
+    assert read_manifest(result) is not None
+    run.pod().discard()  # there is nothing any more
+
+
+def test_the_checkpoint_of_another_run_is_neither_used_nor_removed(run: Run, tmp_path: Path) -> None:
+    pod = run.pod()
+    pod.load()
+    save(pod, 1)
+    other = Run(run.uri, tmp_path, uid="uid-2")
+    assert loaded(other.pod()) is None
+    other.pod().discard()
+    assert loaded(run.pod()) == 1
+
+
+def test_a_full_store_keeps_what_it_has_and_takes_more_when_there_is_room(
+    tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "full").mkdir()
+    server = Registry(tmp_path / "full", storage=small_disk)
+    server.start()
+    try:
+        monkeypatch.setenv("SLMOPS_PLAIN_HTTP", server.host)
+        run = Run(f"oci://{server.host}/{REPOSITORY}:ckpt-1", tmp_path)
+        pod = run.pod()
+        pod.load()
+        save(pod, 1)
+        (small_disk / "other").write_bytes(bytes(3 << 20))
+        write(pod.folder, {"training/weights.safetensors": safetensors(2 << 20, b"2")})
+        with pytest.raises(RunFailure) as caught:
+            pod.save(patience=1)
+        assert caught.value.reason == "DiskFull"
+        assert caught.value.retryable
+        assert server.host in caught.value.message
+        assert loaded(run.pod()) == 1
+        (small_disk / "other").unlink()
+        pod.save()
+        assert loaded(run.pod()) == 2
+    finally:
+        server.stop()
+
+
+def test_a_store_that_is_away_is_no_store_without_a_checkpoint(run: Run, registry: Registry) -> None:
+    pod = run.pod()
+    pod.load()
+    save(pod, 1)
+    registry.stop()
+    with pytest.raises(RunFailure) as caught:
+        run.pod().load()
+    assert caught.value.reason == "StoreUnavailable"
+    run.pod().discard()  # a result that is safe is not lost over this
+
+
+def test_on_a_volume_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLMOPS_PVC_ROOT", str(tmp_path))
+    (tmp_path / "claim").mkdir()
+    run = Run("pvc://claim/out-ckpt-1", tmp_path)
+    pod = run.pod()
+    pod.load()
+    for step in (1, 2):
+        save(pod, step)
+    assert [item.name for item in (tmp_path / "claim").iterdir()] == ["out-ckpt-1"]
+    pod = run.pod()
+    assert loaded(pod) == 2
+    save(pod, 3)
+    assert loaded(run.pod()) == 3
+    pod.discard()
+    assert list((tmp_path / "claim").iterdir()) == []
+
+
+def hash_of(path: Path) -> str:
+    """The name under which the registry keeps the file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

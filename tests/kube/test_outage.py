@@ -1,0 +1,41 @@
+"""Long outages of the API server. They begin with the session (conftest.py) and are waited for at its end."""
+
+import pytest
+from tests.kube.api import wait_for
+from tests.kube.conftest import Outage
+from tests.kube.kubelet import Kubelet
+from tests.kube.test_life import TUNE, until_job
+
+AWAY_SECONDS = 60.0
+ILL_SECONDS = 120.0  # stock kopf bears 54
+
+pytestmark = pytest.mark.slow
+
+
+def recovers(outage: Outage) -> None:
+    """What ended meanwhile is seen, and what is new as well: passes and watches are both back."""
+    api = outage.api
+    with Kubelet(api):
+        api.until_phase("FineTuneJob", "tune", "Succeeded", 60)
+    api.create("FineTuneJob", "later", spec=TUNE)
+    until_job(api, "later-finetune")
+    assert outage.operator.healthy()
+
+
+def test_no_connection_for_a_minute(outages: dict[str, Outage]) -> None:
+    outage = outages["away"]
+    outage.last(AWAY_SECONDS)
+    assert outage.operator.healthy()  # to start it anew would not help
+    outage.proxy.listen()
+    recovers(outage)
+
+
+def test_503_for_two_minutes(outages: dict[str, Outage]) -> None:
+    outage = outages["ill"]
+    outage.last(ILL_SECONDS)
+    assert outage.operator.healthy()
+    asked = len(outage.proxy.requests)
+    assert asked < 10 * ILL_SECONDS, f"{asked} requests are a storm"
+    outage.proxy.answer = None
+    recovers(outage)
+    wait_for("readiness", lambda: (answer := outage.operator.get("/readyz")) is not None and answer.status_code == 200)
