@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv debs demo test check lint types unit kube images up down purge status install uninstall components e2e bench crds lock
+.PHONY: help venv debs demo test check lint types unit kube images up down purge status install uninstall components e2e bench bench-serving crds lock
 # One node, one build store, two cores: nothing here gains by -j.
 .NOTPARALLEL:
 
@@ -29,7 +29,7 @@ export DO_NOT_TRACK := 1
 export ORT_DISABLE_TELEMETRY := 1
 
 help: ## this list
-	@grep -hE '^[a-z0-9]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 14
 
 demo: venv ## from a bare machine to a served, canary-promoted int4 model (CLUSTER=current VALUES=FILE: on your cluster)
 ifneq ($(CLUSTER),current)
@@ -78,6 +78,10 @@ bench: venv ## what the operator costs, on the local node
 	@$(MAKE) --no-print-directory up images
 	@PYTHONPATH=e2e $(PY) -m kit.chart install
 	@PYTHONPATH=e2e $(PY) -m kit.bench
+
+bench-serving: $(READY) ## slmops-server beside onnxruntime-genai, on this machine; the model is made on the local node
+	@test -f .local/bench-model/genai_config.json || $(MAKE) --no-print-directory up images
+	@PYTHONPATH=e2e $(PY) -m kit.bench_serving
 
 up: ## the local Kubernetes node
 	@$(KUBE) up

@@ -12,6 +12,7 @@ The weights are random but the shapes, the tokenizer, the chat template and the 
 
 import argparse
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,10 @@ def tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     words = [
         f"{a}{b}" for a in "bcdfghklmnprst" for b in ("an", "er", "in", "on", "at", "es", "or", "ing", "ion", "ent")
     ]
-    bpe.train_from_iterator([*CORPUS, " ".join(f"{w}{v}" for w in words for v in words[:12])], trainer)
+    draw = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    more = ["".join(draw.choices(letters, k=draw.randint(3, 9))) for _ in range(vocab if vocab > 4096 else 0)]
+    bpe.train_from_iterator([*CORPUS, " ".join(more), " ".join(f"{w}{v}" for w in words for v in words[:12])], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
     )
@@ -65,6 +69,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--inter", type=int, default=128)
     parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--block", type=int, default=32, help="block size of int4 weights")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--std", type=float, default=0.2, help="spread of the random weights: higher is livelier")
     args = parser.parse_args()
@@ -117,6 +122,8 @@ def main() -> None:
                 "cpu",
                 "-c",
                 str(Path(temporary) / "cache"),
+                "--extra_options",
+                f"int4_block_size={args.block}",
             ],
             check=True,
             stdout=subprocess.DEVNULL,

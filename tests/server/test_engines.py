@@ -209,3 +209,15 @@ def first(engine: Engine, one: Job) -> Token:
     while engine.busy:
         tokens += engine.step()
     return tokens[0]
+
+
+@pytest.mark.parametrize("max_len", [2, 3, 5])
+def test_a_context_of_a_few_tokens_is_served(tiny: Path, max_len: int) -> None:
+    small = load(tiny, slots=3, max_model_len=max_len, prefill_chunk=1)
+    got = run(small, [job(number, [5] * (max_len - 1), 1) for number in (1, 2, 3, 4)])
+    assert {len(tokens) for tokens in got.values()} == {1}
+
+
+def test_a_context_of_one_token_is_refused(tiny: Path) -> None:
+    with pytest.raises(choose.DoesNotFitError, match="--max-model-len to 2"):
+        load(tiny, max_model_len=1)

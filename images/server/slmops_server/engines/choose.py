@@ -48,6 +48,8 @@ def plan_slots(folder: ModelFolder, max_len: int, wanted: int, memory: int) -> i
 def load(folder: ModelFolder, options: EngineOptions) -> Engine:
     """A loaded and measured engine. EngineRefusedError or DoesNotFitError say why there is none."""
     max_len = min(options.max_model_len or folder.context_length, folder.context_length)
+    if max_len < 2:
+        raise DoesNotFitError(f"{max_len} token holds no prompt and an answer; raise --max-model-len to 2 at least")
     slots = plan_slots(folder, max_len, options.slots, cgroup.memory_limit())
     limit = cgroup.threads()
     reason = ""

@@ -23,7 +23,7 @@ INT64 = 7
 
 
 def logits_from(model: bytes, logits: str) -> bytes | None:
-    """The changed model, or None where its output head is not of a known form."""
+    """The changed model, or None where its output head is not of a known form. ValueError when the file is damaged."""
     fields = list(_fields(model))
     graph = next((value for number, value, _ in fields if number == GRAPH and isinstance(value, bytes)), None)
     if graph is None:
@@ -32,8 +32,9 @@ def logits_from(model: bytes, logits: str) -> bytes | None:
     nodes = {index: _node(value) for index, (number, value, _) in enumerate(parts) if number == NODE}
     made_by = {name: index for index, node in nodes.items() for name in node[NODE_OUTPUT]}
     at = made_by.get(logits)
-    while at is not None and nodes[at][NODE_OP][0] in BEHIND_HEADS:
-        at = made_by.get(nodes[at][NODE_INPUT][0])
+    for _ in BEHIND_HEADS:  # at most one of each: a damaged graph may be a circle
+        if at is not None and nodes[at][NODE_OP][0] in BEHIND_HEADS:
+            at = made_by.get(nodes[at][NODE_INPUT][0])
     if at is None or nodes[at][NODE_OP][0] not in HEADS:
         return None
     hidden = nodes[at][NODE_INPUT][0]
@@ -76,6 +77,8 @@ def _node(data: int | bytes) -> dict[int, list[str]]:
     for number, value, _ in _fields(data):
         if number in found and isinstance(value, bytes):
             found[number].append(value.decode())
+    for number in (NODE_INPUT, NODE_OP):  # constants have no inputs; damaged nodes may have no operator
+        found[number] = found[number] or [""]
     return found
 
 

@@ -55,7 +55,7 @@ def _with_logits_from(path: Path, logits: str) -> bytes | None:
     """None where the graph is left as it is: onnxruntime then tells what is wrong with a damaged file."""
     try:
         return graph.logits_from(path.read_bytes(), logits)
-    except (ValueError, UnicodeDecodeError):
+    except ValueError:
         return None
 
 

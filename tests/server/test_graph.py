@@ -1,0 +1,71 @@
+"""The one change to a model's graph: what it computes, and what damaged files do to it."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort  # type: ignore[import-untyped]  # it ships no types
+import pytest
+
+from slmops_server import model_folder
+from slmops_server.engines import graph
+from slmops_server.engines.ort import OrtForward, _session
+
+TOKENS = [5, 300, 41, 17, 99, 256, 3, 77]
+
+
+def forward(tiny: Path) -> OrtForward:
+    folder = model_folder.read(tiny)
+    return OrtForward(folder, _session(folder, 1), 2, 64, 32)
+
+
+def test_logits_are_those_of_the_chosen_positions(tiny: Path) -> None:
+    model = forward(tiny)
+    every = model.score(0, TOKENS, 0).copy()
+    last = model.prefill(1, TOKENS, 0)
+    assert every.shape == (len(TOKENS), 512)
+    np.testing.assert_allclose(last, every[-1], atol=1e-4)
+    for size in (2, 5):
+        np.testing.assert_allclose(model.prefill(1, TOKENS[:size], 0), every[size - 1], atol=1e-4)
+
+
+def test_the_unchanged_graph_computes_the_same(tiny: Path) -> None:
+    folder = model_folder.read(tiny)
+    plain = OrtForward(folder, ort.InferenceSession(str(folder.graph)), 2, 64, 32)
+    np.testing.assert_allclose(plain.prefill(0, TOKENS, 0), forward(tiny).prefill(0, TOKENS, 0), atol=1e-4)
+
+
+def test_the_head_gets_its_input_from_the_chosen_position_on(tiny: Path) -> None:
+    changed = graph.logits_from((tiny / "model.onnx").read_bytes(), "logits")
+    assert changed
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(tiny))
+    inputs = {i.name: i for i in ort.InferenceSession(changed, options).get_inputs()}
+    assert (inputs[graph.FROM].type, inputs[graph.FROM].shape) == ("tensor(int64)", [1])
+
+
+def test_other_heads_are_left_alone(tiny: Path) -> None:
+    model = (tiny / "model.onnx").read_bytes()
+    assert graph.logits_from(model, "nothing") is None
+    assert graph.logits_from(model, "present.0.key") is None  # made by an attention node
+    assert graph.logits_from(b"", "logits") is None
+
+
+def test_files_that_end_too_early_are_told(tiny: Path) -> None:
+    model = (tiny / "model.onnx").read_bytes()
+    for size in range(1, len(model), 997):
+        with pytest.raises(ValueError, match="ONNX file"):
+            graph.logits_from(model[:size], "logits")
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_no_damage_gets_past_a_value_error(tiny: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    model = bytearray((tiny / "model.onnx").read_bytes())
+    for _ in range(draw.choice([1, 5, 50])):
+        model[draw.randrange(len(model))] = draw.randrange(256)
+    try:
+        changed = graph.logits_from(bytes(model), "logits")
+    except ValueError:
+        return
+    assert changed is None or len(changed) > len(model)
