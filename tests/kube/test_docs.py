@@ -44,20 +44,41 @@ def deployment_with(metrics: object) -> Object:
     return {"apiVersion": "slmops.dev/v1alpha1", "kind": "ModelDeployment", "metadata": {"name": "x"}, "spec": spec}
 
 
-def test_every_other_yaml_is_a_list_of_metrics_that_is_accepted(api: Api) -> None:
-    texts = [(page.name, text) for page in PAGES for text in FENCE.findall(page.read_text())]
-    others = [(name, text) for name, text in texts if "apiVersion: slmops.dev/" not in text]
-    assert [name for name, _ in others] == ["metrics.md"]
-    found = deployment_with(yaml.safe_load(others[0][1]))
-    path = api.path(found["kind"])
-    body = {**found, "metadata": {"name": "x", "namespace": api.namespace}}
-    api.ask("POST", path, body, dryRun="All", fieldValidation="Strict")
+OTHERS = [
+    (page.name, yaml.safe_load(text))
+    for page in PAGES
+    for text in FENCE.findall(page.read_text())
+    if "apiVersion: slmops.dev/" not in text
+]
+
+
+def test_yaml_lists_in_the_docs_are_metrics_that_are_accepted(api: Api) -> None:
+    lists = [found for _, found in OTHERS if isinstance(found, list)]
+    assert lists
+    for metrics in lists:
+        body = deployment_with(metrics)
+        metadata = {"name": "x", "namespace": api.namespace}
+        api.ask("POST", api.path(body["kind"]), {**body, "metadata": metadata}, dryRun="All", fieldValidation="Strict")
+
+
+def test_other_yaml_in_the_docs_is_values_of_the_chart() -> None:
+    values = yaml.safe_load((ROOT / "charts/slmops/values.yaml").read_text())
+
+    def unknown(given: object, known: object, path: str) -> list[str]:
+        if not isinstance(given, dict) or not isinstance(known, dict):
+            return []
+        missing = [f"{path}.{key}" for key in given if key not in known]
+        return missing + [each for key in given if key in known for each in unknown(given[key], known[key], key)]
+
+    for page, found in OTHERS:
+        if not isinstance(found, list):
+            assert not unknown(found, values, page)
 
 
 def test_make_targets_in_the_docs_exist() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {line.split()[1] for _, line in COMMANDS if line.startswith("make ")}
-    named |= {target for page in PAGES for target in re.findall(r"`make ([a-z]+)", page.read_text())}
+    named |= {target for page in PAGES for target in re.findall(r"`make ([a-z0-9]+)", page.read_text())}
     assert {"demo", "test"} <= named <= targets, named - targets
 
 
