@@ -43,7 +43,7 @@ class Guides:
         self._tokenizer = LLTokenizer(str(tokenizer), n_vocab=vocab, eos_token=sorted(eos))
 
     def new(self, kind: str, text: str) -> MatcherGuide:
-        """kind as in Grammar. May take long for a large grammar; the GIL is free meanwhile. BadGrammarError."""
+        """Kind as in Grammar. May take long for a large grammar; the GIL is free meanwhile. BadGrammarError."""
         match kind:
             case "json":
                 # lenient: what cannot be enforced (a format, say) is a hint to the model, as it is at OpenAI
