@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from slmops.api.meta import Dataset
+from slmops_artifacts import Manifest
 from slmops_trainer import data
+from slmops_trainer.context import read_secret
 from slmops_trainer.data import Example, Message
 from slmops_trainer.failure import RunFailure
 
@@ -139,6 +141,31 @@ def test_a_config_map_is_a_dataset(tmp_path: Path, make_run: Any, monkeypatch: p
     missing = Dataset.model_validate({"configMap": {"name": "rows", "key": "other"}})
     with pytest.raises(RunFailure, match="ConfigMap rows, key other is not there"):
         data.load(make_run(), missing, "training")
+
+
+def test_a_lineage_names_the_commit_and_not_the_branch(
+    make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "hf://datasets/org/rows@" + "0" * 40
+    ctx = make_run()
+
+    def pulled(*_: object) -> tuple[Path, Manifest]:
+        (tmp_path / "rows.jsonl").write_text(GOOD)
+        source = {"dev.slmops.source": commit}
+        return tmp_path, Manifest(kind="dataset", digest="sha256:" + "1" * 64, annotations=source)
+
+    monkeypatch.setattr(ctx, "pull", pulled)
+    found = data.load(ctx, Dataset.model_validate({"uri": "hf://datasets/org/rows@main"}), "training")
+    assert found.parent.uri == commit
+
+
+def test_a_secret_that_is_no_text_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys/HF_TOKEN").write_bytes(b"\xff\xfe")
+    monkeypatch.setattr("slmops_trainer.context.SECRET_ROOT", str(tmp_path))
+    with pytest.raises(RunFailure, match="Secret keys holds a value that is not text") as caught:
+        read_secret("keys")
+    assert caught.value.reason == "BadSpec"
 
 
 def test_an_artifact_is_a_dataset(make_run: Any, jsonl: Any) -> None:

@@ -26,6 +26,7 @@ class Checkpoints:
     """Saves and loads one folder. Its first-level subfolders are parts: `generation/`, `evaluation/`, `training/`.
 
     The folder is always the same (`folder`): `load` fills it, parts write into it, `save` publishes it.
+    What another `uid` saved at the URI is neither used nor removed; an empty one is for what runs share.
     Complete-only: a push that breaks off leaves the previous checkpoint in place.
     """
 

@@ -133,4 +133,9 @@ def read_secret(name: str | None) -> dict[str, str] | None:
     if not folder.is_dir():
         raise RunFailure("BadSpec", f"Secret {name} is not mounted in the pod. Create it in the object's namespace.")
     # The kubelet keeps the content behind links named ..data: only the keys themselves are files of their own.
-    return {path.name: path.read_text() for path in sorted(folder.iterdir()) if path.is_file()}
+    try:
+        return {path.name: path.read_text() for path in sorted(folder.iterdir()) if path.is_file()}
+    except UnicodeDecodeError as error:
+        raise RunFailure(
+            "BadSpec", f"Secret {name} holds a value that is not text. Put its keys there as text."
+        ) from error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from slmops.api.meta import Columns, Dataset
 from slmops.api.run import CONFIGMAP_ROOT, Input
-from slmops_artifacts import Parent
+from slmops_artifacts import Parent, pinned
 from slmops_trainer.failure import RunFailure
 
 if TYPE_CHECKING:
@@ -96,7 +96,11 @@ def load(ctx: "Context", dataset: Dataset, role: Role) -> Examples:
         secret = dataset.secret_ref.name if dataset.secret_ref else None
         folder, manifest = ctx.pull(Input(uri=dataset.uri, secret=secret), f"data-{role}", f"Pulling {role} data")
         path = _pick(folder, dataset.file, dataset.uri)
-        source, digest, uri = f"{dataset.uri}, file {path.relative_to(folder)}", manifest.digest, dataset.uri
+        source, digest, uri = (
+            f"{dataset.uri}, file {path.relative_to(folder)}",
+            manifest.digest,
+            pinned(dataset.uri, manifest),
+        )
     items, fmt = read(path, dataset, role, source)
     return Examples(items, fmt, source, Parent(kind="dataset", uri=uri, digest=digest))
 

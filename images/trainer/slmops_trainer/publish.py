@@ -11,7 +11,7 @@ from slmops import __version__
 from slmops.api.batch import Evaluation
 from slmops.api.meta import Artifact
 from slmops.api.run import RunResult
-from slmops_artifacts import Manifest, Parent
+from slmops_artifacts import Manifest, Parent, pinned
 from slmops_trainer import evaluate, result
 from slmops_trainer.failure import RunFailure
 
@@ -50,7 +50,12 @@ def publish(
     manifest = Manifest(
         kind="model",
         parents=(
-            Parent(kind="model", uri=origin.uri, digest=origin.manifest.digest, name=origin.name),
+            Parent(
+                kind="model",
+                uri=pinned(origin.uri, origin.manifest),
+                digest=origin.manifest.digest,
+                name=origin.name,
+            ),
             *origin.datasets,
         ),
         lineage=origin.manifest.lineage,
