@@ -154,13 +154,13 @@ def _measure(
     stage: str,
     prefix: str,
 ) -> None:
-    """Evaluate and put the metrics into the result; what an earlier pod measured is not measured again."""
+    """Evaluate and put the metrics into the result; what an earlier pod measured of the base stands."""
     if held_out is None or evaluation is None:
         return
-    values = measure.remembered(ctx, stage)
-    if values is None:
+    if stage == BEFORE:
+        values = measure.once(ctx, loaded, held_out, evaluation, stage)
+    else:
         _, values = measure.measure(ctx, loaded, held_out, evaluation, stage)
-        measure.remember(ctx, stage, values)
     for name, value in values.items():
         ctx.metric(f"{prefix}{name}", value)
 

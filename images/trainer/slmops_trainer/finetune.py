@@ -121,13 +121,13 @@ def write(loaded: models.Loaded, model: Any, spec: FineTuneJobSpec, folder: Path
 def _measure(
     ctx: Context, loaded: models.Loaded, spec: FineTuneJobSpec, held_out: data.Examples | None, stage: str, prefix: str
 ) -> None:
-    """Evaluate and put the metrics into the result; what an earlier pod measured is not measured again."""
+    """Evaluate and put the metrics into the result; what an earlier pod measured of the base stands."""
     if held_out is None or spec.evaluation is None:
         return
-    values = measure.remembered(ctx, stage)
-    if values is None:
+    if stage == BEFORE:
+        values = measure.once(ctx, loaded, held_out, spec.evaluation, stage)
+    else:
         _, values = measure.measure(ctx, loaded, held_out, spec.evaluation, stage)
-        measure.remember(ctx, stage, values)
     for name, value in values.items():
         ctx.metric(f"{prefix}{name}", value)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria
 
 from slmops_trainer.data import Example
 from slmops_trainer.encoding import Encoded, encode_prompt
@@ -24,11 +24,13 @@ def generate(
     *,
     stop_ids: Sequence[int] | None = None,
     on_batch: OnBatch | None = None,
+    check: Callable[[], None] | None = None,
 ) -> list[str]:
     """The greedy answer to each example's question, in their order, without special tokens.
 
     Prompts are padded on the left, and a row's answer is that of the row alone. A prompt that leaves no room in the
-    model's context gets an empty answer. `on_batch(done, total)` is called after each batch and may raise.
+    model's context gets an empty answer. `on_batch(done, total)` is called after each batch, `check()` after each
+    token, for a batch of a large model takes longer than a pod that is asked to stop has. Both may raise.
     """
     stops = list(stop_ids or [tokenizer.eos_token_id])
     prompts = [encode_prompt(tokenizer, example) for example in examples]
@@ -43,7 +45,7 @@ def generate(
     model.eval()
     for batch in _batches(order, prompts, batch_size, room - max_tokens):
         limit = min(max_tokens, room - len(prompts[batch[0]]))
-        rows = _greedy(model, [prompts[index] for index in batch], limit, stops, pad_id(tokenizer))
+        rows = _greedy(model, [prompts[index] for index in batch], limit, stops, pad_id(tokenizer), check)
         for index, row in zip(batch, rows, strict=True):
             answers[index] = tokenizer.decode(row, skip_special_tokens=True)
         done += len(batch)
@@ -91,15 +93,40 @@ def _batches(order: Sequence[int], prompts: Sequence[Sequence[int]], size: int, 
     return tight + [free[start : start + size] for start in range(0, len(free), size)]
 
 
-def _greedy(model: Any, prompts: Sequence[Sequence[int]], limit: int, stops: list[int], pad: int) -> list[list[int]]:
+def _greedy(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    limit: int,
+    stops: list[int],
+    pad: int,
+    check: Callable[[], None] | None,
+) -> list[list[int]]:
     width = max(map(len, prompts))
     ids = torch.tensor([[*[pad] * (width - len(prompt)), *prompt] for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     # A model's own generation defaults (penalties, temperatures) have no place in a measurement.
     config = GenerationConfig(do_sample=False, max_new_tokens=limit, eos_token_id=stops, pad_token_id=pad)
     with torch.no_grad():
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, use_model_defaults=False)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            use_model_defaults=False,
+            stopping_criteria=[_Check(check)] if check else None,
+        )
     return [_until(row[width:].tolist(), stops) for row in out]
+
+
+class _Check(StoppingCriteria):  # type: ignore[misc]  # transformers has no types here
+    """Stops no row; what it calls may end it all by raising."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:  # noqa: ARG002  # the interface's names
+        """Call, and say of every row that it goes on."""
+        self._check()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _until(row: list[int], stops: Sequence[int]) -> list[int]:

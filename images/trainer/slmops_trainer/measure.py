@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slmops.api.batch import Evaluation
 from slmops_trainer import encoding, evaluate, generate
@@ -20,7 +20,7 @@ def measure(
 ) -> tuple[list[str], dict[str, float]]:
     """Answer every held-out question greedily. Returns the answers, in order, and each metric asked for.
 
-    Raises RunFailure(Interrupted) between two batches, RunFailure(BadDataset) when a metric cannot be taken.
+    Raises RunFailure(Interrupted) between two tokens, RunFailure(BadDataset) when a metric cannot be taken.
     """
     # A metric that the references do not allow is known before any answer is paid for.
     evaluate.evaluate(examples.references, examples.references, evaluation.metrics)
@@ -35,29 +35,32 @@ def measure(
     if texts:
         answers = generate.generate(
             loaded.model, loaded.tokenizer, examples.items, evaluation.max_tokens, evaluation.batch_size,
-            stop_ids=loaded.stop_ids, on_batch=on_batch,
+            stop_ids=loaded.stop_ids, on_batch=on_batch, check=ctx.check,
         )  # fmt: skip
     values = evaluate.evaluate(answers, examples.references, texts) if texts else {}
     if "perplexity" in evaluation.metrics:
-        values["perplexity"] = _perplexity(loaded, examples.items, evaluation.batch_size)
+        values["perplexity"] = _perplexity(loaded, examples.items, evaluation.batch_size, on_batch)
     return answers, {name: values[name] for name in evaluation.metrics}
 
 
-def remembered(ctx: "Context", name: str) -> dict[str, float] | None:
-    """A measurement that an earlier pod of this run left in the checkpoint."""
+def once(ctx: "Context", loaded: Loaded, examples: Examples, evaluation: Evaluation, stage: str) -> dict[str, float]:
+    """The metrics of a model that the run did not make: what an earlier pod measured is not measured again.
+
+    Only on the same examples is it the same: a ConfigMap may have been edited since. The measurement goes into the
+    checkpoint's folder; the next save publishes it. Raises the failures of `measure` and of the store.
+    """
     ctx.checkpoints.load()
-    path = ctx.checkpoints.folder / PART / f"{name}.json"
-    found: dict[str, float] | None = json.loads(path.read_text()) if path.is_file() else None
-    return found
+    path = ctx.checkpoints.folder / PART / f"{stage}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if found.get("examples") != examples.digest:
+        _, values = measure(ctx, loaded, examples, evaluation, stage)
+        found = {"examples": examples.digest, "metrics": values}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found))
+    metrics: dict[str, float] = found["metrics"]
+    return metrics
 
 
-def remember(ctx: "Context", name: str, values: dict[str, float]) -> None:
-    """Put a measurement into the checkpoint's folder; the next save publishes it."""
-    path = ctx.checkpoints.folder / PART / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values))
-
-
-def _perplexity(loaded: Loaded, items: Sequence[Example], batch_size: int) -> float:
+def _perplexity(loaded: Loaded, items: Sequence[Example], batch_size: int, on_batch: generate.OnBatch) -> float:
     encoded = encoding.encode(loaded.tokenizer, items, loaded.stop_ids, "assistant", loaded.tokenizer.model_max_length)
-    return generate.perplexity(loaded.model, encoded.items, generate.pad_id(loaded.tokenizer), batch_size)
+    return generate.perplexity(loaded.model, encoded.items, generate.pad_id(loaded.tokenizer), batch_size, on_batch)

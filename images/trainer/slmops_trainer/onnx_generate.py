@@ -85,11 +85,12 @@ class OnnxModel:
         return generator
 
     def _logits(self, ids: Sequence[int]) -> Any:
-        """Scores of all tokens after each position, [positions, vocabulary], fp32."""
+        """Scores of all tokens after each position, [positions, vocabulary], in the graph's precision."""
         generator = self._begin(ids, min(self.context, len(ids) + 1))
-        return generator.get_output("logits")[0].astype(np.float32)
+        return generator.get_output("logits")[0]  # not converted: of a large vocabulary one copy is enough
 
 
 def _log_probability(logits: Any, label: int) -> float:
-    shifted = logits.astype(np.float64) - logits.max()
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max()
     return float(shifted[label] - math.log(np.exp(shifted).sum()))

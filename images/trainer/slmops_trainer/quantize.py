@@ -148,12 +148,9 @@ def _measure_source(ctx: Context, loaded: models.Loaded, gate: Gate | None, held
     """The source's score; what an earlier pod measured is not measured again."""
     if gate is None or held_out is None:
         return
-    values = measure.remembered(ctx, BEFORE)
-    if values is None:
-        asked = Evaluation(dataset=gate.dataset, metrics=[gate.metric], max_tokens=gate.max_tokens)
-        _, values = measure.measure(ctx, loaded, held_out, asked, BEFORE)
-        measure.remember(ctx, BEFORE, values)
-        ctx.checkpoints.save()
+    asked = Evaluation(dataset=gate.dataset, metrics=[gate.metric], max_tokens=gate.max_tokens)
+    values = measure.once(ctx, loaded, held_out, asked, BEFORE)
+    ctx.checkpoints.save()
     ctx.metric(f"source_{gate.metric}", values[gate.metric])
 
 

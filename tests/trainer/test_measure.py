@@ -1,0 +1,55 @@
+"""Evaluations that are not taken twice, and that end when the pod is asked to."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny import task
+
+from slmops.api.batch import Evaluation
+from slmops_artifacts import Parent
+from slmops_trainer import generate, measure, models
+from slmops_trainer.context import Context
+from slmops_trainer.data import Example, Examples, Message
+from slmops_trainer.failure import RunFailure
+
+ASKED = Evaluation.model_validate(
+    {"dataset": {"uri": "pvc://data/x"}, "metrics": ["tokenF1", "perplexity"], "maxTokens": 4}
+)
+
+
+def held_out(digit: str) -> Examples:
+    items = tuple(Example((Message("user", question),), answer) for question, answer in task()[:3])
+    parent = Parent(kind="dataset", uri="configmap://x/y", digest=f"sha256:{digit * 64}")
+    return Examples(items, "prompt-completion", "gold", parent)
+
+
+def test_a_base_is_measured_once_by_all_pods_but_anew_on_other_examples(
+    make_run: Callable[..., Context], tiny_model: Path
+) -> None:
+    loaded = models.load(tiny_model, "tiny")
+    first = make_run()
+    values = measure.once(first, loaded, held_out("1"), ASKED, "Before")
+    assert first.board.progress.total_steps == 3  # perplexity shows how far it is, too
+    first.checkpoints.save()
+    second = make_run()
+    second.stop.set()  # measuring anything would raise
+    assert measure.once(second, loaded, held_out("1"), ASKED, "Before") == values
+    with pytest.raises(RunFailure) as caught:
+        measure.once(second, loaded, held_out("2"), ASKED, "Before")
+    assert caught.value.reason == "Interrupted"
+
+
+def test_generation_ends_within_a_batch(tiny_model: Path) -> None:
+    loaded = models.load(tiny_model, "tiny")
+    tokens = 0
+
+    def check() -> None:
+        nonlocal tokens
+        tokens += 1
+        if tokens == 3:
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        generate.generate(loaded.model, loaded.tokenizer, held_out("1").items, 50, 8, check=check)
+    assert tokens == 3
