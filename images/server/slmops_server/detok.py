@@ -79,6 +79,12 @@ class DetokenizerFactory:
                 table[token] = text.replace("\u2581", " ").encode()
         return table
 
+    def piece(self, token: int) -> bytes:
+        """What one token stands for by itself, special tokens by their names."""
+        if self._table is not None and 0 <= token < len(self._table) and self._table[token]:
+            return self._table[token]
+        return (self._tokenizer.id_to_token(token) or "").encode()
+
     def new(self) -> Detokenizer:
         """A detokenizer for one answer."""
         if self._table is None:
@@ -102,7 +108,7 @@ class StopScanner:
         if cut >= 0:
             self._held = ""
             return held[:cut], True
-        keep = max(self._overlap(held, stop) for stop in self._stops)
+        keep = max(overlap(held, stop) for stop in self._stops)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep], False
 
@@ -111,10 +117,10 @@ class StopScanner:
         held, self._held = self._held, ""
         return held
 
-    @staticmethod
-    def _overlap(text: str, stop: str) -> int:
-        """Length of the longest end of `text` that is a proper beginning of `stop`."""
-        for size in range(min(len(stop) - 1, len(text)), 0, -1):
-            if text.endswith(stop[:size]):
-                return size
-        return 0
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    for size in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0

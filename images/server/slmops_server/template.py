@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -50,14 +50,23 @@ class ChatTemplate:
         env.globals["raise_exception"] = _raise
         env.globals["strftime_now"] = lambda form: now().strftime(form)
         self._template = env.from_string(source)
+        self.takes_tools = "tools" in meta.find_undeclared_variables(env.parse(source))
+        self.tags_calls = "<tool_call>" in source  # else the model writes bare JSON
         self._tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt up to where the assistant begins. ApiError 400 when the template refuses the messages."""
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        more: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt up to where the assistant begins; `more` is what this template knows beside the usual.
+
+        ApiError 400 when the template refuses the messages.
+        """
         try:
-            return self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._tokens
-            )
+            given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": True}
+            return self._template.render({**self._tokens, **(more or {}), **given})
         except TemplateError as error:
             raise bad_request(f"The model's chat template refused the messages: {error}", "messages") from None
         except Exception as error:  # noqa: BLE001 - a template is a program: what it trips over is the messages

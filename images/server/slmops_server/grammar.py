@@ -1,0 +1,95 @@
+"""Which text an answer may have: from the request's fields to one grammar in llguidance's terms."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from slmops_server.errors import bad_request
+from slmops_server.messages import Tools
+
+# Any JSON is accepted at any width, but no model may fill its answer with blanks.
+BLANKS = {"whitespace_pattern": r"[ \n\t]{0,24}"}
+MAX_CALLS = 8  # in one answer, where calls are forced
+KINDS = ("json", "regex", "choice", "grammar", "json_object")
+
+
+class Grammar(NamedTuple):
+    """kind is "json" (text is a JSON schema), "regex" or "lark"; param is the request's field, for error messages."""
+
+    kind: str
+    text: str
+    param: str
+
+
+def _schema(value: Any, param: str) -> Grammar:
+    if not isinstance(value, dict):
+        raise bad_request(f"{param} is not a JSON schema.", param)
+    return Grammar("json", json.dumps(value), param)
+
+
+def read_grammar(fields: Mapping[str, Any]) -> Grammar | None:
+    """From response_format (OpenAI) or structured_outputs (vLLM)."""
+    form, outputs = fields.get("response_format"), fields.get("structured_outputs")
+    found = _response_format(form) if form is not None else None
+    if outputs is None:
+        return found
+    if found is not None:
+        raise bad_request("structured_outputs and response_format exclude each other.", "structured_outputs")
+    return _structured_outputs(outputs)
+
+
+def _response_format(form: Any) -> Grammar | None:
+    match form:
+        case {"type": "text"}:
+            return None
+        case {"type": "json_object"}:
+            return _schema({"type": "object"}, "response_format")
+        case {"type": "json_schema", "json_schema": {"schema": schema}}:
+            return _schema(schema, "response_format")
+        case {"type": "json_schema"}:
+            raise bad_request("response_format.json_schema.schema is missing.", "response_format")
+    raise bad_request("response_format.type is not one of text, json_object, json_schema.", "response_format")
+
+
+def _structured_outputs(outputs: Any) -> Grammar:
+    where = "structured_outputs"
+    given = {k: v for k, v in outputs.items() if v not in (None, False)} if isinstance(outputs, dict) else {}
+    if len(given) != 1 or next(iter(given)) not in KINDS:
+        raise bad_request(f"{where} is not an object with exactly one of {', '.join(KINDS)}.", where)
+    kind, value = next(iter(given.items()))
+    if kind == "json_object":
+        return _schema({"type": "object"}, where)
+    if kind == "json":
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                value = None
+        return _schema(value, f"{where}.json")
+    if kind == "choice":
+        if not isinstance(value, list) or not value or not all(isinstance(c, str) and c for c in value):
+            raise bad_request(f"{where}.choice is not a list of strings.", f"{where}.choice")
+        return Grammar("lark", "start: " + " | ".join(map(_literal, value)), f"{where}.choice")
+    if not isinstance(value, str) or not value:
+        raise bad_request(f"{where}.{kind} is not a string.", f"{where}.{kind}")
+    return Grammar("lark" if kind == "grammar" else kind, value, f"{where}.{kind}")
+
+
+def calls_grammar(tools: Tools, tagged: bool) -> Grammar:
+    """One of the forced tools is called, or several if parallel calls are allowed and the model tags each."""
+    names: Sequence[str] = tools.forced
+    rules = []
+    for index, name in enumerate(names):
+        head = _literal('{"name": ' + json.dumps(name) + ', "arguments": ')
+        rules.append(f"tool_{index}: {head} arguments_{index} {_literal('}')}")
+        rules.append(f"arguments_{index}: %json {json.dumps({**tools.schemas[name], 'x-guidance': BLANKS})}")
+    tool = " | ".join(f"tool_{index}" for index in range(len(names)))
+    if not tagged:
+        return Grammar("lark", "\n".join([f"start: {tool}", *rules]), "tools")
+    again = f' ("\\n" call){{0,{MAX_CALLS - 1}}}' if tools.parallel else ""
+    call = f'call: "<tool_call>\\n" ({tool}) "\\n</tool_call>"'
+    return Grammar("lark", "\n".join([f"start: call{again}", call, *rules]), "tools")
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

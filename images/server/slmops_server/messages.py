@@ -1,0 +1,140 @@
+"""Chat messages and tools, checked and in the form that chat templates read."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from slmops_server.errors import ApiError, bad_request
+from slmops_server.fields import flag
+
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+KNOWN = frozenset({"role", "content", "name", "refusal", "annotations", "tool_calls", "tool_call_id"})
+TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+MAX_TOOLS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """`specs` as the client sent them, `schemas` of the arguments by name; choice is "auto", "required" or a name."""
+
+    specs: list[dict[str, Any]]
+    schemas: dict[str, dict[str, Any]]
+    choice: str
+    parallel: bool
+
+    @property
+    def forced(self) -> list[str]:
+        """Names of which one has to be called; none if the model may choose not to."""
+        return [] if self.choice == "auto" else list(self.schemas) if self.choice == "required" else [self.choice]
+
+
+def read_messages(value: Any) -> list[dict[str, Any]]:
+    """Text in `content`; the arguments of `tool_calls` as objects, which is what templates print."""
+    if not isinstance(value, list) or not value:
+        raise bad_request("messages is not a list with at least one message.", "messages")
+    return [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise bad_request(f"{where} is not an object.", where)
+    role = message.get("role")
+    if role not in ROLES:
+        raise bad_request(f"{where}.role is not one of {', '.join(sorted(ROLES))}.", f"{where}.role")
+    given = {name: content for name, content in message.items() if content is not None and content != []}
+    for name in given:
+        if name not in KNOWN or (name == "tool_calls" and role != "assistant"):
+            raise _unsupported(f"{where}.{name}")
+    calls = _calls(given["tool_calls"], f"{where}.tool_calls") if "tool_calls" in given else []
+    content = "" if calls and "content" not in given else _content(given.get("content"), f"{where}.content")
+    checked: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": content}
+    if calls:
+        checked["tool_calls"] = calls
+    for name in ("name", "tool_call_id"):
+        if name in given:
+            if not isinstance(given[name], str):
+                raise bad_request(f"{where}.{name} is not a string.", f"{where}.{name}")
+            checked[name] = given[name]
+    if role == "tool" and "tool_call_id" not in checked:
+        raise bad_request(f"{where}.tool_call_id is missing.", f"{where}.tool_call_id")
+    return checked
+
+
+def _content(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise bad_request(f"{where} is neither a string nor a list of parts.", where)
+    texts = []
+    for index, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise bad_request(f"{where}[{index}] is not a text part; this model reads text only.", f"{where}[{index}]")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _calls(value: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list):
+        raise bad_request(f"{where} is not a list.", where)
+    calls = []
+    for index, call in enumerate(value):
+        at = f"{where}[{index}]"
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise bad_request(f"{at} is not a function call.", at)
+        try:
+            arguments = json.loads(function.get("arguments") or "{}")
+        except (TypeError, ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise bad_request(f"{at}.function.arguments is not a JSON object in a string.", f"{at}.function.arguments")
+        function = {"name": function["name"], "arguments": arguments}
+        calls.append({"id": str(call.get("id", "")), "type": "function", "function": function})
+    return calls
+
+
+def read_tools(fields: Mapping[str, Any]) -> Tools | None:
+    """None without tools, and with tool_choice "none": then the model is not told of them."""
+    value, choice = fields.get("tools"), fields.get("tool_choice", "auto")
+    parallel = flag(fields, "parallel_tool_calls", True)
+    if value is None or value == []:
+        if choice not in ("none", "auto"):
+            raise bad_request("tool_choice needs tools.", "tool_choice")
+        return None
+    if not isinstance(value, list) or len(value) > MAX_TOOLS:
+        raise bad_request(f"tools is not a list of at most {MAX_TOOLS} tools.", "tools")
+    schemas = dict(_tool(tool, f"tools[{index}]") for index, tool in enumerate(value))
+    if len(schemas) < len(value):
+        raise bad_request("tools has two functions of the same name.", "tools")
+    if choice == "none":
+        return None
+    if choice in ("auto", "required"):
+        return Tools(value, schemas, choice, parallel)
+    function = choice.get("function") if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
+        raise bad_request('tool_choice is not "none", "auto", "required" or a function.', "tool_choice")
+    if name not in schemas:
+        raise bad_request(f"tool_choice names {name!r}, which is not in tools.", "tool_choice")
+    return Tools(value, schemas, name, parallel=False)
+
+
+def _tool(tool: Any, where: str) -> tuple[str, dict[str, Any]]:
+    function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+    if not isinstance(function, dict):
+        raise bad_request(f"{where} is not a function tool.", where)
+    name = function.get("name")
+    if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
+        raise bad_request(f"{where}.function.name is not 1 to 64 letters, digits, _ or -.", f"{where}.function.name")
+    schema = function.get("parameters")
+    if schema is None:
+        schema = {"type": "object", "properties": {}}
+    if not isinstance(schema, dict):
+        raise bad_request(f"{where}.function.parameters is not a JSON schema.", f"{where}.function.parameters")
+    return name, schema
+
+
+def _unsupported(where: str) -> ApiError:
+    return bad_request(f"{where} is not supported by this server.", where, "unsupported_parameter")

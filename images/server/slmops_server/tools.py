@@ -1,0 +1,101 @@
+"""Tool calls in the text of an answer, found while it grows."""
+
+import json
+import secrets
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+from slmops_server.detok import overlap
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+
+
+class Call(NamedTuple):
+    """`arguments` is a JSON object in a string."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class ToolParser:
+    """Splits an answer into text for the user and calls.
+
+    tagged: calls stand between <tool_call> and </tool_call> (Hermes, Qwen). Otherwise an answer that is nothing but
+    JSON {"name": ..., "arguments" or "parameters": ...}, or a list of these, is a call (Llama, Phi). What looks like a
+    call and is none stays text, so that nothing is lost.
+    """
+
+    def __init__(self, tagged: bool, names: Collection[str]) -> None:
+        self._tagged, self._names = tagged, names
+        self._inside = False  # between tags
+        self._plain = False  # nothing more can be a call
+        self._held = ""
+        self.called = 0
+
+    def feed(self, text: str) -> tuple[str, list[Call]]:
+        """(text for the user, calls that are complete)."""
+        if self._plain:
+            return text, []
+        self._held += text
+        return self._feed_tagged() if self._tagged else self._feed_bare()
+
+    def end(self) -> tuple[str, list[Call]]:
+        """The same for what was held back, at the end of the answer."""
+        held, self._held = self._held, ""
+        if self._tagged and not self._inside:
+            return self._trim(held), []
+        calls = self._read(held) if held else []
+        if calls:
+            return "", calls
+        return (OPEN if self._inside else "") + held, []
+
+    def _feed_tagged(self) -> tuple[str, list[Call]]:
+        shown, calls = "", []
+        while True:
+            before, tag, after = self._held.partition(CLOSE if self._inside else OPEN)
+            if not tag:
+                break
+            self._held = after
+            if self._inside:
+                found = self._read(before)
+                calls += found
+                shown += "" if found else OPEN + before + CLOSE
+            else:
+                shown += self._trim(before)
+            self._inside = not self._inside
+        if not self._inside:
+            keep = overlap(self._held, OPEN)
+            shown += self._trim(self._held[: len(self._held) - keep])
+            self._held = self._held[len(self._held) - keep :]
+        return shown, calls
+
+    def _feed_bare(self) -> tuple[str, list[Call]]:
+        if self._held.lstrip()[:1] in ("", "{", "["):
+            return "", []
+        held, self._held, self._plain = self._held, "", True
+        return held, []
+
+    def _trim(self, text: str) -> str:
+        """Blanks around calls are the template's, not the answer's."""
+        return "" if self.called and not text.strip() else text
+
+    def _read(self, text: str) -> list[Call]:
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return []
+        calls = [self._call(one) for one in (value if isinstance(value, list) else [value])]
+        good = [call for call in calls if call is not None]
+        if len(good) < len(calls):
+            return []
+        self.called += len(good)
+        return good
+
+    def _call(self, value: Any) -> Call | None:
+        if not isinstance(value, dict) or value.get("name") not in self._names:
+            return None
+        arguments = value.get("arguments", value.get("parameters", {}))
+        if not isinstance(arguments, dict):
+            return None
+        return Call(f"call_{secrets.token_hex(12)}", value["name"], json.dumps(arguments, ensure_ascii=False))
