@@ -18,7 +18,7 @@ V1_NONE = str((1 << 63) - 4096)
 def test_a_chat_stream_byte_by_byte() -> None:
     frames = Frames("chat", "m", include_usage=True)
     frames._head = b'data: {"id":"x"'
-    out = frames.role() + frames.text('a"\n') + frames.end("stop", 3, 2, 1)
+    out = frames.role() + frames.text('a"\n') + frames.finish("stop") + frames.end(3, 2, 1)
     head, tail = b'data: {"id":"x","choices":[', b'],"usage":null}\n\n'
     counts = b'{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5,"prompt_tokens_details":{"cached_tokens":1}}'
     assert out == b"".join(
@@ -41,7 +41,7 @@ def test_a_chat_stream_byte_by_byte() -> None:
 
 def test_a_completion_stream_without_usage() -> None:
     frames = Frames("completions", "m")
-    out = (frames.role() + frames.text("a") + frames.end("length", 3, 2, 0)).split(b"\n\n")
+    out = (frames.role() + frames.text("a") + frames.finish("length") + frames.end(3, 2, 0)).split(b"\n\n")
     assert [json.loads(o[6:])["choices"][0] for o in out[:2]] == [
         {"index": 0, "text": "a", "logprobs": None, "finish_reason": None},
         {"index": 0, "text": "", "logprobs": None, "finish_reason": "length"},

@@ -11,6 +11,8 @@ from slmops_server.schema import parse
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TEXT: dict[str, Any] = {"model": "m", "prompt": "hi"}
 
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+
 
 def refused(kind: str, fields: object) -> ApiError:
     with pytest.raises(ApiError) as caught:
@@ -35,7 +37,7 @@ BAD = [
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0]"),
-    ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+    ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls[0]"),
     ({"temperature": "hot"}, "temperature"),
     ({"temperature": -1}, "temperature"),
     ({"temperature": 2.1}, "temperature"),
@@ -54,12 +56,38 @@ BAD = [
     ({"stream": "yes"}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"x": 1}}, "stream_options"),
-    ({"n": 2}, "n"),
-    ({"logprobs": True}, "logprobs"),
-    ({"tools": [{}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
-    ({"logit_bias": {"1": 2}}, "logit_bias"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"n": 0}, "n"),
+    ({"n": 129}, "n"),
+    ({"logprobs": 1}, "logprobs"),
+    ({"top_logprobs": 3}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"echo": True}, "echo"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"1": 101}}, "logit_bias"),
+    ({"logit_bias": [1]}, "logit_bias"),
+    ({"stop_token_ids": ["x"]}, "stop_token_ids"),
+    ({"min_tokens": -1}, "min_tokens"),
+    ({"response_format": {"type": "xml"}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format"),
+    ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
+    ({"response_format": {"type": "json_object"}, "min_tokens": 3}, "min_tokens"),
+    ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+    ({"response_format": {"type": "json_object"}, "tools": [TOOL]}, "response_format"),
+    ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs"),
+    ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+    ({"structured_outputs": {"choice": [""]}}, "structured_outputs.choice"),
+    ({"structured_outputs": {"regex": 3}}, "structured_outputs.regex"),
+    ({"tools": {}}, "tools"),
+    ({"tools": [{}]}, "tools[0]"),
+    ({"tools": [TOOL, TOOL]}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": 1}}]}, "tools[0].function.parameters"),
+    ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+    ({"tools": [TOOL], "parallel_tool_calls": 1}, "parallel_tool_calls"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+    ({"chat_template_kwargs": 1}, "chat_template_kwargs"),
     ({"made_up": 1}, "made_up"),
     ({"prompt": "x"}, "prompt"),
 ]
@@ -70,17 +98,18 @@ def test_refusals_name_the_field(change: dict[str, Any], param: str) -> None:
     assert refused("chat", CHAT | change).param == param
 
 
-@pytest.mark.parametrize("prompt", [None, 3, [], [1.5], [True], ["a", "b"], [[1], [2]], {}])
+@pytest.mark.parametrize("prompt", [None, 3, [], [1.5], [True], ["a", [1]], [[]], {}])
 def test_prompts_that_are_refused(prompt: object) -> None:
     assert refused("completions", TEXT | {"prompt": prompt}).param == "prompt"
 
 
 @pytest.mark.parametrize(
-    ("prompt", "text", "ids"), [("a", "a", None), (["a"], "a", None), ([1, 2], None, [1, 2]), ([[1]], None, [1])]
+    ("prompt", "prompts"),
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
 )
-def test_prompts_that_are_taken(prompt: object, text: str | None, ids: list[int] | None) -> None:
+def test_prompts_that_are_taken(prompt: object, prompts: list[object]) -> None:
     got = parse("completions", json.dumps(TEXT | {"prompt": prompt}).encode())
-    assert (got.text, got.ids, got.max_tokens) == (text, ids, 16)
+    assert (got.prompts, got.max_tokens) == (prompts, 16)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +127,11 @@ def test_prompts_that_are_taken(prompt: object, text: str | None, ids: list[int]
         {"made_up": None},
         {"top_k": -1},
         {"stop": None},
+        {"tool_choice": "none"},
+        {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}},
+        {"structured_outputs": {"choice": ["a", "b"]}},
+        {"n": 3, "logprobs": True, "top_logprobs": 20, "logit_bias": {"5": -100}, "stop_token_ids": [1]},
         {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
     ],
 )
@@ -116,3 +150,29 @@ def test_sampling_fields_arrive() -> None:
     got = parse("chat", json.dumps(CHAT | fields | {"stop": "x", "max_completion_tokens": 9}).encode())
     assert {k: getattr(got.sampling, k) for k in fields} == fields
     assert (got.stop, got.max_tokens) == (("x",), 9)
+
+
+def test_tool_messages_reach_the_template_with_arguments_as_objects() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "2"},
+    ]
+    got = parse("chat", json.dumps(CHAT | {"messages": messages}).encode()).messages
+    assert got == [
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}],
+        },
+        {"role": "tool", "content": "2", "tool_call_id": "c1"},
+    ]
+    call["function"]["arguments"] = "{"  # type: ignore[index]
+    assert refused("chat", CHAT | {"messages": messages}).param == "messages[0].tool_calls[0].function.arguments"
+
+
+def test_logprobs_of_both_forms() -> None:
+    assert parse("completions", json.dumps(TEXT | {"logprobs": 0}).encode()).sampling.logprobs == 0
+    assert parse("completions", json.dumps(TEXT).encode()).sampling.logprobs == -1
+    assert parse("chat", json.dumps(CHAT | {"logprobs": True}).encode()).sampling.logprobs == 0
+    assert refused("completions", TEXT | {"logprobs": 21}).param == "logprobs"

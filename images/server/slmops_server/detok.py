@@ -79,6 +79,12 @@ class DetokenizerFactory:
                 table[token] = text.replace("\u2581", " ").encode()
         return table
 
+    def piece(self, token: int) -> bytes:
+        """What one token stands for by itself, special tokens by their names."""
+        if self._table is not None and 0 <= token < len(self._table) and self._table[token]:
+            return self._table[token]
+        return (self._tokenizer.id_to_token(token) or "").encode()
+
     def new(self) -> Detokenizer:
         """A detokenizer for one answer."""
         if self._table is None:

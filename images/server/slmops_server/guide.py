@@ -47,7 +47,9 @@ class Guides:
         match kind:
             case "json":
                 # lenient: what cannot be enforced (a format, say) is a hint to the model, as it is at OpenAI
-                made = LLMatcher.grammar_from_json_schema(text, defaults={**BLANKS, "lenient": True})
+                made = LLMatcher.grammar_from_json_schema(
+                    text, defaults={"whitespace_pattern": BLANKS["whitespace_pattern"], "lenient": True}
+                )
             case "regex":
                 made = LLMatcher.grammar_from_regex(text)
             case _:

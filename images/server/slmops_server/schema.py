@@ -9,6 +9,9 @@ import orjson
 
 from slmops_server.engines.base import Sampling
 from slmops_server.errors import ApiError, bad_request
+from slmops_server.fields import flag, integer, is_ids, number
+from slmops_server.grammar import Grammar, read_grammar
+from slmops_server.messages import Tools, read_messages, read_tools
 
 # Fields of OpenAI's API that change nothing here
 HARMLESS = frozenset(
@@ -23,26 +26,15 @@ HARMLESS = frozenset(
         "verbosity",
         "reasoning_effort",
         "prediction",
-        "parallel_tool_calls",
     ]
 )
 # Fields that are accepted at the value that means "off" and refused otherwise
 OFF: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "echo": (False,),
     "suffix": ("",),
-    "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none",),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "min_tokens": (0,),
-    "stop_token_ids": ([],),
     "skip_special_tokens": (True,),
     "use_beam_search": (False,),
     "web_search_options": (),
@@ -64,28 +56,49 @@ COMMON = frozenset(
         "stop",
         "max_tokens",
         "ignore_eos",
+        "n",
+        "logprobs",
+        "logit_bias",
+        "min_tokens",
+        "stop_token_ids",
+        "response_format",
+        "structured_outputs",
     ]
 )
-FIELDS = {"chat": COMMON | {"messages", "max_completion_tokens"}, "completions": COMMON | {"prompt"}}
-ROLES = frozenset({"system", "developer", "user", "assistant"})
+CHAT = (
+    "messages",
+    "max_completion_tokens",
+    "top_logprobs",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "chat_template_kwargs",
+)
+FIELDS = {"chat": COMMON.union(CHAT), "completions": COMMON | {"prompt", "echo"}}
 MAX_STOPS = 4
+MAX_LOGPROBS = 20
+MAX_CHOICES = 128
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for /v1/completions
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A checked request. Exactly one of messages, text and ids is set; max_tokens None is "what the context leaves"."""
+    """A checked request: messages, or one or more prompts. max_tokens None is "what the context leaves"."""
 
     model: str
-    messages: list[dict[str, str]] | None
-    text: str | None
-    ids: list[int] | None
+    messages: list[dict[str, Any]] | None
+    prompts: list[str | list[int]]
+    tools: Tools | None
+    template_fields: dict[str, Any]
     sampling: Sampling
+    n: int
+    echo: bool
     stop: tuple[str, ...]
     max_tokens: int | None
     ignore_eos: bool
     stream: bool
     include_usage: bool
+    grammar: Grammar | None
 
 
 def parse(kind: str, body: bytes) -> Request:
@@ -103,22 +116,34 @@ def parse(kind: str, body: bytes) -> Request:
         raise bad_request("stream_options is not an object.", "stream_options")
     if unknown := set(options) - {"include_usage", "include_obfuscation"}:
         raise bad_request(f"stream_options.{min(unknown)} is not supported.", "stream_options")
-    stream = _flag(fields, "stream")
+    stream = flag(fields, "stream")
     if options and not stream:
         raise bad_request("stream_options needs stream: true.", "stream_options")
-    messages = _messages(fields.get("messages")) if kind == "chat" else None
-    text, ids = _prompt(fields.get("prompt")) if kind == "completions" else (None, None)
+    grammar = read_grammar(fields)
+    tools = read_tools(fields) if kind == "chat" else None
+    for name in ("ignore_eos", "min_tokens"):
+        if fields.get(name) and (grammar or (tools and tools.forced)):
+            raise bad_request(f"{name} and a prescribed format exclude each other.", name)
+    if grammar and tools:
+        raise bad_request(f"tools and {grammar.param} exclude each other.", grammar.param)
+    more = fields.get("chat_template_kwargs", {})
+    if not isinstance(more, dict):
+        raise bad_request("chat_template_kwargs is not an object.", "chat_template_kwargs")
     return Request(
         model=_model(fields.get("model")),
-        messages=messages,
-        text=text,
-        ids=ids,
-        sampling=_sampling(fields),
+        messages=read_messages(fields.get("messages")) if kind == "chat" else None,
+        prompts=_prompts(fields.get("prompt")) if kind == "completions" else [],
+        tools=tools,
+        template_fields=more,
+        sampling=_sampling(kind, fields),
+        n=integer(fields, "n", 1, 1, MAX_CHOICES),
+        echo=flag(fields, "echo"),
         stop=_stop(fields.get("stop")),
         max_tokens=_max_tokens(kind, fields),
-        ignore_eos=_flag(fields, "ignore_eos"),
+        ignore_eos=flag(fields, "ignore_eos"),
         stream=stream,
-        include_usage=_flag(options, "include_usage", "stream_options.include_usage"),
+        include_usage=flag(options, "include_usage", shown="stream_options.include_usage"),
+        grammar=grammar,
     )
 
 
@@ -138,43 +163,52 @@ def _model(value: Any) -> str:
     return value
 
 
-def _flag(fields: Mapping[str, Any], name: str, shown: str = "") -> bool:
-    value = fields.get(name, False)
-    if not isinstance(value, bool):
-        raise bad_request(f"{shown or name} is not a boolean.", shown or name)
-    return value
-
-
-def _number(fields: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
-    value = fields.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise bad_request(f"{name} is not a number.", name)
-    if not low <= value <= high:
-        raise bad_request(f"{name} is {value}, it must be from {low:g} to {high:g}.", name)
-    return float(value)
-
-
-def _integer(fields: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:
-    value = fields.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise bad_request(f"{name} is not an integer.", name)
-    if not low <= value <= high:
-        raise bad_request(f"{name} is {value}, it must be from {low} to {high}.", name)
-    return value
-
-
-def _sampling(fields: Mapping[str, Any]) -> Sampling:
-    top_p = _number(fields, "top_p", 1.0, 0.0, 1.0)
+def _sampling(kind: str, fields: Mapping[str, Any]) -> Sampling:
+    top_p = number(fields, "top_p", 1.0, 0.0, 1.0)
     return Sampling(
-        temperature=_number(fields, "temperature", 1.0, 0.0, 2.0),
+        temperature=number(fields, "temperature", 1.0, 0.0, 2.0),
         top_p=max(top_p, 1e-9),  # 0 keeps the likeliest token only
-        top_k=max(0, _integer(fields, "top_k", 0, -1, 1 << 30)),  # -1 and 0 both mean off
-        min_p=_number(fields, "min_p", 0.0, 0.0, 1.0),
-        repetition_penalty=_number(fields, "repetition_penalty", 1.0, 0.01, 100.0),
-        frequency_penalty=_number(fields, "frequency_penalty", 0.0, -2.0, 2.0),
-        presence_penalty=_number(fields, "presence_penalty", 0.0, -2.0, 2.0),
-        seed=_integer(fields, "seed", secrets.randbits(62), -(1 << 63), (1 << 63) - 1),
+        top_k=max(0, integer(fields, "top_k", 0, -1, 1 << 30)),  # -1 and 0 both mean off
+        min_p=number(fields, "min_p", 0.0, 0.0, 1.0),
+        repetition_penalty=number(fields, "repetition_penalty", 1.0, 0.01, 100.0),
+        frequency_penalty=number(fields, "frequency_penalty", 0.0, -2.0, 2.0),
+        presence_penalty=number(fields, "presence_penalty", 0.0, -2.0, 2.0),
+        seed=integer(fields, "seed", secrets.randbits(62), -(1 << 63), (1 << 63) - 1),
+        logit_bias=_logit_bias(fields.get("logit_bias", {})),
+        stop_ids=_stop_ids(fields.get("stop_token_ids", [])),
+        min_tokens=integer(fields, "min_tokens", 0, 0, 1 << 30),
+        logprobs=_logprobs(kind, fields),
     )
+
+
+def _logprobs(kind: str, fields: Mapping[str, Any]) -> int:
+    """How many alternatives; -1 without logprobs."""
+    if kind == "completions":
+        return integer(fields, "logprobs", -1, 0, MAX_LOGPROBS) if "logprobs" in fields else -1
+    if not flag(fields, "logprobs"):
+        if fields.get("top_logprobs"):
+            raise bad_request("top_logprobs needs logprobs: true.", "top_logprobs")
+        return -1
+    return integer(fields, "top_logprobs", 0, 0, MAX_LOGPROBS)
+
+
+def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
+    if not isinstance(value, dict):
+        raise bad_request("logit_bias is not an object.", "logit_bias")
+    pairs = []
+    for token, bias in value.items():
+        if not token.isascii() or not token.isdigit() or isinstance(bias, bool) or not isinstance(bias, int | float):
+            raise bad_request(f"logit_bias[{token!r}] is not a number for a token id.", "logit_bias")
+        if not -100 <= bias <= 100:
+            raise bad_request(f"logit_bias[{token!r}] is {bias}, it must be from -100 to 100.", "logit_bias")
+        pairs.append((int(token), float(bias)))
+    return tuple(pairs)
+
+
+def _stop_ids(value: Any) -> tuple[int, ...]:
+    if value != [] and not is_ids(value):
+        raise bad_request("stop_token_ids is not a list of token ids.", "stop_token_ids")
+    return tuple(value)
 
 
 def _stop(value: Any) -> tuple[str, ...]:
@@ -194,59 +228,15 @@ def _max_tokens(kind: str, fields: Mapping[str, Any]) -> int | None:
     name = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
     if name not in fields:
         return COMPLETION_TOKENS if kind == "completions" else None
-    return _integer(fields, name, 0, 1, 1 << 30)
+    return integer(fields, name, 0, 1, 1 << 30)
 
 
-def _messages(value: Any) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not value:
-        raise bad_request("messages is not a list with at least one message.", "messages")
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
-
-
-def _message(message: Any, where: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise bad_request(f"{where} is not an object.", where)
-    role = message.get("role")
-    if role not in ROLES:
-        raise bad_request(f"{where}.role is not one of {', '.join(sorted(ROLES))}.", f"{where}.role")
-    for name, content in message.items():
-        if name in ("role", "content", "name", "refusal", "annotations") or content is None or content == []:
-            continue
-        raise bad_request(
-            f"{where}.{name} is not supported by this server.", f"{where}.{name}", "unsupported_parameter"
-        )
-    checked = {"role": "system" if role == "developer" else role, "content": _content(message.get("content"), where)}
-    if isinstance(message.get("name"), str):
-        checked["name"] = message["name"]
-    return checked
-
-
-def _content(content: Any, where: str) -> str:
-    where += ".content"
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise bad_request(f"{where} is neither a string nor a list of parts.", where)
-    texts = []
-    for index, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise bad_request(f"{where}[{index}] is not a text part; this model reads text only.", f"{where}[{index}]")
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
-def _prompt(value: Any) -> tuple[str | None, list[int] | None]:
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
-        value = value[0]
-    if isinstance(value, str):
-        return value, None
-    if isinstance(value, list) and value and all(isinstance(i, int) and not isinstance(i, bool) for i in value):
-        return None, value
-    if isinstance(value, list) and value and isinstance(value[0], str | list):
-        raise bad_request(
-            "prompt holds more than one prompt; send one request for each.", "prompt", "unsupported_parameter"
-        )
-    raise bad_request("prompt is neither a string nor a list of token ids.", "prompt")
+def _prompts(value: Any) -> list[str | list[int]]:
+    if isinstance(value, str) or is_ids(value):
+        return [value]
+    if isinstance(value, list) and value and (all(isinstance(p, str) for p in value) or all(map(is_ids, value))):
+        return value
+    raise bad_request("prompt is neither a string, nor a list of token ids, nor a list of these.", "prompt")
 
 
 def unknown_model(name: str, known: tuple[str, ...]) -> ApiError:

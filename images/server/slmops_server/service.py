@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from slmops_server import model_folder
+from slmops_server.detok import DetokenizerFactory
 from slmops_server.engines.choose import EngineOptions
 from slmops_server.errors import bad_request, unavailable
 from slmops_server.keys import ApiKeys
@@ -33,6 +34,7 @@ class Service:
             self.tokenizer = Tokenizer.from_file(str(settings.model / "tokenizer.json"))
         except Exception as error:  # noqa: BLE001 - the library raises nothing finer
             raise BadModelFolderError(f"{settings.model / 'tokenizer.json'} cannot be read: {error}") from None
+        self.pieces = DetokenizerFactory(self.tokenizer)
         self.template = None
         if self.folder.chat_template is not None:
             try:
@@ -63,30 +65,40 @@ class Service:
         """Note how long an answer took, for Retry-After."""
         self._seconds += 0.1 * (seconds - self._seconds)
 
-    def admit(self) -> None:
-        """ApiError 503 when the engine is not there or the queue is full. Cheap: asked before any work is done."""
+    def admit(self, count: int = 1) -> None:
+        """ApiError 503 when the engine is not there or `count` more answers do not fit into the queue.
+
+        Cheap: asked before any work is done.
+        """
         if not self.supervisor.ready:
             raise unavailable(f"The model is not ready ({self.supervisor.phase}).", "not_ready")
-        waiting = self.supervisor.active - self.supervisor.slots
-        if waiting >= self.settings.max_queue:
-            after = math.ceil(self._seconds * (waiting + 1) / self.supervisor.slots)
+        room = self.supervisor.slots + self.settings.max_queue
+        if count > room:
+            raise bad_request(f"The request asks for {count} answers; this server takes {room} at a time.", "n")
+        if self.supervisor.active + count > room:
+            waiting = max(0, self.supervisor.active - self.supervisor.slots)
+            after = math.ceil(self._seconds * (waiting + count) / self.supervisor.slots)
             raise unavailable(f"{waiting} requests are waiting.", "overloaded", max(1, min(after, MAX_RETRY_AFTER)))
 
-    async def prompt(self, request: Request) -> list[int]:
-        """Token ids of the request's prompt. ApiError 400 or 404 when it cannot be served."""
-        if request.model not in self.settings.served_names:
-            raise unknown_model(request.model, self.settings.served_names)
-        ids = request.ids
-        where = "prompt"
-        if request.messages is not None:
-            where = "messages"
-            if self.template is None:
-                raise bad_request(
-                    "This model has no chat template; use /v1/completions.", "messages", "no_chat_template"
-                )
-            ids = await self._encode(self.template.render(request.messages), special=False)
-        elif request.text is not None:
-            ids = await self._encode(request.text, special=True)
+    async def prompts(self, request: Request) -> list[list[int]]:
+        """Token ids of the request's prompts. ApiError 400 or 404 when they cannot be served."""
+        self.check_model(request.model)
+        biased = [token for token, _ in request.sampling.logit_bias]
+        for name, tokens in (("logit_bias", biased), ("stop_token_ids", list(request.sampling.stop_ids))):
+            self._check_ids(tokens, name)
+        if request.messages is None:
+            return [await self._prompt(request, prompt) for prompt in request.prompts]
+        if self.template is None:
+            raise bad_request("This model has no chat template; use /v1/completions.", "messages", "no_chat_template")
+        if request.tools and not self.template.takes_tools:
+            raise bad_request("This model's chat template knows no tools.", "tools", "unsupported_parameter")
+        specs = request.tools.specs if request.tools else None
+        text = self.template.render(request.messages, specs, request.template_fields)
+        return [await self._prompt(request, text)]
+
+    async def _prompt(self, request: Request, prompt: str | list[int]) -> list[int]:
+        where = "prompt" if request.messages is None else "messages"
+        ids = prompt if isinstance(prompt, list) else await self._encode(prompt, special=where == "prompt")
         if not ids:
             raise bad_request("The prompt is empty.", where)
         if len(ids) >= self.max_len or len(ids) + (request.max_tokens or 1) > self.max_len:
@@ -97,9 +109,12 @@ class Service:
                 where,
                 "context_length_exceeded",
             )
-        if min(ids) < 0 or max(ids) >= self.folder.vocab_size:
-            raise bad_request(f"The prompt holds a token id outside 0..{self.folder.vocab_size - 1}.", where)
+        self._check_ids(ids, where)
         return ids
+
+    def _check_ids(self, ids: list[int], where: str) -> None:
+        if ids and (min(ids) < 0 or max(ids) >= self.folder.vocab_size):
+            raise bad_request(f"{where} holds a token id outside 0..{self.folder.vocab_size - 1}.", where)
 
     async def _encode(self, text: str, special: bool) -> list[int]:
         encode = partial(self.tokenizer.encode, text, add_special_tokens=special)

@@ -16,7 +16,8 @@ import orjson
 
 from slmops_server.engines.base import Sampling
 from slmops_server.engines.choose import EngineOptions
-from slmops_server.errors import ApiError, internal, unavailable
+from slmops_server.errors import ApiError, bad_request, internal, unavailable
+from slmops_server.grammar import Grammar
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +38,16 @@ class Delta:
     last: float = 0.0
     gaps: tuple[int, ...] = ()
     cached: int = 0  # prompt tokens that did not have to be computed
+    scores: tuple[list[Any], list[Any]] | None = None  # as the worker tells them
+    choice: int = 0
 
 
 class Stream:
     """One running answer as the front sees it."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, grammar_param: str | None = None) -> None:
+        self.grammar_param = grammar_param
+        self.numbers: dict[int, int] = {}  # the engine's jobs, and of which choice each is
         self._arrived: list[Delta] = []
         self._error: ApiError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -133,30 +137,38 @@ class Supervisor:
         stop: tuple[str, ...],
         ignore_eos: bool,
         stream: bool,
+        grammar: Grammar | None = None,
+        score_prompt: bool = False,
+        into: Stream | None = None,
     ) -> Stream:
-        """Hand a request to the engine. ApiError 503 when there is none."""
+        """Hand a request to the engine; `into`: as one more choice of an answer. ApiError 503 when there is none."""
         if not self.ready:
             raise unavailable(f"The model is not ready ({self.phase}).", "not_ready")
-        answer = Stream(next(self._numbers))
-        self._streams[answer.number] = answer
+        answer = into or Stream(grammar.param if grammar else None)
+        number = next(self._numbers)
+        answer.numbers[number] = len(answer.numbers)
+        self._streams[number] = answer
         self._send(
             {
                 "op": "run",
-                "id": answer.number,
+                "id": number,
                 "prompt": prompt,
                 "max_tokens": max_tokens,
                 "sampling": sampling,  # orjson knows dataclasses
                 "stop": stop,
                 "ignore_eos": ignore_eos,
                 "stream": stream,
+                "grammar": None if grammar is None else (grammar.kind, grammar.text),
+                "score_prompt": score_prompt,
             }
         )
         return answer
 
     def cancel(self, answer: Stream) -> None:
         """Stop generating; harmless when it is over."""
-        if self._streams.pop(answer.number, None) is not None:
-            self._send({"op": "cancel", "id": answer.number})
+        for number in answer.numbers:
+            if self._streams.pop(number, None) is not None:
+                self._send({"op": "cancel", "id": number})
 
     async def run(self) -> None:
         """Start the engine and start it again whenever it ends, until closed or given up (`failed` is set)."""
@@ -232,8 +244,8 @@ class Supervisor:
     def _take(self, message: dict[str, Any]) -> None:
         self._heard = time.monotonic()
         if events := message.get("ev"):
-            for number, text, tokens, finish, times in events:
-                self._deliver(number, text, tokens, finish, times)
+            for event in events:
+                self._deliver(*event)
         elif "phase" in message:
             self.phase = message["phase"]
         elif "ready" in message:
@@ -242,15 +254,20 @@ class Supervisor:
         elif "fatal" in message:
             self.problem = message["fatal"]
 
-    def _deliver(self, number: int, text: str, tokens: int, finish: str | None, times: list[Any] | None) -> None:
+    def _deliver(
+        self, number: int, text: str, tokens: int, finish: str | None, times: list[Any] | None, scores: Any
+    ) -> None:
         stream = self._streams.get(number)
         if stream is None:  # cancelled while this was on its way
             return
+        choice = stream.numbers[number]
         if finish is None or times is None:
-            stream.put(Delta(text, tokens))
+            stream.put(Delta(text, tokens, scores=scores, choice=choice))
             return
         del self._streams[number]
         if finish == "error":
             stream.put(internal())
+        elif finish == "refused":
+            stream.put(bad_request(f"The grammar cannot be used: {text}", stream.grammar_param, "invalid_grammar"))
         else:
-            stream.put(Delta(text, tokens, finish, times[0], times[1], tuple(times[2]), times[3]))
+            stream.put(Delta(text, tokens, finish, times[0], times[1], tuple(times[2]), times[3], scores, choice))

@@ -62,13 +62,13 @@ class ToolParser:
                 calls += found
                 shown += "" if found else OPEN + before + CLOSE
             else:
-                shown += before
+                shown += self._trim(before)
             self._inside = not self._inside
         if not self._inside:
             keep = overlap(self._held, OPEN)
-            shown += self._held[: len(self._held) - keep]
+            shown += self._trim(self._held[: len(self._held) - keep])
             self._held = self._held[len(self._held) - keep :]
-        return self._trim(shown), calls
+        return shown, calls
 
     def _feed_bare(self) -> tuple[str, list[Call]]:
         if self._held.lstrip()[:1] in ("", "{", "["):

@@ -2,8 +2,11 @@
 
 import secrets
 import time
+from typing import Any
 
 import orjson
+
+from slmops_server.tools import Call
 
 DONE = b"data: [DONE]\n\n"
 
@@ -39,39 +42,110 @@ class Frames:
     def _base(self, name: str) -> dict[str, object]:
         return {"id": self.id, "object": name, "created": self._created, "model": self._model}
 
-    def role(self) -> bytes:
-        """The first frame of a chat stream; nothing for completions."""
+    def role(self, choice: int = 0) -> bytes:
+        """The first frame of a choice of a chat stream; nothing for completions."""
         if self.kind != "chat":
             return b""
-        return (
-            self._head + b',"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,'
-            b'"finish_reason":null}]' + self._tail
-        )
+        return self._chunk(choice, b'"delta":{"role":"assistant","content":""}')
 
-    def text(self, text: str) -> bytes:
+    def text(self, text: str, choice: int = 0, logprobs: object = None) -> bytes:
         """Some characters of the answer."""
-        if self.kind == "chat":
-            body = b',"choices":[{"index":0,"delta":{"content":' + orjson.dumps(text) + b"}"
-        else:
-            body = b',"choices":[{"index":0,"text":' + orjson.dumps(text)
-        return self._head + body + b',"logprobs":null,"finish_reason":null}]' + self._tail
-
-    def end(self, finish: str, prompt: int, completion: int, cached: int) -> bytes:
-        """The finish reason, the usage where it was asked for, and the end mark."""
-        body = b',"choices":[{"index":0,' + (b'"delta":{}' if self.kind == "chat" else b'"text":""')
-        frame = self._head + body + b',"logprobs":null,"finish_reason":"' + finish.encode() + b'"}]' + self._tail
-        if self._include_usage:
-            frame += self._head + b',"choices":[],"usage":' + orjson.dumps(usage(prompt, completion, cached)) + b"}\n\n"
-        return frame + DONE
-
-    def whole(self, text: str, finish: str, prompt: int, completion: int, cached: int) -> bytes:
-        """The answer as one JSON object."""
-        choice: dict[str, object] = {"index": 0}
-        if self.kind == "chat":
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-        else:
-            choice["text"] = text
-        choice |= {"logprobs": None, "finish_reason": finish}
-        return orjson.dumps(
-            self._base(self._object) | {"choices": [choice], "usage": usage(prompt, completion, cached)}
+        content = orjson.dumps(text)
+        return self._chunk(
+            choice, b'"delta":{"content":' + content + b"}" if self.kind == "chat" else b'"text":' + content, logprobs
         )
+
+    def call(self, call: Call, number: int, choice: int = 0) -> bytes:
+        """A whole tool call, the number-th of its choice."""
+        return self._chunk(choice, b'"delta":{"tool_calls":' + orjson.dumps([{"index": number, **_call(call)}]) + b"}")
+
+    def finish(self, reason: str, choice: int = 0) -> bytes:
+        """The last frame of a choice."""
+        return self._chunk(
+            choice, b'"delta":{}' if self.kind == "chat" else b'"text":""', None, b'"' + reason.encode() + b'"'
+        )
+
+    def end(self, prompt: int, completion: int, cached: int) -> bytes:
+        """The usage where it was asked for, and the end mark."""
+        if not self._include_usage:
+            return DONE
+        return (
+            self._head + b',"choices":[],"usage":' + orjson.dumps(usage(prompt, completion, cached)) + b"}\n\n" + DONE
+        )
+
+    def _chunk(self, choice: int, body: bytes, logprobs: object = None, reason: bytes = b"null") -> bytes:
+        told = b"null" if logprobs is None else orjson.dumps(logprobs)
+        head = self._head + b',"choices":[{"index":%d,' % choice
+        return head + body + b',"logprobs":' + told + b',"finish_reason":' + reason + b"}]" + self._tail
+
+    def choice(self, number: int, text: str, calls: list[Call], logprobs: object, finish: str) -> dict[str, object]:
+        """One choice of a whole answer."""
+        made: dict[str, object] = {"index": number}
+        if self.kind == "chat":
+            message: dict[str, object] = {
+                "role": "assistant",
+                "content": text or (None if calls else ""),
+                "refusal": None,
+            }
+            if calls:
+                message["tool_calls"] = [_call(call) for call in calls]
+            made["message"] = message
+        else:
+            made["text"] = text
+        return made | {"logprobs": logprobs, "finish_reason": finish}
+
+    def whole(self, choices: list[dict[str, object]], prompt: int, completion: int, cached: int) -> bytes:
+        """The answer as one JSON object."""
+        return orjson.dumps(self._base(self._object) | {"choices": choices, "usage": usage(prompt, completion, cached)})
+
+
+def _call(call: Call) -> dict[str, object]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def chat_logprobs(scores: list[Any]) -> dict[str, object]:
+    """From the worker's [token, logprob, top] lists."""
+
+    def one(token: str, logprob: float) -> dict[str, object]:
+        piece = token.encode("latin-1")
+        return {"token": piece.decode(errors="replace"), "logprob": logprob, "bytes": list(piece)}
+
+    told = [{**one(t, p), "top_logprobs": [one(*other) for other in top]} for t, p, top in scores]
+    return {"content": told, "refusal": None}
+
+
+class TextLogprobs:
+    """The completions form; offsets go on from call to call."""
+
+    def __init__(self) -> None:
+        self._at = 0
+
+    def __call__(self, scores: list[Any], first: str | None = None, alternatives: int = 0) -> dict[str, object]:
+        """`first`: a token before all others, which nothing can have predicted."""
+        names, logprobs, tops, offsets = [], [], [], []
+        if first is not None:
+            scores = [[first, None, None], *scores]
+        for token, logprob, top in scores:
+            name = _name(token)
+            names.append(name)
+            logprobs.append(logprob)
+            # the token itself is always among them: clients look there whether it was the likeliest
+            best = None if top is None or not alternatives else {_name(t): p for t, p in top} | {name: logprob}
+            tops.append(best)
+            offsets.append(self._at)
+            self._at += len(token.encode("latin-1").decode(errors="ignore"))
+        return {
+            "tokens": names,
+            "token_logprobs": logprobs,
+            "top_logprobs": tops if alternatives else None,
+            "text_offset": offsets,
+        }
+
+
+def _name(token: str) -> str:
+    """The token's text; OpenAI's spelling of bytes that are none."""
+    piece = token.encode("latin-1")
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)

@@ -1,7 +1,8 @@
 """The engine process: one thread that owns the model, drives the engine and turns tokens into text.
 
 It talks to the front over one inherited socket, a JSON object per line. In: {"op": "run"|"cancel"|"ping", ...}.
-Out: {"phase": ...}, {"ready": {...}}, {"fatal": text}, {"pong": n}, {"ev": [[job, text, tokens, finish, times], ...]};
+Out: {"phase": ...}, {"ready": {...}}, {"fatal": text}, {"pong": n},
+{"ev": [[job, text, tokens, finish, times, scores], ...]};
 `times` comes with `finish` only: first and last token in seconds of CLOCK_MONOTONIC (one clock for all processes
 of a machine), the gaps between tokens in microseconds, and the prompt tokens that were taken from the cache.
 """
@@ -23,7 +24,8 @@ from tokenizers import Tokenizer
 from slmops_server import model_folder
 from slmops_server.detok import DetokenizerFactory, StopScanner
 from slmops_server.engines import choose as engines
-from slmops_server.engines.base import Engine, EngineRefusedError, Job, Sampling
+from slmops_server.engines.base import Engine, EngineRefusedError, Job, Sampling, Scores
+from slmops_server.guide import BadGrammarError, Guides
 
 log = logging.getLogger("slmops_server.engine")
 WARM_UP = "Hello"
@@ -56,14 +58,22 @@ class Channel:
 class Answer:
     """The text side of one job."""
 
-    __slots__ = ("cached", "count", "detok", "first", "gaps", "last", "pending", "stop", "stream")
+    __slots__ = ("cached", "count", "detok", "first", "gaps", "last", "pending", "scores", "stop", "stream")
 
     def __init__(self, factory: DetokenizerFactory, stops: list[str], stream: bool) -> None:
         self.detok, self.stop, self.stream = factory.new(), StopScanner(stops), stream
         self.pending = ""
+        self.scores: tuple[list[Any], list[Any]] = ([], [])  # of the prompt, of the answer; not yet sent
         self.cached = self.count = 0
         self.first = self.last = 0.0
         self.gaps: list[int] = []
+
+    def told(self) -> tuple[list[Any], list[Any]] | None:
+        """The scores not yet sent."""
+        if not any(self.scores):
+            return None
+        told, self.scores = self.scores, ([], [])
+        return told
 
     def tick(self, now: float) -> None:
         """Note the time of a token."""
@@ -78,8 +88,8 @@ class Answer:
 class Worker:
     """The loop of the engine process."""
 
-    def __init__(self, engine: Engine, factory: DetokenizerFactory, channel: Channel) -> None:
-        self._engine, self._factory, self._channel = engine, factory, channel
+    def __init__(self, engine: Engine, factory: DetokenizerFactory, guides: Guides, channel: Channel) -> None:
+        self._engine, self._factory, self._guides, self._channel = engine, factory, guides, channel
         self._answers: dict[int, Answer] = {}
 
     def run(self) -> None:
@@ -98,21 +108,40 @@ class Worker:
     def _take(self, message: dict[str, Any]) -> None:
         match message["op"]:
             case "run":
-                self._answers[message["id"]] = Answer(self._factory, message["stop"], message["stream"])
-                self._engine.submit(
-                    Job(
-                        id=message["id"],
-                        prompt=message["prompt"],
-                        max_tokens=message["max_tokens"],
-                        sampling=Sampling(**message["sampling"]),
-                        ignore_eos=message["ignore_eos"],
-                    )
-                )
+                self._start(message)
             case "cancel":
                 self._engine.cancel(message["id"])
                 self._answers.pop(message["id"], None)
             case "ping":
                 self._channel.send({"pong": message["n"], "running": self._engine.running})
+
+    def _start(self, message: dict[str, Any]) -> None:
+        number, guide = message["id"], None
+        if message["grammar"] is not None:
+            try:
+                guide = self._guides.new(*message["grammar"])
+            except BadGrammarError as error:
+                self._channel.send({"ev": [[number, str(error), 0, "refused", [0.0, 0.0, [], 0], None]]})
+                return
+        self._answers[number] = Answer(self._factory, message["stop"], message["stream"])
+        self._engine.submit(
+            Job(
+                id=number,
+                prompt=message["prompt"],
+                max_tokens=message["max_tokens"],
+                sampling=Sampling(**message["sampling"]),
+                ignore_eos=message["ignore_eos"],
+                guide=guide,
+                score_prompt=message["score_prompt"],
+            )
+        )
+
+    def _score(self, token: int, scores: Scores) -> list[Any]:
+        top = [[self._piece(one), logprob] for one, logprob in scores.top]
+        return [self._piece(token), scores.logprob, top]
+
+    def _piece(self, token: int) -> str:
+        return self._factory.piece(token).decode("latin-1")
 
     def step(self) -> None:
         """One engine step; what streams is sent at once, the rest when it is whole."""
@@ -123,7 +152,11 @@ class Worker:
             answer = self._answers[token.job]
             answer.tick(now)
             answer.cached += token.cached
+            if token.prompt_scores:
+                answer.scores[0].extend(self._score(*one) for one in token.prompt_scores)
             finish, text = token.finish, ""
+            if token.scores is not None and finish != "stop":
+                answer.scores[1].append(self._score(token.token, token.scores))
             if finish not in ("stop", "error"):
                 text, stopped = answer.stop.feed(answer.detok.feed(token.token))
                 if stopped:
@@ -132,12 +165,12 @@ class Worker:
             if finish:
                 text += answer.stop.flush()
                 times = [answer.first, answer.last, answer.gaps, answer.cached]
-                events.append([token.job, answer.pending + text, answer.count, finish, times])
+                events.append([token.job, answer.pending + text, answer.count, finish, times, answer.told()])
                 del self._answers[token.job]
             elif not answer.stream:
                 answer.pending += text
             elif text or answer.count == 1:
-                events.append([token.job, text, answer.count, None, None])
+                events.append([token.job, text, answer.count, None, None, answer.told()])
         if events:
             self._channel.send({"ev": events})
 
@@ -152,11 +185,13 @@ def start(path: Path, options: engines.EngineOptions, channel: Channel) -> Worke
     engine = engines.load(folder, options)
     loaded = time.monotonic()
     channel.send({"phase": "warming"})
+    guides = Guides(path / "tokenizer.json", folder.vocab_size, folder.eos_ids)
+    guides.warm()
     engines.warm(engine, tokenizer.encode(WARM_UP).ids or [0])
     info = {**asdict(engine.info), "load_seconds": loaded - begin, "warm_seconds": time.monotonic() - loaded}
     log.info("Loaded the model: %s", orjson.dumps(info).decode())
     channel.send({"ready": info})
-    return Worker(engine, factory, channel)
+    return Worker(engine, factory, guides, channel)
 
 
 def main() -> int:

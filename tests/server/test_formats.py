@@ -1,0 +1,203 @@
+"""Logprobs, echo, several answers, prescribed formats and tools, through OpenAI's own client."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+
+import jsonschema
+import numpy as np
+import openai
+import pytest
+from server_harness import TINY, Server
+
+from slmops_server import model_folder
+from slmops_server.engines.choose import EngineOptions
+from slmops_server.engines.choose import load as load_engine
+
+Start = Callable[..., Server]
+TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}\n<tool_call>{% endif %}{% for message in messages %}{{ message['content'] }}"
+    "{% for call in message.tool_calls %}{{ call.function.arguments | tojson }}{% endfor %}{% endfor %}"
+)
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"days": {"type": "integer", "minimum": 0, "maximum": 9}},
+            "required": ["days"],
+            "additionalProperties": False,
+        },
+    },
+}
+SCHEMA = {
+    "type": "object",
+    "properties": {"severity": {"enum": ["low", "high"]}, "floor": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["severity", "floor"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def with_tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("tools")
+    shutil.copytree(TINY, folder / "model")
+    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    running = Server(folder / "log", "--slots", "4", model=folder / "model")
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+
+
+def test_loglikelihoods_by_echo_are_those_of_the_model(server: Server) -> None:
+    """What lm-evaluation-harness asks of local-completions, several prompts at once, against direct scoring."""
+    prompts = [[40, 41, 42, 300, 17, 5], [7, 9, 11]]
+    answer = server.complete(prompt=prompts, max_tokens=1, logprobs=1, echo=True, seed=1234).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    engine = load_engine(model_folder.read(TINY), EngineOptions("onnxruntime", 1, 2))
+    for choice, prompt in zip(answer["choices"], prompts, strict=True):
+        logits = np.array(engine._forward.score(0, prompt, 0), np.float64)  # type: ignore[attr-defined]
+        expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        told = choice["logprobs"]
+        assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
+        assert told["token_logprobs"][1:-1] == pytest.approx(
+            [expected[at, token] for at, token in enumerate(prompt[1:])], abs=1e-4
+        )
+        assert len(told["tokens"]) == len(told["text_offset"]) == len(prompt) + 1
+        for position, logprob, top in zip(expected, told["token_logprobs"][1:], told["top_logprobs"][1:], strict=True):
+            assert max(top.values()) == pytest.approx(position.max(), abs=1e-4)
+            assert logprob in top.values()
+    assert answer["usage"]["prompt_tokens"] == 9
+
+
+def test_echo_gives_the_prompt_back(server: Server) -> None:
+    plain = server.complete().json()["choices"][0]["text"]
+    assert server.complete(echo=True).json()["choices"][0]["text"] == "The printer" + plain
+    streamed = server.complete(echo=True, stream=True).text.split("\n\n")
+    texts = [json.loads(f[6:])["choices"][0]["text"] for f in streamed if f.startswith("data: {")]
+    assert "".join(texts) == "The printer" + plain
+
+
+def test_chat_logprobs_whole_and_streamed(client: openai.OpenAI) -> None:
+    ask = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "temperature": 0, "max_tokens": 12}
+    whole = client.chat.completions.create(**ask, logprobs=True, top_logprobs=3)  # type: ignore[call-overload]
+    told = whole.choices[0].logprobs.content
+    assert len(told) == whole.usage.completion_tokens == 12
+    assert all(len(one.top_logprobs) == 3 and one.top_logprobs[0].logprob == one.logprob <= 0 for one in told)
+    assert b"".join(bytes(one.bytes) for one in told).decode(errors="replace") == whole.choices[0].message.content
+    stream = client.chat.completions.create(**ask, logprobs=True, top_logprobs=3, stream=True)  # type: ignore[call-overload]
+    parts = [c.choices[0].logprobs.content for c in stream if c.choices[0].logprobs]
+    assert [one for part in parts for one in part] == told
+
+
+def test_several_answers(client: openai.OpenAI, server: Server) -> None:
+    ask = {"model": "tiny", "prompt": "The printer", "n": 3, "seed": 5, "max_tokens": 10}
+    whole = client.completions.create(**ask)  # type: ignore[call-overload]
+    texts = [choice.text for choice in whole.choices]
+    assert [choice.index for choice in whole.choices] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    single = client.completions.create(**{**ask, "n": 1})  # type: ignore[call-overload]
+    assert single.choices[0].text == texts[0]
+    assert whole.usage.prompt_tokens == single.usage.prompt_tokens
+    streamed = ["", "", ""]
+    for chunk in client.completions.create(**ask, stream=True):  # type: ignore[call-overload]
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == texts
+    refused = server.complete(n=13)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+
+
+def test_stop_ids_min_tokens_and_bias(server: Server) -> None:
+    told = server.complete(logprobs=0, max_tokens=6).json()["choices"][0]
+    pick = server.complete(logit_bias={"300": 100}, max_tokens=3, logprobs=0).json()["choices"][0]["logprobs"]["tokens"]
+    assert len(set(pick)) == 1
+    stopped = server.complete(logit_bias={"300": 100}, stop_token_ids=[300], max_tokens=6).json()
+    assert (stopped["choices"][0]["text"], stopped["choices"][0]["finish_reason"]) == ("", "stop")
+    later = server.complete(logit_bias={"300": 100}, stop_token_ids=[300], min_tokens=3, max_tokens=6).json()
+    assert (later["usage"]["completion_tokens"], later["choices"][0]["finish_reason"]) == (4, "stop")
+    assert told["finish_reason"] == "length"
+    assert server.complete(logit_bias={"512": 1}).json()["error"]["param"] == "logit_bias"
+    assert server.complete(stop_token_ids=[512]).json()["error"]["param"] == "stop_token_ids"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_json_schema_is_kept(client: openai.OpenAI, temperature: float) -> None:
+    for seed in range(4):
+        answer = client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "The printer on floor three"}],
+            response_format={"type": "json_schema", "json_schema": {"name": "ticket", "schema": SCHEMA}},
+            temperature=temperature,
+            seed=seed,
+            max_tokens=200,
+        )
+        assert answer.choices[0].finish_reason == "stop"
+        jsonschema.validate(json.loads(answer.choices[0].message.content or ""), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "good"),
+    [
+        ({"choice": ["red", 'gre"en']}, lambda text: text in ("red", 'gre"en')),
+        ({"regex": "[0-9]{3}-[a-c]"}, lambda text: len(text) == 5 and text[3] == "-" and text[4] in "abc"),
+        ({"grammar": 'start: "a" "b"'}, lambda text: text == "ab"),
+    ],
+)
+def test_other_formats_are_kept(server: Server, outputs: dict[str, object], good: Callable[[str], bool]) -> None:
+    choice = server.complete(structured_outputs=outputs, max_tokens=50, temperature=1).json()["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert good(choice["text"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_grammars_that_cannot_be_used_are_refused(server: Server, stream: bool) -> None:
+    for outputs, param in (
+        ({"regex": "(a"}, "structured_outputs.regex"),
+        ({"grammar": "begin"}, "structured_outputs.grammar"),
+        ({"json": {"type": "foo"}}, "structured_outputs.json"),
+    ):
+        answer = server.complete(structured_outputs=outputs, stream=stream)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_grammar", param)
+    assert server.idle
+
+
+def test_a_forced_tool_is_called_whole_and_streamed(with_tools: Server) -> None:
+    with openai.OpenAI(base_url=with_tools.url + "/v1", api_key="none") as client:
+        ask = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "How is it outside?"}],
+            "tools": [WEATHER],
+            "temperature": 0,
+            "max_tokens": 300,
+            "parallel_tool_calls": False,
+        }
+        for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+            whole = client.chat.completions.create(**ask, tool_choice=choice).choices[0]  # type: ignore[call-overload]
+            assert (whole.finish_reason, whole.message.content) == ("tool_calls", None)
+            (call,) = whole.message.tool_calls
+            assert call.function.name == "weather"
+            jsonschema.validate(json.loads(call.function.arguments), WEATHER["function"]["parameters"])  # type: ignore[index]
+            chunks = list(client.chat.completions.create(**ask, tool_choice=choice, stream=True))  # type: ignore[call-overload]
+            calls = [c for chunk in chunks for c in chunk.choices[0].delta.tool_calls or []]
+            assert [(c.index, c.function.name, c.function.arguments) for c in calls] == [
+                (0, "weather", call.function.arguments)
+            ]
+            assert chunks[-1].choices[0].finish_reason == "tool_calls"
+            assert not any(chunk.choices[0].delta.content for chunk in chunks)
+
+
+def test_tools_need_a_template_that_knows_them(server: Server, with_tools: Server) -> None:
+    refused = server.chat(tools=[WEATHER])
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tools")
+    assert server.chat(tools=[WEATHER], tool_choice="none").status_code == 200
+    answer = with_tools.chat(tools=[WEATHER]).json()
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["choices"][0]["message"]["content"]
+    assert math.isfinite(answer["usage"]["prompt_tokens"])

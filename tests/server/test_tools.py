@@ -1,0 +1,36 @@
+"""Tool calls in the text of an answer, whatever pieces it comes in."""
+
+import json
+
+import pytest
+
+from slmops_server.tools import ToolParser
+
+CALL = '{"name": "f", "arguments": {"a": "ü"}}'
+CASES = [
+    (True, "no call < here", "no call < here", []),
+    (True, f"<tool_call>\n{CALL}\n</tool_call>", "", [{"a": "ü"}]),
+    (True, f"text<tool_call>{CALL}</tool_call>\n<tool_call>\n{CALL}\n</tool_call>\n", "text", [{"a": "ü"}, {"a": "ü"}]),
+    (True, f"<tool_call>\n{CALL}", "", [{"a": "ü"}]),
+    (True, "<tool_call>nonsense</tool_call>!", "<tool_call>nonsense</tool_call>!", []),
+    (True, '<tool_call>{"name": "g"}', '<tool_call>{"name": "g"}', []),
+    (True, "a <tool_", "a <tool_", []),
+    (False, f" {CALL}", "", [{"a": "ü"}]),
+    (False, f"[{CALL}, {CALL}]", "", [{"a": "ü"}, {"a": "ü"}]),
+    (False, '{"name": "f", "parameters": {}}', "", [{}]),
+    (False, '{"json": true}', '{"json": true}', []),
+    (False, f"Sure: {CALL}", f"Sure: {CALL}", []),
+    (False, "", "", []),
+]
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize(("tagged", "answer", "shown", "arguments"), CASES, ids=[c[1][:30] for c in CASES])
+def test_calls_and_text(tagged: bool, answer: str, shown: str, arguments: list[object], size: int) -> None:
+    parser = ToolParser(tagged, {"f"})
+    got = [parser.feed(answer[at : at + size]) for at in range(0, len(answer), size)] + [parser.end()]
+    assert "".join(text for text, _ in got) == shown
+    calls = [call for _, some in got for call in some]
+    assert [json.loads(call.arguments) for call in calls] == arguments
+    assert parser.called == len(calls) == len({call.id for call in calls})
+    assert {call.name for call in calls} <= {"f"}
