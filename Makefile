@@ -73,6 +73,9 @@ ifneq ($(CLUSTER),current)
 	@$(MAKE) --no-print-directory up images
 endif
 	@$(PY) -m pytest -q -x --timeout=1500 e2e/scenarios
+ifneq ($(CLUSTER),current)
+	@$(PY) -m pytest -q -x --timeout=300 tests/node
+endif
 
 bench: venv ## what the operator costs, on the local node
 	@$(MAKE) --no-print-directory up images

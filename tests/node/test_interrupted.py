@@ -1,0 +1,104 @@
+"""The local node after the worst: every daemon killed, `up` killed in its middle. Runs last: it empties the node."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kit import chart, pods
+from kit.kubectl import ROOT, Kubectl, wait_for
+from localkube import daemons, leftovers, mounts, network, outside, paths
+
+COMMAND = ["python3", "e2e/localkube"]
+
+
+def localkube(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def healthy() -> bool:
+    return localkube("status").returncode == 0
+
+
+@pytest.fixture(autouse=True)
+def _up_again() -> Iterator[None]:
+    """A healthy node before and after each test."""
+    for when in ("before", "after"):
+        done = localkube("up")
+        assert done.returncode == 0, f"{when}: {done.stderr}"
+        if when == "before":
+            yield
+
+
+def run_pod() -> None:
+    """A pod with a token and a volume in memory: both are mounts that a killed kubelet leaves."""
+    kube = Kubectl("default")
+    assert localkube("build", "operator").returncode == 0
+    wait_for("the namespace has its account", lambda: kube.get("serviceaccount", "default"), 30)
+    made = pods.spec(
+        chart.local_images()["operator"],
+        ["python3", "-c", "import time; time.sleep(600)"],
+        mounts={"/memory": {"emptyDir": {"medium": "Memory"}}},
+        token=True,
+    )
+    kube.apply(pods.pod("survivor", made))
+    wait_for("the pod runs", lambda: pods.phase(kube, "survivor") == "Running", 60)
+
+
+def kill_daemons() -> None:
+    for daemon in daemons.recorded(paths.CLUSTER.pids).values():
+        if daemon.alive():
+            os.kill(daemon.pid, signal.SIGKILL)
+
+
+def test_a_node_whose_daemons_were_killed_comes_up_with_its_images() -> None:
+    run_pod()
+    before = chart.local_images()
+    kill_daemons()
+    assert not healthy()
+    done = localkube("up")
+    assert done.returncode == 0, done.stderr
+    assert healthy()
+    assert Kubectl("default").get("pod", "survivor") is None
+    assert chart.local_images() == before
+    run_pod()
+
+
+def test_up_that_is_killed_at_any_moment_goes_on_the_next_time() -> None:
+    kill_daemons()
+    for word in ("clearing what is left", "starting the control plane", "starting the node"):
+        with subprocess.Popen([*COMMAND, "up"], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            assert any(word in line for line in process.stderr), f"never said: {word}"
+            process.kill()
+    assert localkube("up").returncode == 0
+    run_pod()
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["healthy", "killed"])
+def test_down_leaves_nothing_on_the_machine(killed: bool) -> None:
+    run_pod()
+    ours = [daemon.pid for daemon in daemons.recorded(paths.CLUSTER.pids).values()]
+    if killed:
+        kill_daemons()
+    done = localkube("down")
+    assert done.returncode == 0, done.stderr
+    assert not [pid for pid in ours if daemons.start_time(pid)]
+    assert not [path for path in (paths.RUN, paths.STATE, paths.LOCK, paths.BUILDAH_RUN) if path.exists()]
+    assert not list(leftovers.CGROUPS.glob(f"**/{paths.CGROUP}"))
+    assert not [place for folder in (paths.RUN, paths.STATE, paths.CACHE) for place in mounts.below(folder)]
+    assert not Path(f"/sys/class/net/{paths.BRIDGE}").exists()
+    for tool, table in network.TABLES:
+        saved = subprocess.run([f"{tool}-save", "-t", table], capture_output=True, text=True).stdout
+        assert not [chain for chain in network.CHAIN.findall(saved) if chain.startswith(("KUBE-", network.OWNED))]
+    for name, patterns in outside.PLACES.items():
+        place = Path("/") / name
+        assert not (place.is_dir() and outside.only_ours(place, patterns)), place
+    routes = json.loads(subprocess.run(["ip", "-json", "route"], capture_output=True, text=True, check=True).stdout)
+    assert not [route for route in routes if route.get("dev") == paths.BRIDGE]
