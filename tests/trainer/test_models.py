@@ -176,3 +176,31 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary(tiny_model: Path) -> No
         loaded.model.model.norm.weight.zero_()
     encoded = encoding.encode(loaded.tokenizer, examples()[:3], loaded.stop_ids, "assistant", 256).items
     assert generate.perplexity(loaded.model, encoded, 0, 2) == pytest.approx(1024, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("precision", "native", "bf16", "warned"),
+    [
+        ("auto", True, True, False),
+        ("auto", False, False, False),
+        ("fp32", True, False, False),
+        ("bf16", True, True, False),
+        ("bf16", False, True, True),
+    ],
+)
+def test_bf16_is_taken_where_it_is_native_or_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    precision: str,
+    native: bool,
+    bf16: bool,
+    warned: bool,
+) -> None:
+    monkeypatch.setattr(models, "computes_bf16", lambda where: native)
+    assert models.in_bf16(precision, torch.device("cpu")) is bf16
+    assert ("only emulates bf16" in caplog.text) is warned
+
+
+def test_this_cpu_is_asked() -> None:
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert models.computes_bf16(torch.device("cpu")) is ("avx512bw" in flags or "avx_ne_convert" in flags)

@@ -1,6 +1,7 @@
 """Models on disk: what is refused and why, loading, and writing a folder that every later step can read."""
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 OTHER_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 
+log = logging.getLogger("slmops")
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
@@ -42,6 +45,21 @@ class Loaded:
 def device() -> torch.device:
     """The GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def computes_bf16(where: torch.device) -> bool:
+    """Whether bf16 is faster than fp32 there, not emulated: a GPU from Ampere on, a CPU with AVX-512."""
+    if where.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def in_bf16(precision: str, where: torch.device) -> bool:
+    """What `training.precision` means on this device. An explicit bf16 is obeyed where it is slow, and said."""
+    native = computes_bf16(where)
+    if precision == "bf16" and not native:
+        log.warning("This device only emulates bf16, many times slower than fp32; see training.precision: auto")
+    return precision == "bf16" or (precision == "auto" and native)
 
 
 def load(folder: Path, source: str) -> Loaded:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from slmops.api.batch import Training
-from slmops_trainer import schedule, state
+from slmops_trainer import models, schedule, state
 from slmops_trainer.encoding import Encoded
 from slmops_trainer.failure import RunFailure, interrupted
 from slmops_trainer.generate import mean_loss, pad_id
@@ -106,6 +106,7 @@ class _Run:
         if not self.parameters:
             raise RunFailure("NothingToTrain", "The model has no trainable parameter.")
         self.optimizer = _optimizer(self.parameters, training)
+        self.bf16 = models.in_bf16(training.precision, model.device)
 
     def begin(self) -> None:
         """Seed, prepare the model, and take over what an earlier pod saved."""
@@ -122,7 +123,8 @@ class _Run:
         elif saved is not None:
             log.warning("Ignored a checkpoint of another recipe or other data")
         self.saved_at = self.logged_at = time.monotonic()
-        self.ctx.report(self.stage, self.counters.step, self.total, "Training began")
+        began = f"Training began, in {'bf16' if self.bf16 else 'fp32'}"
+        self.ctx.report(self.stage, self.counters.step, self.total, began)
         self.maybe_evaluate()  # the last pod may have been stopped in the middle of it
 
     def one_step(self) -> None:
@@ -143,7 +145,7 @@ class _Run:
                 self.optimizer.zero_grad(set_to_none=True)
                 state.set_randoms(randoms)
                 return
-            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.training.precision == "bf16"):
+            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
                 part = loss_sum(self.model, batch) / trained
             part.backward()
             loss += float(part.detach())

@@ -78,9 +78,12 @@ class Training(Model):
     batch_size: int = Field(default=2, ge=1, le=4096, description="Examples of one forward pass.")
     gradient_accumulation: int = Field(default=1, ge=1, le=4096, description="Forward passes of one optimizer step.")
     max_length: int = Field(
-        default=1024, ge=8, le=131072, description="Longest example in tokens; longer ones are an error count."
+        default=1024, ge=8, le=131072, description="Longest example in tokens; longer ones are left out and counted."
     )
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: autocast, weights stay fp32.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="fp32",
+        description="bf16: autocast, weights stay fp32. auto: bf16 where the node's GPU or CPU has it, else fp32.",
+    )
     gradient_checkpointing: bool = Field(default=False, description="Less memory for more time.")
     scheduler: Literal["linear", "cosine", "constant"] = Field(
         default="cosine", description="Decay of the learning rate."
