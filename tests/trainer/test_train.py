@@ -61,10 +61,11 @@ def stop_after(ctx: Context, count: int) -> None:
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora-with-dropout"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "threads"), [("fp32", 1), ("fp32", 2), ("bf16", 1)])
 def test_a_run_stopped_after_every_step_ends_bit_equal(
-    make_run: Callable[..., Context], tiny_model: Path, lora: bool, precision: str
+    make_run: Callable[..., Context], tiny_model: Path, lora: bool, precision: str, threads: int
 ) -> None:
+    torch.set_num_threads(threads)
     training = recipe(precision=precision)
     whole, report = fit(make_run(uid="whole", finetune=None), tiny_model, training, lora)
     for step in range(1, STEPS + 1):

@@ -12,12 +12,11 @@ from slmops_trainer.encoding import IGNORED, Encoded
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Right-padded rows, each tensor [rows, longest]. `tokens` counts all real tokens, `trained` those of the loss."""
+    """Right-padded rows, each tensor [rows, longest]. `trained` counts the tokens of the loss."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
-    tokens: int
     trained: int
 
 
@@ -27,9 +26,8 @@ def collate(rows: Sequence[Encoded], pad_id: int, device: Any) -> Batch:
     ids = torch.tensor([[*row.input_ids, *[pad_id] * (width - len(row.input_ids))] for row in rows])
     labels = torch.tensor([[*row.labels, *[IGNORED] * (width - len(row.labels))] for row in rows])
     mask = torch.tensor([[1] * len(row.input_ids) + [0] * (width - len(row.input_ids)) for row in rows])
-    tokens = sum(len(row.input_ids) for row in rows)
     trained = sum(row.trained for row in rows)
-    return Batch(ids.to(device), mask.to(device), labels.to(device), tokens, trained)
+    return Batch(ids.to(device), mask.to(device), labels.to(device), trained)
 
 
 def loss_sum(model: Any, batch: Batch) -> torch.Tensor:

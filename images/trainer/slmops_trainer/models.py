@@ -50,7 +50,7 @@ def device() -> torch.device:
 def computes_bf16(where: torch.device) -> bool:
     """Whether bf16 is faster than fp32 there, not emulated: a GPU from Ampere on, a CPU with AVX-512."""
     if where.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

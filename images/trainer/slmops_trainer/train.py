@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from slmops.api.batch import Training
-from slmops_trainer import models, schedule, state
+from slmops_trainer import models, schedule, shards, state
 from slmops_trainer.encoding import Encoded
 from slmops_trainer.failure import RunFailure, interrupted
 from slmops_trainer.generate import mean_loss, pad_id
@@ -107,6 +107,8 @@ class _Run:
             raise RunFailure("NothingToTrain", "The model has no trainable parameter.")
         self.optimizer = _optimizer(self.parameters, training)
         self.bf16 = models.in_bf16(training.precision, model.device)
+        one = training.gradient_checkpointing  # it sets the global generator back, which threads share
+        self.shards = shards.Shards(self.parameters, 1 if one else shards.count(model, bf16=self.bf16))
 
     def begin(self) -> None:
         """Seed, prepare the model, and take over what an earlier pod saved."""
@@ -131,30 +133,38 @@ class _Run:
         """One optimizer step: the loss is the mean over all trained tokens of its batches together."""
         began = time.monotonic()
         step = self.counters.step
-        rows = [[self.encoded[index] for index in batch] for batch in self._batches(step)]
-        batches = [collate(group, self.pad, self.model.device) for group in rows]
-        trained = max(1, sum(batch.trained for batch in batches))
+        batches = [[self.encoded[index] for index in batch] for batch in self._batches(step)]
+        trained = max(1, sum(row.trained for rows in batches for row in rows))
         randoms = state.randoms()
         rate = schedule.learning_rate(step, self.total, self.training)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = 0.0
-        for index, batch in enumerate(batches):
+        for index, rows in enumerate(batches):
             if index and self.ctx.stop.is_set():
                 # Accumulation may take longer than the pod's grace: the next pod does the whole step again.
                 self.optimizer.zero_grad(set_to_none=True)
                 state.set_randoms(randoms)
                 return
-            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
-                part = loss_sum(self.model, batch) / trained
-            part.backward()
-            loss += float(part.detach())
+            loss += self._backward(rows, trained)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.training.max_grad_norm))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise _diverged(loss, norm, step, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._count(loss, norm, rate, sum(batch.tokens for batch in batches), time.monotonic() - began)
+        tokens = sum(len(row.input_ids) for rows in batches for row in rows)
+        self._count(loss, norm, rate, tokens, time.monotonic() - began)
+
+    def _backward(self, rows: list[Encoded], trained: int) -> float:
+        """Add the gradients of the rows' loss, divided by the step's trained tokens; returns that loss."""
+        shares = min(self.shards.count, len(rows))
+
+        def loss(share: int) -> torch.Tensor:
+            batch = collate(rows[share::shares], self.pad, self.model.device)
+            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
+                return loss_sum(self.model, batch) / trained
+
+        return self.shards.backward(loss, shares)
 
     def maybe_evaluate(self) -> None:
         """Early stopping: end when the evaluation loss has not fallen for `patience` measurements."""
@@ -222,6 +232,7 @@ class _Run:
         if self.training.gradient_checkpointing:
             self.model.gradient_checkpointing_disable()
         self.model.eval()
+        self.shards.close()
         counters = self.counters
         return TrainReport(
             steps=counters.step,
