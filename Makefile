@@ -54,13 +54,14 @@ types: venv ## mypy --strict
 unit: venv ## pure tests, milliseconds each
 	@$(PY) -m pytest -q tests/unit
 
-kube: venv ## the operator against a real API server
-	@$(PY) -m pytest -q tests/kube
+kube: venv ## the operator against a real API server (minutes of outages, and a kill at every write: in components)
+	@$(PY) -m pytest -q -m "not slow" tests/kube
 
 debs:
 	@$(KUBE) debs
 
-components: venv debs ## artifacts, router and chart on this machine; server and trainer inside their images
+components: venv debs ## slow operator tests, artifacts, router and chart on this machine; server and trainer inside their images
+	@$(PY) -m pytest -q -m slow tests/kube
 	@$(PY) -m pytest -q tests/artifacts
 	@$(PY) -m pytest -q tests/router
 	@$(MAKE) --no-print-directory up images
