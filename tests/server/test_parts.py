@@ -98,6 +98,7 @@ def test_flags_win_over_the_environment() -> None:
         (["--model", "m", "--slots", "-1"], {}),
         (["--model", "m"], {"SLMOPS_SERVER_ENGINE": "magic"}),
         (["--model", "m", "--drain-grace", "nan"], {}),
+        (["--model", "m", "--por", "1"], {}),  # abbreviations would get around what an operator reserves
     ],
 )
 def test_bad_settings_exit_with_usage(argv: list[str], env: dict[str, str]) -> None:

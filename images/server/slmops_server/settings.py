@@ -55,7 +55,7 @@ def _port(text: str) -> int:
 
 def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
     """Flags win over the environment, the environment over the defaults. Exits 2 with usage on a bad value."""
-    parser = argparse.ArgumentParser(prog="slmops-server", description=__doc__)
+    parser = argparse.ArgumentParser(prog="slmops-server", description=__doc__, allow_abbrev=False)
 
     def option(
         name: str,
