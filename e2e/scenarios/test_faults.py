@@ -44,7 +44,7 @@ def test_out_of_memory_is_named(space: Kubectl, seeded: str) -> None:
 
 
 def test_pod_deleted_in_training_resumes(space: Kubectl, seeded: str) -> None:
-    training = {**TRAINING, "maxSteps": 1500, "checkpoint": {"everySeconds": 5}}
+    training = {**TRAINING, "maxSteps": 2500, "checkpoint": {"everySeconds": 5}}
     space.apply(finetune("patient", training=training, evaluation=None, backoffLimit=0))
 
     def step() -> int:
@@ -60,7 +60,7 @@ def test_pod_deleted_in_training_resumes(space: Kubectl, seeded: str) -> None:
 
 
 def test_suspend_keeps_what_was_done(space: Kubectl, seeded: str) -> None:
-    training = {**TRAINING, "maxSteps": 1500, "checkpoint": {"everySeconds": 5}}
+    training = {**TRAINING, "maxSteps": 2500, "checkpoint": {"everySeconds": 5}}
     space.apply(finetune("pausing", training=training, evaluation=None))
     wait_for(
         "training is under way",
