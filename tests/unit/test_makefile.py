@@ -47,5 +47,6 @@ def test_help_tells_of_every_target_that_is_for_people() -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):", text, re.MULTILINE))
     (phony,) = re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE)
     assert set(phony.split()) == targets
-    listed = subprocess.run(["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
+    command = ["make", "--no-print-directory", "help"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
     assert {line.split()[0] for line in listed.splitlines()} == targets - {"debs"}
