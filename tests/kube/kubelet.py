@@ -1,12 +1,12 @@
 """The parts of Kubernetes that are not there: the Job controller and the kubelet, played by hand or by a thread."""
 
 import json
-import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 from tests.kube.api import Api, ApiError, Object
+from tests.kube.looking import Looking
 
 from slmops.api.times import stamp
 
@@ -83,34 +83,16 @@ def complete_job(api: Api, name: str) -> None:
     api.patch("Job", name, {"status": status}, "status")
 
 
-class Kubelet:
+class Kubelet(Looking):
     """A thread that runs every Job of the namespace to a good end; `with` starts and stops it."""
 
     def __init__(self, api: Api, result: Callable[[Object], Object] = lambda job: RESULT) -> None:
-        self.api, self.result = Api(api.access, api.namespace), result
+        super().__init__(api)
+        self.result = result
         self.jobs_seen: dict[str, set[str]] = {}  # name -> uids
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._error: Exception | None = None
 
-    def __enter__(self) -> "Kubelet":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(10)
-        if self._error:
-            raise self._error
-
-    def _work(self) -> None:
-        try:
-            while not self._stop.wait(0.05):
-                self._look()
-        except Exception as error:  # noqa: BLE001  # shown to the test
-            self._error = error
-
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Give every Job that has none yet a pod that ends well."""
         pods = {pod["metadata"]["ownerReferences"][0]["uid"]: pod for pod in self.api.list("Pod")}
         for job in self.api.list("Job"):
             self.jobs_seen.setdefault(job["metadata"]["name"], set()).add(job["metadata"]["uid"])

@@ -6,6 +6,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from tests.kube.api import Api, ApiError, Object
+from tests.kube.looking import Looking
 
 from slmops.api import keys
 from slmops.remote.router import AGENT_PORT
@@ -52,42 +53,26 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-class Nodes:
+class Nodes(Looking):
     """A thread that keeps as many ready pods of every Deployment as it wants; `with` starts and stops it."""
 
     def __init__(self, api: Api) -> None:
-        self.api = Api(api.access, api.namespace)
+        super().__init__(api)
         self.agents: dict[str, Agent] = {}  # by pod
         self.ready: dict[str, int] = {}  # pods by revision
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._error: Exception | None = None
 
-    def __enter__(self) -> "Nodes":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(10)
+    def end(self) -> None:
+        """Stop the agents."""
         for agent in self.agents.values():
             agent.shutdown()
             agent.server_close()
-        if self._error:
-            raise self._error
 
     def weights(self) -> list[dict[str, int]]:
         """What every router does."""
         return [{r["revision"]: r["weight"] for r in a.routes["revisions"]} for a in list(self.agents.values())]
 
-    def _work(self) -> None:
-        try:
-            while not self._stop.wait(0.05):
-                self._look()
-        except Exception as error:  # noqa: BLE001  # shown to the test
-            self._error = error
-
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Give every Deployment the pods that it lacks, and every router's pod its agent."""
         pods = {pod["metadata"]["name"] for pod in self.api.list("Pod")}
         wanted: dict[str, Object] = {}
         for found in self.api.list("Deployment"):

@@ -44,6 +44,9 @@ class Shards:
 
     def __init__(self, parameters: Sequence[nn.Parameter], count: int) -> None:
         self.parameters, self.count = parameters, count
+        self.pool: ThreadPoolExecutor | None = None
+        if count == 1:  # the calling thread does it
+            return
         threads = torch.get_num_threads()
         self.pool = ThreadPoolExecutor(count, "shard", initializer=lambda: torch.set_num_threads(1))
         ready = Barrier(count)  # so that all of them start now
@@ -52,7 +55,7 @@ class Shards:
 
     def backward(self, loss: Part, shares: int) -> float:
         """Add the gradients of loss(0) + ... + loss(shares - 1) to the parameters' `grad`; returns the sum."""
-        if shares == 1:
+        if self.pool is None or shares == 1:
             whole = loss(0)
             whole.backward()
             return float(whole.detach())
@@ -71,4 +74,5 @@ class Shards:
 
     def close(self) -> None:
         """End the threads."""
-        self.pool.shutdown()
+        if self.pool is not None:
+            self.pool.shutdown()
