@@ -89,6 +89,7 @@ class Hub:
     def __init__(self, port: int = 0, host: str = "127.0.0.1") -> None:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.token = "hf_good"  # opens private and gated repositories
+        self.revoked = ""  # a token that the Hub does not know, which opens not even public ones
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.busy = 0  # answer 503 that often
         self.cut_after = 0  # close the connection after so many bytes of a body ...
@@ -166,6 +167,9 @@ class _Handler(BaseHTTPRequestHandler):
         """The repository, after the Hub's checks; errors are answered here."""
         repository = self.hub.repositories.get((kind, name))
         trusted = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
+        if self.hub.revoked and self.headers.get("Authorization") == f"Bearer {self.hub.revoked}":
+            self._error(401, "", "Invalid credentials in Authorization header")
+            return None
         if repository is None or (repository.private and not trusted):
             if "Authorization" in self.headers:
                 self._error(404, "RepoNotFound", "Repository not found")

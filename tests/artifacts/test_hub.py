@@ -131,6 +131,23 @@ def test_private_and_gated(hub: Hub, tmp_path: Path) -> None:
     assert "is gated. Ask for access" in caught.value.message
 
 
+def test_a_token_that_opens_nothing_is_named_as_a_cause(hub: Hub, tmp_path: Path) -> None:
+    """The Hub says 404 of a private repository to those who may not see it, and 401 to a token that it does not know."""
+    hub.add("org/secret", MODEL).private = True
+    with pytest.raises(ArtifactError, match="or it is private and no HF_TOKEN was given") as caught:
+        pull("hf://org/secret", tmp_path / "out")
+    with pytest.raises(ArtifactError, match="or the HF_TOKEN in the Secret has no access") as caught:
+        pull("hf://org/secret", tmp_path / "out", secret={"HF_TOKEN": "hf_other"})
+    assert caught.value.reason == "SourceNotFound"
+    hub.add("org/tiny", MODEL)
+    hub.revoked = "hf_old"
+    with pytest.raises(ArtifactError, match="knows no such HF_TOKEN") as caught:
+        pull("hf://org/tiny", tmp_path / "out", secret={"HF_TOKEN": "hf_old"})
+    assert caught.value.reason == "AccessDenied"
+    assert str(caught.value.from_secret("hub")).endswith(" The Secret is hub.")
+    assert "hf_old" not in str(caught.value)
+
+
 def test_the_token_stays_with_the_hub(hub: Hub, tmp_path: Path) -> None:
     hub.add("org/tiny", MODEL).private = True
     pull("hf://org/tiny", tmp_path / "out", secret={"HF_TOKEN": "hf_good"})

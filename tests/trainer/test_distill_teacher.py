@@ -153,7 +153,7 @@ def test_a_teacher_that_stays_away_ends_the_pod_with_its_answers_saved(
         with pytest.raises(RunFailure, match=r"did not answer for \d s \(HTTP 503\)") as caught:
             ask(pod(), fake.url, TEXTS)
         assert caught.value.reason == "TeacherUnavailable"
-        assert caught.value.retryable
+        assert not caught.value.retryable  # the next pod starts later, not at once
         assert caught.value.message.endswith("5 of 12 answers came, and are saved.")
         assert saved(tmp_path) == 5
         fake.script = None
@@ -179,7 +179,7 @@ def test_a_teacher_that_breaks_down_is_not_taken_for_one_that_rejects(
     with FakeTeacher(upper, broken) as fake:
         with pytest.raises(RunFailure, match="5 of 12 answers came, and are saved") as caught:
             ask(pod(), fake.url, TEXTS, concurrency=concurrency, timeout=0.2, min_success_ratio=0.9)
-        assert (caught.value.reason, caught.value.retryable) == ("TeacherUnavailable", True)
+        assert caught.value.reason == "TeacherUnavailable"
         hold.set()
         fake.script = None
         _, texts = ask(pod(), fake.url, TEXTS)

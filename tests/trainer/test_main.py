@@ -190,6 +190,34 @@ def test_a_bad_dataset_is_known_before_the_model_is_pulled(
     assert not (tmp_path / "pod-0-work/base").exists()
 
 
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, jsonl: Callable[..., str]) -> dict[str, Any]:
+    """A run whose base model lies on a Hub that takes no connection."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    spec = run_spec(tiny_model, jsonl([chat(*row) for row in task()]))
+    return {**spec, "model": {"uri": "hf://org/base"}}
+
+
+def test_a_source_that_is_away_is_waited_for_and_costs_one_pod(
+    pods: Callable[..., Pod], away: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLMOPS_RETRY_SECONDS", "3")
+    pod = pods(away)
+    seen = pod.until(lambda progress: "Waits" in progress.get("message", ""))
+    assert seen["message"].startswith("Waits for the source: hf://org/base")
+    code, said = pod.end()
+    assert (code, said["reason"]) == (3, "SourceUnavailable")  # 3: no other pod of this Job
+    assert "Check the host, DNS" in said["message"]
+
+
+def test_waiting_ends_when_the_pod_is_asked_to_stop(pods: Callable[..., Pod], away: dict[str, Any]) -> None:
+    pod = pods(away)
+    pod.until(lambda progress: "Waits" in progress.get("message", ""))
+    pod.process.send_signal(signal.SIGTERM)
+    code, said = pod.end()  # far sooner than the five minutes of waiting
+    assert (code, said["reason"]) == (143, "Interrupted")
+
+
 def big(lineage: int, metrics: int, message: str = "") -> RunResult:
     return RunResult(
         succeeded=True,
@@ -238,7 +266,7 @@ def test_metrics_that_json_cannot_say_are_left_out() -> None:
         (RuntimeError("something else"), "InternalError", 1),
         (RunFailure("Interrupted", "x", retryable=True), "Interrupted", 143),
         (ArtifactError("AccessDenied", "no"), "AccessDenied", 3),
-        (ArtifactError("SourceUnavailable", "no"), "SourceUnavailable", 1),
+        (ArtifactError("SourceUnavailable", "no"), "SourceUnavailable", 3),
         (ArtifactError("DiskFull", "no"), "DiskFull", 1),
         (ArtifactError("UnsupportedFormat", "no"), "UnsupportedModel", 3),
     ],

@@ -82,6 +82,16 @@ def test_delay_grows_to_an_hour(retries: int, seconds: int) -> None:
     assert without.requeue == seconds
 
 
+@pytest.mark.parametrize("code", [1, 3])
+def test_a_try_that_got_on_begins_the_delays_anew(code: int) -> None:
+    """Six outages within a month are not one that lasts."""
+    obj = finetune({"observedGeneration": 1, "retries": 6})
+    state = said("StoreUnavailable", "503", code)
+    state["terminated"]["startedAt"] = at(-3600)
+    plan = run(obj, job=job(obj, **FAILED_JOB), pods=(pod(obj, phase="Failed", state=state),))
+    assert (plan.status["nextRetryTime"], plan.status.get("retries", 0)) == (at(30), 0)
+
+
 def test_until_then_nothing_happens() -> None:
     obj, plan = world_failed()
     again = run(after(obj, plan), job=job(obj, **FAILED_JOB), inputs="i1")

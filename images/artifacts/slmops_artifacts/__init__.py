@@ -6,7 +6,7 @@
 Every failure is an `ArtifactError` with a reason for machines and a sentence for people.
 
 `patience` is for how many seconds nothing may move before a store is given up that refuses, fails or is away
-(default: SLMOPS_RETRY_SECONDS, 300); one that takes the connection and says nothing gets a minute at most.
+(default: SLMOPS_RETRY_SECONDS, 300); one that takes the connection and says nothing gets a minute at most. `waiting` tells of it, and can end it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from .errors import ArtifactError, Reason
 from .model import Manifest, Parent
 from .uris import FolderRef, HubRef, OciRef, parse
+from .waiting import waiting
 
 __all__ = [
     "ArtifactError",
@@ -30,6 +31,7 @@ __all__ = [
     "push",
     "read_manifest",
     "resolve",
+    "waiting",
 ]
 
 Secret = Mapping[str, Any]

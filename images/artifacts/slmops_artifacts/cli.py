@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return _run(args)
-    except ArtifactError as error:
+    except ArtifactError as failure:
+        error = failure.from_secret(args.secret_name)
         print(f"{error.reason}: {error.message}", file=sys.stderr)
         _tell_kubernetes(args.termination_log, error)
         return exit_code(error)
@@ -127,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="slmops_artifacts", description="Move models and data by content.")
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--secret-dir", type=Path, help="folder of a mounted Secret with credentials")
+    shared.add_argument("--secret-name", default="", help="what that Secret is called, for messages")
     shared.add_argument("--termination-log", default=TERMINATION_LOG, help="file that gets reason and message")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("pull", parents=[shared], help="bring an artifact to a folder")

@@ -31,6 +31,12 @@ class ArtifactError(Exception):
         """Survive pickling, so that the error may cross a process pool."""
         return type(self), (self.reason, self.message)
 
+    def from_secret(self, name: str | None) -> ArtifactError:
+        """Return the error with the Secret `name` in its message, where that Secret may be the cause."""
+        if not name or self.reason not in ("AccessDenied", "SourceNotFound"):
+            return self
+        return ArtifactError(self.reason, f"{self.message} The Secret is {name}.", silent=self.silent)
+
     @property
     def retryable(self) -> bool:
         """True when the same call can succeed later although nobody changed anything."""

@@ -91,11 +91,7 @@ def pull(
     http = _http(ref, secret, patience)
     snapshot = _snapshot(http, ref)
     if snapshot is None:
-        raise ArtifactError(
-            "SourceNotFound",
-            f"{ref} does not exist on {_endpoint().host}, or is private. Check name and revision, and set HF_TOKEN "
-            "in the Secret if it is private or gated.",
-        )
+        raise _absent(ref, http)
     total = sum(item.size for item in snapshot.files)
     ticker = Ticker(total, progress)
     stage = "sha256:" + hashlib.sha256(f"{ref.pinned(snapshot.commit)}".encode()).hexdigest()
@@ -133,7 +129,7 @@ def _http(ref: HubRef, secret: Mapping[str, Any] | None, patience: float | None)
 
 def _snapshot(http: Http, ref: HubRef) -> _Snapshot | None:
     """List the revision with sizes and ids, and choose the files."""
-    kind = f"{ref.kind}s"
+    kind, auth = f"{ref.kind}s", http.auth
     reply = http.request(
         "GET",
         f"{_endpoint()}/api/{kind}/{ref.repository}/revision/{quote(ref.revision, safe='')}?blobs=true",
@@ -142,6 +138,12 @@ def _snapshot(http: Http, ref: HubRef) -> _Snapshot | None:
     )
     if reply.status == 401 and reply.headers.get("x-error-code") == "GatedRepo":
         raise gated(http.where)
+    if reply.status == 401 and auth.headers(_endpoint()) and reply.headers.get("x-error-code") != "RepoNotFound":
+        raise ArtifactError(
+            "AccessDenied",
+            f"{http.where}: the Hub knows no such HF_TOKEN (HTTP 401). It is wrong, expired or revoked: "
+            "put a valid one into the Secret.",
+        )
     if reply.status in (401, 404):
         return None  # the Hub answers 401 for what does not exist when nobody is signed in
     try:
@@ -158,6 +160,18 @@ def _snapshot(http: Http, ref: HubRef) -> _Snapshot | None:
             "SourceUnavailable", f"{ref}: {_endpoint().host} did not answer as a Hub does. Check HF_ENDPOINT."
         ) from None
     return _Snapshot(commit, str(document.get("lastModified") or ""), fmt, files)
+
+
+def _absent(ref: HubRef, http: Http) -> ArtifactError:
+    """The Hub says the same of what does not exist and of what the asker may not see."""
+    cause = (
+        "or the HF_TOKEN in the Secret has no access to it"
+        if http.auth.headers(_endpoint())
+        else "or it is private and no HF_TOKEN was given: name a Secret that holds one in secretRef"
+    )
+    return ArtifactError(
+        "SourceNotFound", f"{ref} does not exist on {_endpoint().host} (check name and revision), {cause}."
+    )
 
 
 def _choose(paths: list[str], ref: HubRef) -> tuple[str, list[str]]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import httpx
 
 from .errors import ArtifactError, disk_full
+from .waiting import hold
 
 _SLOW = httpx.Timeout(300.0, connect=10.0)
 """A registry reads a large blob once more before it confirms it."""
@@ -61,7 +62,7 @@ class Patience:
         window = min(self._window, SILENCE) if failure.silent else self._window
         if not failure.retryable or time.monotonic() - self._since + pause > window:
             raise failure
-        time.sleep(pause)
+        hold(failure, pause)
         self._pause = min(self._pause * 2, 15.0)
 
 

@@ -3,12 +3,14 @@
 import logging
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 from slmops.api.meta import Artifact
 from slmops.api.run import SECRET_ROOT, WORK_DIR, Input, RunSpec
-from slmops_artifacts import Manifest, pull, push, read_manifest
+from slmops_artifacts import Manifest, pull, push, read_manifest, waiting
 from slmops_artifacts.errors import ArtifactError
 from slmops_artifacts.uris import OciRef, parse
 from slmops_trainer.checkpoints import ANNOTATION_UID, Checkpoints
@@ -65,6 +67,7 @@ class Context:
     def pull(self, source: Input, folder: str, stage: str = "Pulling") -> tuple[Path, Manifest]:
         """Fetch an artifact into `work/folder`. Returns the folder and the manifest (its digest is the content's).
 
+        A source that is away is waited for, for some minutes (see slmops_artifacts), and SIGTERM ends the waiting.
         Raises RunFailure(SourceNotFound, SourceUnavailable, AccessDenied, UnsupportedModel, DiskFull, Interrupted).
         """
         target = self.work / folder
@@ -74,11 +77,17 @@ class Context:
             self.report(stage, done >> 20, max(1, total >> 20), f"{source.uri}: {done >> 20} of {total >> 20} MiB")
 
         try:
-            manifest = pull(source.uri, target, secret=read_secret(source.secret), progress=progress)
+            with self.told(stage, "source"):
+                manifest = pull(source.uri, target, secret=read_secret(source.secret), progress=progress)
         except ArtifactError as error:
-            raise from_artifact(error) from error
+            raise from_artifact(error.from_secret(source.secret)) from error
         log.info("Pulled %s (%s, %d bytes)", source.uri, manifest.digest, manifest.size_bytes)
         return target, manifest
+
+    def resume(self) -> None:
+        """Load what an earlier pod of this run saved into the checkpoints' folder. Raises those of Checkpoints.load."""
+        with self.told("Looking for checkpoints", "store"):
+            self.checkpoints.load()
 
     def push(
         self, folder: Path, manifest: Manifest, uri: str = "", stage: str = "Publishing"
@@ -111,11 +120,25 @@ class Context:
             if self.stop.wait(min(STORE_PAUSE, max(0.0, end - time.monotonic()))):
                 raise interrupted(f"The pod was asked to stop while it waited for the store: {failure.message}")
 
+    @contextmanager
+    def told(self, stage: str, what: str) -> Iterator[None]:
+        """Waiting for `what` within the block stands in the progress, and SIGTERM ends it with Interrupted."""
+
+        def wait(error: ArtifactError, seconds: float) -> None:
+            log.warning("Waits for the %s: %s", what, error.message)
+            self.report(stage, 0, 1, f"Waits for the {what}: {error.message}")
+            if self.stop.wait(seconds):
+                raise interrupted(f"The pod was asked to stop while it waited for the {what}: {error.message}")
+
+        with waiting(wait):
+            yield
+
     def existing(self, uri: str = "") -> tuple[Artifact, Manifest] | None:
         """What an earlier pod of this very run published at `uri` (default: spec.output), else None."""
         target = uri or self.spec.output
         try:
-            found = read_manifest(target)
+            with self.told("Looking for results", "store"):
+                found = read_manifest(target)
             ref = parse(target)
         except ArtifactError as error:
             raise from_artifact(error, writing=True) from error

@@ -46,10 +46,11 @@ def run(ctx: Context) -> RunResult:
     ctx.report("Loading", 0, 1, ctx.spec.model.uri)
     loaded = models.load(folder, ctx.spec.model.uri)
     unfit = synthetic.unfit(loaded, prompts, spec)
-    ctx.checkpoints.load()
+    ctx.resume()
     store = answers.Answers(ctx.checkpoints.folder / answers.PART)
     shared = answers.shared(ctx)
-    store.recall(shared)
+    with ctx.told("Looking for answers", "store"):
+        store.recall(shared)
     try:
         made = synthetic.make(ctx, spec, terms, prompts, held_out, schema, store, unfit)
         examples, system = made.examples, settings.system_prompt

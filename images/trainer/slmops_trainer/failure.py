@@ -17,7 +17,9 @@ _FROM_ARTIFACT: dict[str, FailureReason] = {
 class RunFailure(Exception):  # noqa: N818  # a failed run, as the contract names it
     """The run ended badly. `message` says what failed, where, and how to mend it.
 
-    `retryable`: another pod may succeed although nobody changed anything (the network, a full node).
+    `retryable`: another pod may succeed at once although nobody changed anything (another node has more room).
+    A registry or a teacher that is away is not: this pod has waited for it already. The operator makes the next one
+    later, and later each time.
     """
 
     def __init__(self, reason: FailureReason, message: str, *, retryable: bool = False) -> None:
@@ -46,8 +48,7 @@ def from_artifact(error: ArtifactError, *, writing: bool = False) -> RunFailure:
         reason = cast("FailureReason", error.reason)
     if writing and reason == "SourceUnavailable":
         reason = "StoreUnavailable"
-    again = error.retryable or error.reason in ("DigestMismatch", "DiskFull")
-    return RunFailure(reason, error.message, retryable=again)
+    return RunFailure(reason, error.message, retryable=error.reason == "DiskFull")
 
 
 def translate(error: BaseException) -> RunFailure:

@@ -49,7 +49,7 @@ def once(ctx: "Context", loaded: Loaded, examples: Examples, evaluation: Evaluat
     Only on the same examples is it the same: a ConfigMap may have been edited since. The measurement goes into the
     checkpoint's folder; the next save publishes it. Raises the failures of `measure` and of the store.
     """
-    ctx.checkpoints.load()
+    ctx.resume()
     path = ctx.checkpoints.folder / PART / f"{stage}.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     if found.get("examples") != examples.digest:

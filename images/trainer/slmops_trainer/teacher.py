@@ -269,7 +269,6 @@ class Teacher:
             "TeacherUnavailable",
             f"The teacher at {self._endpoint.url} did not answer for {seconds:.0f} s ({what}). Check that it runs, its "
             "name, network policies, and data.generation.requestTimeoutSeconds.",
-            retryable=True,
         )
 
     def _denied(self, code: int) -> RunFailure:

@@ -116,7 +116,7 @@ class _Run:
         self.model.train()
         if self.training.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.ctx.checkpoints.load()
+        self.ctx.resume()
         saved = state.read_counters(self.folder)
         if saved is not None and saved.fingerprint == self.counters.fingerprint:
             state.restore(self.folder, self.model, self.optimizer, saved)

@@ -24,7 +24,7 @@ TERMINATION_LOG = "/dev/termination-log"
 
 EXIT_OK = 0
 EXIT_RETRY = 1  # worth another pod: counts against backoffLimit
-EXIT_FATAL = 3  # the same pod would fail again: podFailurePolicy ends the Job
+EXIT_FATAL = 3  # another pod now would fail again: podFailurePolicy ends the Job
 EXIT_INTERRUPTED = 143  # SIGTERM, checkpoint written: a disruption
 
 FailureReason = Literal[

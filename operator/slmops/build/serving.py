@@ -144,7 +144,7 @@ def _pull(image: str, spec: ModelDeploymentSpec, model: Input, settings: Setting
         env["SLMOPS_REGISTRY_AUTH"] = f"{SECRET_ROOT}/{settings.registry_secret}/.dockerconfigjson"
         mounts.append(_mount("registry", f"{SECRET_ROOT}/{settings.registry_secret}"))
     if model.secret:
-        command += ["--secret-dir", f"{SECRET_ROOT}/{model.secret}/model"]
+        command += ["--secret-name", model.secret, "--secret-dir", f"{SECRET_ROOT}/{model.secret}/model"]
         mounts.append(_mount("model-secret", f"{SECRET_ROOT}/{model.secret}/model"))
     mounts += [_mount("claim", f"{PVC_ROOT}/{claim}") for claim in claim_of(model.uri)]
     return {

@@ -8,7 +8,7 @@ What becomes of a Job that failed, by the reason that its last pod gave:
       the object is not failed: Ready=False, Reconciling=True with that reason, and a new Job starts at
       status.nextRetryTime. The delay starts at 30 s and doubles up to 1 h, and it ends at once when a ConfigMap or a
       Secret that the object names has changed. So it mends itself when the cause goes, checkpoints are kept, and an
-      outage of a day costs some thirty short-lived Jobs
+      outage of a day costs some thirty Jobs of one pod each, which waits itself for some minutes before it gives up
   anything else
       the object is failed: Failed=True, Stalled=True. It goes on from its checkpoint when something that could help
       was changed: a ConfigMap or a Secret it names, a backoffLimit above the attempts so far (unless the worker said

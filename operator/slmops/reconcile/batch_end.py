@@ -12,7 +12,7 @@ from slmops.reconcile import conditions
 from slmops.reconcile.batch_pass import Pass, complete, failed, going_on, plan
 from slmops.reconcile.conditions import cut
 from slmops.reconcile.needs import RECHECK_SECONDS
-from slmops.reconcile.pods import INTERRUPTED, failure_of, result_of
+from slmops.reconcile.pods import INTERRUPTED, failure_of, result_of, terminated
 from slmops.reconcile.state import Event, Plan
 
 # Reasons for which the world is to blame: it may mend itself, or be mended, without a change of the object.
@@ -21,6 +21,7 @@ WORLD = frozenset(
 )
 RETRY_FIRST = timedelta(seconds=30)
 RETRY_MOST = timedelta(hours=1)
+GOT_ON = timedelta(minutes=30)  # a try that lasted so long found what the ones before it missed
 RECHECK_FAILED = 60.0  # seconds between two looks at a failed object's ConfigMaps and Secrets
 LINEAGE_MAX = 64
 TABLE = {"quality": 64, "size": 32, "delta": 32}  # status fields for the table, and their lengths in the CRD
@@ -117,7 +118,8 @@ def _failed(p: Pass, failure: Failure) -> Plan:
     measured = _last_result(p)
     found: dict[str, Any] = {"metrics": _numbers(measured) or p.status.metrics} if measured else {}
     if failure.reason in WORLD:
-        at = stamp(p.now + retry_delay(p.status.retries))
+        found["retries"] = 0 if _lasted(p) >= GOT_ON else p.status.retries
+        at = stamp(p.now + retry_delay(found["retries"]))
         message = f"{failure.message} The next try starts at {at}."
         status = going_on(p, "Waiting", failure.reason, message, next_retry_time=at, last_failure=failure, **found)
         return plan(status, event, requeue=retry_requeue(p, at))
@@ -163,6 +165,13 @@ def _last_result(p: Pass) -> RunResult | None:
 def _numbers(result: RunResult | None) -> dict[str, float]:
     """Measured values; what is not finite cannot be written as JSON."""
     return {name: value for name, value in result.metrics.items() if math.isfinite(value)} if result else {}
+
+
+def _lasted(p: Pass) -> timedelta:
+    """How long the last pod's container ran."""
+    state = terminated(p.seen.pods[-1]) if p.seen.pods else None
+    began, end = (state or {}).get("startedAt"), (state or {}).get("finishedAt")
+    return parse(end) - parse(began) if began and end else timedelta(0)
 
 
 def _finished_at(pod: Object) -> str | None:

@@ -45,7 +45,7 @@ def created(obj: Object) -> datetime:
 
 def ended(pod: Object) -> bool:
     """Whether no container of the pod will run again."""
-    return (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed") or _terminated(pod) is not None
+    return (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed") or terminated(pod) is not None
 
 
 def running(pod: Object) -> bool:
@@ -55,7 +55,7 @@ def running(pod: Object) -> bool:
 
 def result_of(pod: Object) -> RunResult | None:
     """The result in the termination message; None where there is none that can be read."""
-    message = (_terminated(pod) or {}).get("message") or ""
+    message = (terminated(pod) or {}).get("message") or ""
     try:
         return RunResult.model_validate_json(message)
     except ValidationError:
@@ -64,15 +64,15 @@ def result_of(pod: Object) -> RunResult | None:
 
 def failure_of(pod: Object, now: datetime) -> Failure | None:
     """Why the pod failed; None for one that has not."""
-    terminated = _terminated(pod)
+    end = terminated(pod)
     status = pod.get("status") or {}
-    if terminated is None and status.get("phase") != "Failed":
+    if end is None and status.get("phase") != "Failed":
         return None
-    code = (terminated or {}).get("exitCode")
+    code = (end or {}).get("exitCode")
     if status.get("phase") == "Succeeded" or code == 0:
         return None
-    reason, message = _named(pod, terminated or {}, code)
-    time = (terminated or {}).get("finishedAt") or stamp(now)
+    reason, message = _named(pod, end or {}, code)
+    time = (end or {}).get("finishedAt") or stamp(now)
     return Failure(reason=reason, message=cut(message), exit_code=code, time=time)
 
 
@@ -111,13 +111,13 @@ def trouble_of(pod: Object) -> Trouble | None:
     return Trouble(reason, f"The container cannot start: {said}")
 
 
-def _named(pod: Object, terminated: Object, code: int | None) -> tuple[str, str]:
+def _named(pod: Object, end: Object, code: int | None) -> tuple[str, str]:
     result = result_of(pod)
     if result is not None and result.reason in get_args(FailureReason):
         return result.reason, result.message
     if result is not None and not result.succeeded:  # an image of the user's own
         return "InternalError", f"The container said {cut(result.reason, 64) or 'no reason'}: {result.message}"
-    if terminated.get("reason") == "OOMKilled":
+    if end.get("reason") == "OOMKilled":
         return "OutOfMemory", _out_of_memory(pod)
     disrupted = _disruption(pod)
     if disrupted is not None:
@@ -125,7 +125,7 @@ def _named(pod: Object, terminated: Object, code: int | None) -> tuple[str, str]
     if code == EXIT_INTERRUPTED:
         return INTERRUPTED, "The pod was stopped."
     name, namespace = pod["metadata"]["name"], pod["metadata"]["namespace"]
-    said = f": {terminated['message']}" if terminated.get("message") else ""
+    said = f": {end['message']}" if end.get("message") else ""
     if code is None:
         return "InternalError", f"Pod {name} failed before its container ran{said}"
     log = f"Its log: kubectl -n {namespace} logs {name}"
@@ -160,6 +160,7 @@ def _container(pod: Object) -> Object:
     return {}
 
 
-def _terminated(pod: Object) -> Object | None:
+def terminated(pod: Object) -> Object | None:
+    """The end of the worker's container; None while it has not ended."""
     found: Object | None = (_container(pod).get("state") or {}).get("terminated")
     return found
