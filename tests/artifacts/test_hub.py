@@ -132,7 +132,7 @@ def test_private_and_gated(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_a_token_that_opens_nothing_is_named_as_a_cause(hub: Hub, tmp_path: Path) -> None:
-    """The Hub says 404 of a private repository to those who may not see it, and 401 to a token that it does not know."""
+    """The Hub says 404 of what the asker may not see, and 401 to a token that it does not know."""
     hub.add("org/secret", MODEL).private = True
     with pytest.raises(ArtifactError, match="or it is private and no HF_TOKEN was given") as caught:
         pull("hf://org/secret", tmp_path / "out")

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from tiny import CHATML, write_tokenizer
+from tokenizers import normalizers
 
 from slmops_trainer import encoding
 from slmops_trainer.data import Example, Message
@@ -21,6 +22,10 @@ FORGETFUL = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}"
     "{% if loop.last or message['role'] != 'assistant' %}<|im_end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+# Renders questions only.
+SILENT = CHATML.replace(
+    "message['content'] + '<|im_end|>", "('' if message['role'] == 'assistant' else message['content']) + '<|im_end|>"
 )
 ENDLESS = CHATML.replace("<|im_end|>", "")
 STERN = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
@@ -50,6 +55,26 @@ def trained(tokenizer: Any, example: Example, loss_on: encoding.LossOn = "assist
         elif label != IGNORED:
             parts[-1].append(label)
     return tokenizer.decode(item.input_ids), "|".join(tokenizer.decode(part) for part in parts if part)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "answer", "cause"),
+    [(SILENT, "lab", "chat template leaves the assistant's content out"), (None, "\u200b", "tokenizer leaves it out")],
+    indirect=["tokenizer"],
+    ids=["template", "tokenizer"],
+)
+def test_answers_without_a_token_are_named(tokenizer: Any, answer: str, cause: str) -> None:
+    if answer != "lab":
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    rows = [Example((Message("user", "the lamp"),), answer, line) for line in (3, 5)]
+    with pytest.raises(RunFailure) as caught:
+        encoding.encode(tokenizer, rows, [END], "assistant", 100, "pvc://data/set, file rows.jsonl")
+    assert caught.value.reason == "NothingToTrain"
+    assert f"of pvc://data/set, file rows.jsonl has a token to train on; the first is that of line 3, {answer!r}" in (
+        caught.value.message
+    )
+    assert cause in caught.value.message
+    assert len(encoding.encode(tokenizer, rows, [END], "all", 100).items) == 2
 
 
 @pytest.mark.parametrize("tokenizer", [CHATML, MARKED], indirect=True, ids=["prefixes", "generation-marks"])

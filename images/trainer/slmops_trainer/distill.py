@@ -59,7 +59,8 @@ def run(ctx: Context) -> RunResult:
         _measure_teacher(ctx, spec, terms, held_out, store)
     finally:
         store.share(shared)
-    encoded = encoding.encode(loaded.tokenizer, examples.items, loaded.stop_ids, "assistant", spec.training.max_length)
+    limit = spec.training.max_length
+    encoded = encoding.encode(loaded.tokenizer, examples.items, loaded.stop_ids, "assistant", limit, examples.source)
     ctx.check()
     _measure(ctx, loaded, spec.evaluation, held_out, BEFORE, "base_")
     ctx.checkpoints.save()

@@ -44,17 +44,24 @@ class EncodedSet:
 
 
 def encode(
-    tokenizer: Any, examples: Sequence[Example], stop_ids: Sequence[int], loss_on: LossOn, max_length: int
+    tokenizer: Any,
+    examples: Sequence[Example],
+    stop_ids: Sequence[int],
+    loss_on: LossOn,
+    max_length: int,
+    source: str = "the set",
 ) -> EncodedSet:
     """Encode examples with answers. Those above `max_length` or the model's context are left out and counted, not cut.
 
     `stop_ids`: the tokens at which generation ends (models.Loaded.stop_ids); every answer is made to end in one.
-    Raises RunFailure(BadDataset) when all are too long, RunFailure(NothingToTrain) when no label is left.
+    `source` names the examples to people. Raises RunFailure(BadDataset) when all are too long,
+    RunFailure(NothingToTrain) when the loss is on answers and none of them has a token but its end.
     """
     cut = [_pieces(tokenizer, example) for example in examples]
     texts = [text for parts in cut for text, _ in parts]
     ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
-    items = [_join(tokenizer, [(next(ids), answer) for _, answer in parts], stop_ids, loss_on) for parts in cut]
+    pieces = [[(next(ids), answer) for _, answer in parts] for parts in cut]
+    items = [_join(tokenizer, parts, stop_ids, loss_on) for parts in pieces]
     limit = min(max_length, tokenizer.model_max_length)
     kept = tuple(item for item in items if len(item.input_ids) <= limit)
     if items and not kept:
@@ -64,9 +71,31 @@ def encode(
             f"model's context; the shortest has {min(len(item.input_ids) for item in items)}. "
             "Raise maxLength, or shorten them.",
         )
-    if not any(item.trained for item in kept):
-        raise RunFailure("NothingToTrain", "No token of the set counts for the loss. Check the dataset and lossOn.")
+    fitting = [at for at, item in enumerate(items) if len(item.input_ids) <= limit]
+    if fitting and loss_on == "assistant" and not any(_says(pieces[at], stop_ids) for at in fitting):
+        raise _nothing(tokenizer, examples[fitting[0]], source)
     return EncodedSet(kept, len(items) - len(kept))
+
+
+def _says(parts: Sequence[tuple[list[int], bool]], stop_ids: Sequence[int]) -> bool:
+    """Whether the example's answers have a token beside those that end them."""
+    return any(len(piece) > (piece[-1] in stop_ids) for piece, answer in parts if answer and piece)
+
+
+def _nothing(tokenizer: Any, example: Example, source: str) -> RunFailure:
+    answer = example.answer or ""
+    if tokenizer(answer, add_special_tokens=False)["input_ids"]:
+        remedy = "The model's chat template leaves the assistant's content out: use a model with another template."
+    else:
+        remedy = (
+            "The model's tokenizer leaves it out: write text that it knows into the column of the answers "
+            "(completion, or the content of the assistant's turn), or use another model."
+        )
+    return RunFailure(
+        "NothingToTrain",
+        f"No answer of {source} has a token to train on; the first is that of line {example.line}, {answer[:80]!r}. "
+        f"{remedy}",
+    )
 
 
 def encode_prompt(tokenizer: Any, example: Example) -> list[int]:
