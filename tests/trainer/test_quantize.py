@@ -16,8 +16,8 @@ from tiny import chat, task
 
 from slmops.api.quantized import Gate, QuantizedModelSpec
 from slmops.api.run import RunResult
-from slmops_artifacts import read_manifest
-from slmops_trainer import generate, models, onnx_build, onnx_graph, quantize
+from slmops_artifacts import ArtifactError, read_manifest
+from slmops_trainer import context, generate, models, onnx_build, onnx_graph, quantize
 from slmops_trainer.context import Context
 from slmops_trainer.data import Example, Message
 from slmops_trainer.failure import RunFailure
@@ -180,6 +180,45 @@ def test_a_model_that_lost_too_much_fails_its_gate_and_is_kept_aside(
         assert "pvc://store/out-rejected" in caught.value.message
     assert not (tmp_path / "store/out").exists()
     assert (tmp_path / "store/out-rejected/model.onnx").is_file()
+
+
+def test_a_store_that_is_away_in_the_end_costs_no_second_conversion(
+    make_run: Callable[..., Context], lively: Path, tiny_model: Path, gold: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = {"dataset": {"uri": gold}, "metric": "tokenF1", "maxDrop": 1.0, "maxTokens": 12}
+    wanted = spec(gate=gate).wire()
+    ctx = make_run(model=lively, quantize=wanted)
+    ctx.store_patience = 0.0
+
+    def away(*_: Any, **__: Any) -> Any:
+        raise ArtifactError("SourceUnavailable", "The registry is away.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(context, "push", away)
+        with pytest.raises(RunFailure, match="registry is away"):
+            quantize.run(ctx)
+    builds: list[Path] = []
+    build = onnx_build.build
+
+    def counted(ctx: Context, source: Path, *rest: Any) -> None:
+        builds.append(source)
+        build(ctx, source, *rest)
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("it was measured before")
+
+    monkeypatch.setattr(onnx_build, "build", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(OnnxModel, "answer", never)
+        patch.setattr(generate, "generate", never)
+        result = quantize.run(make_run(model=lively, quantize=wanted))
+    assert (result.succeeded, builds) == (True, [])
+    assert {name: result.metrics[name] for name in ctx.metrics if name != "load_seconds"} == {
+        name: value for name, value in ctx.metrics.items() if name != "load_seconds"
+    }
+    other = make_run(model=tiny_model, output="pvc://store/other", quantize=wanted)
+    assert quantize.run(other).succeeded  # the tag has moved: what was converted was another model
+    assert len(builds) == 1
 
 
 def test_what_olive_cannot_convert_is_named(make_run: Callable[..., Context], tiny_model: Path, tmp_path: Path) -> None:

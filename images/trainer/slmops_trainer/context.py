@@ -19,6 +19,9 @@ from slmops_trainer.progress import Board
 
 STORE_PATIENCE = 3600.0  # seconds for which a store that is away or full is waited for, with the result in hand
 STORE_PAUSE = 15.0  # seconds between two tries
+SAVE_PATIENCE = (
+    30.0  # seconds for which a store that is away holds up the run, or the end of the pod (whose grace is 60)
+)
 
 log = logging.getLogger("slmops")
 
@@ -88,6 +91,20 @@ class Context:
         """Load what an earlier pod of this run saved into the checkpoints' folder. Raises those of Checkpoints.load."""
         with self.told("Looking for checkpoints", "store"):
             self.checkpoints.load()
+
+    def keep(self) -> str:
+        """Save the checkpoint. Returns what prevented it, if the store may mend itself: then the run goes on without.
+
+        Raises RunFailure(AccessDenied).
+        """
+        try:
+            self.checkpoints.save(patience=SAVE_PATIENCE)
+        except RunFailure as failure:
+            if failure.reason not in ("StoreUnavailable", "DiskFull"):
+                raise
+            log.warning("Did not save the checkpoint: %s", failure.message)
+            return failure.message
+        return ""
 
     def push(
         self, folder: Path, manifest: Manifest, uri: str = "", stage: str = "Publishing"

@@ -63,7 +63,7 @@ def run(ctx: Context) -> RunResult:
     encoded = encoding.encode(loaded.tokenizer, examples.items, loaded.stop_ids, "assistant", limit, examples.source)
     ctx.check()
     _measure(ctx, loaded, spec.evaluation, held_out, BEFORE, "base_")
-    ctx.checkpoints.save()
+    ctx.keep()
     watched = _watched(loaded, spec, held_out)
     report = train(
         ctx, loaded.model, loaded.tokenizer, encoded.items, spec.training, evaluation=watched, stage=TRAINING

@@ -41,7 +41,7 @@ def main() -> int:
         done = recipe(ctx.spec)(ctx)
     except Exception as error:  # noqa: BLE001  # every end of a run gets a name
         failure = translate(error)
-        if failure.reason == "QualityBelowThreshold":
+        if failure.reason in ("QualityBelowThreshold", "GateFailed"):
             ctx.checkpoints.discard()  # its model is kept aside, and another pod would find that
         return _fail(failure, ctx.metrics, termination_log, error)
     ctx.checkpoints.discard()

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 PART = "training"  # the checkpoint's subfolder
 SMOOTHING = 0.9
 LOG_SECONDS = 15.0
-# Seconds for which a store that is away holds up the training, and the end of the pod (whose grace is 60 s).
-SAVE_PATIENCE, STOP_PATIENCE = 30.0, 30.0
 
 log = logging.getLogger("slmops")
 
@@ -197,11 +195,9 @@ class _Run:
         if not (stop or due or counters.done):
             return
         state.save(self.folder, self.model, self.optimizer, counters)
-        problem = self._publish(STOP_PATIENCE if stop else SAVE_PATIENCE)
+        problem = self.ctx.keep()
         self.saved_at = time.monotonic()
-        if problem:
-            log.warning("Did not save step %d of %d: %s", counters.step, self.total, problem)
-        else:
+        if not problem:
             self.stored = counters.step
             log.info("Saved step %d of %d", counters.step, self.total)
         if stop and problem:
@@ -210,16 +206,6 @@ class _Run:
             )
         if stop:
             raise interrupted(f"Stopped after step {counters.step} of {self.total}; the checkpoint is written.")
-
-    def _publish(self, patience: float) -> str:
-        """Bring the checkpoint to the store. Returns what prevented it, if the store may mend itself."""
-        try:
-            self.ctx.checkpoints.save(patience=patience)
-        except RunFailure as failure:
-            if failure.reason not in ("StoreUnavailable", "DiskFull"):
-                raise
-            return failure.message
-        return ""
 
     def end(self) -> TrainReport:
         """Leave the model as inference wants it. Raises RunFailure(LossDiverged) if the last step broke it."""
