@@ -164,7 +164,9 @@ def expanded(env: list[Object]) -> dict[str, str]:
     return known
 
 
-@pytest.mark.parametrize("text", ["costs $$5", "say $(HOME) and $(SLMOPS_RUN)", "$", "$$$(A)$", "a$$(A)"])
+@pytest.mark.parametrize(
+    "text", ["costs $$5", "say $(HOME) and $(SLMOPS_RUN)", "$", "$$$(A)$", "a$$(A)", '\\$5 "$(HOME)"']
+)
 def test_dollars_reach_the_container_as_they_were_written(text: str) -> None:
     built = made(
         dataset={"uri": "oci://r/data:1", "columns": {"prompt": text}},
@@ -290,16 +292,3 @@ def test_a_queued_jobs_suspend_is_not_touched() -> None:
     current = live(made(queueName="q"))
     current["spec"]["suspend"] = True
     assert revised(current, FineTuneJobSpec.model_validate(finetune(queueName="q")["spec"])) is None
-
-
-def test_no_sign_of_the_kubelets_stands_in_the_run_spec() -> None:
-    """In a variable `$$` becomes `$`, and `$(HOME)` the folder: formulas and templates would not arrive as written."""
-    columns = {"prompt": "$$x^2$$ costs $(HOME) \\$5"}
-    made_job = made(dataset={"uri": "oci://r/data:1", "columns": columns})
-    env = made_job["spec"]["template"]["spec"]["containers"][0]["env"]
-    (text,) = [entry["value"] for entry in env if entry["name"] == "SLMOPS_RUN"]
-    assert "$" not in text
-    found = RunSpec.model_validate_json(text).finetune
-    assert found is not None
-    assert found.dataset.columns is not None
-    assert found.dataset.columns.prompt == columns["prompt"]

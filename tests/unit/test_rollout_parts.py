@@ -1,6 +1,7 @@
 """The small parts: identity, queries, verdicts, verbs, sizes, what pods say, and the manifests."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -257,7 +258,7 @@ def test_sources_bring_their_mounts():
     pull, server = one["initContainers"][0], one["containers"][0]
     mounts = {m["name"]: m for m in pull["volumeMounts"]}
     assert mounts["claim"] == {"name": "claim", "mountPath": "/slmops/pvc/models", "readOnly": True}
-    assert pull["command"][-2:] == ["--secret-dir", mounts["model-secret"]["mountPath"]]
+    assert pull["command"][-4:] == ["--secret-name", "hub", "--secret-dir", mounts["model-secret"]["mountPath"]]
     env = {e["name"]: e["value"] for e in pull["env"]}
     assert env["SLMOPS_REGISTRY_AUTH"] == f"{mounts['registry']['mountPath']}/.dockerconfigjson"
     assert (env["SLMOPS_PLAIN_HTTP"], env["HF_ENDPOINT"]) == ("r:5000", "http://hf")
@@ -268,6 +269,22 @@ def test_sources_bring_their_mounts():
     (two,) = pods_of(serving.deployment(OWNER, spec(), "rev", same, settings))
     paths = [m["mountPath"] for m in two["initContainers"][0]["volumeMounts"]]
     assert len(set(paths)) == len(paths)
+
+
+@pytest.mark.parametrize("text", ["$(HOME)", "costs $$5", "$", "a$$(B)$", "--x=$(A) $$"])
+def test_dollars_in_arguments_reach_the_process_as_they_were_written(text: str):
+    """The kubelet puts variables in the place of $(NAME) in commands, and makes one $ of two."""
+    wanted = spec(servedName=text, engine={"args": ["--chat-template", text]})
+    source = Input(uri=f"oci://r/{text}:1".replace(" ", ""))
+    (one,) = pods_of(serving.deployment(OWNER, wanted, "rev", source, SETTINGS))
+
+    def arrives(command: list[str]) -> list[str]:
+        sign = re.compile(r"\$(?:(\$)|\(([^)]*)\))")
+        return [sign.sub(lambda found: "$" if found[1] else "EXPANDED", word) for word in command]
+
+    server = arrives(one["containers"][0]["command"])
+    assert server[server.index("--served-name") + 1] == server[-1] == text
+    assert source.uri in arrives(one["initContainers"][0]["command"])
 
 
 def test_the_token_is_in_no_pod_spec_and_no_config_map():

@@ -134,10 +134,8 @@ def _pod(spec: BatchSpec, run: RunSpec, settings: Settings) -> Object:
 
 
 def _environment(run: RunSpec, settings: Settings) -> dict[str, str]:
-    # The kubelet takes $$ and $(NAME) in a variable for its own signs.
-    text = run.model_dump_json(by_alias=True, exclude_none=True).replace("$", "\\u0024")
     env = {
-        ENV_RUN: text,
+        ENV_RUN: run.model_dump_json(by_alias=True, exclude_none=True),
         "HOME": "/tmp",  # noqa: S108  # an emptyDir: the root file system is read-only
         "HF_HOME": f"{WORK_DIR}/hf",
         "PYTHONUNBUFFERED": "1",

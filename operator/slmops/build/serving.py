@@ -151,7 +151,7 @@ def _pull(image: str, spec: ModelDeploymentSpec, model: Input, settings: Setting
         "name": PULL,
         "image": image,
         "imagePullPolicy": settings.image_pull_policy,
-        "command": command,
+        "command": [parts.literal(word) for word in command],
         "env": parts.environment(env, spec.pod),
         "resources": _without_devices(parts.resources(spec.pod)),
         "securityContext": parts.CONTAINER_SECURITY,
@@ -177,7 +177,7 @@ def _server(image: str, name: str, spec: ModelDeploymentSpec, settings: Settings
         "name": SERVER,
         "image": image,
         "imagePullPolicy": settings.image_pull_policy,
-        "command": [*command, *(spec.engine.args or [])],
+        "command": [parts.literal(word) for word in (*command, *(spec.engine.args or []))],
         "env": parts.environment(env, spec.pod),
         "ports": [
             {"name": "http", "containerPort": keys.API_PORT, "protocol": "TCP"},
