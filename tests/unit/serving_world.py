@@ -8,6 +8,7 @@ from typing import Any
 from tests.unit.objects import NOW, Object
 
 from slmops.api import keys
+from slmops.api.times import stamp
 from slmops.cluster.memory import MemoryCluster, key_of
 from slmops.cluster.port import ClusterError, Key
 from slmops.handlers.metrics import Metrics
@@ -53,6 +54,7 @@ class Kubernetes:
         self.cluster, self.now = Refusing(), NOW
         self.settings, self.metrics = SETTINGS, Metrics()
         self.agents: dict[str, Object] = {}  # url -> routes
+        self.draining: dict[Key, Object] = {}  # router pods on their way out, beside the wanted ones
         self.silent = False
         self.deaf: set[str] = set()  # urls of agents that refuse routes
         self.answers: list[prometheus.Answer] = []
@@ -130,6 +132,16 @@ class Kubernetes:
                     self.cluster.set_status(key_of(pod), pod["status"])
         for key in [k for k in self.cluster.objects if k.kind == "Pod" and k not in wanted]:
             self.cluster.delete(key)
+        for pod in self.draining.values():
+            self.cluster.put(pod)
+
+    def drain_router(self, address: str, until: datetime) -> None:
+        """A router pod that was told to end and has until then."""
+        front = self.cluster.objects[Key("Deployment", "ns", "chat-router")]
+        pod = self.pod(front, 99)
+        pod["metadata"]["deletionTimestamp"] = stamp(until)
+        pod["status"]["podIP"] = address
+        self.draining[key_of(pod)] = pod
 
     def pod(self, deployment: Object, number: int) -> Object:
         labels = deployment["spec"]["template"]["metadata"]["labels"]

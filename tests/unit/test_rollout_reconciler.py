@@ -1,5 +1,7 @@
 """ModelDeployment through the driver, on the cluster in memory: what is made, kept and removed."""
 
+from datetime import timedelta
+
 from tests.unit.serving_world import CANARY, SETTINGS, Kubernetes, source, uri
 
 from slmops.build import router as router_parts
@@ -32,6 +34,33 @@ def test_one_replica_has_no_disruption_budget_and_scaling_down_removes_it():
     world.passes()
     assert not [k for k in world.cluster.objects if k.kind == "PodDisruptionBudget"]
     assert world.cluster.objects[Key("Deployment", "ns", "chat-router")]["spec"]["replicas"] == 1
+
+
+def weights(world: Kubernetes, url: str) -> dict[str, int]:
+    return {r["revision"]: r["weight"] for r in world.agents[url]["revisions"] if r["weight"]}
+
+
+def test_a_router_that_drains_gets_new_weights_and_is_waited_for_by_nobody():
+    """It answers requests until its end: a candidate that fails must get none of them."""
+    world = Kubernetes(rollout=CANARY)
+    world.passes()
+    old = world.status["stable"]["revision"]
+    world.drain_router("fd00::7", until=world.now + timedelta(seconds=60))
+    world.edit(model=uri("b"))
+    world.passes()
+    new, url = world.status["candidate"]["revision"], "http://[fd00::7]:9091"
+    assert weights(world, url) == {old: 50, new: 50}
+    world.deaf.add(url)  # it has gone meanwhile
+    world.edit(model=uri("a"))
+    world.passes()
+    assert world.condition("Ready")[:2] == ("True", "Serving")
+    world.deaf.clear()
+    world.passes(1)
+    assert weights(world, url) == {old: 100}
+    world.now += timedelta(seconds=61)
+    world.agents.clear()
+    world.passes(1)
+    assert url not in world.agents  # a node that died leaves its pods behind: they are asked no more
 
 
 def test_a_canary_measures_and_is_promoted():

@@ -19,7 +19,7 @@ from slmops.reconcile import conditions, sources
 from slmops.reconcile.deployment_measure import measure
 from slmops.reconcile.deployment_report import Facts, report
 from slmops.reconcile.protocol import World
-from slmops.reconcile.serverpods import is_ready, problem_of
+from slmops.reconcile.serverpods import drains, is_ready, problem_of
 from slmops.reconcile.state import Count, Event, Plan, Retry, Routes
 from slmops.remote import prometheus, router
 from slmops.remote.errors import RemoteError
@@ -54,10 +54,11 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Agent:
-    """A ready router pod."""
+    """A router pod that is ready, or drains."""
 
     url: str
     report: Report | None  # None where it does not answer
+    leaving: bool = False  # it drains: told of new weights, for it still answers requests, and asked for nothing
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,15 @@ class DeploymentReconciler:
         }
         routers = [pod for pod in pods if _role(pod) == keys.ROLE_ROUTER]
         front = next((found for found in deployments if _role(found) == keys.ROLE_ROUTER), {})
-        agents = tuple(self._agent(obj, pod, world.settings) for pod in routers if is_ready(pod) and _address(pod))
+        agents = tuple(
+            self._agent(obj, pod, world.settings)
+            for pod in routers
+            if _address(pod) and (is_ready(pod) or drains(pod, world.now))
+        )
         seen = Seen(
             target=wanted.revision,
             pods={name: _pods(found, pods) for name, found in live.items()},
-            routers=tuple(_router(agent.report) for agent in agents),
+            routers=tuple(_router(agent.report) for agent in agents if not agent.leaving),
             router_problem=problem_of(front, routers),
             refusal=_refusal(obj, status),
             annotations=obj["metadata"].get("annotations") or {},
@@ -153,11 +158,11 @@ class DeploymentReconciler:
         )
 
     def _agent(self, obj: Object, pod: Object, settings: Settings) -> Agent:
-        url = router.agent_url(_address(pod))
+        url, leaving = router.agent_url(_address(pod)), not is_ready(pod)
         try:
-            return Agent(url, self._ask(url, router.token(settings.router_key, obj["metadata"]["uid"])))
+            return Agent(url, self._ask(url, router.token(settings.router_key, obj["metadata"]["uid"])), leaving)
         except RemoteError:
-            return Agent(url, None)
+            return Agent(url, None, leaving)
 
     def _measure(
         self, obj: Object, spec: ModelDeploymentSpec, status: ModelDeploymentStatus, world: World
@@ -261,7 +266,7 @@ def _orders(obj: Object, observed: Observed, decision: Decision, routes: Object)
     """To every router that answers and has other routes; one that is silent is held against the rollout elsewhere."""
     token = router.token(observed.settings.router_key, obj["metadata"]["uid"])
     return tuple(
-        Routes(url=agent.url, weights=decision.weights, token=token, body=routes)
+        Routes(url=agent.url, weights=decision.weights, token=token, body=routes, leaving=agent.leaving)
         for agent in observed.agents
         if agent.report is not None and agent.report.routes != routes
     )

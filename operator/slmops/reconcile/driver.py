@@ -118,7 +118,7 @@ class Driver:
         refused: Exception | None = None
         skip: set[str] = set()
         actions = [("apply", partial(self._apply, obj, child)) for child in plan.apply]
-        actions += [("push", partial(self.push_routes, routes)) for routes in plan.routes]
+        actions += [("push", partial(self._push, routes)) for routes in plan.routes]
         actions += [("delete", partial(self._delete, obj, key)) for key in plan.delete]
         for verb, action in actions:
             if verb in skip:
@@ -134,6 +134,13 @@ class Driver:
                 if verb == "delete":
                     skip.add(verb)  # in their order only: by what goes last the rest is found again
         return refused
+
+    def _push(self, routes: Routes) -> None:
+        try:
+            self.push_routes(routes)
+        except RemoteError:
+            if not routes.leaving:
+                raise
 
     def _in_spite(self, obj: Object, plan: Plan, refused: Exception, now: datetime) -> float | None:
         """Write the plan's status with the outcome of what was refused. Raises ClusterError where that backs off."""

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Iterable
+from datetime import datetime
 
+from slmops.api.times import parse
 from slmops.cluster.port import Object
 from slmops.reconcile.conditions import cut
 from slmops.rollout.seen import Problem
@@ -18,6 +20,12 @@ def is_ready(pod: Object) -> bool:
         return False
     conditions = (pod.get("status") or {}).get("conditions") or []
     return any(c.get("type") == "Ready" and c.get("status") == "True" for c in conditions)
+
+
+def drains(pod: Object, now: datetime) -> bool:
+    """Whether the pod was told to end and still has time to answer what it is asked."""
+    gone_by = pod["metadata"].get("deletionTimestamp")
+    return gone_by is not None and now < parse(gone_by)
 
 
 def problem_of(deployment: Object, pods: Iterable[Object]) -> Problem | None:

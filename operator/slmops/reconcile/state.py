@@ -23,6 +23,7 @@ class Routes:
     weights: dict[str, int]
     token: str = field(default="", repr=False)  # of that agent
     body: Object = field(default_factory=dict)  # all that the agent is told: the weights, and more
+    leaving: bool = False  # the router drains and may be gone by now: no harm if it does not take them
 
 
 @dataclass(frozen=True)
