@@ -259,9 +259,7 @@ def test_max_tokens_0_scores_the_prompt_and_makes_nothing(server: Server, stream
     ask = {"prompt": [40, 41, 42, 300], "echo": True, "logprobs": 2}
     streaming = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
     longer = server.complete(**ask, max_tokens=1).json()["choices"][0]
-    answer = server.complete(
-        **ask, max_tokens=0, stream=stream, **({"stream_options": {"include_usage": True}} if stream else {})
-    )
+    answer = server.complete(**ask, max_tokens=0, **streaming)
     assert answer.status_code == 200
     if stream:
         frames = [json.loads(f[6:]) for f in answer.text.split("\n\n") if f.startswith("data: {")]
