@@ -1,7 +1,9 @@
 """The API through OpenAI's own client, and the refusals it shows to a user."""
 
 import asyncio
+import concurrent.futures
 import json
+from collections.abc import Callable
 
 import openai
 import pytest
@@ -130,7 +132,9 @@ REFUSALS = [
     ("POST", "/v1/completions", b"[" * 100000, 400, "invalid_json"),
     ("POST", "/v1/completions", b'{"model":"tiny","prompt":"' + b"x" * (5 << 20) + b'"}', 413, "body_too_large"),
     ("POST", "/v1/chat/completions", b'{"model":"tiny","messages":[],"tools":[]}', 400, None),
-    ("POST", "/v1/embeddings", b"{}", 404, "unknown_url"),
+    ("POST", "/v1/embeddings", b"{}", 400, None),
+    ("POST", "/v1/embeddings", b'{"model":"other","input":"x"}', 404, "model_not_found"),
+    ("POST", "/v1/embeddings", b'{"model":"tiny","input":"x"}', 400, "unsupported_model"),
     ("GET", "/v1/completions", b"", 405, "method_not_allowed"),
     ("DELETE", "/v1/models", b"", 405, "method_not_allowed"),
     ("GET", "/nothing", b"", 404, "unknown_url"),
@@ -199,3 +203,86 @@ def test_usage_and_metrics_tell_the_tokens_taken_from_the_cache(server: Server) 
     assert cached == [0, 98]
     assert server.metric("vllm:prefix_cache_hits_total") == hits + 98
     assert server.metric("vllm:prefix_cache_queries_total") == queries + 200
+
+
+def test_the_phases_of_a_request_add_up(start: Callable[..., Server]) -> None:
+    server = start("--slots", "1", "--max-queue", "100")
+    server.complete(prompt=[40] * 300, max_tokens=100, n=20, ignore_eos=True)
+    wait_for(lambda: server.metric("vllm:request_success_total") == 20, "counted")
+    queue, prefill, decode, inference, whole = (
+        server.metric(f"vllm:{name}_seconds_sum")
+        for name in (
+            "request_queue_time",
+            "request_prefill_time",
+            "request_decode_time",
+            "request_inference_time",
+            "e2e_request_latency",
+        )
+    )
+    assert min(queue, prefill, decode) > 0
+    assert prefill + decode == pytest.approx(inference)
+    assert queue + inference == pytest.approx(whole)
+    # one slot: what one waits for is the time of those before it, 0 + 1 + ... + 19 of 20 on average
+    assert queue == pytest.approx(inference * 19 / 2, rel=0.3)
+    assert server.metric("vllm:request_queue_time_seconds_count") == 20
+    assert server.metric("vllm:prompt_tokens_cached_total") == server.metric("vllm:prefix_cache_hits_total") > 0
+    assert server.metric("vllm:request_params_n_sum") == 20
+    assert server.metric("vllm:request_params_max_tokens_sum") == 100
+    wait_for(lambda: server.metric("slmops_engine_step_tokens_total") >= 2000, "the engine's own counts")
+    assert 0 < server.metric("slmops_engine_step_seconds_total") < whole
+    assert server.metric("slmops_engine_steps_total") >= 1900
+
+
+def test_kv_use_is_what_running_answers_hold(start: Callable[..., Server]) -> None:
+    server = start("--slots", "2")
+    assert server.metric("vllm:kv_cache_usage_perc") == 0
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        # 2 of 2 slots, hundreds of answers one after the other: long enough to be seen
+        many = pool.submit(server.complete, prompt=[40] * 128, max_tokens=128, n=60, ignore_eos=True)
+        wait_for(lambda: 0.25 <= server.metric("vllm:kv_cache_usage_perc") <= 0.5, "from 128 to 256 of 512 tokens")
+        assert many.result().status_code == 200
+    wait_for(lambda: server.metric("vllm:kv_cache_usage_perc") == 0, "nothing runs")
+
+
+def test_requests_that_cannot_be_served_are_counted_by_reason(server: Server) -> None:
+    def rejected(reason: str) -> float:
+        return server.metric("slmops_rejected_requests_total", reason=reason)
+
+    before = rejected("body_too_large")
+    assert server.http.post("/v1/completions", content=b"x" * (5 << 20)).status_code == 413
+    assert rejected("body_too_large") == before + 1
+    assert "queue_full" in server.http.get("/metrics").text  # a rate needs a zero to start from
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_max_tokens_0_scores_the_prompt_and_makes_nothing(server: Server, stream: bool) -> None:
+    ask = {"prompt": [40, 41, 42, 300], "echo": True, "logprobs": 2}
+    streaming = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    longer = server.complete(**ask, max_tokens=1).json()["choices"][0]
+    answer = server.complete(**ask, max_tokens=0, **streaming)
+    assert answer.status_code == 200
+    if stream:
+        frames = [json.loads(f[6:]) for f in answer.text.split("\n\n") if f.startswith("data: {")]
+        choice, usage = frames[0]["choices"][0], frames[-1]["usage"]
+        assert [f["choices"][0]["finish_reason"] for f in frames[:-1]] == [None, "length"]
+    else:
+        choice, usage = answer.json()["choices"][0], answer.json()["usage"]
+        assert choice["finish_reason"] == "length"
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (4, 0)
+    assert len(choice["logprobs"]["tokens"]) == 4
+    for name, values in choice["logprobs"].items():
+        assert values == longer["logprobs"][name][:4]
+    assert longer["text"].startswith(choice["text"])
+
+
+def test_max_tokens_0_needs_echo(server: Server) -> None:
+    for answer in (server.complete(max_tokens=0), server.chat(max_tokens=0)):
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "max_tokens")
+
+
+def test_embeddings_are_refused_in_words(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="makes no embeddings") as caught:
+        client.embeddings.create(model="tiny", input="x")
+    assert caught.value.code == "unsupported_model"
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model="other", input="x")

@@ -9,14 +9,17 @@ import orjson
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from slmops_server import asgi
-from slmops_server.errors import ApiError, internal
+from slmops_server.errors import ApiError, bad_request, internal, too_many_connections
 from slmops_server.generate import Generate
+from slmops_server.metrics import CLIENT_LEFT
+from slmops_server.schema import model_name
 from slmops_server.service import Service
 
 log = logging.getLogger(__name__)
 
 Endpoint = Callable[[asgi.Scope, asgi.Receive, asgi.Send], Awaitable[None]]
-CLIENT_LEFT = 499
+# refusals that are no flaw of the request itself, or that a flood of would show in a metric
+REJECTED = (401, 408, 413, 429, 503, 504)
 MAX_ID = 128
 
 
@@ -38,12 +41,14 @@ class Routes:
             self._get["/v1/models"] = self._models
             self._post["/v1/chat/completions"] = Generate(service, "chat")
             self._post["/v1/completions"] = Generate(service, "completions")
+            self._post["/v1/embeddings"] = self._embeddings
 
     async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
         """ASGI. Every flaw ends as OpenAI-shaped JSON; a traceback goes to the log only."""
         if scope["type"] != "http":  # no lifespan is declared, websockets are refused by the server
             return
         api = bool(self._post) and scope["path"].startswith("/v1/")
+        crowded = bool(scope["state"].get("crowded"))
         started = 0
         extra = [(b"x-request-id", _request_id(scope))]
 
@@ -52,7 +57,7 @@ class Routes:
             if message["type"] == "http.response.start":
                 started = message["status"]
                 message["headers"] = [*message["headers"], *extra]
-                if self._service.draining:  # let clients and routers find another server
+                if self._service.draining or crowded:  # let clients and routers find another server
                     message["headers"].append((b"connection", b"close"))
                 if api:
                     self._service.metrics.http(started)
@@ -60,9 +65,13 @@ class Routes:
 
         try:
             if api:
+                if crowded:  # probes are still answered
+                    raise too_many_connections()
                 self._service.keys.check(asgi.header(scope, b"authorization"))
             await self._find(scope)(scope, receive, sending)
         except ApiError as error:
+            if api and error.status in REJECTED:
+                self._service.metrics.rejected(error.reason or "other")
             if not started:
                 await asgi.respond(sending, error.status, error.body(), headers=error.headers())
         except asgi.DisconnectedError:
@@ -126,6 +135,18 @@ class Routes:
         name = scope["path"].removeprefix("/v1/models/")
         self._service.check_model(name)
         await asgi.respond(send, 200, orjson.dumps(self._card(name)))
+
+    async def _embeddings(self, scope: asgi.Scope, receive: asgi.Receive, _send: asgi.Send) -> None:
+        """A model that writes text makes no embeddings: said in words, after the same checks as elsewhere."""
+        settings = self._service.settings
+        body = await asgi.read_body(scope, receive, settings.max_body_bytes, settings.receive_timeout)
+        name = model_name(body)
+        self._service.check_model(name)
+        raise bad_request(
+            f"The model {name!r} writes text and makes no embeddings; use /v1/chat/completions or /v1/completions.",
+            "model",
+            "unsupported_model",
+        )
 
     def _card(self, name: str) -> dict[str, object]:
         service = self._service

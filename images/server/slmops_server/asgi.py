@@ -13,7 +13,6 @@ Send = Callable[[Message], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 JSON = b"application/json"
-BODY_SECONDS = 60.0  # a client that needs longer to send its body gets 408
 
 
 class DisconnectedError(Exception):
@@ -25,8 +24,8 @@ def header(scope: Scope, name: bytes) -> bytes | None:
     return next((value for key, value in scope["headers"] if key == name), None)
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """The whole body. ApiError 413 above `limit` bytes, 408 when it does not come; DisconnectedError."""
+async def read_body(scope: Scope, receive: Receive, limit: int, seconds: float) -> bytes:
+    """The whole body. ApiError 413 above `limit` bytes, 408 after that many seconds; DisconnectedError."""
     too_large = ApiError(413, f"The body is larger than {limit} bytes.", code="body_too_large")
     length = header(scope, b"content-length")
     if length is not None and length.isdigit() and int(length) > limit:
@@ -34,7 +33,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     parts: list[bytes] = []
     size = 0
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(seconds):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":

@@ -1,5 +1,7 @@
 """One of the answers to a request: from what the engine sends to what the client gets."""
 
+from dataclasses import replace
+
 from slmops_server.schema import Request
 from slmops_server.service import Service
 from slmops_server.supervisor import Delta
@@ -15,6 +17,7 @@ class Choice:
         self.last: Delta | None = None
         self._request, self._frames = request, frames
         self._begun = False
+        self._scoring = request.max_tokens == 0
         self._parser = None
         if request.tools and service.template:
             self._parser = ToolParser(service.template.tags_calls, request.tools.schemas)
@@ -30,13 +33,14 @@ class Choice:
 
     def whole(self, delta: Delta) -> dict[str, object]:
         """The choice of an answer that is sent in one piece, from its only delta."""
-        self.last = delta
+        self.last = delta = self._cut(delta)
         text, calls = self._split(delta)
         text = self._echo + text
         return self._frames.choice(self.number, text, calls, self._logprobs(delta), self._reason(delta))
 
     def frames(self, delta: Delta) -> bytes:
         """The bytes of a stream that this delta is worth."""
+        delta = self._cut(delta)
         out = b"" if self._begun else self._frames.role(self.number)
         text, calls = self._split(delta)
         if not self._begun:
@@ -52,6 +56,13 @@ class Choice:
             self.last = delta
             out += self._frames.finish(self._reason(delta), self.number)
         return out
+
+    def _cut(self, delta: Delta) -> Delta:
+        """Without the token that the engine had to make where none was asked for."""
+        if not self._scoring:
+            return delta
+        scored = delta.scores[0] if delta.scores else []
+        return replace(delta, text="", tokens=0, finish=delta.finish and "length", scores=(scored, []))
 
     def _split(self, delta: Delta) -> tuple[str, list[Call]]:
         if self._parser is None:

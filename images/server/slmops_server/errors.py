@@ -15,10 +15,12 @@ class ApiError(Exception):
         param: str | None = None,
         kind: str = "invalid_request_error",
         retry_after: int | None = None,
+        reason: str | None = None,
     ) -> None:
+        """`reason`: the code for metrics where one code has several."""
         super().__init__(message)
         self.status, self.message, self.code, self.param, self.kind = status, message, code, param, kind
-        self.retry_after = retry_after
+        self.retry_after, self.reason = retry_after, reason or code
 
     def body(self) -> bytes:
         """The JSON: {"error": {"message", "type", "param", "code"}}."""
@@ -28,6 +30,8 @@ class ApiError(Exception):
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Headers beside content type and length."""
+        if self.status == 504:  # to OpenAI's clients: nobody waits for it any more
+            return [(b"x-should-retry", b"false")]
         return [] if self.retry_after is None else [(b"retry-after", str(self.retry_after).encode())]
 
 
@@ -39,6 +43,26 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 def unavailable(message: str, code: str, retry_after: int = 1) -> ApiError:
     """503: the request is fine and may be sent again."""
     return ApiError(503, message, code=code, kind="server_error", retry_after=retry_after)
+
+
+def overloaded(message: str, reason: str, retry_after: int) -> ApiError:
+    """429: too much waits already; `reason` for the metrics."""
+    return ApiError(429, message, code="overloaded", kind="rate_limit_error", retry_after=retry_after, reason=reason)
+
+
+def too_many_connections() -> ApiError:
+    """503: the connection is one too many."""
+    return unavailable("Too many clients are connected.", "too_many_connections")
+
+
+def too_late(message: str) -> ApiError:
+    """504: the time that the client gave has passed."""
+    return ApiError(504, message, code="deadline_exceeded", kind="timeout_error")
+
+
+def format_failed(reason: str) -> ApiError:
+    """500: the prescribed format turned out to be too much for the engine, in mid-answer."""
+    return ApiError(500, f"The prescribed format failed: {reason}", code="format_failed", kind="server_error")
 
 
 def internal() -> ApiError:

@@ -2,13 +2,16 @@
 
 import asyncio
 import logging
+import math
 from dataclasses import replace
+from typing import NamedTuple
 
-from slmops_server import asgi
+from slmops_server import asgi, deadline
 from slmops_server.choice import Choice
-from slmops_server.errors import ApiError
+from slmops_server.errors import ApiError, too_late
 from slmops_server.grammar import calls_grammar
 from slmops_server.metrics import now
+from slmops_server.queue_time import Work
 from slmops_server.schema import Request, parse
 from slmops_server.service import Service
 from slmops_server.supervisor import Delta, Stream
@@ -23,6 +26,13 @@ SSE_HEADERS = [
 ]
 
 
+class Watch(NamedTuple):
+    """What ends an answer early: the client that leaves, and its deadline (of CLOCK_MONOTONIC, in seconds)."""
+
+    gone: "asyncio.Future[None]"
+    end: float
+
+
 class Generate:
     """The endpoint; kind is "chat" or "completions"."""
 
@@ -33,17 +43,22 @@ class Generate:
         """ApiError before the first byte, DisconnectedError when the client left: both are the caller's to tell."""
         arrival = now()
         service = self._service
+        end = arrival + deadline.seconds(scope)
         service.admit()
-        request = parse(self._kind, await asgi.read_body(scope, receive, service.settings.max_body_bytes))
+        settings = service.settings
+        body = await asgi.read_body(scope, receive, settings.max_body_bytes, settings.receive_timeout)
+        request = parse(self._kind, body)
         prompts = await service.prompts(request)
-        service.admit(len(prompts) * request.n)  # others may have come in meanwhile
-        answer = self._submit(request, prompts)
+        limits = [service.limit(request, prompt) for prompt in prompts]
+        wanted = [Work(len(p), limit) for p, limit in zip(prompts, limits, strict=True) for _ in range(request.n)]
+        service.admit(wanted, end)  # others may have come in meanwhile
+        answer = self._submit(request, prompts, limits)
         frames = Frames(self._kind, request.model, request.include_usage)
         choices = [
             Choice(service, request, frames, number, prompts[number // request.n])
             for number in range(len(prompts) * request.n)
         ]
-        watch = asyncio.ensure_future(asgi.gone(receive))
+        watch = Watch(asyncio.ensure_future(asgi.gone(receive)), end)
         try:
             await (self._stream if request.stream else self._whole)(send, answer, watch, frames, choices)
         except asgi.DisconnectedError:
@@ -53,14 +68,18 @@ class Generate:
             service.metrics.ended("error")
             raise
         finally:
-            watch.cancel()
+            watch.gone.cancel()
             service.supervisor.cancel(answer)
         for choice in choices:
             if choice.last is not None:
-                service.took(choice.last.last - arrival)
-                service.metrics.finished(self._kind, choice.last, arrival, len(choice.prompt))
+                last, size = choice.last, len(choice.prompt)
+                service.queue_time.note(
+                    size - last.cached, last.tokens, last.first - last.started, last.last - last.first
+                )
+                service.metrics.finished(self._kind, last, arrival, size)
+        service.metrics.asked(request.n, max(limits))
 
-    def _submit(self, request: Request, prompts: list[list[int]]) -> Stream:
+    def _submit(self, request: Request, prompts: list[list[int]], limits: list[int]) -> Stream:
         service, grammar, answer = self._service, request.grammar, None
         if request.tools and request.tools.forced and service.template:
             grammar = calls_grammar(request.tools, service.template.tags_calls)
@@ -71,7 +90,7 @@ class Generate:
                 sampling = replace(sampling, seed=(sampling.seed + number % request.n) % (1 << 63))
             answer = service.supervisor.submit(
                 prompt,
-                request.max_tokens or service.max_len - len(prompt),
+                limits[number // request.n],
                 sampling,
                 request.stop,
                 request.ignore_eos,
@@ -83,22 +102,25 @@ class Generate:
         assert answer is not None
         return answer
 
-    async def _next(self, answer: Stream, watch: "asyncio.Future[None]") -> list[Delta]:
-        """What has arrived; DisconnectedError when the client leaves first."""
+    async def _next(self, answer: Stream, watch: Watch) -> list[Delta]:
+        """What has arrived; DisconnectedError when the client leaves first, ApiError 504 when its time is over."""
+        left = None if watch.end == math.inf else watch.end - now()
         arrived = answer.poll()
-        if arrived:
+        if arrived and (left is None or left > 0):
             return arrived
         got = asyncio.ensure_future(answer.get())
         try:
-            await asyncio.wait((got, watch), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((got, watch.gone), timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if got.done():
                 return got.result()
-            raise asgi.DisconnectedError
+            if watch.gone.done():
+                raise asgi.DisconnectedError
+            raise too_late("The time that the request was given has passed.")
         finally:
             got.cancel()
 
     async def _whole(
-        self, send: asgi.Send, answer: Stream, watch: "asyncio.Future[None]", frames: Frames, choices: list[Choice]
+        self, send: asgi.Send, answer: Stream, watch: Watch, frames: Frames, choices: list[Choice]
     ) -> None:
         made: dict[int, dict[str, object]] = {}
         while len(made) < len(choices):
@@ -107,7 +129,7 @@ class Generate:
         await asgi.respond(send, 200, frames.whole([made[c.number] for c in choices], *_counts(choices)))
 
     async def _stream(
-        self, send: asgi.Send, answer: Stream, watch: "asyncio.Future[None]", frames: Frames, choices: list[Choice]
+        self, send: asgi.Send, answer: Stream, watch: Watch, frames: Frames, choices: list[Choice]
     ) -> None:
         arrived = await self._next(answer, watch)  # a failure before the first token is still a plain status
         await send({"type": "http.response.start", "status": 200, "headers": list(SSE_HEADERS)})
@@ -122,7 +144,7 @@ class Generate:
             await send({"type": "http.response.body", "body": out, "more_body": left > 0})
             if not left:
                 return
-            if watch.done():
+            if watch.gone.done():
                 raise asgi.DisconnectedError
             try:
                 arrived = await self._next(answer, watch)

@@ -10,6 +10,7 @@ from slmops_server.messages import Tools
 # Any JSON is accepted at any width, but no model may fill its answer with blanks.
 BLANKS = {"whitespace_pattern": r"[ \n\t]{0,24}"}
 MAX_CALLS = 8  # in one answer, where calls are forced
+MAX_TEXT = 256 << 10  # characters; compiling takes seconds from there on
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
 
@@ -32,10 +33,18 @@ def read_grammar(fields: Mapping[str, Any]) -> Grammar | None:
     form, outputs = fields.get("response_format"), fields.get("structured_outputs")
     found = _response_format(form) if form is not None else None
     if outputs is None:
-        return found
+        return _checked(found) if found else None
     if found is not None:
         raise bad_request("structured_outputs and response_format exclude each other.", "structured_outputs")
-    return _structured_outputs(outputs)
+    return _checked(_structured_outputs(outputs))
+
+
+def _checked(grammar: Grammar) -> Grammar:
+    if len(grammar.text) > MAX_TEXT:
+        raise bad_request(
+            f"The grammar has {len(grammar.text)} characters, {MAX_TEXT} are allowed.", grammar.param, "invalid_grammar"
+        )
+    return grammar
 
 
 def _response_format(form: Any) -> Grammar | None:
@@ -69,7 +78,8 @@ def _structured_outputs(outputs: Any) -> Grammar:
     if kind == "choice":
         if not isinstance(value, list) or not value or not all(isinstance(c, str) and c for c in value):
             raise bad_request(f"{where}.choice is not a list of strings.", f"{where}.choice")
-        return Grammar("lark", "start: " + " | ".join(map(_literal, value)), f"{where}.choice")
+        # one terminal: as rules, thousands of choices that begin alike are more than the parser takes at a time
+        return Grammar("lark", "start: CHOICE\nCHOICE: " + " | ".join(map(_literal, value)), f"{where}.choice")
     if not isinstance(value, str) or not value:
         raise bad_request(f"{where}.{kind} is not a string.", f"{where}.{kind}")
     return Grammar("lark" if kind == "grammar" else kind, value, f"{where}.{kind}")
@@ -85,10 +95,10 @@ def calls_grammar(tools: Tools, tagged: bool) -> Grammar:
         rules.append(f"arguments_{index}: %json {json.dumps({**tools.schemas[name], 'x-guidance': BLANKS})}")
     tool = " | ".join(f"tool_{index}" for index in range(len(names)))
     if not tagged:
-        return Grammar("lark", "\n".join([f"start: {tool}", *rules]), "tools")
+        return _checked(Grammar("lark", "\n".join([f"start: {tool}", *rules]), "tools"))
     again = f' ("\\n" call){{0,{MAX_CALLS - 1}}}' if tools.parallel else ""
     call = f'call: "<tool_call>\\n" ({tool}) "\\n</tool_call>"'
-    return Grammar("lark", "\n".join([f"start: call{again}", call, *rules]), "tools")
+    return _checked(Grammar("lark", "\n".join([f"start: call{again}", call, *rules]), "tools"))
 
 
 def _literal(text: str) -> str:

@@ -1,6 +1,8 @@
 """Grammars as masks over the vocabulary, by llguidance: one Guide for one answer."""
 
 import json
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,10 +17,15 @@ class BadGrammarError(Exception):
     """The grammar cannot be used; the message is for the user."""
 
 
+CACHED = 64  # grammars
+CACHED_TEXT = 1 << 20  # characters of them all
+
+
 class MatcherGuide:
-    """A Guide over llguidance's matcher."""
+    """A Guide over llguidance's matcher. `problem`: why it gave up, if it did."""
 
     def __init__(self, matcher: LLMatcher, vocab: int) -> None:
+        self.problem = ""
         self._matcher, self._vocab = matcher, vocab
         self._bits = np.zeros(-(-vocab // 32), np.int32)
 
@@ -26,7 +33,8 @@ class MatcherGuide:
         """See Guide. At the grammar's end only an end token is allowed."""
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         if self._matcher.is_error():
-            raise ValueError(f"the grammar failed: {self._matcher.get_error()}")
+            self.problem = _first_line(self._matcher.get_error())
+            raise ValueError(f"the grammar failed: {self.problem}")
         return np.unpackbits(self._bits.view(np.uint8), count=self._vocab, bitorder="little").view(np.bool_)
 
     def take(self, token: int) -> None:
@@ -35,30 +43,68 @@ class MatcherGuide:
 
 
 class Guides:
-    """Compiles grammars for one tokenizer."""
+    """Compiles grammars for one tokenizer, from any thread, and keeps the newest of them."""
 
     def __init__(self, tokenizer: Path, vocab: int, eos: Iterable[int]) -> None:
         """tokenizer: the path of a tokenizer.json; eos: the tokens that end an answer."""
         self._vocab = vocab
         self._tokenizer = LLTokenizer(str(tokenizer), n_vocab=vocab, eos_token=sorted(eos))
+        self._made: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
+        self._size = 0  # characters
+        self._lock = threading.Lock()
+
+    def known(self, kind: str, text: str) -> MatcherGuide | None:
+        """A guide for a grammar that was compiled before; takes microseconds."""
+        with self._lock:
+            matcher = self._made.get((kind, text))
+            if matcher is None:
+                return None
+            self._made.move_to_end((kind, text))
+            return MatcherGuide(matcher.deep_copy(), self._vocab)
 
     def new(self, kind: str, text: str) -> MatcherGuide:
-        """Kind as in Grammar. May take long for a large grammar; the GIL is free meanwhile. BadGrammarError."""
-        match kind:
-            case "json":
-                # lenient: what cannot be enforced (a format, say) is a hint to the model, as it is at OpenAI
-                made = LLMatcher.grammar_from_json_schema(
-                    text, defaults={"whitespace_pattern": BLANKS["whitespace_pattern"], "lenient": True}
-                )
-            case "regex":
-                made = LLMatcher.grammar_from_regex(text)
-            case _:
-                made = LLMatcher.grammar_from_lark(text)
-        matcher = LLMatcher(self._tokenizer, made, log_level=0)
+        """Kind as in Grammar. May take seconds for a large grammar; the GIL is free meanwhile. BadGrammarError."""
+        # llguidance itself limits the work: its default limits on a grammar's size, its states and each step
+        try:
+            matcher = LLMatcher(self._tokenizer, _internal_form(kind, text), log_level=0)
+        except ValueError as error:  # JSON nested too deeply, say
+            raise BadGrammarError(_first_line(str(error))) from None
         if matcher.is_error():
-            raise BadGrammarError(matcher.get_error().strip().splitlines()[0])
-        return MatcherGuide(matcher, self._vocab)
+            raise BadGrammarError(_first_line(matcher.get_error()))
+        try:
+            MatcherGuide(matcher, self._vocab).allowed()  # the first mask is the dearest, and the first that may fail
+        except ValueError as error:
+            raise BadGrammarError(str(error)) from None
+        self._keep(kind, text, matcher)
+        return MatcherGuide(matcher.deep_copy(), self._vocab)
+
+    def _keep(self, kind: str, text: str, matcher: LLMatcher) -> None:
+        with self._lock:
+            if (kind, text) in self._made:
+                return
+            self._made[kind, text] = matcher
+            self._size += len(text)
+            while len(self._made) > CACHED or self._size > CACHED_TEXT:
+                (_, oldest), _ = self._made.popitem(last=False)
+                self._size -= len(oldest)
 
     def warm(self) -> None:
         """Compile once and mask once, so that the first user does not wait for it."""
         self.new("json", json.dumps({"type": "object"})).allowed()
+
+
+def _internal_form(kind: str, text: str) -> str:
+    match kind:
+        case "json":
+            # lenient: what cannot be enforced (a format, say) is a hint to the model, as it is at OpenAI
+            return LLMatcher.grammar_from_json_schema(
+                text, defaults={"whitespace_pattern": BLANKS["whitespace_pattern"], "lenient": True}
+            )
+        case "regex":
+            return LLMatcher.grammar_from_regex(text)
+        case _:
+            return LLMatcher.grammar_from_lark(text)
+
+
+def _first_line(text: str) -> str:
+    return (text.strip() or "no reason given").splitlines()[0]

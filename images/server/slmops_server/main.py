@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 import uvicorn
 
 from slmops_server.app import Routes
+from slmops_server.connection import Limits, limited
 from slmops_server.model_folder import BadModelFolderError
 from slmops_server.service import Service
 from slmops_server.settings import Settings, parse
@@ -18,8 +20,8 @@ from slmops_server.settings import Settings, parse
 log = logging.getLogger(__name__)
 
 BACKLOG = 2048
+CONNECTIONS = 4096
 LINGER = 0.5  # seconds between closing the door and closing idle connections: a request may be on its way on one
-KEEP_ALIVE = 75  # seconds; longer than the idle time of common proxies, so that they close first
 
 
 class _Listener(uvicorn.Server):
@@ -30,14 +32,30 @@ class _Listener(uvicorn.Server):
         yield
 
 
-def _listener(app: Routes, settings: Settings, port: int) -> _Listener:
+def _open_files() -> int:
+    """How many this process may have, as many as the machine lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def _limits(service: Service) -> Limits:
+    settings = service.settings
+    connections = settings.max_connections or min(CONNECTIONS, _open_files() // 2)
+    return Limits(
+        connections, settings.receive_timeout, settings.send_timeout, settings.keep_alive, service.metrics.refused
+    )
+
+
+def _listener(app: Routes, settings: Settings, port: int, limits: Limits) -> _Listener:
     return _Listener(
         uvicorn.Config(
             app,
             host=settings.host,
             port=port,
             loop="none",
-            http="httptools",
+            http=limited(limits),
             ws="none",
             lifespan="off",
             access_log=False,
@@ -45,7 +63,6 @@ def _listener(app: Routes, settings: Settings, port: int) -> _Listener:
             server_header=False,
             date_header=False,
             backlog=BACKLOG,
-            timeout_keep_alive=KEEP_ALIVE,
         )
     )
 
@@ -53,9 +70,10 @@ def _listener(app: Routes, settings: Settings, port: int) -> _Listener:
 async def serve(settings: Settings) -> int:
     """Until SIGTERM or SIGINT: 0 after a clean drain, 1 when the model cannot be served."""
     service = Service(settings)
-    listeners = [_listener(Routes(service, api=True), settings, settings.port)]
+    limits = _limits(service)
+    listeners = [_listener(Routes(service, api=True), settings, settings.port, limits)]
     if settings.metrics_port and settings.metrics_port != settings.port:
-        listeners.append(_listener(Routes(service, api=False), settings, settings.metrics_port))
+        listeners.append(_listener(Routes(service, api=False), settings, settings.metrics_port, limits))
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -116,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
     )
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it warns of every bad request: a flood of lines
     try:
         import uvloop
 

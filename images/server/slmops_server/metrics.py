@@ -7,11 +7,12 @@ from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.gc_collector import GCCollector
-from prometheus_client.metrics_core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from slmops_server.errors import ApiError
 from slmops_server.supervisor import Delta, Supervisor
 
 TTFT = (
@@ -48,13 +49,16 @@ OTEL_TTFT = TTFT[:16]
 OTEL_TPOT = ITL[:13]
 
 
+CLIENT_LEFT = 499  # nginx's number for a client that did not wait
+
+
 def _steps(limit: int) -> list[float]:
     """1, 2, 5, 10, ... up to the limit."""
     return [float(d * 10**e) for e in range(8) for d in (1, 2, 5) if d * 10**e <= limit]
 
 
 class _Live(Collector):
-    """Gauges read from the supervisor at scrape time."""
+    """Gauges read from the supervisor at scrape time; what only the engine knows is up to a second old."""
 
     def __init__(self, model: str, supervisor: Supervisor) -> None:
         self._model, self._supervisor = model, supervisor
@@ -66,6 +70,7 @@ class _Live(Collector):
         values = {
             "vllm:num_requests_running": ("Answers that hold a slot.", running),
             "vllm:num_requests_waiting": ("Requests that wait for a slot.", s.active - running),
+            "vllm:kv_cache_usage_perc": ("Share of the KV cache that running answers hold.", self._held()),
             "slmops_engine_ready": ("1 while the engine process is loaded and warmed.", int(s.ready)),
             "slmops_engine_slots": ("Answers that can run at the same time.", info.get("slots", 0)),
             "slmops_engine_threads": ("Threads of one model step.", info.get("threads", 0)),
@@ -77,6 +82,20 @@ class _Live(Collector):
             family = GaugeMetricFamily(name, text, labels=["model_name"])
             family.add_metric([self._model], value)
             yield family
+        totals = {
+            "slmops_engine_steps": ("Steps of the engine.", "count"),
+            "slmops_engine_step_seconds": ("Their time.", "seconds"),
+            "slmops_engine_step_tokens": ("Tokens that they made.", "tokens"),
+        }
+        for name, (text, key) in totals.items():
+            counter = CounterMetricFamily(name, text, labels=["model_name"])
+            counter.add_metric([self._model], s.steps.get(key, 0.0))
+            yield counter
+
+    def _held(self) -> float:
+        s = self._supervisor
+        room = s.slots * s.info.get("max_len", 0)
+        return s.steps.get("held", 0.0) / room if s.active and room else 0.0
 
 
 class _Gaps(Collector):
@@ -136,12 +155,21 @@ class Metrics:
             ["model_name", "code"],
             registry=self.registry,
         )
-        for code in ("200", "500", "503"):  # a rate over them needs a zero to start from
+        for code in ("200", "429", "500", "503"):  # a rate over them needs a zero to start from
             self._http.labels(model, code)
+        self._rejected = Counter(
+            "slmops_rejected_requests",
+            "Requests that got no answer, by reason.",
+            ["model_name", "reason"],
+            registry=self.registry,
+        )
+        for reason in ("queue_full", "queue_tokens", "deadline_unreachable", "not_ready"):
+            self._rejected.labels(model, reason)
         self._restarts = counter("slmops_engine_restarts", "Times the engine process was started again.")
         self._prompt = counter("vllm:prompt_tokens", "Prompt tokens read.")
         self._queries = counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache.")
         self._hits = counter("vllm:prefix_cache_hits", "Prompt tokens taken from the cache.")
+        self._cached = counter("vllm:prompt_tokens_cached", "Prompt tokens that were not computed again.")
         self._generated = counter("vllm:generation_tokens", "Tokens generated.")
         self._ttft = histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", TTFT)
         self._gaps = _Gaps(model, ITL_FINE)
@@ -150,6 +178,12 @@ class Metrics:
             "vllm:request_time_per_output_token_seconds", "Mean of one answer, after its first token.", ITL_FINE
         )
         self._e2e = histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.", E2E_FINE)
+        self._queued = histogram("vllm:request_queue_time_seconds", "Arrival to slot.", E2E_FINE)
+        self._prefill = histogram("vllm:request_prefill_time_seconds", "Slot to first token.", E2E_FINE)
+        self._decode = histogram("vllm:request_decode_time_seconds", "First to last token.", E2E_FINE)
+        self._inference = histogram("vllm:request_inference_time_seconds", "Slot to last token.", E2E_FINE)
+        self._n = histogram("vllm:request_params_n", "Answers asked for at once.", (1, 2, 5, 10, 20))
+        self._limit = histogram("vllm:request_params_max_tokens", "Longest answer asked for.", _steps(max_len))
         self._size_in = histogram("vllm:request_prompt_tokens", "Prompt length.", _steps(max_len))
         self._size_out = histogram("vllm:request_generation_tokens", "Answer length.", _steps(max_len))
         labels = ["model_name", "gen_ai_operation_name", "gen_ai_request_model", "gen_ai_provider_name"]
@@ -169,6 +203,21 @@ class Metrics:
         """A response to /v1/* began (or its client left before: 499)."""
         self._http.labels(self._model, str(code)).inc()
 
+    def rejected(self, reason: str) -> None:
+        """A request, or its connection, was refused or cut off, for no flaw of what it asked for."""
+        self._rejected.labels(self._model, reason).inc()
+
+    def refused(self, error: ApiError) -> None:
+        """A connection was refused before there was a request, or cut off behind one (499)."""
+        self.rejected(error.reason or "invalid_http")
+        if error.status != CLIENT_LEFT:
+            self.http(error.status)
+
+    def asked(self, n: int, limit: int) -> None:
+        """A request was answered that asked for n answers of at most `limit` tokens."""
+        self._n.observe(n)
+        self._limit.observe(limit)
+
     def restarted(self) -> None:
         """The engine process was started again."""
         self._restarts.inc()
@@ -183,11 +232,16 @@ class Metrics:
         self._prompt.inc(prompt)
         self._queries.inc(prompt)
         self._hits.inc(last.cached)
+        self._cached.inc(last.cached)
         self._generated.inc(last.tokens)
         self._size_in.observe(prompt)
         self._size_out.observe(last.tokens)
         self._ttft.observe(last.first - arrival)
         self._e2e.observe(last.last - arrival)
+        self._queued.observe(last.started - arrival)
+        self._prefill.observe(last.first - last.started)
+        self._decode.observe(last.last - last.first)
+        self._inference.observe(last.last - last.started)
         self._gaps.observe(last.gaps)
         operation = "chat" if kind == "chat" else "text_completion"
         duration, ttft, tpot = (h.labels(self._model, operation, self._model, "slmops") for h in self._otel)

@@ -103,13 +103,7 @@ class Request:
 
 def parse(kind: str, body: bytes) -> Request:
     """Kind is "chat" or "completions". Every flaw is an ApiError 400 that names the field."""
-    try:
-        fields = orjson.loads(body)
-    except ValueError as error:
-        raise bad_request(f"The body is not valid JSON: {error}", code="invalid_json") from None
-    if not isinstance(fields, dict):
-        raise bad_request("The body is not a JSON object.", code="invalid_json")
-    fields = {k: v for k, v in fields.items() if v is not None}
+    fields = _fields(body)
     _refuse_unsupported(kind, fields)
     options = fields.get("stream_options", {})
     if not isinstance(options, dict):
@@ -145,6 +139,21 @@ def parse(kind: str, body: bytes) -> Request:
         include_usage=flag(options, "include_usage", shown="stream_options.include_usage"),
         grammar=grammar,
     )
+
+
+def model_name(body: bytes) -> str:
+    """The field `model` of any request. ApiError 400."""
+    return _model(_fields(body).get("model"))
+
+
+def _fields(body: bytes) -> dict[str, Any]:
+    try:
+        fields = orjson.loads(body)
+    except ValueError as error:
+        raise bad_request(f"The body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(fields, dict):
+        raise bad_request("The body is not a JSON object.", code="invalid_json")
+    return {k: v for k, v in fields.items() if v is not None}
 
 
 def _refuse_unsupported(kind: str, fields: Mapping[str, Any]) -> None:
@@ -228,7 +237,8 @@ def _max_tokens(kind: str, fields: Mapping[str, Any]) -> int | None:
     name = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
     if name not in fields:
         return COMPLETION_TOKENS if kind == "completions" else None
-    return integer(fields, name, 0, 1, 1 << 30)
+    scoring = kind == "completions" and fields.get("echo") is True  # 0: the prompt and nothing more
+    return integer(fields, name, 0, 0 if scoring else 1, 1 << 30)
 
 
 def _prompts(value: Any) -> list[str | list[int]]:

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import time
+from collections.abc import Sequence
 from functools import partial
 
 from jinja2 import TemplateError
@@ -11,10 +12,11 @@ from tokenizers import Tokenizer
 from slmops_server import model_folder
 from slmops_server.detok import DetokenizerFactory
 from slmops_server.engines.choose import EngineOptions
-from slmops_server.errors import bad_request, unavailable
+from slmops_server.errors import ApiError, bad_request, overloaded, too_late, unavailable
 from slmops_server.keys import ApiKeys
 from slmops_server.metrics import Metrics
 from slmops_server.model_folder import BadModelFolderError
+from slmops_server.queue_time import QueueTime, Work
 from slmops_server.schema import Request, unknown_model
 from slmops_server.settings import Settings
 from slmops_server.supervisor import Supervisor
@@ -22,6 +24,10 @@ from slmops_server.template import ChatTemplate
 
 LONG_TEXT = 20_000  # characters from which tokenizing leaves the event loop
 MAX_RETRY_AFTER = 60  # seconds
+QUEUED_SHARE = 8  # a place in the queue is worth this part of the longest prompt
+
+
+ANY = Work(1, 1)  # stands for a request that was not read yet
 
 
 class Service:
@@ -54,31 +60,62 @@ class Service:
         self.draining = False
         self.begin = time.monotonic()
         self.created = int(time.time())
-        self._seconds = 1.0  # moving average of one answer
+        self.queue_time = QueueTime()
+        self._max_queue_tokens = settings.max_queue_tokens or max(
+            self.max_len, settings.max_queue * self.max_len // QUEUED_SHARE
+        )
 
     @property
     def ready(self) -> bool:
         """Whether a request sent now will be answered, and more should be sent here."""
         return self.supervisor.ready and not self.draining and not self.supervisor.stuck
 
-    def took(self, seconds: float) -> None:
-        """Note how long an answer took, for Retry-After."""
-        self._seconds += 0.1 * (seconds - self._seconds)
+    def admit(self, wanted: Sequence[Work] = (ANY,), deadline: float = math.inf) -> None:
+        """ApiError when these answers cannot be had: 503 without an engine, 429 without room, 503 without the time.
 
-    def admit(self, count: int = 1) -> None:
-        """ApiError 503 when the engine is not there or `count` more answers do not fit into the queue.
-
-        Cheap: asked before any work is done.
+        Cheap: asked before any work is done, too. deadline: of CLOCK_MONOTONIC, in seconds.
         """
         if not self.supervisor.ready:
             raise unavailable(f"The model is not ready ({self.supervisor.phase}).", "not_ready")
-        room = self.supervisor.slots + self.settings.max_queue
-        if count > room:
-            raise bad_request(f"The request asks for {count} answers; this server takes {room} at a time.", "n")
-        if self.supervisor.active + count > room:
-            waiting = max(0, self.supervisor.active - self.supervisor.slots)
-            after = math.ceil(self._seconds * (waiting + count) / self.supervisor.slots)
-            raise unavailable(f"{waiting} requests are waiting.", "overloaded", max(1, min(after, MAX_RETRY_AFTER)))
+        slots = self.supervisor.slots
+        room = slots + self.settings.max_queue
+        if len(wanted) > room:
+            raise bad_request(f"The request asks for {len(wanted)} answers; this server takes {room} at a time.", "n")
+        if deadline == math.inf and self.supervisor.active + len(wanted) <= slots:
+            return
+        running, waiting = self.supervisor.work()
+        if self.supervisor.active + len(wanted) > room:
+            raise self._full(f"{len(waiting)} requests are waiting.", "queue_full", running, waiting)
+        # one request alone may be longer than the limit: refused now, it would always be
+        late = wanted[max(0, slots - len(running)) :]
+        tokens = sum(work.prompt for work in waiting)
+        if waiting and tokens + sum(work.prompt for work in late) > self._max_queue_tokens:
+            raise self._full(f"Prompts of {tokens} tokens are waiting.", "queue_tokens", running, waiting)
+        if deadline < math.inf:
+            self._check_time(deadline - time.monotonic(), running, [*waiting, *late], wanted[-1])
+
+    def _full(self, message: str, reason: str, running: list[Work], waiting: list[Work]) -> ApiError:
+        seconds = self.queue_time.wait(running, waiting, self.supervisor.slots)
+        after = max(1, min(math.ceil(seconds), MAX_RETRY_AFTER))
+        if self.draining:
+            return unavailable("The server is about to end; send the request to another one.", "draining", after)
+        return overloaded(f"{message} Try again in {after} seconds.", reason, after)
+
+    def _check_time(self, left: float, running: list[Work], waiting: list[Work], last: Work) -> None:
+        if left <= 0:
+            raise too_late("The time that the request was given has passed.")
+        if not self.queue_time.measured:
+            return
+        # the last one waits for those before it, and then takes its own time
+        wait = self.queue_time.wait(running, waiting[:-1], self.supervisor.slots) if waiting else 0.0
+        needed = wait + self.queue_time.seconds(last)
+        if needed > left:
+            raise unavailable(
+                f"The request was given {left:.3g} seconds; it would wait about {wait:.3g} "
+                f"and then take {needed - wait:.3g}.",
+                "deadline_unreachable",
+                max(1, min(math.ceil(needed - left), MAX_RETRY_AFTER)),
+            )
 
     async def prompts(self, request: Request) -> list[list[int]]:
         """Token ids of the request's prompts. ApiError 400 or 404 when they cannot be served."""
@@ -111,6 +148,10 @@ class Service:
             )
         self._check_ids(ids, where)
         return ids
+
+    def limit(self, request: Request, prompt: list[int]) -> int:
+        """Tokens that an answer to this prompt may have. Scoring (max_tokens 0) needs one, to be thrown away."""
+        return self.max_len - len(prompt) if request.max_tokens is None else max(1, request.max_tokens)
 
     def _check_ids(self, ids: list[int], where: str) -> None:
         if ids and (min(ids) < 0 or max(ids) >= self.folder.vocab_size):

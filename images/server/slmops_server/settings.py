@@ -25,7 +25,12 @@ class Settings:
     max_model_len: int = 0
     prefill_chunk: int = 256
     max_queue: int = 64
+    max_queue_tokens: int = 0
     max_body_bytes: int = 4 << 20
+    max_connections: int = 0
+    receive_timeout: float = 30.0
+    send_timeout: float = 30.0
+    keep_alive: float = 75.0
     api_keys_dir: Path | None = None
     drain_grace: float = 5.0
     step_timeout: float = 120.0
@@ -43,6 +48,13 @@ def _seconds(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
+    return value
+
+
+def _timeout(text: str) -> float:
+    value = _seconds(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("0 seconds leave no time at all")
     return value
 
 
@@ -84,8 +96,18 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
     option("slots", "0", _positive, "answers generated at the same time; 0: from CPU and memory limits")
     option("max-model-len", "0", _positive, "prompt + answer, in tokens; 0: the model's context length")
     option("prefill-chunk", "256", _positive, "prompt tokens per step, so that running answers keep moving")
-    option("max-queue", "64", _positive, "requests that may wait for a slot; the next one gets 503")
+    option("max-queue", "64", _positive, "requests that may wait for a slot; the next one gets 429")
+    option(
+        "max-queue-tokens",
+        "0",
+        _positive,
+        "tokens of the prompts that may wait; 0: an eighth of the longest prompt for each place in the queue",
+    )
     option("max-body-bytes", str(4 << 20), _positive, "largest request body; larger ones get 413")
+    option("max-connections", "0", _positive, "clients at once; 0: 4096, or fewer where the limit of open files is low")
+    option("receive-timeout", "30", _timeout, "seconds for a request's headers to arrive, and for its body")
+    option("send-timeout", "30", _timeout, "a client that does not take up its answer for this long is cut off")
+    option("keep-alive", "75", _timeout, "an idle connection is closed after this long: after a proxy would do it")
     option("api-keys-dir", None, Path, "folder (or file) with the accepted API keys, re-read while running")
     option("drain-grace", "5", _seconds, "after SIGTERM, go on accepting requests for this long")
     option("step-timeout", "120", _seconds, "an engine silent for this long is taken for stuck: /livez fails")
@@ -111,7 +133,12 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
         max_model_len=got.max_model_len,
         prefill_chunk=max(1, got.prefill_chunk),
         max_queue=got.max_queue,
+        max_queue_tokens=got.max_queue_tokens,
         max_body_bytes=got.max_body_bytes,
+        max_connections=got.max_connections,
+        receive_timeout=got.receive_timeout,
+        send_timeout=got.send_timeout,
+        keep_alive=got.keep_alive,
         api_keys_dir=got.api_keys_dir,
         drain_grace=got.drain_grace,
         step_timeout=got.step_timeout,

@@ -10,14 +10,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import orjson
 
 from slmops_server.engines.base import Sampling
 from slmops_server.engines.choose import EngineOptions
-from slmops_server.errors import ApiError, bad_request, internal, unavailable
+from slmops_server.errors import ApiError, bad_request, format_failed, internal, unavailable
 from slmops_server.grammar import Grammar
+from slmops_server.queue_time import Work
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class Delta:
     text: str
     tokens: int
     finish: str | None = None
+    started: float = 0.0  # when it got its slot
     first: float = 0.0
     last: float = 0.0
     gaps: tuple[int, ...] = ()
@@ -77,6 +79,11 @@ class Stream:
         raise self._error
 
 
+class _Job(NamedTuple):
+    stream: Stream
+    work: Work
+
+
 class _Lines(asyncio.Protocol):
     """Cuts the socket's bytes into JSON messages."""
 
@@ -104,7 +111,8 @@ class Supervisor:
         self._model, self._options, self._log_level = model, options, log_level
         self._step_timeout = step_timeout
         self._numbers = itertools.count(1)
-        self._streams: dict[int, Stream] = {}
+        self.steps: dict[str, float] = {}  # what the engine process last told about its steps
+        self._jobs: dict[int, _Job] = {}  # in order of arrival, which is the order in which they get slots
         self._transport: asyncio.WriteTransport | None = None
         self._heard = time.monotonic()
         self._closing = False
@@ -127,7 +135,12 @@ class Supervisor:
     @property
     def active(self) -> int:
         """Answers that run or wait for a slot."""
-        return len(self._streams)
+        return len(self._jobs)
+
+    def work(self) -> tuple[list[Work], list[Work]]:
+        """Of the answers that run, and of those that wait."""
+        jobs = [job.work for job in self._jobs.values()]
+        return jobs[: self.slots], jobs[self.slots :]
 
     def submit(
         self,
@@ -147,7 +160,7 @@ class Supervisor:
         answer = into or Stream(grammar.param if grammar else None)
         number = next(self._numbers)
         answer.numbers[number] = len(answer.numbers)
-        self._streams[number] = answer
+        self._jobs[number] = _Job(answer, Work(len(prompt), max_tokens))
         self._send(
             {
                 "op": "run",
@@ -167,7 +180,7 @@ class Supervisor:
     def cancel(self, answer: Stream) -> None:
         """Stop generating; harmless when it is over."""
         for number in answer.numbers:
-            if self._streams.pop(number, None) is not None:
+            if self._jobs.pop(number, None) is not None:
                 self._send({"op": "cancel", "id": number})
 
     async def run(self) -> None:
@@ -222,9 +235,10 @@ class Supervisor:
                     await asyncio.wait_for(process.wait(), 2)
                 if process.returncode is None:
                     process.kill()
-            lost, self._streams = self._streams, {}
-            for stream in lost.values():
-                stream.put(unavailable("The engine ended in mid-request; send it again.", "engine_restarted"))
+            lost, self._jobs = self._jobs, {}
+            self.steps = {}
+            for job in lost.values():
+                job.stream.put(unavailable("The engine ended in mid-request; send it again.", "engine_restarted"))
 
     async def close(self) -> None:
         """Let the engine process end."""
@@ -251,23 +265,27 @@ class Supervisor:
         elif "ready" in message:
             self.info, self.phase, self.problem = message["ready"], "ready", ""
             self.was_ready.set()
+        elif "pong" in message:
+            self.steps = message["steps"]
         elif "fatal" in message:
             self.problem = message["fatal"]
 
     def _deliver(
         self, number: int, text: str, tokens: int, finish: str | None, times: list[Any] | None, scores: Any
     ) -> None:
-        stream = self._streams.get(number)
-        if stream is None:  # cancelled while this was on its way
+        job = self._jobs.get(number)
+        if job is None:  # cancelled while this was on its way
             return
+        stream = job.stream
         choice = stream.numbers[number]
         if finish is None or times is None:
             stream.put(Delta(text, tokens, scores=scores, choice=choice))
             return
-        del self._streams[number]
+        del self._jobs[number]
         if finish == "error":
-            stream.put(internal())
+            stream.put(format_failed(text) if text else internal())
         elif finish == "refused":
             stream.put(bad_request(f"The grammar cannot be used: {text}", stream.grammar_param, "invalid_grammar"))
         else:
-            stream.put(Delta(text, tokens, finish, times[0], times[1], tuple(times[2]), times[3], scores, choice))
+            started, first, last, gaps, cached = times
+            stream.put(Delta(text, tokens, finish, started, first, last, tuple(gaps), cached, scores, choice))

@@ -1,10 +1,11 @@
 """The engine process: one thread that owns the model, drives the engine and turns tokens into text.
 
 It talks to the front over one inherited socket, a JSON object per line. In: {"op": "run"|"cancel"|"ping", ...}.
-Out: {"phase": ...}, {"ready": {...}}, {"fatal": text}, {"pong": n},
+Out: {"phase": ...}, {"ready": {...}}, {"fatal": text}, {"pong": n, "steps": {...}},
 {"ev": [[job, text, tokens, finish, times, scores], ...]};
-`times` comes with `finish` only: first and last token in seconds of CLOCK_MONOTONIC (one clock for all processes
-of a machine), the gaps between tokens in microseconds, and the prompt tokens that were taken from the cache.
+`times` comes with `finish` only: when the job got its slot, its first and its last token in seconds of CLOCK_MONOTONIC
+(one clock for all processes of a machine), the gaps between tokens in microseconds, and the prompt tokens that were
+taken from the cache. `finish` is one of the engine's, or "refused": the grammar is at fault, text says why.
 """
 
 import logging
@@ -15,6 +16,7 @@ import socket
 import sys
 import time
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,16 @@ import orjson
 from tokenizers import Tokenizer
 
 from slmops_server import model_folder
+from slmops_server.compiling import Compiler
 from slmops_server.detok import DetokenizerFactory, StopScanner
 from slmops_server.engines import choose as engines
 from slmops_server.engines.base import Engine, EngineRefusedError, Job, Sampling, Scores
-from slmops_server.guide import BadGrammarError, Guides
+from slmops_server.guide import BadGrammarError, Guides, MatcherGuide
 
 log = logging.getLogger("slmops_server.engine")
 WARM_UP = "Hello"
 LISTEN_EVERY = 0.0005  # seconds
+NO_TIMES = [0.0, 0.0, 0.0, [], 0]
 
 
 class Channel:
@@ -42,11 +46,16 @@ class Channel:
         """Blocks only while the front does not read. OSError when it is gone."""
         self._sock.sendall(orjson.dumps(message) + b"\n")
 
-    def receive(self, block: bool) -> list[dict[str, Any]]:
-        """Messages that have come. EOFError when the front is gone."""
+    def receive(self, or_until: socket.socket | None) -> list[dict[str, Any]]:
+        """Messages that have come; waits for one, or until the other socket is readable, if there is another.
+
+        EOFError when the front is gone.
+        """
         messages: list[dict[str, Any]] = []
+        if or_until is not None:
+            select.select([self._sock, or_until], [], [])
         while True:
-            if not (block and not messages) and not select.select([self._sock], [], [], 0)[0]:
+            if not select.select([self._sock], [], [], 0)[0]:
                 return messages
             data = self._sock.recv(1 << 16)
             if not data:
@@ -58,14 +67,31 @@ class Channel:
 class Answer:
     """The text side of one job."""
 
-    __slots__ = ("cached", "count", "detok", "first", "gaps", "last", "pending", "scores", "stop", "stream")
+    __slots__ = (
+        "cached",
+        "count",
+        "detok",
+        "first",
+        "gaps",
+        "guide",
+        "last",
+        "pending",
+        "prompt",
+        "scores",
+        "started",
+        "stop",
+        "stream",
+    )
 
-    def __init__(self, factory: DetokenizerFactory, stops: list[str], stream: bool) -> None:
+    def __init__(
+        self, factory: DetokenizerFactory, stops: list[str], stream: bool, prompt: int, guide: MatcherGuide | None
+    ) -> None:
         self.detok, self.stop, self.stream = factory.new(), StopScanner(stops), stream
+        self.prompt, self.guide = prompt, guide  # prompt: its tokens
         self.pending = ""
         self.scores: tuple[list[Any], list[Any]] = ([], [])  # of the prompt, of the answer; not yet sent
         self.cached = self.count = 0
-        self.first = self.last = 0.0
+        self.started = self.first = self.last = 0.0
         self.gaps: list[int] = []
 
     def told(self) -> tuple[list[Any], list[Any]] | None:
@@ -89,8 +115,12 @@ class Worker:
     """The loop of the engine process."""
 
     def __init__(self, engine: Engine, factory: DetokenizerFactory, guides: Guides, channel: Channel) -> None:
-        self._engine, self._factory, self._guides, self._channel = engine, factory, guides, channel
-        self._answers: dict[int, Answer] = {}
+        self._engine, self._factory, self._channel = engine, factory, channel
+        self._compiler = Compiler(guides)
+        self._compiled: dict[int, dict[str, Any]] = {}  # messages whose grammar is being compiled
+        self._answers: dict[int, Answer] = {}  # of the jobs that the engine has
+        self._unstarted: dict[int, Answer] = {}  # those of them that wait for a slot, in order of arrival
+        self._steps, self._step_seconds, self._step_tokens = 0, 0.0, 0
 
     def run(self) -> None:
         """Until the front is gone."""
@@ -99,8 +129,10 @@ class Worker:
             busy = self._engine.busy
             # a tiny model's step is shorter than a system call is cheap: look for mail once in a while only
             if not busy or time.monotonic() - listened > LISTEN_EVERY:
-                for message in self._channel.receive(block=not busy):
+                for message in self._channel.receive(None if busy else self._compiler.wake):
                     self._take(message)
+                if self._compiled:
+                    self._take_compiled()
                 listened = time.monotonic()
             if self._engine.busy:
                 self.step()
@@ -110,20 +142,50 @@ class Worker:
             case "run":
                 self._start(message)
             case "cancel":
-                self._engine.cancel(message["id"])
-                self._answers.pop(message["id"], None)
+                number = message["id"]
+                self._engine.cancel(number)
+                self._answers.pop(number, None)
+                self._unstarted.pop(number, None)
+                if self._compiled.pop(number, None):
+                    self._compiler.cancel(number)
             case "ping":
-                self._channel.send({"pong": message["n"], "running": self._engine.running})
+                self._channel.send({"pong": message["n"], "steps": self.steps()})
+
+    def steps(self) -> dict[str, float]:
+        """What the front cannot know: steps so far, their seconds and tokens; tokens that the cache holds for jobs."""
+        started = [answer for number, answer in self._answers.items() if number not in self._unstarted]
+        return {
+            "count": self._steps,
+            "seconds": self._step_seconds,
+            "tokens": self._step_tokens,
+            "held": sum(answer.prompt + answer.count for answer in started),
+        }
 
     def _start(self, message: dict[str, Any]) -> None:
-        number, guide = message["id"], None
-        if message["grammar"] is not None:
-            try:
-                guide = self._guides.new(*message["grammar"])
-            except BadGrammarError as error:
-                self._channel.send({"ev": [[number, str(error), 0, "refused", [0.0, 0.0, [], 0], None]]})
-                return
-        self._answers[number] = Answer(self._factory, message["stop"], message["stream"])
+        number, grammar = message["id"], message["grammar"]
+        guide = None if grammar is None else self._compiler.known(*grammar)
+        if grammar is None or guide is not None:
+            self._submit(message, guide)
+        else:
+            self._compiled[number] = message
+            self._compiler.start(number, *grammar)
+
+    def _take_compiled(self) -> None:
+        for number, outcome in self._compiler.done():
+            message = self._compiled.pop(number)
+            if isinstance(outcome, MatcherGuide):
+                self._submit(message, outcome)
+                continue
+            finish = "refused" if isinstance(outcome, BadGrammarError) else "error"
+            if finish == "error":
+                log.error("Failed to compile a grammar error=%r", outcome)
+            reason = str(outcome) or type(outcome).__name__
+            self._channel.send({"ev": [[number, reason, 0, finish, NO_TIMES, None]]})
+
+    def _submit(self, message: dict[str, Any], guide: MatcherGuide | None) -> None:
+        number, prompt = message["id"], len(message["prompt"])
+        answer = Answer(self._factory, message["stop"], message["stream"], prompt, guide)
+        self._answers[number] = self._unstarted[number] = answer
         self._engine.submit(
             Job(
                 id=number,
@@ -145,8 +207,14 @@ class Worker:
 
     def step(self) -> None:
         """One engine step; what streams is sent at once, the rest when it is whole."""
+        begin = time.monotonic()
         tokens = self._engine.step()
         now = time.monotonic()
+        self._steps += 1
+        self._step_seconds += now - begin
+        self._step_tokens += len(tokens)
+        if self._unstarted:
+            self._note_started(begin, sum(token.finish is not None for token in tokens))
         events: list[list[Any]] = []
         for token in tokens:
             answer = self._answers[token.job]
@@ -162,9 +230,13 @@ class Worker:
                 if stopped:
                     finish = "stop"
                     self._engine.cancel(token.job)
-            if finish:
+            if finish == "error":
+                reason = answer.guide.problem if answer.guide else ""
+                events.append([token.job, reason, answer.count, finish, NO_TIMES, None])
+                del self._answers[token.job]
+            elif finish:
                 text += answer.stop.flush()
-                times = [answer.first, answer.last, answer.gaps, answer.cached]
+                times = [answer.started, answer.first, answer.last, answer.gaps, answer.cached]
                 events.append([token.job, answer.pending + text, answer.count, finish, times, answer.told()])
                 del self._answers[token.job]
             elif not answer.stream:
@@ -173,6 +245,12 @@ class Worker:
                 events.append([token.job, text, answer.count, None, None, answer.told()])
         if events:
             self._channel.send({"ev": events})
+
+    def _note_started(self, begin: float, ended: int) -> None:
+        """Jobs get slots in order of arrival: what neither runs nor `ended` in this step still waits."""
+        waiting = len(self._answers) - ended - self._engine.running
+        for number in list(islice(self._unstarted, max(0, len(self._unstarted) - waiting))):
+            self._unstarted.pop(number).started = begin
 
 
 def start(path: Path, options: engines.EngineOptions, channel: Channel) -> Worker:

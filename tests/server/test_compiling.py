@@ -1,0 +1,186 @@
+"""Grammars: compiled beside the engine, kept, bounded, and harmless when they fail."""
+
+import concurrent.futures
+import json
+import select
+import threading
+import time
+from collections.abc import Callable
+
+import openai
+import pytest
+from server_harness import TINY, Server, wait_for
+
+from slmops_server import compiling
+from slmops_server.compiling import Compiler
+from slmops_server.guide import CACHED, CACHED_TEXT, BadGrammarError, Guides, MatcherGuide
+
+Start = Callable[..., Server]
+# about a second of work
+FIELDS = {f"k{n}": {"type": "string", "pattern": f"a{{{n}}}b*"} for n in range(3000)}
+LARGE = {"type": "object", "properties": FIELDS, "required": ["k1"]}
+DEEP: dict[str, object] = {"type": "string"}
+for _ in range(200):
+    DEEP = {"type": "object", "properties": {"a": DEEP}}
+BAD = [
+    ("json", DEEP),
+    ("json", {"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}}),
+    ("json", {"allOf": [{"anyOf": [{"properties": {f"p{i}": {"const": j}}} for j in range(8)]} for i in range(8)]}),
+    ("regex", "(unclosed"),
+    ("regex", "(?=ahead)"),
+    ("grammar", "no grammar at all"),
+    ("grammar", "start: a"),
+    ("grammar", 'start: "' + "x" * 300_000 + '"'),
+]
+
+
+@pytest.mark.parametrize(("kind", "value"), BAD, ids=[f"{b[0]}-{str(b[1])[:25]}" for b in BAD])
+def test_a_bad_grammar_is_a_400_and_the_engine_lives_on(server: Server, kind: str, value: object) -> None:
+    restarts = server.metric("slmops_engine_restarts_total")
+    answer = server.complete(structured_outputs={kind: value})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_grammar", f"structured_outputs.{kind}")
+    assert error["message"]
+    assert "Traceback" not in server.log.read_text()
+    assert server.complete().status_code == 200
+    assert server.metric("slmops_engine_restarts_total") == restarts
+
+
+WORDS = [f"w{n}" for n in range(3000)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_grammar_that_fails_in_mid_answer_ends_that_answer_with_a_reason(server: Server, stream: bool) -> None:
+    """After the "w" there are more ways to go on than the parser takes."""
+    rules = "start: " + " | ".join(f'"{word}"' for word in WORDS)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        other = pool.submit(server.complete, max_tokens=300, ignore_eos=True)
+        answer = server.complete(structured_outputs={"grammar": rules}, stream=stream)
+        assert other.result().json()["usage"]["completion_tokens"] == 300
+    told = json.loads(answer.text.strip().split("\n\n")[-1].removeprefix("data: ")) if stream else answer.json()
+    assert answer.status_code == (200 if stream else 500)
+    assert told["error"]["code"] == "format_failed"
+    assert "items" in told["error"]["message"]
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_thousands_of_choices_are_none_too_many(server: Server) -> None:
+    answer = server.complete(structured_outputs={"choice": WORDS})
+    assert answer.json()["choices"][0]["text"] in WORDS
+
+
+def test_a_large_tool_schema_is_a_400_too(server: Server) -> None:
+    words = {"type": "object", "properties": {"a": {"enum": [f"word {n}" for n in range(30_000)]}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": words}}
+    answer = server.chat(tools=[tool], tool_choice="required")
+    assert answer.status_code == 400
+
+
+def test_running_streams_go_on_while_a_large_grammar_is_compiled(start: Start) -> None:
+    server = start("--slots", "2")
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        begin = time.monotonic()
+        compiled = pool.submit(server.complete, structured_outputs={"json": LARGE})
+        answered = 0
+        gaps = [0.0]
+        while not compiled.done():
+            last = time.monotonic()
+            for _ in client.completions.create(
+                model="tiny", prompt=[40], max_tokens=200, stream=True, temperature=0, extra_body={"ignore_eos": True}
+            ):
+                gaps.append(time.monotonic() - last)
+                last = time.monotonic()
+            answered += 1
+        took = time.monotonic() - begin
+        assert compiled.result().status_code == 200
+        assert compiled.result().json()["choices"][0]["text"].startswith("{")
+    assert took > 4 * max(gaps), (took, max(gaps))
+    assert answered > 1
+    begin = time.monotonic()
+    assert server.complete(structured_outputs={"json": LARGE}).status_code == 200
+    assert time.monotonic() - begin < took / 4  # kept
+
+
+def test_a_client_that_leaves_while_its_grammar_is_compiled_is_forgotten(start: Start) -> None:
+    server = start()
+    with pytest.raises(openai.APITimeoutError):
+        openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=0.2).completions.create(
+            model="tiny", prompt="x", extra_body={"structured_outputs": {"json": LARGE}}
+        )
+    wait_for(lambda: server.idle, "nothing waits")
+    assert server.complete().status_code == 200
+
+
+# The pieces
+
+ENDS = [2]
+
+
+@pytest.fixture(scope="module")
+def guides() -> Guides:
+    return Guides(TINY / "tokenizer.json", 512, ENDS)
+
+
+def wait(compiler: Compiler) -> list[tuple[int, object]]:
+    select.select([compiler.wake], [], [], 20)
+    return list(compiler.done())
+
+
+def test_it_tells_when_something_is_done(guides: Guides) -> None:
+    compiler = Compiler(guides)
+    compiler.start(7, "regex", "a+")
+    [(number, guide)] = wait(compiler)
+    assert number == 7
+    assert isinstance(guide, MatcherGuide)
+    assert guide.allowed().any()
+    compiler.start(8, "regex", "(")
+    [(number, error)] = wait(compiler)
+    assert (number, type(error)) == (8, BadGrammarError)
+    assert compiler.done() == []
+
+
+class Slow:
+    """Guides that take until they are let go."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+
+    def new(self, kind: str, text: str) -> MatcherGuide:
+        self.go.wait(20)
+        raise RuntimeError("let go")
+
+
+def test_what_takes_too_long_is_refused_and_what_fails_is_told() -> None:
+    now = 0.0
+    slow = Slow()
+    compiler = Compiler(slow, lambda: now)  # type: ignore[arg-type]
+    compiler.start(1, "regex", "a")
+    assert compiler.done() == []
+    now = compiling.SECONDS + 1
+    [(number, error)] = compiler.done()
+    assert (number, type(error)) == (1, BadGrammarError)
+    compiler.start(2, "regex", "b")
+    compiler.start(3, "regex", "c")
+    compiler.cancel(3)
+    slow.go.set()
+    [(number, error)] = wait(compiler) or wait(compiler)  # the first one rings for nothing
+    assert (number, type(error)) == (2, RuntimeError)
+
+
+def test_kept_guides_are_independent_and_few(guides: Guides) -> None:
+    first = guides.new("json", json.dumps({"enum": ["ab"]}))
+    again = guides.known("json", json.dumps({"enum": ["ab"]}))
+    assert again is not None
+    token = int(first.allowed().argmax())
+    first.take(token)
+    assert again.allowed()[token]
+    for number in range(CACHED + 1):
+        guides.new("regex", f"a{{{number + 1}}}")
+    assert guides.known("json", json.dumps({"enum": ["ab"]})) is None
+    assert guides.known("regex", "a{1}") is None
+    assert guides.known("regex", f"a{{{CACHED}}}") is not None
+    for number in range(5):  # long ones push out the short ones
+        guides.new("regex", f"{number}" * (CACHED_TEXT // 5 + 1))
+    assert guides.known("regex", f"a{{{CACHED}}}") is None
+    assert guides.known("regex", "4" * (CACHED_TEXT // 5 + 1)) is not None
