@@ -44,7 +44,7 @@ class Pace:
         sizes = {largest}
         size = SMALLEST_CHUNK
         while size < largest:
-            sizes.add(size)
+            sizes |= {size, min(size * 3 // 2, largest)}
             size *= 2
         self._sizes = sorted(sizes)
         self._seconds = dict(measured)

@@ -18,7 +18,7 @@ from slmops_server.engines.base import EngineInfo, Job, Scores, Token
 from slmops_server.engines.sampler import Logits, Sampler, scores
 from slmops_server.engines.schedule import WEIGHT, Pace, common, cover
 
-PATIENCE = 2.0  # a chunk of a prompt may take this many times as long as a step of the running answers
+PATIENCE = 2.0  # a chunk of a prompt may take this many times as long as a step of the running answers, for each that waits
 RECOMPUTED = 2  # tokens of a prompt that are never taken from the cache: the last one's logits, and a lone one differs
 
 
@@ -158,7 +158,7 @@ class SlotEngine:
             size = self._score_pace.chunk(left, math.inf)
             logits = self._score(row, prompt[row.length : row.length + size], row.prompt_scores)
         else:
-            size = self._pace.chunk(left, PATIENCE * self._step_seconds if running else math.inf)
+            size = self._pace.chunk(left, self._bearable() if running else math.inf)
             begin = self._clock()
             logits = self._forward.prefill(row.slot, prompt[row.length : row.length + size], row.length)
             self._pace.note(size, self._clock() - begin)
@@ -168,6 +168,11 @@ class SlotEngine:
         if row.length == len(prompt):
             self._prefilling.popleft()
             self._sample(row, logits, tokens)
+
+    def _bearable(self) -> float:
+        """Seconds that a chunk may take. Where many prompts wait, short chunks would starve them: the kernels are slow at
+        few tokens and few rows, so the whole would take longer than one answer after the other."""
+        return PATIENCE * self._step_seconds * len(self._prefilling)
 
     def _take_over(self, row: _Row) -> None:
         """Copy what another row holds of this prompt, running or not."""
