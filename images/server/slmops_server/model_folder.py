@@ -1,9 +1,11 @@
-"""The model folder as Olive and the onnxruntime-genai builder write it: read once, checked, typed."""
+"""A model folder, read once, checked, typed: as Olive and the onnxruntime-genai builder write it, or OpenVINO IR."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+IR = "openvino_model.xml"  # as optimum-intel names it
 
 
 class BadModelFolderError(Exception):
@@ -12,7 +14,10 @@ class BadModelFolderError(Exception):
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """Shapes are counts, `context_length` is tokens, `model_bytes` the ONNX graph with its external data."""
+    """Shapes are counts, `context_length` is tokens, `model_bytes` the graph with its weights.
+
+    `inputs`, `outputs` and `share_buffer` are an ONNX graph's; IR has none.
+    """
 
     path: Path
     graph: Path
@@ -74,11 +79,13 @@ def read(path: Path) -> ModelFolder:
     """Raises BadModelFolderError with the remedy in words."""
     if not path.is_dir():
         raise BadModelFolderError(f"{path} is not a folder")
-    config = _json(path / "genai_config.json")
     if not (path / "tokenizer.json").is_file():
         raise BadModelFolderError(f"tokenizer.json is missing in {path}: save the tokenizer in its fast form")
     tokenizer_file = path / "tokenizer_config.json"
     settings = _json(tokenizer_file) if tokenizer_file.is_file() else {}
+    if (path / IR).is_file() and not (path / "genai_config.json").exists():
+        return _read_ir(path, settings)
+    config = _json(path / "genai_config.json")
     try:
         model = config["model"]
         decoder = model["decoder"]
@@ -93,7 +100,7 @@ def read(path: Path) -> ModelFolder:
             layers=int(decoder["num_hidden_layers"]),
             kv_heads=int(decoder["num_key_value_heads"]),
             head_size=int(decoder["head_size"]),
-            eos_ids=frozenset(eos if isinstance(eos, list) else [eos]),
+            eos_ids=_ids(eos),
             share_buffer=bool(config.get("search", {}).get("past_present_share_buffer", False)),
             inputs=dict(decoder["inputs"]),
             outputs=dict(decoder["outputs"]),
@@ -106,3 +113,38 @@ def read(path: Path) -> ModelFolder:
     if not folder.graph.is_file():
         raise BadModelFolderError(f"{folder.graph} is missing")
     return folder
+
+
+def _read_ir(path: Path, settings: dict[str, Any]) -> ModelFolder:
+    """config.json and generation_config.json are those of transformers."""
+    config = _json(path / "config.json")
+    generation = _json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
+    if not (path / IR).with_suffix(".bin").is_file():
+        raise BadModelFolderError(f"{Path(IR).stem}.bin is missing in {path}")
+    try:
+        heads = int(config["num_attention_heads"])
+        eos = generation.get("eos_token_id", config.get("eos_token_id"))
+        return ModelFolder(
+            path=path,
+            graph=path / IR,
+            model_type=str(config["model_type"]),
+            context_length=int(config["max_position_embeddings"]),
+            vocab_size=int(config["vocab_size"]),
+            layers=int(config["num_hidden_layers"]),
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_size=int(config.get("head_dim") or int(config["hidden_size"]) // heads),
+            eos_ids=_ids(eos),
+            share_buffer=False,
+            inputs={},
+            outputs={},
+            chat_template=_template(path, settings),
+            special_tokens=_special_tokens(path, settings),
+            model_bytes=sum(p.stat().st_size for p in path.glob("openvino_model.*")),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadModelFolderError(f"{path / 'config.json'} is not a decoder-only model's: {error!r}") from None
+
+
+def _ids(value: Any) -> frozenset[int]:
+    """One token id or several."""
+    return frozenset(int(one) for one in (value if isinstance(value, list) else [value]))

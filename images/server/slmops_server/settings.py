@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ENGINES = ("auto", "onnxruntime", "genai")
+ENGINES = ("auto", "onnxruntime", "genai", "openvino")
 PREFIX = "SLMOPS_SERVER_"
 
 
@@ -86,7 +86,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
             choices=choices,
         )
 
-    option("model", None, str, "model folder: genai_config.json, the ONNX graph and the tokenizer")
+    option("model", None, str, "model folder: genai_config.json with an ONNX graph, or OpenVINO IR, and the tokenizer")
     option("served-name", None, str, "model name(s) in the API, comma separated; default: the folder's name")
     option("host", Settings.host, str, "address to listen on")
     option("port", "8000", _port, "port of the API (0: any free one)")

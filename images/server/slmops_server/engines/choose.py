@@ -31,9 +31,9 @@ class DoesNotFitError(Exception):
     """The KV cache cannot fit into the memory limit; the message has the numbers."""
 
 
-def plan_slots(folder: ModelFolder, max_len: int, wanted: int, memory: int) -> int:
+def plan_slots(folder: ModelFolder, max_len: int, wanted: int, memory: int, item_bytes: int = 4) -> int:
     """Slots that fit into `memory` bytes beside the model. DoesNotFitError when it does not fit."""
-    row = folder.kv_bytes(max_len)
+    row = folder.kv_bytes(max_len, item_bytes)
     left = memory - folder.model_bytes - RUNTIME_BYTES
     slots = wanted or max(1, min(DEFAULT_SLOTS, left // row))
     if slots * row > left:
@@ -50,8 +50,13 @@ def load(folder: ModelFolder, options: EngineOptions) -> Engine:
     max_len = min(options.max_model_len or folder.context_length, folder.context_length)
     if max_len < 2:
         raise DoesNotFitError(f"{max_len} token holds no prompt and an answer; raise --max-model-len to 2 at least")
-    slots = plan_slots(folder, max_len, options.slots, cgroup.memory_limit())
     limit = cgroup.threads()
+    is_ir = folder.graph.suffix == ".xml"
+    if options.engine == "openvino" or (is_ir and options.engine == "auto"):
+        return _openvino(folder, options, max_len, limit)
+    if is_ir:
+        raise EngineRefusedError(f"{folder.path} holds OpenVINO IR; start it with --engine openvino")
+    slots = plan_slots(folder, max_len, options.slots, cgroup.memory_limit())
     reason = ""
     if options.engine in ("auto", "onnxruntime"):
         try:
@@ -69,6 +74,15 @@ def _onnxruntime(folder: ModelFolder, options: EngineOptions, slots: int, max_le
 
     forward, threads, notes = ort.load(folder, slots, max_len, options.prefill_chunk, options.threads, limit)
     return SlotEngine(forward, EngineInfo("onnxruntime", slots, max_len, threads, notes), folder.eos_ids)
+
+
+def _openvino(folder: ModelFolder, options: EngineOptions, max_len: int, limit: int) -> Engine:
+    from slmops_server.engines import openvino
+
+    slots = plan_slots(folder, max_len, options.slots, cgroup.memory_limit(), openvino.KV_BYTES)
+    threads = options.threads or limit
+    forward, notes = openvino.load(folder, slots, max_len, options.prefill_chunk, threads)
+    return SlotEngine(forward, EngineInfo("openvino", slots, max_len, threads, notes), folder.eos_ids)
 
 
 def _genai(folder: ModelFolder, slots: int, max_len: int, threads: int, reason: str) -> Engine:

@@ -1,0 +1,176 @@
+"""OpenVINO on CPUs: the slot engine over PagedAttention, with the same sampling and the same guarantees as the others.
+
+Slots own fixed blocks of one store of keys and values, so a row is a range of blocks. The cache is float16 and the
+arithmetic float32 on every CPU: OpenVINO's own choice, an 8-bit cache, makes a token depend on how its prompt was cut.
+Weights keep their bits; where the CPU has VNNI or AMX, OpenVINO multiplies them as 8-bit integers.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+try:
+    import openvino as ov
+except ImportError:  # it is an extra
+    ov = None
+
+from slmops_server.engines.base import EngineRefusedError
+from slmops_server.engines.sampler import Logits
+from slmops_server.engines.schedule import SMALLEST_CHUNK
+from slmops_server.model_folder import ModelFolder
+
+BLOCK = 32  # tokens; the CPU plugin's
+KV_BYTES = 2  # of an item of the cache
+LOGITS_BYTES = 64 << 20  # of a chunk whose tokens are all scored
+MAX_ROWS = 16  # in one call
+MEASURED_CHUNKS = (4, 16, 64)  # tokens
+MEASURED_LENGTH = 64  # tokens in a row while it is measured
+INSTALL = "OpenVINO is not installed here: use the server image, or pip install openvino"
+
+
+class OpenvinoForward:
+    """A compiled model with its rows of cache. EngineRefusedError when it cannot be computed."""
+
+    keeps = True
+
+    def __init__(self, folder: ModelFolder, slots: int, max_len: int, chunk: int, threads: int) -> None:
+        if ov is None:
+            raise EngineRefusedError(INSTALL)
+        from slmops_server.engines import paged
+
+        self.vocab = folder.vocab_size
+        self.rows = max(2, slots)  # a lone row may need company
+        self.scored = max(SMALLEST_CHUNK, min(chunk, LOGITS_BYTES // (4 * self.vocab)))
+        self.chunk = max(SMALLEST_CHUNK, min(chunk, max_len))
+        self.decode_seconds: Sequence[float] = ()
+        self.prefill_seconds: Mapping[int, float] = {}
+        self._max_len = max_len
+        self._blocks = -(-max_len // BLOCK)  # of a row
+        core = ov.Core()
+        compiled = core.compile_model(
+            paged.read(core, folder.graph),
+            "CPU",
+            {
+                "INFERENCE_NUM_THREADS": threads,
+                "NUM_STREAMS": 1,
+                "ENABLE_CPU_PINNING": "NO",  # two servers on a machine would pin to the same cores
+                "INFERENCE_PRECISION_HINT": "f32",
+                "KV_CACHE_PRECISION": "f16",
+            },
+        )
+        self._request = compiled.create_infer_request()
+        self._caches: list[NDArray[np.float16]] = []
+        self._tokens: list[tuple[str, int]] = []  # inputs with one item for each token, and their number of axes
+        for one in compiled.inputs:
+            name, shape = one.get_any_name(), one.get_partial_shape()
+            if "_cache." in name:
+                self._add_cache(name, [axis.get_length() for axis in list(shape)[1:]])
+            elif name in ("input_ids", paged.POSITIONS):
+                self._tokens.append((name, len(shape)))
+
+    def _add_cache(self, name: str, block: list[int]) -> None:
+        # zeros is lazy: the machine pays for a row only when it is first used
+        array = np.zeros((self.rows * self._blocks, *block), np.float16)
+        self._caches.append(array)
+        self._request.set_tensor(name, ov.Tensor(array, shared_memory=True))
+
+    def prefill(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+        """See Forward."""
+        logits: Logits = self._run([slot], [tokens], [past], [len(tokens) - 1])[0]
+        return logits
+
+    def score(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+        """See Forward."""
+        return self._run([slot], [tokens], [past], range(len(tokens)))
+
+    def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
+        """See Forward."""
+        rows = range(len(tokens))
+        return self._run([first + row for row in rows], [[token] for token in tokens], lengths, rows)
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """See Forward."""
+        size = -(-count // BLOCK)
+        from_, to = source * self._blocks, target * self._blocks
+        for cache in self._caches:
+            cache[to : to + size] = cache[from_ : from_ + size]
+
+    def release(self, slot: int) -> None:
+        """Nothing to do: the row's content may be taken over by the next prompt."""
+
+    def _run(
+        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], past: Sequence[int], at: Sequence[int]
+    ) -> Logits:
+        """Append tokens to rows; logits of the tokens with the indices `at`, counted over all rows: [at, vocab]."""
+        ends = [before + len(new) for before, new in zip(past, tokens, strict=True)]
+        used = [-(-end // BLOCK) for end in ends]
+        ranges = [range(slot * self._blocks, slot * self._blocks + count) for slot, count in zip(slots, used, strict=True)]
+        flat = {
+            "input_ids": [token for row in tokens for token in row],
+            "position_ids": [at for before, end in zip(past, ends, strict=True) for at in range(before, end)],
+        }
+        for name, axes in self._tokens:
+            self._set(name, np.array(flat[name], np.int64).reshape((-1,) + (1,) * (axes - 1)))
+        self._set("logits_at", np.array(at, np.int64))
+        self._set("past_lens", np.array(past, np.int32))
+        self._set("subsequence_begins", _begins([len(row) for row in tokens]))
+        self._set("block_indices", np.array([block for one in ranges for block in one], np.int32))
+        self._set("block_indices_begins", _begins(used))
+        self._set("max_context_len", np.array(max(ends), np.int32))
+        self._request.infer()
+        logits: Logits = self._request.get_tensor("logits").data.reshape(-1, self.vocab)
+        return logits
+
+    def _set(self, name: str, array: NDArray[np.int64] | NDArray[np.int32]) -> None:
+        self._request.set_tensor(name, ov.Tensor(array))
+
+    def measure(self) -> None:
+        """Fill in decode_seconds and prefill_seconds; the rows' content is lost.
+
+        inf stands for numbers of rows that round a row differently from the same row beside one other.
+        """
+        tokens = [(7 * index + 1) % self.vocab for index in range(max(MEASURED_CHUNKS))]
+        sizes = [size for size in MEASURED_CHUNKS if size <= self.chunk and size < self._max_len]
+        self.prefill_seconds = {size: _best(partial(self.prefill, 0, tokens[:size], 0)) for size in sizes}
+        length = min(MEASURED_LENGTH, self.chunk, self._max_len - 1)
+        for row in range(self.rows):
+            self.prefill(row, tokens[:length], 0)
+        calls = [
+            partial(self.decode, 0, tokens[:count], [length] * count) for count in range(1, min(self.rows, MAX_ROWS) + 1)
+        ]
+        rows = [call()[0].copy() for call in calls]
+        self.decode_seconds = [
+            _best(call) if np.array_equal(row, rows[1]) else math.inf for call, row in zip(calls, rows, strict=True)
+        ]
+
+
+def _begins(sizes: Sequence[int]) -> NDArray[np.int32]:
+    """Where each of ranges of these sizes begins, and the end of the last one."""
+    return np.concatenate(([0], np.cumsum(sizes))).astype(np.int32)
+
+
+def _best(call: partial[Logits]) -> float:
+    """Seconds, the better of two."""
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def load(
+    folder: ModelFolder, slots: int, max_len: int, chunk: int, threads: int
+) -> tuple[OpenvinoForward, dict[str, str]]:
+    """A compiled and measured model, and the measurements."""
+    forward = OpenvinoForward(folder, slots, max_len, chunk, threads)
+    forward.measure()
+    notes = {f"step_ms_{n}_rows": f"{s * 1e3:.3f}" for n, s in enumerate(forward.decode_seconds, 1) if s < math.inf}
+    notes |= {f"prefill_ms_{n}_tokens": f"{s * 1e3:.3f}" for n, s in forward.prefill_seconds.items()}
+    notes["lone_rows"] = "exact" if forward.decode_seconds[0] < math.inf else "in company"
+    notes["openvino"] = str(ov.__version__)
+    return forward, notes
