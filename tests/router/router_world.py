@@ -43,7 +43,7 @@ def free_port() -> int:
 
 
 class Dns:
-    """Answers A queries from `records`: name -> addresses; what is not there is empty, as a Service without pods."""
+    """Answers A and AAAA queries from `records`: name -> addresses; what is not there is empty, as without pods."""
 
     def __init__(self) -> None:
         self.records: dict[str, list[str]] = {}
@@ -74,9 +74,14 @@ class Dns:
         (kind,) = struct.unpack("!H", query[at + 1 : at + 3])
         name = ".".join(labels)
         self.asked[name] += 1
-        found = self.records.get(name, []) if kind == 1 else []
+        family = {1: socket.AF_INET, 28: socket.AF_INET6}.get(kind)
+        found = [
+            socket.inet_pton(family, ip)
+            for ip in self.records.get(name, [])
+            if family and (":" in ip) == (family == socket.AF_INET6)
+        ]
         head = query[:2] + struct.pack("!HHHHH", 0x8580, 1, len(found), 0, 0)
-        records = b"".join(b"\xc0\x0c" + struct.pack("!HHIH", 1, 1, 1, 4) + socket.inet_aton(ip) for ip in found)
+        records = b"".join(b"\xc0\x0c" + struct.pack("!HHIH", kind, 1, 1, len(ip)) + ip for ip in found)
         return head + query[12 : at + 5] + records
 
     def close(self) -> None:
@@ -135,6 +140,7 @@ class ModelServer:
             daemon_threads = True
             request_queue_size = 128
             allow_reuse_address = True
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
             def handle_error(self, request: object, client_address: object) -> None:
                 pass  # a router that closes its idle connections is no news
@@ -206,8 +212,10 @@ class Router:
             self.process.send_signal(signal.SIGTERM)
             time.sleep(0.05)
 
-    def call(self, method: str, path: str, body: object = None, token: str | None = TOKEN) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.agent_port, timeout=15)
+    def call(
+        self, method: str, path: str, body: object = None, token: str | None = TOKEN, host: str = "127.0.0.1"
+    ) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection(host, self.agent_port, timeout=15)
         try:
             headers = {"authorization": f"Bearer {token}"} if token is not None else {}
             connection.request(method, path, json.dumps(body) if body is not None else None, headers)
@@ -232,15 +240,17 @@ class Router:
     def ready(self, revision: str, count: int = 1) -> None:
         eventually(lambda: self.seen(revision).get("ready") == count, f"{count} ready servers of {revision}")
 
-    def metrics(self) -> str:
-        connection = http.client.HTTPConnection("127.0.0.1", self.metrics_port, timeout=5)
+    def metrics(self, host: str = "127.0.0.1") -> str:
+        connection = http.client.HTTPConnection(host, self.metrics_port, timeout=5)
         connection.request("GET", "/metrics")
         return connection.getresponse().read().decode()
 
 
-def ask(port: int, session: str = "", connection: http.client.HTTPConnection | None = None) -> tuple[str, str]:
+def ask(
+    port: int, session: str = "", connection: http.client.HTTPConnection | None = None, host: str = "127.0.0.1"
+) -> tuple[str, str]:
     """One streamed completion: (revision that answered, "ok" or what went wrong)."""
-    own = connection or http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    own = connection or http.client.HTTPConnection(host, port, timeout=20)
     headers = {"content-type": "application/json"} | ({"x-session-id": session} if session else {})
     try:
         own.request("POST", "/v1/chat/completions", json.dumps({"messages": [], "stream": True}), headers)

@@ -229,3 +229,10 @@ def test_a_memory_that_cannot_hold_the_cache_is_refused_with_numbers(start: Star
     server = start("--slots", "100000000", ready=False)
     assert server.process.wait(60) == 1
     assert "Raise the memory limit or lower --slots" in server.log.read_text()
+
+
+def test_all_addresses_are_those_of_both_families(start: Start) -> None:
+    server = start("--host", "", "--metrics-port", str(metrics := free_port()))
+    for host in ("127.0.0.1", "[::1]"):
+        assert server.http.get(f"http://{host}:{server.port}/readyz").status_code == 200
+        assert server.http.get(f"http://{host}:{metrics}/metrics").status_code == 200

@@ -298,6 +298,15 @@ def test_percent_and_eta_follow_the_plan() -> None:
     assert len(board.progress.message) == 512
 
 
+def test_progress_is_told_over_ipv4_and_ipv6() -> None:
+    with serve(Board(), 0) as server:
+        for host in ("127.0.0.1", "::1"):
+            connection = http.client.HTTPConnection(host, server.server_address[1], timeout=10)
+            connection.request("GET", "/progress")
+            assert json.loads(connection.getresponse().read())["stage"] == "Starting"
+        server.shutdown()
+
+
 @pytest.mark.parametrize(
     ("error", "noise"), [(BrokenPipeError(), False), (ConnectionResetError(), False), (KeyError("x"), True)]
 )

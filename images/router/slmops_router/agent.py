@@ -3,6 +3,7 @@
 import hmac
 import json
 import logging
+import socket
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -21,10 +22,17 @@ class Agent(ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 64
+    address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
 
     def __init__(self, address: tuple[str, int], haproxy: Haproxy, token: str) -> None:
         super().__init__(address, Handler)
         self.haproxy, self.token, self.draining = haproxy, token, False
+
+    def server_bind(self) -> None:
+        """One socket for both families."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -38,11 +38,16 @@ class Place:
     folder: Path  # sockets, map, state; writable
     port: int = 8000
     metrics_port: int = 9090
+    ipv6: bool = False  # listen on IPv6 too: not every machine has it, and HAProxy would not start
     nameservers: tuple[str, ...] = ()  # ip:port
     search: str = ""  # domain put behind a host without dots
     threads: int = 1
     reach_seconds: float = 15.0  # for longer, a model without ready pods does not keep its router from being ready
     old_worker_seconds: int = 3600  # how long a reload waits for answers that the old process still gives
+
+    def listen(self, port: int) -> str:
+        """All addresses, as `bind` takes them."""
+        return f":::{port} v4v6" if self.ipv6 else f":{port}"
 
     @property
     def slots(self) -> Path:
@@ -151,14 +156,14 @@ def _errors() -> str:
 def _frontend(place: Place) -> str:
     return f"""\
 frontend metrics
-    bind :{place.metrics_port}
+    bind {place.listen(place.metrics_port)}
     option dontlog-normal
     timeout client 30s
     http-request use-service prometheus-exporter if {{ path /metrics }}
     http-request return status 404
 
 frontend api
-    bind :{place.port}
+    bind {place.listen(place.port)}
     http-request return status 404 if {{ path_beg /.slmops/ }}
     acl sticky req.hdr(x-session-id) -m found
     http-request set-var(txn.slot) req.hdr(x-session-id),xxh32,mod(100) if sticky

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder=args.folder,
             port=args.port,
             metrics_port=args.metrics_port,
+            ipv6=socket.has_dualstack_ipv6(),
             nameservers=(args.nameserver,) if args.nameserver else nameservers,
             search=search,
             reach_seconds=args.reach_seconds,

@@ -16,7 +16,7 @@ class Settings:
 
     model: Path
     served_names: tuple[str, ...]
-    host: str = "0.0.0.0"  # noqa: S104 - a server in a pod listens to the pod's network
+    host: str = ""  # all addresses, IPv4 and IPv6: a server in a pod listens to the pod's network
     port: int = 8000
     metrics_port: int = 0
     engine: str = "auto"
@@ -88,7 +88,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
 
     option("model", None, str, "model folder: genai_config.json with an ONNX graph, or OpenVINO IR, and the tokenizer")
     option("served-name", None, str, "model name(s) in the API, comma separated; default: the folder's name")
-    option("host", Settings.host, str, "address to listen on")
+    option("host", Settings.host, str, "address to listen on; empty: all, IPv4 and IPv6")
     option("port", "8000", _port, "port of the API (0: any free one)")
     option("metrics-port", "0", _port, "port of /metrics and the probes; 0: the same as the API")
     option("engine", "auto", str, f"one of {', '.join(ENGINES)}", choices=ENGINES)

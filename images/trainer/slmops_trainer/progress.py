@@ -1,5 +1,6 @@
 """What the pod tells while it runs: `/progress` for the operator, `/metrics` for Prometheus, on one port."""
 
+import socket
 import sys
 import threading
 import time
@@ -113,6 +114,13 @@ class _Server(ThreadingHTTPServer):
     """Keeps quiet about clients that hang up: a busy pod answers late, and its log is for people."""
 
     daemon_threads = True
+    address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+
+    def server_bind(self) -> None:
+        """One socket for both families."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print the trace of what is not the client's doing."""

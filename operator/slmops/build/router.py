@@ -104,6 +104,7 @@ def service(owner: Object) -> Object:
         "kind": "Service",
         "metadata": parts.metadata(owner, service_name(owner), keys.ROLE_ROUTER),
         "spec": {
+            "ipFamilyPolicy": "PreferDualStack",
             "selector": selector(owner),
             "ports": [{"name": "http", "port": keys.API_PORT, "targetPort": "http", "protocol": "TCP"}],
         },

@@ -80,6 +80,7 @@ def headless_service(owner: Object, revision: str) -> Object:
         "metadata": parts.metadata(owner, revision_name(owner, revision), keys.ROLE_SERVER, more),
         "spec": {
             "clusterIP": "None",
+            "ipFamilyPolicy": "PreferDualStack",
             "selector": selector(owner, revision),
             "ports": [{"name": "http", "port": keys.API_PORT, "targetPort": "http", "protocol": "TCP"}],
         },
