@@ -69,3 +69,20 @@ def test_no_damage_gets_past_a_value_error(tiny: Path, seed: int) -> None:
     except ValueError:
         return
     assert changed is None or len(changed) > len(model)
+
+
+def test_the_size_of_a_cached_number_is_read_from_the_graph(tiny: Path) -> None:
+    model = (tiny / "model.onnx").read_bytes()
+    assert graph.item_bytes(model, "past_key_values.1.value") == 4
+    assert graph.item_bytes(model, "input_ids") is None
+    assert graph.item_bytes(model, "nothing") is None
+
+
+@pytest.mark.parametrize(("kind", "size"), [(1, 4), (10, 2), (16, 2), (3, None)])
+def test_half_precision_caches_take_two_bytes(kind: int, size: int | None) -> None:
+    name, tensor = b"past.0.key", bytes([8, kind])
+    value = bytes([10, len(name)]) + name + bytes([18, 4, 10, 2]) + tensor
+    model = bytes([58, len(value) + 2, 90, len(value)]) + value
+    assert graph.item_bytes(model, "past.0.key") == size
+    with pytest.raises(ValueError, match="damaged"):
+        graph.item_bytes(model[:-1], "past.0.key")

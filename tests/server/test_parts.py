@@ -149,7 +149,7 @@ def test_the_folder_is_read(tiny: Path) -> None:
     folder = model_folder.read(tiny)
     assert (folder.context_length, folder.vocab_size, folder.layers, folder.eos_ids) == (512, 512, 2, {2})
     assert folder.special_tokens["eos_token"] == "<|im_end|>"
-    assert folder.kv_bytes(10) == 2 * 2 * 2 * 16 * 10 * 4
+    assert folder.kv_bytes(10, 4) == 2 * 2 * 2 * 16 * 10 * 4
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_folders_that_cannot_be_served(tiny: Path, tmp_path: Path, breaking: obj
 
 def test_slots_are_planned_from_memory(tiny: Path) -> None:
     folder = model_folder.read(tiny)
-    row = folder.kv_bytes(512)
+    row = folder.kv_bytes(512, 4)
     base = folder.model_bytes + (200 << 20)
     assert plan_slots(folder, 512, 0, base + 100 * row) == 8
     assert plan_slots(folder, 512, 0, base + 3 * row) == 3

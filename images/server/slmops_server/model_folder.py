@@ -35,7 +35,7 @@ class ModelFolder:
     special_tokens: dict[str, str]
     model_bytes: int
 
-    def kv_bytes(self, max_len: int, item_bytes: int = 4) -> int:
+    def kv_bytes(self, max_len: int, item_bytes: int) -> int:
         """KV cache of one answer of `max_len` tokens."""
         return 2 * self.layers * self.kv_heads * self.head_size * max_len * item_bytes
 

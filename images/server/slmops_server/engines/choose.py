@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 
 from slmops_server import cgroup
+from slmops_server.engines import graph
 from slmops_server.engines.base import Engine, EngineInfo, EngineRefusedError, Job, Sampling
 from slmops_server.engines.slots import SlotEngine
 from slmops_server.model_folder import ModelFolder
@@ -31,9 +32,12 @@ class DoesNotFitError(Exception):
     """The KV cache cannot fit into the memory limit; the message has the numbers."""
 
 
-def plan_slots(folder: ModelFolder, max_len: int, wanted: int, memory: int, item_bytes: int = 4) -> int:
-    """Slots that fit into `memory` bytes beside the model. DoesNotFitError when it does not fit."""
-    row = folder.kv_bytes(max_len, item_bytes)
+def plan_slots(folder: ModelFolder, max_len: int, wanted: int, memory: int, item_bytes: int = 0) -> int:
+    """Slots that fit into `memory` bytes beside the model. DoesNotFitError when it does not fit.
+
+    `item_bytes`: of one number in the KV cache, 0 for what the graph has.
+    """
+    row = folder.kv_bytes(max_len, item_bytes or _item_bytes(folder))
     left = memory - folder.model_bytes - RUNTIME_BYTES
     slots = wanted or max(1, min(DEFAULT_SLOTS, left // row))
     if slots * row > left:
@@ -43,6 +47,14 @@ def plan_slots(folder: ModelFolder, max_len: int, wanted: int, memory: int, item
             "Raise the memory limit or lower --slots or --max-model-len"
         )
     return slots
+
+
+def _item_bytes(folder: ModelFolder) -> int:
+    """Bytes of one number in the KV cache; of a damaged or unusual graph the most that it may be."""
+    try:
+        return graph.item_bytes(folder.graph.read_bytes(), folder.inputs["past_key_names"] % 0) or 4
+    except (KeyError, TypeError, ValueError):  # the engine tells what is wrong with it
+        return 4
 
 
 def load(folder: ModelFolder, options: EngineOptions) -> Engine:

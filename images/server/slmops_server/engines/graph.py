@@ -1,4 +1,4 @@
-"""One change to a decoder's ONNX graph at load: logits from a chosen position on, instead of for the whole prompt.
+"""A decoder's ONNX graph, read and changed at load: logits from a chosen position on, not for the whole prompt.
 
 The output head is a large part of a small model with a large vocabulary, and its result for a prompt is a copy of the
 vocabulary for each token, of which one row is needed. A new input `logits_from` (int64, [1]) says where to begin.
@@ -7,7 +7,7 @@ The file is changed on the level of protobuf's wire format (messages of onnx.pro
 and two to write; the onnx package would be ten times the size of this server for it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 FROM = "logits_from"
 HIDDEN = "slmops/hidden_from"
@@ -20,6 +20,7 @@ GRAPH = 7
 NODE, INITIALIZER, INPUT = 1, 5, 11
 NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_OP = 1, 2, 3, 4
 INT64 = 7
+BYTES = {1: 4, 10: 2, 16: 2}  # float, float16, bfloat16
 
 
 def logits_from(model: bytes, logits: str) -> bytes | None:
@@ -46,6 +47,24 @@ def logits_from(model: bytes, logits: str) -> bytes | None:
     new += _message(INITIALIZER, _int64(END, (1 << 63) - 1)) + _message(INITIALIZER, _int64(AXIS, 1))
     new += _message(INPUT, _input())
     return b"".join(_message(GRAPH, new) if number == GRAPH else raw for number, _, raw in fields)
+
+
+def item_bytes(model: bytes, name: str) -> int | None:
+    """Bytes of one number of that input, None where the graph does not tell. ValueError when the file is damaged."""
+    for value in _all(_all([model], GRAPH), INPUT):
+        if name.encode() in _all([value], 1):
+            for tensor in _all(_all([value], 2), 1):
+                kind = next((part for number, part, _ in _fields(tensor) if number == 1), None)
+                return BYTES.get(kind) if isinstance(kind, int) else None
+    return None
+
+
+def _all(messages: Iterable[bytes], field: int) -> Iterator[bytes]:
+    """The messages that these hold in one field."""
+    for message in messages:
+        for number, value, _ in _fields(message):
+            if number == field and isinstance(value, bytes):
+                yield value
 
 
 def _slice(hidden: str) -> bytes:

@@ -201,7 +201,7 @@ class OrtForward:
         """Fill in decode_seconds and prefill_seconds; the rows' content is lost."""
         tokens = [(7 * index + 1) % self.vocab for index in range(max(MEASURED_CHUNKS))]
         sizes = [size for size in MEASURED_CHUNKS if size <= self.chunk and size < self._max_len]
-        self.prefill(0, tokens[:SMALLEST_CHUNK], 0)  # the first call pays for buffers
+        self.prefill(0, tokens[: min(SMALLEST_CHUNK, self._max_len - 1)], 0)  # the first call pays for buffers
         self.prefill_seconds = {size: _seconds(partial(self.prefill, 0, tokens[:size], 0)) for size in sizes}
         length = max(sizes, default=1)
         for row in range(1, self.rows):

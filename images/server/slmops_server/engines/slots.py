@@ -18,7 +18,7 @@ from slmops_server.engines.base import EngineInfo, Job, Scores, Token
 from slmops_server.engines.sampler import Logits, Sampler, scores
 from slmops_server.engines.schedule import WEIGHT, Pace, common, cover
 
-PATIENCE = 2.0  # a chunk of a prompt may take this many times as long as a step of the running answers, for each that waits
+PATIENCE = 2.0  # a chunk may take this many times as long as a step of the running answers, for each prompt that waits
 RECOMPUTED = 2  # tokens of a prompt that are never taken from the cache: the last one's logits, and a lone one differs
 
 
@@ -170,8 +170,11 @@ class SlotEngine:
             self._sample(row, logits, tokens)
 
     def _bearable(self) -> float:
-        """Seconds that a chunk may take. Where many prompts wait, short chunks would starve them: the kernels are slow at
-        few tokens and few rows, so the whole would take longer than one answer after the other."""
+        """Seconds that a chunk may take: more where more prompts wait.
+
+        Short chunks would starve them: the kernels are slow at few tokens and at few rows, and the whole would take
+        longer than one answer after the other.
+        """
         return PATIENCE * self._step_seconds * len(self._prefilling)
 
     def _take_over(self, row: _Row) -> None:

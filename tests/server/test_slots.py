@@ -1,0 +1,90 @@
+"""The slot engine over a forward of known times: what waiting prompts and running answers do to each other."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from slmops_server.engines.base import EngineInfo, Job, Sampling
+from slmops_server.engines.sampler import Logits
+from slmops_server.engines.slots import SlotEngine
+
+
+class Timed:
+    """The times of a 0.43 B int4 model on two cores, in virtual seconds: short chunks are dear, rows share a step."""
+
+    vocab, rows, chunk, scored, keeps = 8, 8, 256, 64, False
+    decode_seconds: Sequence[float] = (math.inf, 0.020, 0.028, 0.034, 0.040, 0.046, 0.052, 0.057)
+    prefill_seconds = {4: 0.033, 32: 0.190}  # noqa: RUF012 - a test's table, read only
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def prefill(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+        self.now += 0.013 + 0.005 * len(tokens)
+        return np.zeros(self.vocab, np.float32)
+
+    score = prefill
+
+    def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
+        self.now += self.decode_seconds[len(tokens) - 1]
+        return np.zeros((len(tokens), self.vocab), np.float32)
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Rows are not kept."""
+
+    def release(self, slot: int) -> None:
+        """Rows are not kept."""
+
+
+def engine() -> tuple[Timed, SlotEngine]:
+    forward = Timed()
+    return forward, SlotEngine(forward, EngineInfo("timed", 8, 1024, 2, {}), frozenset(), clock=lambda: forward.now)
+
+
+def job(number: int, prompt: int, tokens: int) -> Job:
+    return Job(number, [1] * prompt, tokens, Sampling(temperature=0.0), ignore_eos=True)
+
+
+def gaps(forward: Timed, slots: SlotEngine, answers: set[int]) -> list[float]:
+    """Times between the tokens of these answers, until nothing runs."""
+    last: dict[int, float] = {}
+    seen = []
+    while slots.busy:
+        for token in slots.step():
+            if token.job in last and token.job in answers:
+                seen.append(forward.now - last[token.job])
+            last[token.job] = forward.now
+    return sorted(seen)
+
+
+@pytest.mark.parametrize("running", [1, 2, 4])
+def test_a_long_prompt_holds_up_a_running_answer_for_three_steps_at_most(running: int) -> None:
+    forward, slots = engine()
+    for number in range(running):
+        slots.submit(job(number, 8, 300))
+    for _ in range(2 * running):
+        slots.step()
+    slots.submit(job(99, 512, 4))
+    step = forward.decode_seconds[max(running, 2) - 1]
+    assert gaps(forward, slots, set(range(running)))[-1] <= 3.1 * step
+
+
+def test_eight_streams_are_faster_than_one_after_the_other() -> None:
+    """Prompts that wait are not starved by those that run: in this load prefill is two thirds of the work."""
+    jobs = [job(number, 40 + 43 * (number % 11), 32 + 9 * (number % 10)) for number in range(40)]
+    forward, slots = engine()
+    waiting = list(jobs)
+    for _ in range(8):
+        slots.submit(waiting.pop(0))
+    while slots.busy:
+        for token in slots.step():
+            if token.finish and waiting:
+                slots.submit(waiting.pop(0))
+    together = forward.now
+    forward, slots = engine()
+    for one in jobs:
+        slots.submit(one)
+        gaps(forward, slots, set())
+    assert together < 0.9 * forward.now
