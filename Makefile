@@ -116,9 +116,9 @@ crds: venv ## generate crds/ and the chart's copy from the models
 COMPILE := $(VENV)/bin/uv pip compile -q --generate-hashes --no-header
 lock: venv ## pin the requirements again
 	@$(COMPILE) --python-version 3.11 requirements/dev.in -o requirements/dev.txt
-	@for name in operator server; do $(COMPILE) --python-version 3.13 requirements/$$name.in -o requirements/$$name.txt; done
+	@$(COMPILE) --python-version 3.13 requirements/operator.in -o requirements/operator.txt
 	@$(COMPILE) --python-version 3.13 --constraints requirements/dev.txt requirements/pytest.in -o requirements/pytest.txt
-	@$(COMPILE) --python-version 3.13 --overrides requirements/trainer.overrides requirements/trainer.in -o requirements/trainer.txt
+	@for name in server trainer; do $(COMPILE) --python-version 3.13 --overrides requirements/$$name.overrides requirements/$$name.in -o requirements/$$name.txt; done
 
 venv: ## the virtual environment below .local, when it is not there or its requirements changed
 	@$(KUBE) venv

@@ -1,8 +1,9 @@
-"""The engines on a real model: the same tokens alone and in any company, and from both engines."""
+"""The engines on a real model: the same tokens alone and in any company, and from engines with the same arithmetic."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,15 +15,25 @@ from slmops_server.engines.base import Engine, EngineRefusedError, Job, Sampling
 from slmops_server.engines.sampler import Logits
 
 GREEDY = Sampling(temperature=0.0)
+Load = Callable[..., Engine]
 
 
-def load(path: Path, engine: str = "onnxruntime", **more: int) -> Engine:
-    return choose.load(model_folder.read(path), choose.EngineOptions(engine=engine, threads=1, **more))
+def load(path: Path, engine: str = "onnxruntime", ends: Sequence[int] = (), **more: int) -> Engine:
+    folder = model_folder.read(path)
+    folder = replace(folder, eos_ids=frozenset(ends) or folder.eos_ids)
+    return choose.load(folder, choose.EngineOptions(engine=engine, threads=1, **more))
+
+
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino", "openvino over IR"])
+def start(request: pytest.FixtureRequest, tiny: Path) -> Load:
+    """Loads the engine that the test is run for."""
+    name, _, over = request.param.partition(" ")
+    return partial(load, tiny.parent / "tiny-ir" if over else tiny, name)
 
 
 @pytest.fixture(scope="module")
-def engine(tiny: Path) -> Engine:
-    return load(tiny, slots=4, prefill_chunk=7)
+def engine(start: Load) -> Engine:
+    return start(slots=4, prefill_chunk=7)
 
 
 def run(engine: Engine, jobs: list[Job]) -> dict[int, list[int]]:
@@ -80,8 +91,8 @@ def test_tokens_do_not_depend_on_company(engine: Engine, seed: int) -> None:
     assert engine.running == 0
 
 
-def test_both_engines_give_the_same_greedy_tokens(engine: Engine, tiny: Path) -> None:
-    genai = load(tiny, "genai", slots=2)
+def test_both_engines_over_onnxruntime_give_the_same_greedy_tokens(tiny: Path) -> None:
+    engine, genai = load(tiny, slots=4, prefill_chunk=7), load(tiny, "genai", slots=2)
     jobs = [replace(one, sampling=GREEDY) for one in random_jobs(random.Random(9), 8)]
     assert run(genai, jobs) == run(engine, jobs)
     assert genai.info.name == "genai"
@@ -102,18 +113,16 @@ def test_a_long_prompt_does_not_stop_the_answers_that_run(engine: Engine) -> Non
     drain(engine, {1: [], 2: []})
 
 
-def test_chunks_do_not_change_the_answer(engine: Engine, tiny: Path) -> None:
-    whole = load(tiny, slots=1, prefill_chunk=256)
+def test_chunks_do_not_change_the_answer(engine: Engine, start: Load) -> None:
+    whole = start(slots=1, prefill_chunk=256)
     jobs = [job(1, list(range(3, 150)), 20)]
     assert run(whole, jobs) == run(engine, jobs)
 
 
-def test_an_answer_ends_at_the_end_token_unless_told_otherwise(engine: Engine, tiny: Path) -> None:
+def test_an_answer_ends_at_the_end_token_unless_told_otherwise(engine: Engine, start: Load) -> None:
     tokens = run(engine, [job(1, [40, 41], 30)])[1]
     wanted = next(t for t in tokens[2:] if t not in tokens[:2])
-    special = choose.load(
-        replace(model_folder.read(tiny), eos_ids=frozenset({wanted})), choose.EngineOptions(threads=1)
-    )
+    special = start(ends=[wanted])
     special.submit(job(1, [40, 41], 30, ignore_eos=False))
     last = None
     while special.busy:
@@ -153,7 +162,7 @@ class Recorder(slots.Sampler):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_every_logit_is_the_same_in_any_company_and_after_any_past(
-    engine: Engine, tiny: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+    engine: Engine, start: Load, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """Bit for bit: lone rows, micro-batches, chunks of any size, prompts that begin like others, running or ended."""
     monkeypatch.setattr(slots, "Sampler", Recorder)
@@ -168,7 +177,7 @@ def test_every_logit_is_the_same_in_any_company_and_after_any_past(
         for one in random_jobs(draw, 16)
     ]
     alone: dict[int, list[bytes]] = {}
-    single = load(tiny, slots=1, prefill_chunk=256)
+    single = start(slots=1, prefill_chunk=256)
     for one in jobs:
         run(single, [one])
         alone[one.id] = list(Recorder.seen[one.id])
@@ -212,12 +221,12 @@ def first(engine: Engine, one: Job) -> Token:
 
 
 @pytest.mark.parametrize("max_len", [2, 3, 5])
-def test_a_context_of_a_few_tokens_is_served(tiny: Path, max_len: int) -> None:
-    small = load(tiny, slots=3, max_model_len=max_len, prefill_chunk=1)
+def test_a_context_of_a_few_tokens_is_served(start: Load, max_len: int) -> None:
+    small = start(slots=3, max_model_len=max_len, prefill_chunk=1)
     got = run(small, [job(number, [5] * (max_len - 1), 1) for number in (1, 2, 3, 4)])
     assert {len(tokens) for tokens in got.values()} == {1}
 
 
-def test_a_context_of_one_token_is_refused(tiny: Path) -> None:
+def test_a_context_of_one_token_is_refused(start: Load) -> None:
     with pytest.raises(choose.DoesNotFitError, match="--max-model-len to 2"):
-        load(tiny, max_model_len=1)
+        start(max_model_len=1)

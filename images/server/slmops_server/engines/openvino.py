@@ -108,7 +108,9 @@ class OpenvinoForward:
         """Append tokens to rows; logits of the tokens with the indices `at`, counted over all rows: [at, vocab]."""
         ends = [before + len(new) for before, new in zip(past, tokens, strict=True)]
         used = [-(-end // BLOCK) for end in ends]
-        ranges = [range(slot * self._blocks, slot * self._blocks + count) for slot, count in zip(slots, used, strict=True)]
+        ranges = [
+            range(slot * self._blocks, slot * self._blocks + count) for slot, count in zip(slots, used, strict=True)
+        ]
         flat = {
             "input_ids": [token for row in tokens for token in row],
             "position_ids": [at for before, end in zip(past, ends, strict=True) for at in range(before, end)],
@@ -140,7 +142,8 @@ class OpenvinoForward:
         for row in range(self.rows):
             self.prefill(row, tokens[:length], 0)
         calls = [
-            partial(self.decode, 0, tokens[:count], [length] * count) for count in range(1, min(self.rows, MAX_ROWS) + 1)
+            partial(self.decode, 0, tokens[:count], [length] * count)
+            for count in range(1, min(self.rows, MAX_ROWS) + 1)
         ]
         rows = [call()[0].copy() for call in calls]
         self.decode_seconds = [

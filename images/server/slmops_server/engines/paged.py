@@ -6,7 +6,7 @@ onnxruntime-genai builder write (GroupQueryAttention), and OpenVINO IR as optimu
 scaled dot product). Tokens come flat: [tokens, 1] instead of [batch, length].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ COUNTERS = ("past_lens", "subsequence_begins", "block_indices", "block_indices_b
 POSITIONS = "position_ids"
 ROTARY = slice(7, 9)  # inputs of GroupQueryAttention: cosines and sines
 OPTIONAL = 9  # the first input that a plain decoder leaves empty
+SPECIAL = ("rotary_interleaved", "smooth_softmax", "sliding_window_cache", "softcap", "kv_cache_bit_width")
 BEHIND_HEADS = {"Convert", "Multiply", "Divide", "Tanh", "Reshape"}  # scaled and capped logits
 
 
@@ -35,10 +36,7 @@ def read(core: ov.Core, path: Path) -> ov.Model:
         model = core.read_model(path)
     except RuntimeError as error:
         raise EngineRefusedError(f"OpenVINO cannot read {path.name}: {_reason(error)}") from None
-    if path.suffix == ".xml":
-        model = _from_ir(model, path.name)
-    else:
-        model = _from_onnx(model)
+    model = _from_ir(model, path.name) if path.suffix == ".xml" else _from_onnx(model)
     model.validate_nodes_and_infer_types()
     return model
 
@@ -88,13 +86,7 @@ def _from_onnx(model: ov.Model) -> ov.Model:
 def _attention(node: Any, caches: list[Any], counters: list[Any], rotate: Callable[[Any, Any, Any], Any]) -> Any:
     """The output of a PagedAttention in place of a GroupQueryAttention."""
     told, inputs = node.get_attributes(), [one.get_source_output() for one in node.inputs()]
-    refused = [name for name in ("rotary_interleaved", "smooth_softmax") if told.get(name)]
-    refused += [name for name in ("softcap",) if told.get(name, 0.0)]
-    refused += ["local_window_size"] if told["local_window_size"] > 0 else []
-    refused += ["a quantized cache"] if told.get("kv_cache_bit_width") else []
-    refused += [f"input {at}" for at, one in enumerate(inputs[OPTIONAL:], OPTIONAL) if not _empty(one)]
-    if refused or not told["causal"]:
-        raise EngineRefusedError(f"its GroupQueryAttention has {', '.join(refused) or 'no causal mask'}")
+    check(told, [f"input {at}" for at, one in enumerate(inputs[OPTIONAL:], OPTIONAL) if not _empty(one)])
     query, key, value = inputs[:3]
     size = int(query.get_partial_shape()[3].get_length())
     heads, kv_heads = int(told["num_heads"]), int(told["kv_num_heads"])
@@ -111,6 +103,17 @@ def _attention(node: Any, caches: list[Any], counters: list[Any], rotate: Callab
     return ops.reshape(paged.output(0), _ints([-1, 1, heads * size]), False).output(0)
 
 
+def check(told: Mapping[str, Any], extras: Sequence[str]) -> None:
+    """EngineRefusedError when a GroupQueryAttention with these attributes and extra inputs is more than a plain one."""
+    found = [name for name in SPECIAL if told.get(name)] + list(extras)
+    if told["local_window_size"] > 0:
+        found.append("local_window_size")
+    if not told["causal"]:
+        found.append("causal off")
+    if found:
+        raise EngineRefusedError(f"its GroupQueryAttention has {', '.join(found)}")
+
+
 def _unused() -> list[Any]:
     """The inputs of PagedAttention behind max_context_len: scores, rotation and eviction of blocks, sparsity, sinks."""
     ints, floats = _none(np.int32), _none(np.float32)
@@ -123,8 +126,10 @@ def _unused() -> list[Any]:
 
 
 def _rotation(positions: Any) -> Callable[[Any, Any, Any], Any]:
-    """A function (states [tokens, heads, 1, size], size, tables) -> rotated states. Layers that share tables share
-    what is looked up in them."""
+    """A function (states [tokens, heads, 1, size], size, tables) -> rotated states.
+
+    Layers that share tables share what is looked up in them.
+    """
     looked_up: dict[str, Any] = {}
 
     def look_up(table: Any) -> Any:
