@@ -184,3 +184,28 @@ def test_a_run_that_waits_for_days_asks_less_often() -> None:
     assert run(after(obj, first), blocked=missing).requeue == 60.0
     by_event = run(after(obj, first), blocked=Blocked("SourceNotReady", "Waits.", None))
     assert by_event.requeue is None
+
+
+class Deaf(MemoryCluster):
+    """Nobody may ask for Events here."""
+
+    def events(self, namespace: str, *, kind: str, name: str) -> list[Object]:
+        raise AssertionError(f"asked for the Events of {kind} {namespace}/{name}")
+
+
+def test_events_are_read_only_where_the_pod_says_nothing_itself() -> None:
+    """They are kept in no cache: a thousand pods that wait for a node would have all of them read a thousand times."""
+    obj = finetune()
+    late = pod(obj, age=3600, phase="Pending")
+    unschedulable = condition("PodScheduled", "Unschedulable", "0/3 nodes are available", "False")
+    late["status"]["conditions"] = [unschedulable]
+    cluster = Deaf()
+    for one in (obj, job(obj, age=3600), late):
+        cluster.put(one)
+    Driver(cluster, Settings(), reconcilers(), lambda _: None, clock=lambda: NOW).run(key_of(obj))
+    found = cluster.get(key_of(obj))
+    assert found is not None
+    assert (of(found, "Ready") or {})["reason"] == "Unschedulable"
+    cluster.set_status(key_of(late), {**late["status"], "conditions": []})
+    with pytest.raises(AssertionError, match="Events of Pod"):
+        Driver(cluster, Settings(), reconcilers(), lambda _: None, clock=lambda: NOW).run(key_of(obj))

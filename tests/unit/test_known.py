@@ -121,3 +121,12 @@ def test_of_annotations_our_verbs_alone_wake() -> None:
     assert known.concerned(note) == set()
     assert len(str(note.asked)) < 1000  # it is kept for every object
     assert known.concerned(event({**obj, "metadata": {**metadata, "annotations": {"slmops.dev/retry": "*"}}})) == {TUNE}
+
+
+def test_names_do_not_pile_up() -> None:
+    """A source that nobody names any more leaves nothing behind, however many there were."""
+    known = Known()
+    for number in range(100):
+        for kind in (None, "DELETED"):
+            known.concerned(event(next_of(f"source-{number}"), kind))
+    assert known._named_by == {}  # memory shows from inside alone

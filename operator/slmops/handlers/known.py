@@ -103,7 +103,10 @@ class Known:
         if before is not None:
             self._by_uid.pop(before.uid, None)
             for named in before.names:
-                self._named_by.get(named, set()).discard(note.key)
+                namers = self._named_by.get(named, set())
+                namers.discard(note.key)
+                if not namers:
+                    self._named_by.pop(named, None)  # or names would pile up for as long as the operator runs
         if note.deleted:
             self._notes.pop(note.key, None)
             return

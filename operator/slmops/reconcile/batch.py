@@ -31,7 +31,7 @@ from slmops.reconcile import conditions, needs, sources
 from slmops.reconcile.batch_life import decide
 from slmops.reconcile.batch_pass import ANNOTATION_INPUTS, Blocked, Pass, Seen
 from slmops.reconcile.ownership import check_ours
-from slmops.reconcile.pods import created, ended, running
+from slmops.reconcile.pods import created, ended, running, trouble_of
 from slmops.reconcile.protocol import World
 from slmops.reconcile.state import Plan, Retry
 
@@ -144,7 +144,8 @@ class BatchReconciler:
             return ()
         about = pods[-1] if pods else found
         late = (world.now - created(about)).total_seconds() > LATE_SECONDS
-        if pods and (running(about) or ended(about) or not late):
+        # Events are kept in no cache: each read scans all those of the namespace, so what a pod says itself is enough.
+        if pods and (running(about) or ended(about) or trouble_of(about) or not late):
             return ()
         kind, metadata = ("Pod" if pods else "Job"), about["metadata"]
         return tuple(world.cluster.events(metadata["namespace"], kind=kind, name=metadata["name"]))
