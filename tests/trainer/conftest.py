@@ -13,9 +13,12 @@ sys.path[:0] = [str(ROOT / part) for part in ("operator", "images/artifacts", "i
 
 import pytest  # noqa: E402  # the paths come first
 import torch  # noqa: E402
+from ask import context  # noqa: E402
+from asking import STORE  # noqa: E402
 from tiny import CHATML, write_model  # noqa: E402
 
 from slmops.api.run import Input, RunSpec  # noqa: E402
+from slmops_trainer import generation, teacher  # noqa: E402
 from slmops_trainer.context import Context  # noqa: E402
 
 
@@ -72,5 +75,21 @@ def make_run(tmp_path: Path, tiny_model: Path) -> Callable[..., Context]:
             }
         )
         return Context(run, tmp_path / f"pod-{pods}")
+
+    return make
+
+
+@pytest.fixture
+def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Context]:
+    """A new pod each time that asks a teacher, impatiently, on the same store."""
+    monkeypatch.setattr(teacher, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(teacher, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(generation, "SAVE_SECONDS", 0.1)
+    count = 0
+
+    def make() -> Context:
+        nonlocal count
+        count += 1
+        return context(tmp_path / f"pod-{count}", STORE)
 
     return make

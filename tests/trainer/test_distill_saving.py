@@ -1,0 +1,144 @@
+"""Keeping what a teacher answered: in the checkpoint while it answers, and beside the output for later objects."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ask import ask, context
+from asking import STORE, TEXTS, in_thread, saved, upper, wait_until
+from fake_teacher import FakeTeacher, Fault, answer
+
+from slmops_artifacts import pull
+from slmops_trainer import answers, generation, teacher
+from slmops_trainer.context import Context
+
+
+def test_asking_holds_while_the_store_takes_nothing(
+    pod: Callable[[], Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "HOLD_SECONDS", 0.1)
+    texts = [f"question {number}" for number in range(300)]
+    down, up = threading.Event(), threading.Event()
+    ctx = pod()
+    save = ctx.checkpoints.save
+    monkeypatch.setattr(ctx.checkpoints, "save", lambda: (down.set(), up.wait(60), save()))
+    slow = lambda number, question, _: Fault(body=answer(upper(question)), wait=down) if number > 20 else None  # noqa: E731
+    with FakeTeacher(upper, slow) as fake:
+        thread, found = in_thread(lambda: ask(ctx, fake.url, texts))
+        wait_until(lambda: ctx.board.progress.message.startswith("The store does not take the answers"))
+        assert len(fake.requests) < len(texts)
+        monkeypatch.setattr(generation, "HOLD_SECONDS", 60.0)
+        up.set()
+        thread.join(60)
+        assert fake.asked == dict.fromkeys(texts, 1)
+    assert found[0][1] == [text.upper() for text in texts]
+
+
+def test_sigterm_saves_what_came_and_lets_requests_in_flight_finish(pod: Callable[[], Context], tmp_path: Path) -> None:
+    gate = threading.Event()
+    script = lambda number, *_: Fault(body=answer(f"answer {number}"), wait=gate) if number > 4 else None  # noqa: E731
+    with FakeTeacher(upper, script) as fake:
+        ctx = pod()
+        thread, found = in_thread(lambda: ask(ctx, fake.url, TEXTS))
+        fake.wait_for(8)  # four answered, four in flight
+        ctx.stop.set()
+        gate.set()
+        thread.join(60)
+        assert found[0].reason == "Interrupted"
+        assert found[0].exit_code == 143
+        assert saved(tmp_path) == 8
+        _, texts = ask(pod(), fake.url, TEXTS)
+        assert all(texts)
+        assert fake.asked == dict.fromkeys(TEXTS, 1)
+
+
+def test_a_killed_pod_has_to_ask_again_only_what_was_not_saved(pod: Callable[[], Context], tmp_path: Path) -> None:
+    gate = threading.Event()
+    script = lambda number, *_: Fault(body=answer("late"), wait=gate) if number > 6 else None  # noqa: E731
+    with FakeTeacher(upper, script) as fake:
+        order = {"pod": str(tmp_path / "killed"), "checkpoint": STORE, "url": fake.url, "texts": TEXTS}
+        (tmp_path / "order.json").write_text(json.dumps(order))
+        process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("ask.py")), str(tmp_path / "order.json")],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        fake.wait_for(10, 120)  # six answered, four in flight
+        wait_until(lambda: saved(tmp_path) == 6)
+        process.send_signal(signal.SIGKILL)
+        process.wait(60)
+        gate.set()
+        fake.script = None
+        _, texts = ask(pod(), fake.url, TEXTS)
+    assert texts == [text.upper() for text in TEXTS]
+    first = {request["messages"][-1]["content"] for request in fake.requests[:6]}
+    in_flight = {request["messages"][-1]["content"] for request in fake.requests[6:10]}
+    assert fake.asked == {text: 2 if text in in_flight else 1 for text in TEXTS}
+    assert not first & in_flight
+
+
+def test_many_saves_make_few_files(pod: Callable[[], Context], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "SMALL_CHUNKS", 4)
+    store = answers.Answers(tmp_path / "answers")
+    for number in range(10):
+        store.add(f"key {number}", teacher.Reply(f"text\u2028{number}\r\n", "stop", 3))
+        assert store.seal()
+    assert not store.seal()
+    names = sorted(path.name for path in (tmp_path / "answers").iterdir())
+    assert names == ["large-000005.jsonl", "large-000010.jsonl", "small-000011.jsonl", "small-000012.jsonl"]
+    again = answers.Answers(tmp_path / "answers")
+    assert len(again) == 10
+    assert again.get("key 7") == teacher.Reply("text\u20287\r\n", "stop", 3)
+
+
+def test_a_disk_that_fills_up_spoils_no_answer(tmp_path: Path) -> None:
+    store = answers.Answers(tmp_path / "answers")
+    store.add("one", teacher.Reply("first", "stop", 3))
+    used = sum(path.stat().st_size for path in (tmp_path / "answers").iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (used + 20, limits[1]))  # as a full disk: a part of the line fits
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            store.add("two", teacher.Reply("second", "stop", 3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    store.seal()
+    again = answers.Answers(tmp_path / "answers")
+    assert (again.get("one"), again.get("two")) == (teacher.Reply("first", "stop", 3), None)
+
+
+def test_what_another_version_shared_is_ignored(pod: Callable[[], Context], tmp_path: Path) -> None:
+    (tmp_path / "store/out-answers").mkdir(parents=True)
+    (tmp_path / "store/out-answers/answers.jsonl").write_text('{"question": "who?"}\n')
+    store = answers.Answers(tmp_path / "answers")
+    store.recall(answers.shared(pod()))
+    assert store.get("who?") is None
+
+
+@pytest.mark.parametrize(
+    ("output", "uri"),
+    [
+        ("oci://reg:5000/ns/distillationjob-x:0123abcd", "oci://reg:5000/ns/distillationjob-x:slmops-answers"),
+        ("oci://reg/x", "oci://reg/x:slmops-answers"),
+        ("pvc://models/x/", "pvc://models/x-answers"),
+    ],
+)
+def test_answers_are_shared_by_the_objects_of_one_output(tmp_path: Path, output: str, uri: str) -> None:
+    ctx = context(tmp_path / "pod", STORE)
+    ctx.spec = ctx.spec.model_copy(update={"output": output})
+    assert answers.shared(ctx).uri == uri
+
+
+def test_checkpoints_hold_whole_chunks_only(pod: Callable[[], Context], tmp_path: Path) -> None:
+    with FakeTeacher(upper) as fake:
+        ask(pod(), fake.url, TEXTS)
+    pull(STORE, tmp_path / "pulled")
+    chunks = (tmp_path / "pulled/generation").glob("*.jsonl")
+    lines = [line for path in chunks for line in path.read_text().splitlines()]
+    assert sorted(json.loads(line)["text"] for line in lines) == sorted(text.upper() for text in TEXTS)
