@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv debs demo test check lint types unit kube images up down purge status install uninstall components e2e bench bench-serving crds lock
+.PHONY: help venv debs demo test check lint types unit kube images up down purge status install uninstall components e2e clients bench bench-serving crds lock
 # One node, one build store, two cores: nothing here gains by -j.
 .NOTPARALLEL:
 
@@ -12,7 +12,7 @@ ifneq ($(words $(CLUSTER)) $(filter-out local current,$(CLUSTER)),1 )
 $(error CLUSTER is "local" or "current", not "$(CLUSTER)")
 endif
 ifeq ($(CLUSTER),current)
-ifneq ($(filter test components bench up images down purge,$(MAKECMDGOALS)),)
+ifneq ($(filter test components clients bench up images down purge,$(MAKECMDGOALS)),)
 $(error with CLUSTER=current there are: demo, e2e, install, uninstall. The rest is about the local node)
 endif
 endif
@@ -78,6 +78,9 @@ ifneq ($(CLUSTER),current)
 	@$(PY) -m pytest -q -x --timeout=300 tests/node
 endif
 
+clients: venv ## slmops-server under lm-evaluation-harness and locust (fetches 1 GB of them once; not part of `make test`)
+	@$(PY) -m pytest -q tests/clients
+
 bench: venv ## what the operator costs, on the local node
 	@$(MAKE) --no-print-directory up images
 	@PYTHONPATH=e2e $(PY) -m kit.chart install
@@ -115,7 +118,7 @@ crds: venv ## generate crds/ and the chart's copy from the models
 
 COMPILE := $(VENV)/bin/uv pip compile -q --generate-hashes --no-header
 lock: venv ## pin the requirements again
-	@$(COMPILE) --python-version 3.11 requirements/dev.in -o requirements/dev.txt
+	@for name in dev clients; do $(COMPILE) --python-version 3.11 requirements/$$name.in -o requirements/$$name.txt; done
 	@$(COMPILE) --python-version 3.13 requirements/operator.in -o requirements/operator.txt
 	@$(COMPILE) --python-version 3.13 --constraints requirements/dev.txt requirements/pytest.in -o requirements/pytest.txt
 	@for name in server trainer; do $(COMPILE) --python-version 3.13 --overrides requirements/$$name.overrides requirements/$$name.in -o requirements/$$name.txt; done
