@@ -89,6 +89,7 @@ bench: venv ## what the operator costs, on the local node
 bench-serving: $(READY) ## slmops-server beside onnxruntime-genai, on this machine; the model is made on the local node
 	@test -f .local/bench-model/genai_config.json || $(MAKE) --no-print-directory up images
 	@PYTHONPATH=e2e $(PY) -m kit.bench_serving
+	@PYTHONPATH=e2e $(PY) -m kit.bench_serving_memory
 
 up: ## the local Kubernetes node
 	@$(KUBE) up

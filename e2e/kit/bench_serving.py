@@ -87,7 +87,7 @@ def round_of(server: Server, streams: int, work: list[Request], into: Measured) 
     left, turn = iter(work), threading.Lock()
 
     def stream() -> list[list[float]]:
-        answers = []
+        answers: list[list[float]] = []
         while True:
             with turn:
                 request = next(left, None)
@@ -126,7 +126,8 @@ def arrivals(server: Server, vocab: int) -> Arrivals:
     ended = threading.Event()
 
     def runs(seed: int) -> list[float]:
-        draw, gaps = random.Random(f"running {seed}"), []
+        draw = random.Random(f"running {seed}")
+        gaps: list[float] = []
         while not ended.is_set():
             times = server.ask(Request(prompt(draw, RUNNING[0], vocab), RUNNING[1]))
             gaps += [b - a for a, b in pairwise(times[1:])]

@@ -21,6 +21,7 @@ from slmops_server.engines import graph
 from slmops_server.engines.base import EngineRefusedError
 from slmops_server.engines.sampler import Logits
 from slmops_server.engines.schedule import SMALLEST_CHUNK
+from slmops_server.engines.slots import IDLE
 from slmops_server.model_folder import ModelFolder
 
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -97,8 +98,9 @@ class OrtForward:
         self._kv_type, self._logits_type = TYPES[kinds[pairs[0][0]]], TYPES[logits_kind]
         self._row_shape = (folder.kv_heads, max_len, folder.head_size)
         # zeros is lazy: the machine pays for a row only when it is first used
-        shape = (self.rows, *self._row_shape)
-        self._cache = [(past, present, np.zeros(shape, self._kv_type)) for past, present in pairs]
+        self._cache = np.zeros((len(pairs), self.rows, *self._row_shape), self._kv_type)
+        self._names = pairs
+        self._lent: dict[int, NDArray[np.float32]] = {}  # the first token of rows that keep company
         self._ones = np.ones((1, max_len), np.int64)
         self._ones_at = self._ones.ctypes.data
         chunk = min(chunk, max_len)
@@ -121,6 +123,7 @@ class OrtForward:
     def _prompt(self, slot: int, tokens: Sequence[int], past: int, begin: int) -> Logits:
         """Append tokens; logits from the token `begin` on, or of all where the graph cannot choose."""
         size = len(tokens)
+        self._give_back(slot)
         binding = self._prefills.get(slot)
         if binding is None:
             binding = self._prefills[slot] = self._bind_cache(slot, 1)
@@ -146,6 +149,12 @@ class OrtForward:
         """See Forward."""
         rows = len(tokens)
         binding, ids, positions, logits = self._decodes.get((first, rows)) or self._bind_decode(first, rows)
+        for slot, length in enumerate(lengths, first):
+            if length == IDLE:
+                self._lend(slot)
+            else:
+                self._give_back(slot)
+        lengths = [max(length, 0) for length in lengths]
         ids[:, 0] = tokens
         if self._has_positions:
             positions[:, 0] = lengths
@@ -160,11 +169,22 @@ class OrtForward:
 
     def copy(self, source: int, target: int, count: int) -> None:
         """See Forward."""
-        for _, _, array in self._cache:
-            array[target, :, :count] = array[source, :, :count]
+        self._give_back(source)
+        self._lent.pop(target, None)
+        self._cache[:, target, :, :count] = self._cache[:, source, :, :count]
 
     def release(self, slot: int) -> None:
         """Nothing to do: the row's content may be taken over by the next prompt."""
+
+    def _lend(self, slot: int) -> None:
+        """The row keeps company, at the length of one token: longer ones would have to attend to all that they hold."""
+        if slot not in self._lent:
+            self._lent[slot] = self._cache[:, slot, :, 0].copy()
+
+    def _give_back(self, slot: int) -> None:
+        token = self._lent.pop(slot, None)
+        if token is not None:
+            self._cache[:, slot, :, 0] = token
 
     def _bind_decode(self, first: int, rows: int) -> _Decode:
         binding = self._bind_cache(first, rows)
@@ -182,7 +202,7 @@ class OrtForward:
     def _bind_cache(self, first: int, rows: int) -> ort.IOBinding:
         binding = self._session.io_binding()
         shape = (rows, *self._row_shape)
-        for past, present, array in self._cache:
+        for (past, present), array in zip(self._names, self._cache, strict=True):
             at = array[first].ctypes.data
             binding.bind_input(past, "cpu", 0, self._kv_type, shape, at)
             binding.bind_output(present, "cpu", 0, self._kv_type, shape, at)

@@ -19,6 +19,7 @@ from slmops_server.engines.sampler import Logits, Sampler, scores
 from slmops_server.engines.schedule import WEIGHT, Pace, common, cover
 
 PATIENCE = 2.0  # a chunk may take this many times as long as a step of the running answers, for each prompt that waits
+IDLE = -1
 RECOMPUTED = 2  # tokens of a prompt that are never taken from the cache: the last one's logits, and a lone one differs
 
 
@@ -40,7 +41,10 @@ class Forward(Protocol):
         """As prefill, with the logits after every token: shape [tokens, vocab]."""
 
     def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
-        """One token for each of the rows first, first+1, ...; lengths before it; logits [rows, vocab]."""
+        """One token for each of the rows first, first+1, ...; lengths before it; logits [rows, vocab].
+
+        A row of length IDLE only keeps company: what it holds stays, its logits mean nothing.
+        """
 
     def copy(self, source: int, target: int, count: int) -> None:
         """The first `count` tokens of a row become those of another."""
@@ -195,15 +199,12 @@ class SlotEngine:
     def _decode(self, first: int, count: int, tokens: list[Token]) -> None:
         slots = range(first, first + count)
         rows = [self._rows[slot] if slot < len(self._rows) else None for slot in slots]
-        # a row that only keeps company writes behind what its slot holds, where the next token will overwrite it
-        lengths = [
-            row.length if row is not None else min(len(self._kept[slot]), self.info.max_len - 1)
-            for slot, row in zip(slots, rows, strict=True)
-        ]
-        newest = [max(row.last, 0) if row is not None else 0 for row in rows]
+        running = [row if row is not None and row.last >= 0 else None for row in rows]
+        lengths = [IDLE if row is None else row.length for row in running]
+        newest = [0 if row is None else row.last for row in running]
         logits = self._forward.decode(first, newest, lengths)
-        for row, row_logits in zip(rows, logits, strict=True):
-            if row is not None and row.last >= 0:
+        for row, row_logits in zip(running, logits, strict=True):
+            if row is not None:
                 row.length += 1
                 self._sample(row, row_logits, tokens)
 
