@@ -25,6 +25,9 @@ from slmops_server.model_folder import ModelFolder
 
 BLOCK = 32  # tokens; the CPU plugin's
 KV_BYTES = 2  # of an item of the cache
+# two Python processes, OpenVINO's code, its copies of scales and norms; the weights are counted once, because the file
+# is only mapped and the copy that is computed with stays
+RUNTIME_BYTES = 280 << 20
 # tokens of a prompt in one call: from 81 to 96 on its matrix product rounds differently, and an answer must not depend
 # on how its prompt was cut. Longer chunks were 10 to 20 % faster (AVX2).
 LONGEST_CHUNK = 64
