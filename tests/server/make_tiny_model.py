@@ -1,4 +1,4 @@
-"""Make the tiny random model that the server tests serve (and larger ones for benchmarks).
+r"""Make the tiny random model that the server tests serve (and larger ones for benchmarks).
 
 Run it where torch, transformers 4.57, onnxruntime-genai 0.14.1 and onnx are; the tests themselves need none of
 these, they use the checked-in result:
@@ -6,6 +6,13 @@ these, they use the checked-in result:
     python tests/server/make_tiny_model.py tests/server/data/tiny-int4 --precision int4
     ... /tmp/teacher --precision fp32 --vocab 1024 --hidden 384 --layers 6 --heads 6 --inter 1024
     ... /tmp/student --precision int4 --vocab 1024 --hidden 128 --layers 4 --inter 384
+
+tests/server/data/tiny-ir is the same model as OpenVINO IR (0.4 GB more in that environment: optimum-intel 1.27.0,
+nncf 3.4.0, openvino and openvino-tokenizers 2026.4.1):
+
+    ... /tmp/tiny --source /tmp/source
+    optimum-cli export openvino -m /tmp/source --task text-generation-with-past \
+        --weight-format int4 --sym --group-size 32 --ratio 1.0 tests/server/data/tiny-ir
 
 The weights are random but the shapes, the tokenizer, the chat template and the ONNX graph are those of a real Qwen2.
 """
@@ -72,6 +79,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=32, help="block size of int4 weights")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--std", type=float, default=0.2, help="spread of the random weights: higher is livelier")
+    parser.add_argument("--source", type=Path, help="where to leave the weights as Hugging Face has them")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -104,6 +112,8 @@ def main() -> None:
         settings = json.loads((source / "tokenizer_config.json").read_text())
         settings["tokenizer_class"] = "Qwen2Tokenizer"
         (source / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+        if args.source:
+            shutil.copytree(source, args.source, dirs_exist_ok=True)
         built = Path(temporary) / "built"
         subprocess.run(
             [

@@ -32,6 +32,22 @@ def test_logits_are_those_of_onnxruntime_but_for_rounding(tiny: Path) -> None:
             assert np.corrcoef(mine, other)[0, 1] > 0.98
 
 
+@pytest.mark.parametrize("rotated", [16, 12])
+def test_rotation_turns_pairs_of_halves_and_leaves_the_rest(rotated: int) -> None:
+    draw, half = np.random.default_rng(0), rotated // 2
+    cosines, sines = draw.random((9, half), np.float32), draw.random((9, half), np.float32)
+    states, at = draw.random((3, 2, 1, 16), np.float32), np.array([[4], [0], [8]])
+    positions = ov.opset13.parameter([-1, 1], np.int64)
+    given = ov.opset13.parameter([-1, 2, 1, 16], np.float32)
+    tables = [ov.opset13.constant(table).output(0) for table in (cosines, sines)]
+    made = paged.rotation(positions)(given.output(0), 16, tables)
+    model = ov.Model([ov.opset13.result(made)], [given, positions], "rotation")
+    (out,) = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([states, at]).values()
+    pair = states[..., :half] + 1j * states[..., half:rotated]
+    pair = pair * (cosines + 1j * sines)[at[:, 0]][:, None, None]
+    assert np.allclose(out, np.concatenate([pair.real, pair.imag, states[..., rotated:]], axis=-1), atol=1e-6)
+
+
 def test_a_copied_row_goes_on_like_its_source(tiny: Path) -> None:
     forward, _ = openvino.load(model_folder.read(tiny), 3, 512, 256, 1)
     forward.prefill(0, PROMPT, 0)
@@ -93,7 +109,7 @@ def test_an_ir_folder_that_is_not_whole_is_refused(
 
 
 def test_the_cache_that_does_not_fit_is_refused_with_the_numbers(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose.cgroup, "memory_limit", lambda: choose.RUNTIME_BYTES + (1 << 20))
+    monkeypatch.setattr(choose.cgroup, "memory_limit", lambda: openvino.RUNTIME_BYTES + (1 << 20))
     with pytest.raises(choose.DoesNotFitError, match="4096 slots x 512 tokens"):
         choose.load(model_folder.read(tiny), choose.EngineOptions(engine="openvino", threads=1, slots=4096))
 

@@ -68,6 +68,7 @@ def test_what_is_no_new_revision(changes):
         {"servedName": "other"},
         {"engine": {"args": ["--slots", "8"]}},
         {"engine": {"args": ["--slots", "4"], "image": "mine:1"}},
+        {"engine": {"args": ["--slots", "4"], "name": "openvino"}},
         {"pod": {}},
         {"pod": FULL["pod"] | {"image": "mine:1"}},
         {"endpoint": {"apiKeysSecretRef": {"name": "keys"}}},
@@ -247,6 +248,12 @@ def test_the_server_pod_pulls_then_serves():
     assert made["spec"]["selector"]["matchLabels"].items() <= made["spec"]["template"]["metadata"]["labels"].items()
     assert made["spec"]["template"]["metadata"]["labels"][keys.LABEL_REVISION] == "rev"
     assert {p["name"] for p in server["ports"]} == {"http", "metrics"}
+
+
+def test_an_engine_is_named_to_the_server_before_the_users_own_arguments():
+    named = spec(engine={"name": "openvino", "args": ["--slots", "4"]})
+    (one,) = pods_of(serving.deployment(OWNER, named, "rev", MODEL, SETTINGS))
+    assert one["containers"][0]["command"][-4:] == ["--engine", "openvino", "--slots", "4"]
 
 
 def test_sources_bring_their_mounts():

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 Endpoint = Callable[[asgi.Scope, asgi.Receive, asgi.Send], Awaitable[None]]
 # refusals that are no flaw of the request itself, or that a flood of would show in a metric
-REJECTED = (401, 408, 413, 429, 503, 504)
+REJECTED = (401, 408, 413, 503, 504)
 MAX_ID = 128
 
 

@@ -46,8 +46,8 @@ def unavailable(message: str, code: str, retry_after: int = 1) -> ApiError:
 
 
 def overloaded(message: str, reason: str, retry_after: int) -> ApiError:
-    """429: too much waits already; `reason` for the metrics."""
-    return ApiError(429, message, code="overloaded", kind="rate_limit_error", retry_after=retry_after, reason=reason)
+    """503, after which the router tries another pod: too much waits already; `reason` for the metrics."""
+    return ApiError(503, message, code="overloaded", kind="server_error", retry_after=retry_after, reason=reason)
 
 
 def too_many_connections() -> ApiError:

@@ -155,7 +155,7 @@ class Metrics:
             ["model_name", "code"],
             registry=self.registry,
         )
-        for code in ("200", "429", "500", "503"):  # a rate over them needs a zero to start from
+        for code in ("200", "500", "503"):  # a rate over them needs a zero to start from
             self._http.labels(model, code)
         self._rejected = Counter(
             "slmops_rejected_requests",

@@ -71,7 +71,7 @@ class Service:
         return self.supervisor.ready and not self.draining and not self.supervisor.stuck
 
     def admit(self, wanted: Sequence[Work] = (ANY,), deadline: float = math.inf) -> None:
-        """ApiError when these answers cannot be had: 503 without an engine, 429 without room, 503 without the time.
+        """ApiError when these answers cannot be had: 503 without an engine, without room, or without the time.
 
         Cheap: asked before any work is done, too. deadline: of CLOCK_MONOTONIC, in seconds.
         """

@@ -96,7 +96,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
     option("slots", "0", _positive, "answers generated at the same time; 0: from CPU and memory limits")
     option("max-model-len", "0", _positive, "prompt + answer, in tokens; 0: the model's context length")
     option("prefill-chunk", "256", _positive, "prompt tokens per step, so that running answers keep moving")
-    option("max-queue", "64", _positive, "requests that may wait for a slot; the next one gets 429")
+    option("max-queue", "64", _positive, "requests that may wait for a slot; the next one gets 503")
     option(
         "max-queue-tokens",
         "0",

@@ -36,7 +36,11 @@ class Engine(Model):
         ),
     )
 
-    name: Literal["onnxruntime-genai"] = Field(default="onnxruntime-genai", description="The engine.")
+    name: Literal["onnxruntime-genai", "openvino"] = Field(
+        default="onnxruntime-genai",
+        description="onnxruntime-genai: slmops-server chooses between its two engines over onnxruntime. openvino: its "
+        "engine over OpenVINO, meant for several answers at a time on CPUs with VNNI or AMX (docs/serving.md).",
+    )
     image: str | None = Field(
         default=None, max_length=1024, description="Server image instead of the operator's default."
     )

@@ -165,6 +165,8 @@ def _pull(image: str, spec: ModelDeploymentSpec, model: Input, settings: Setting
 def _server(image: str, name: str, spec: ModelDeploymentSpec, settings: Settings) -> Object:
     command = ["slmops-server", "--model", MODEL_DIR, "--served-name", spec.served_name or name]
     command += ["--port", str(keys.API_PORT), "--metrics-port", str(keys.METRICS_PORT)]
+    if spec.engine.name == "openvino":  # the other name stands for what the server chooses
+        command += ["--engine", "openvino"]
     mounts: list[Object] = [
         {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108  # an emptyDir: the root file system is read-only
         {"name": "model", "mountPath": MODEL_DIR, "readOnly": True},

@@ -32,13 +32,15 @@ class DoesNotFitError(Exception):
     """The KV cache cannot fit into the memory limit; the message has the numbers."""
 
 
-def plan_slots(folder: ModelFolder, max_len: int, wanted: int, memory: int, item_bytes: int = 0) -> int:
-    """Slots that fit into `memory` bytes beside the model. DoesNotFitError when it does not fit.
+def plan_slots(
+    folder: ModelFolder, max_len: int, wanted: int, memory: int, item_bytes: int = 0, runtime: int = RUNTIME_BYTES
+) -> int:
+    """Slots that fit into `memory` bytes beside the model and `runtime`. DoesNotFitError when it does not fit.
 
     `item_bytes`: of one number in the KV cache, 0 for what the graph has.
     """
     row = folder.kv_bytes(max_len, item_bytes or _item_bytes(folder))
-    left = memory - folder.model_bytes - RUNTIME_BYTES
+    left = memory - folder.model_bytes - runtime
     slots = wanted or max(1, min(DEFAULT_SLOTS, left // row))
     if slots * row > left:
         raise DoesNotFitError(
@@ -91,7 +93,8 @@ def _onnxruntime(folder: ModelFolder, options: EngineOptions, slots: int, max_le
 def _openvino(folder: ModelFolder, options: EngineOptions, max_len: int, limit: int) -> Engine:
     from slmops_server.engines import openvino
 
-    slots = plan_slots(folder, max_len, options.slots, cgroup.memory_limit(), openvino.KV_BYTES)
+    memory = cgroup.memory_limit()
+    slots = plan_slots(folder, max_len, options.slots, memory, openvino.KV_BYTES, openvino.RUNTIME_BYTES)
     threads = options.threads or limit
     forward, notes = openvino.load(folder, slots, max_len, options.prefill_chunk, threads)
     return SlotEngine(forward, EngineInfo("openvino", slots, max_len, threads, notes), folder.eos_ids)

@@ -70,7 +70,7 @@ def _from_onnx(model: ov.Model) -> ov.Model:
     attention = [node for node in model.get_ordered_ops() if node.get_type_name() == "GroupQueryAttention"]
     if not attention:
         raise EngineRefusedError("the graph has no GroupQueryAttention")
-    rotate = _rotation(positions)
+    rotate = rotation(positions)
     caches: list[Any] = []
     for layer, node in enumerate(attention):
         pair = [_cache(f"{part}_cache.{layer}") for part in ("key", "value")]
@@ -125,7 +125,7 @@ def _unused() -> list[Any]:
     ]
 
 
-def _rotation(positions: Any) -> Callable[[Any, Any, Any], Any]:
+def rotation(positions: Any) -> Callable[[Any, Any, Any], Any]:
     """A function (states [tokens, heads, 1, size], size, tables) -> rotated states.
 
     Layers that share tables share what is looked up in them.
