@@ -21,6 +21,7 @@ except ImportError:  # it is an extra
 from slmops_server.engines.base import EngineRefusedError
 from slmops_server.engines.sampler import Logits
 from slmops_server.engines.schedule import SMALLEST_CHUNK
+from slmops_server.engines.slots import IDLE
 from slmops_server.model_folder import ModelFolder
 
 BLOCK = 32  # tokens; the CPU plugin's
@@ -78,7 +79,7 @@ class OpenvinoForward:
 
     def _add_cache(self, name: str, block: list[int]) -> None:
         # zeros is lazy: the machine pays for a row only when it is first used
-        array = np.zeros((self.rows * self._blocks, *block), np.float16)
+        array = np.zeros((self.rows * self._blocks + 1, *block), np.float16)  # the last one: for idle rows
         self._caches.append(array)
         self._request.set_tensor(name, ov.Tensor(array, shared_memory=True))
 
@@ -94,7 +95,9 @@ class OpenvinoForward:
     def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
         """See Forward."""
         rows = range(len(tokens))
-        return self._run([first + row for row in rows], [[token] for token in tokens], lengths, rows)
+        slots = [self.rows if length == IDLE else first + row for row, length in zip(rows, lengths, strict=True)]
+        past = [max(length, 0) for length in lengths]
+        return self._run(slots, [[token] for token in tokens], past, rows)
 
     def copy(self, source: int, target: int, count: int) -> None:
         """See Forward."""
@@ -109,7 +112,10 @@ class OpenvinoForward:
     def _run(
         self, slots: Sequence[int], tokens: Sequence[Sequence[int]], past: Sequence[int], at: Sequence[int]
     ) -> Logits:
-        """Append tokens to rows; logits of the tokens with the indices `at`, counted over all rows: [at, vocab]."""
+        """Append tokens to rows; logits of the tokens with the indices `at`, counted over all rows: [at, vocab].
+
+        The slot behind the last one is one block, which all idle rows write: what is in it means nothing.
+        """
         ends = [before + len(new) for before, new in zip(past, tokens, strict=True)]
         used = [-(-end // BLOCK) for end in ends]
         ranges = [
