@@ -43,9 +43,9 @@ def pytest_folder() -> Path:
 
 
 @contextmanager
-def readable_tests() -> Iterator[Path]:
+def readable_tests(name: str) -> Iterator[Path]:
     """A copy of tests/ that any user can read, whatever umask the clone was made under."""
-    copy = LOCAL / "image-tests"
+    copy = LOCAL / f"image-tests-{name}"  # two of them may run at a time
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(ROOT / "tests", copy, ignore=shutil.ignore_patterns("__pycache__"))
     for path in [copy, *copy.rglob("*")]:
@@ -78,7 +78,7 @@ def run(name: str, arguments: list[str]) -> bool:
     kube, made = Kubectl(NAMESPACE), f"{name}-tests"
     kube.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
     kube.delete("pod", made)
-    with readable_tests() as tests:
+    with readable_tests(name) as tests:
         folders = {"/tests": tests, "/opt/pytest": pytest_folder()}
         kube.apply(pod(made, local_images()[name], folders, arguments or [f"/tests/{name}"]))
         wait_for("the test pod runs", lambda: pods.phase(kube, made) not in ("", "Pending"), timeout=120)

@@ -155,6 +155,26 @@ def test_two_pushers_at_once_leave_one_whole_artifact(claim: Path, tmp_path: Pat
     assert [item.name for item in claim.iterdir()] == ["x"]
 
 
+def test_a_folder_exchanged_while_it_is_read_is_read_again(
+    claim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("old", "new"):
+        push(write(tmp_path / name, {"a.safetensors": safetensors(8, name[:1].encode())}), f"pvc://store/{name}", PLAIN)
+    wanted = staging.installed(claim / "new")
+    read = staging._read_installed
+
+    def torn(folder: Path) -> staging.Installed | None:
+        """The marker of one and the files of the other: nothing whole, once."""
+        monkeypatch.setattr(staging, "_read_installed", read)
+        (claim / "old").rename(claim / "gone")
+        (claim / "new").rename(claim / "old")
+        return None
+
+    monkeypatch.setattr(staging, "_read_installed", torn)
+    assert wanted is not None
+    assert staging.installed(claim / "old") == wanted
+
+
 def test_readers_see_old_or_new_but_never_a_mixture(claim: Path, tmp_path: Path) -> None:
     one = write(tmp_path / "one", {"a.safetensors": safetensors(1 << 20, b"1"), "one.json": b"1"})
     two = write(tmp_path / "two", {"a.safetensors": safetensors(1 << 20, b"2"), "two.json": b"2"})

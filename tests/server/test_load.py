@@ -156,7 +156,8 @@ async def witness(url: str, expected: str, over: asyncio.Event) -> int:
                     model="tiny", prompt=[7, 8, 9], temperature=0, max_tokens=100, stream=True
                 )
                 text = "".join([chunk.choices[0].text async for chunk in chunks])
-            except openai.RateLimitError:
+            except openai.InternalServerError as error:
+                assert error.status_code == BUSY
                 await asyncio.sleep(0.05)
                 continue
             assert text == expected

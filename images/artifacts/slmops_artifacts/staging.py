@@ -42,7 +42,27 @@ class Installed(NamedTuple):
 
 
 def installed(folder: Path) -> Installed | None:
-    """Read our marker in `folder`, and check that every file it names is there with its size."""
+    """Read our marker in `folder`, and check that every file it names is there with its size.
+
+    A writer may put another folder in its place meanwhile: the marker of one and the files of the other tell nothing.
+    """
+    while True:
+        before = _identity(folder)
+        found = _read_installed(folder)
+        if found is not None or _identity(folder) == before:
+            return found
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from one of the same name before it; None where there is none."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_ctime_ns
+
+
+def _read_installed(folder: Path) -> Installed | None:
     for name in (FOLDER_MANIFEST, MARKER):
         try:
             with (folder / name).open("rb") as stream:
@@ -210,14 +230,15 @@ class Staging:
 
     def _refuse_foreign(self) -> None:
         """Never replace or mix with files that somebody else put there."""
-        if not self.dest.exists() or installed(self.dest) is not None:
+        before = _identity(self.dest)
+        if before is None or installed(self.dest) is not None:
             return
         if not self.dest.is_dir():
             raise ArtifactError("BadUri", f"{self.dest} is a file. Choose an empty folder as the destination.")
         found = [item.name for item in self.dest.iterdir()]
         names = [name for name in found if name != "lost+found" and not name.startswith(".")]
         interrupted = self._marker == MARKER and any(is_ours(name) for name in found)
-        if names and not interrupted:
+        if names and not interrupted and _identity(self.dest) == before:
             raise ArtifactError(
                 "BadUri",
                 f"{self.dest} already holds files that are not an artifact of ours. Choose an empty folder.",

@@ -79,13 +79,14 @@ def read(path: Path) -> ModelFolder:
     """Raises BadModelFolderError with the remedy in words."""
     if not path.is_dir():
         raise BadModelFolderError(f"{path} is not a folder")
+    is_ir = (path / IR).is_file() and not (path / "genai_config.json").exists()
+    config = {} if is_ir else _json(path / "genai_config.json")  # first: what is no model at all lacks a tokenizer too
     if not (path / "tokenizer.json").is_file():
         raise BadModelFolderError(f"tokenizer.json is missing in {path}: save the tokenizer in its fast form")
     tokenizer_file = path / "tokenizer_config.json"
     settings = _json(tokenizer_file) if tokenizer_file.is_file() else {}
-    if (path / IR).is_file() and not (path / "genai_config.json").exists():
+    if is_ir:
         return _read_ir(path, settings)
-    config = _json(path / "genai_config.json")
     try:
         model = config["model"]
         decoder = model["decoder"]
