@@ -62,9 +62,10 @@ def test_stores(space: Kubectl, seeded: str, images: dict[str, str]) -> None:
 
     def refused() -> bool:
         ready = space.condition("finetunejob", "first", "Ready") or {}
-        return ready.get("reason") == "SourceNotFound" and "private" in ready.get("message", "")
+        said = ready.get("message", "")
+        return ready.get("reason") == "SourceNotFound" and "HF_TOKEN" in said and "The Secret is hub." in said
 
-    wait_for("the condition says that the repository may be private", refused, 180)
+    wait_for("the condition says that the token may be wrong, and where it is", refused, 180)
     space.apply(secret("hub", "hf_good"))
     first = space.wait_ready("finetunejob", "first", 240)
     assert first["status"]["artifact"]["uri"].startswith("pvc://models/first"), first["status"]["artifact"]
