@@ -24,6 +24,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.aborts = 2  # somebody_annotates has up to 2
         plan = steps(10, 50, pause=30)
         evidence = analysis(passes=PASSES, failure_limit=1, min_samples=5)
         self.world = World(spec(replicas=3, steps=plan, analysis=evidence, progress_deadline_seconds=120), routers=2)
@@ -124,9 +125,10 @@ class AnyOrder(RuleBasedStateMachine):
         """No metric, no router, no living candidate is needed."""
         for router in self.world.routers:
             router.silent = silent
-        name, before = self.world.candidate, self.world.annotations.get(keys.ANNOTATION_ABORT)
+        name = self.world.candidate
+        self.aborts += 1  # a value that was obeyed is not obeyed again
         self.world.target = revision(name)
-        self.world.annotations[keys.ANNOTATION_ABORT] = f"{name}/{'1' if before != f'{name}/1' else '2'}"
+        self.world.annotations[keys.ANNOTATION_ABORT] = f"{name}/{self.aborts}"
         self.world.run()
         assert self.world.phase in ("RollingBack", "RolledBack")
         assert self.world.config_map[0].get(name, 0) == 0
