@@ -19,9 +19,8 @@ from slmops_trainer.progress import Board
 
 STORE_PATIENCE = 3600.0  # seconds for which a store that is away or full is waited for, with the result in hand
 STORE_PAUSE = 15.0  # seconds between two tries
-SAVE_PATIENCE = (
-    30.0  # seconds for which a store that is away holds up the run, or the end of the pod (whose grace is 60)
-)
+# Seconds for which a store that is away holds up the run, and the end of the pod (whose grace is 60 s).
+SAVE_PATIENCE = 30.0
 
 log = logging.getLogger("slmops")
 
