@@ -55,7 +55,7 @@ def bars(bench: Figures, found: dict[str, dict[str, float]], lost_reasons: tuple
     faster = 1 - int4["latency_seconds"] / teacher["latency_seconds"]
     leaner = 1 - int4["model_memory_bytes"] / teacher["model_memory_bytes"]
     smaller = 1 - int4["file_bytes"] / tuned["file_bytes"]
-    tuned_label = new_label(models["tuned"])
+    label, tuned_label = new_label(models["tuned"]) / (base_accuracy(models["tuned"]) or 1), new_label(models["tuned"])
     return [
         Bar(
             what="int4 keeps the teacher's accuracy",
@@ -96,13 +96,12 @@ def bars(bench: Figures, found: dict[str, dict[str, float]], lost_reasons: tuple
             reason="; ".join(lost_reasons) if canary["sent"] else "no request was sent",
         ),
         Bar(
-            what="the tuned model knows the new label",
-            wanted="80 % or more",
-            measured=f"{tuned_label:.1%}",
-            met=tuned_label >= 0.8,
-            reason=f"held-out messages of team security: {models['tuned']['accuracy']['security_known']:.1%} in "
-            f"known, {models['tuned']['accuracy']['security_new']:.1%} in new phrasings; before the fine-tune "
-            f"{new_label(models['student']):.1%}",
+            what="the new label is answered as the old ones",
+            wanted="92 % or more",
+            measured=f"{label:.1%}",
+            met=label >= 0.92,
+            reason=f"of held-out messages of team security {tuned_label:.1%} are right, of the others "
+            f"{tuned['accuracy']:.1%}; before the fine-tune {new_label(models['student']):.1%}",
         ),
     ]
 

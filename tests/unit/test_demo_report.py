@@ -69,6 +69,13 @@ def test_each_bar_is_missed_by_its_own_figure_and_says_why(change: dict[str, Any
     assert "because: " in "\n".join(report.verdicts(found))
 
 
+def test_a_label_that_was_hardly_learnt_misses_its_bar() -> None:
+    assert (
+        met(bench(tuned={"accuracy": {"known": 0.95, "new": 0.95, "security_known": 0.9, "security_new": 0.8}}))[5]
+        is False
+    )
+
+
 def test_a_missed_accuracy_names_the_step_that_lost_most() -> None:
     worse = {"known": 0.9, "new": 0.7, "security_known": 0.9, "security_new": 0.9}
     measured = bench(student={"accuracy": worse}, tuned={"accuracy": worse}, int4={"accuracy": worse})
