@@ -321,6 +321,7 @@ def test_each_failed_attempt_is_told_once() -> None:
 
 PROGRESS = [
     # old (percent, stage, seconds ago), new (percent, stage), written
+    (None, (0, "Starting"), False),
     (None, (0, "Pulling"), True),
     ((10, "Training", 5), (12, "Training"), False),
     ((10, "Training", 5), (15, "Training"), True),

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Gauge, ProcessCollector, genera
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from slmops.api.keys import METRICS_PORT
-from slmops.api.meta import Progress
+from slmops.api.meta import STAGE_STARTING, Progress
 
 MESSAGE_MAX = 512
 
@@ -33,7 +33,7 @@ class Board:
         self._clock = clock
         self._lock = threading.Lock()
         self._stages: tuple[Stage, ...] = ()
-        self._progress = Progress(percent=0, stage="Starting")
+        self._progress = Progress(percent=0, stage=STAGE_STARTING)
         self._stage_began = (clock(), 0)
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)

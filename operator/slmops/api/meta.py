@@ -205,6 +205,9 @@ class Condition(Model):
     observed_generation: int | None = Field(default=None, description="The generation this was said of.")
 
 
+STAGE_STARTING = "Starting"  # of a run that has done nothing yet
+
+
 class Progress(Model):
     """Where a run stands."""
 

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from slmops.api.batch import BatchSpec
-from slmops.api.meta import BatchStatus, Condition, Failure, Progress
+from slmops.api.meta import STAGE_STARTING, BatchStatus, Condition, Failure, Progress
 from slmops.api.times import parse, stamp
 from slmops.cluster.port import Key, Object
 from slmops.reconcile import conditions
@@ -105,8 +105,8 @@ def plan(status: BatchStatus, *events: Event, requeue: float | None = None, **mo
 def progress(p: Pass) -> Progress | None:
     """Progress to be written: what was read, if it moved enough to be worth a write, else what stands there."""
     new, old = p.seen.progress, p.status.progress
-    if new is None:
-        return old
+    if new is None or (old is None and new.stage == STAGE_STARTING):
+        return old  # that the pod runs is told already
     fresh = new.model_copy(update={"time": p.stamp()})
     if old is None or old.time is None or new.stage != old.stage:
         return fresh
