@@ -36,6 +36,11 @@ def engine(start: Load) -> Engine:
     return start(slots=4, prefill_chunk=7)
 
 
+@pytest.fixture(scope="module")
+def guessing(start: Load) -> Engine:
+    return start(slots=4, prefill_chunk=7, guesses=3)
+
+
 def run(engine: Engine, jobs: list[Job]) -> dict[int, list[int]]:
     for job in jobs:
         engine.submit(job)
@@ -67,9 +72,39 @@ def random_jobs(draw: random.Random, count: int) -> list[Job]:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_tokens_do_not_depend_on_company(engine: Engine, seed: int) -> None:
+    compare_with_alone(engine, random_jobs(random.Random(seed), 14), seed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tokens_that_are_guessed_ahead_do_not_depend_on_company(guessing: Engine, seed: int) -> None:
+    """Answers of three tokens only repeat themselves, so guesses are often right, and often wrong."""
+    three = ((5, 15.0), (6, 15.0), (7, 15.0))
+    jobs = [
+        replace(one, sampling=replace(one.sampling, logit_bias=three)) for one in random_jobs(random.Random(seed), 14)
+    ]
+    before = replace(guessing.drafted)
+    compare_with_alone(guessing, jobs, seed)
+    right = guessing.drafted.accepted - before.accepted
+    assert 20 < right < guessing.drafted.tokens - before.tokens
+
+
+def test_right_guesses_save_steps_and_change_nothing(engine: Engine, guessing: Engine) -> None:
+    asked = [job(1, [7, 8, 9] * 8, 60)]
+    before = guessing.drafted.calls
+    plain, steps = run(engine, asked)[1], 0
+    guessing.submit(asked[0])
+    got = []
+    while guessing.busy:
+        got += [token.token for token in guessing.step()]
+        steps += 1
+    assert guessing.drafted.calls > before
+    assert got == plain
+    assert steps < len(got)
+
+
+def compare_with_alone(engine: Engine, jobs: Sequence[Job], seed: int) -> None:
     """Random arrivals, lengths and cancels: who stays gets the tokens that it gets alone."""
-    draw = random.Random(seed)
-    jobs = random_jobs(draw, 14)
+    draw = random.Random(f"{seed} arrivals")
     alone = {one.id: run(engine, [one])[one.id] for one in jobs}
     got: dict[int, list[int]] = {one.id: [] for one in jobs}
     waiting, cancelled = list(jobs), set()

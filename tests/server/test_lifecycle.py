@@ -236,3 +236,22 @@ def test_all_addresses_are_those_of_both_families(start: Start) -> None:
     for host in ("127.0.0.1", "[::1]"):
         assert server.http.get(f"http://{host}:{server.port}/readyz").status_code == 200
         assert server.http.get(f"http://{host}:{metrics}/metrics").status_code == 200
+
+
+def test_guesses_end_where_a_stop_string_ends_the_answer(start: Start) -> None:
+    server = start("--speculate", "4", "--slots", "2")
+    same = {"max_tokens": 40, "logit_bias": {"300": 100}, "temperature": 0}  # one token again and again
+    text = server.complete(**same).json()["choices"][0]["text"]
+    got = server.complete(**same, stop=text[:7]).json()
+    assert (got["choices"][0]["text"], got["choices"][0]["finish_reason"]) == ("", "stop")
+    frames = server.complete(**same, stream=True).text.split("\n\n")
+    assert "".join(json.loads(f[6:])["choices"][0]["text"] for f in frames if f.startswith("data: {")) == text
+    wait_for(lambda: server.metric("vllm:spec_decode_num_accepted_tokens_total") > 30, "the guesses that were right")
+    assert server.metric("vllm:spec_decode_num_draft_tokens_total") >= 30
+    assert server.metric("slmops_engine_steps_total") < 80
+
+
+def test_an_engine_that_cannot_guess_says_so(start: Start) -> None:
+    server = start("--speculate", "4", "--engine", "genai", ready=False)
+    assert server.process.wait(60) == 1
+    assert "--speculate" in server.log.read_text()

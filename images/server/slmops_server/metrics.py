@@ -86,6 +86,9 @@ class _Live(Collector):
             "slmops_engine_steps": ("Steps of the engine.", "count"),
             "slmops_engine_step_seconds": ("Their time.", "seconds"),
             "slmops_engine_step_tokens": ("Tokens that they made.", "tokens"),
+            "vllm:spec_decode_num_drafts": ("Calls over guessed tokens.", "drafts"),
+            "vllm:spec_decode_num_draft_tokens": ("Guessed tokens.", "draft_tokens"),
+            "vllm:spec_decode_num_accepted_tokens": ("Of these, tokens that were right.", "accepted_tokens"),
         }
         for name, (text, key) in totals.items():
             counter = CounterMetricFamily(name, text, labels=["model_name"])

@@ -52,7 +52,12 @@ class Service:
         self.max_len = min(settings.max_model_len or self.folder.context_length, self.folder.context_length)
         self.keys = ApiKeys(settings.api_keys_dir)
         options = EngineOptions(
-            settings.engine, settings.threads, settings.slots, settings.max_model_len, settings.prefill_chunk
+            settings.engine,
+            settings.threads,
+            settings.slots,
+            settings.max_model_len,
+            settings.prefill_chunk,
+            settings.speculate,
         )
         self.supervisor = Supervisor(settings.model, options, settings.log_level, settings.step_timeout)
         self.metrics = Metrics(settings.served_names[0], self.supervisor, self.max_len)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 ENGINES = ("auto", "onnxruntime", "genai", "openvino")
 PREFIX = "SLMOPS_SERVER_"
+GUESSES_MAX = 16
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Settings:
     slots: int = 0
     max_model_len: int = 0
     prefill_chunk: int = 256
+    speculate: int = 0
     max_queue: int = 64
     max_queue_tokens: int = 0
     max_body_bytes: int = 4 << 20
@@ -41,6 +43,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
+def _guesses(text: str) -> int:
+    value = _positive(text)
+    if value > GUESSES_MAX:
+        raise argparse.ArgumentTypeError(f"more than {GUESSES_MAX} tokens are never guessed right")
     return value
 
 
@@ -96,6 +105,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
     option("slots", "0", _positive, "answers generated at the same time; 0: from CPU and memory limits")
     option("max-model-len", "0", _positive, "prompt + answer, in tokens; 0: the model's context length")
     option("prefill-chunk", "256", _positive, "prompt tokens per step, so that running answers keep moving")
+    option("speculate", "0", _guesses, "tokens of an answer guessed ahead where its text repeats itself; 0: none")
     option("max-queue", "64", _positive, "requests that may wait for a slot; the next one gets 503")
     option(
         "max-queue-tokens",
@@ -132,6 +142,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
         slots=got.slots,
         max_model_len=got.max_model_len,
         prefill_chunk=max(1, got.prefill_chunk),
+        speculate=got.speculate,
         max_queue=got.max_queue,
         max_queue_tokens=got.max_queue_tokens,
         max_body_bytes=got.max_body_bytes,

@@ -152,13 +152,17 @@ class Worker:
                 self._channel.send({"pong": message["n"], "steps": self.steps()})
 
     def steps(self) -> dict[str, float]:
-        """What the front cannot know: steps so far, their seconds and tokens; tokens that the cache holds for jobs."""
+        """What the front cannot know: steps so far, their seconds and tokens, what was guessed; tokens in the cache."""
+        drafted = self._engine.drafted
         started = [answer for number, answer in self._answers.items() if number not in self._unstarted]
         return {
             "count": self._steps,
             "seconds": self._step_seconds,
             "tokens": self._step_tokens,
             "held": sum(answer.prompt + answer.count for answer in started),
+            "drafts": drafted.calls,
+            "draft_tokens": drafted.tokens,
+            "accepted_tokens": drafted.accepted,
         }
 
     def _start(self, message: dict[str, Any]) -> None:
@@ -217,7 +221,9 @@ class Worker:
             self._note_started(begin, sum(token.finish is not None for token in tokens))
         events: list[list[Any]] = []
         for token in tokens:
-            answer = self._answers[token.job]
+            answer = self._answers.get(token.job)
+            if answer is None:  # a stop string ended it with the token before
+                continue
             answer.tick(now)
             answer.cached += token.cached
             if token.prompt_scores:

@@ -86,6 +86,15 @@ class EngineInfo:
     notes: dict[str, str]
 
 
+@dataclass(slots=True)
+class Drafted:
+    """Speculation so far: calls over guessed tokens, these tokens, and how many of them were right."""
+
+    calls: int = 0
+    tokens: int = 0
+    accepted: int = 0
+
+
 class Engine(Protocol):
     """An engine owns its model and is driven by one thread: submit and cancel between calls of step.
 
@@ -93,6 +102,7 @@ class Engine(Protocol):
     """
 
     info: EngineInfo
+    drafted: Drafted
 
     def submit(self, job: Job) -> None:
         """Queue a job; it starts in a later step, in order of arrival."""

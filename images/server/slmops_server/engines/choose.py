@@ -26,6 +26,7 @@ class EngineOptions:
     slots: int = 0
     max_model_len: int = 0
     prefill_chunk: int = 256
+    guesses: int = 0
 
 
 class DoesNotFitError(Exception):
@@ -80,6 +81,8 @@ def load(folder: ModelFolder, options: EngineOptions) -> Engine:
                 raise
             reason = str(error)
             log.info("Engine onnxruntime refused the model: %s", reason)
+    if options.guesses:
+        raise EngineRefusedError(f"engine genai cannot guess ahead: leave --speculate out{reason and f' ({reason})'}")
     return _genai(folder, min(slots, options.slots or GENAI_SLOTS), max_len, options.threads or limit, reason)
 
 
@@ -87,7 +90,9 @@ def _onnxruntime(folder: ModelFolder, options: EngineOptions, slots: int, max_le
     from slmops_server.engines import ort
 
     forward, threads, notes = ort.load(folder, slots, max_len, options.prefill_chunk, options.threads, limit)
-    return SlotEngine(forward, EngineInfo("onnxruntime", slots, max_len, threads, notes), folder.eos_ids)
+    return SlotEngine(
+        forward, EngineInfo("onnxruntime", slots, max_len, threads, notes), folder.eos_ids, options.guesses
+    )
 
 
 def _openvino(folder: ModelFolder, options: EngineOptions, max_len: int, limit: int) -> Engine:
@@ -97,7 +102,7 @@ def _openvino(folder: ModelFolder, options: EngineOptions, max_len: int, limit: 
     slots = plan_slots(folder, max_len, options.slots, memory, openvino.KV_BYTES, openvino.RUNTIME_BYTES)
     threads = options.threads or limit
     forward, notes = openvino.load(folder, slots, max_len, options.prefill_chunk, threads)
-    return SlotEngine(forward, EngineInfo("openvino", slots, max_len, threads, notes), folder.eos_ids)
+    return SlotEngine(forward, EngineInfo("openvino", slots, max_len, threads, notes), folder.eos_ids, options.guesses)
 
 
 def _genai(folder: ModelFolder, slots: int, max_len: int, threads: int, reason: str) -> Engine:

@@ -14,7 +14,8 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, cast
 
-from slmops_server.engines.base import EngineInfo, Job, Scores, Token
+from slmops_server.engines.base import Drafted, EngineInfo, Job, Scores, Token
+from slmops_server.engines.drafts import Drafts
 from slmops_server.engines.sampler import Logits, Sampler, scores
 from slmops_server.engines.schedule import WEIGHT, Pace, common, cover
 
@@ -56,13 +57,26 @@ class Forward(Protocol):
 class _Row:
     """A running answer."""
 
-    __slots__ = ("cached", "ends", "job", "last", "length", "made", "prompt_scores", "sampler", "slot", "started")
+    __slots__ = (
+        "cached",
+        "drafts",
+        "ends",
+        "job",
+        "last",
+        "length",
+        "made",
+        "prompt_scores",
+        "sampler",
+        "slot",
+        "started",
+    )
 
-    def __init__(self, job: Job, slot: int, cached: int, vocab: int, eos: frozenset[int]) -> None:
+    def __init__(self, job: Job, slot: int, cached: int, vocab: int, eos: frozenset[int], guesses: int) -> None:
         self.job, self.slot = job, slot
         self.ends = (frozenset() if job.ignore_eos else eos) | frozenset(job.sampling.stop_ids)
         self.sampler = Sampler(job.sampling, job.prompt, vocab, self.ends, job.guide)
         self.prompt_scores: list[tuple[int, Scores]] | None = [] if job.score_prompt else None
+        self.drafts = Drafts(job.prompt, guesses) if guesses else None
         self.length = cached  # tokens in the cache
         self.cached = cached  # of these, tokens that were there already
         self.started = False
@@ -74,9 +88,17 @@ class SlotEngine:
     """An Engine over a Forward."""
 
     def __init__(
-        self, forward: Forward, info: EngineInfo, eos: frozenset[int], clock: Callable[[], float] = time.perf_counter
+        self,
+        forward: Forward,
+        info: EngineInfo,
+        eos: frozenset[int],
+        guesses: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """guesses: tokens that an answer may be ahead of itself where its text repeats; needs rows that are kept."""
         self.info = info
+        self.drafted = Drafted()
+        self._guesses = guesses
         self._forward, self._eos, self._clock = forward, eos, clock
         self._waiting: deque[Job] = deque()
         self._prefilling: deque[_Row] = deque()
@@ -116,7 +138,8 @@ class SlotEngine:
         tokens: list[Token] = []
         if self._prefilling:
             self._prefill(self._prefilling[0], tokens)
-        active = [row is not None and row.last >= 0 for row in self._rows]
+        guessed = self._guess(tokens) if self._guesses else ()
+        active = [row is not None and row.last >= 0 and row not in guessed for row in self._rows]
         if any(active):
             begin = self._clock()
             for first, count in cover(self._padded(active), self._forward.decode_seconds)[1]:
@@ -136,7 +159,7 @@ class SlotEngine:
         if held[slot] == 0 or 2 * held[slot] < len(self._kept[slot]):  # rather copy than lose a long tail
             slot = min(free, key=lambda s: (self._cost_with(s), self._used[s]))
         self._kept[slot] = job.prompt[: held[slot]]
-        self._rows[slot] = row = _Row(job, slot, held[slot], self._forward.vocab, self._eos)
+        self._rows[slot] = row = _Row(job, slot, held[slot], self._forward.vocab, self._eos, self._guesses)
         self._prefilling.append(row)
 
     def _cost_with(self, slot: int) -> float:
@@ -196,6 +219,32 @@ class SlotEngine:
             told.append((token, scores(logits, token, row.job.sampling.logprobs)))
         return cast("Logits", after[-1])
 
+    def _guess(self, tokens: list[Token]) -> list[_Row]:
+        """Advance the rows whose text seems to repeat, each by as many tokens as the model chooses as guessed."""
+        moved = []
+        for row in self._rows:
+            if row is None or row.last < 0 or row.drafts is None:
+                continue
+            guessed = row.drafts.guess(row.job.max_tokens - row.made - 1)
+            if guessed:
+                self._verify(row, row.drafts, guessed, tokens)
+                moved.append(row)
+        return moved
+
+    def _verify(self, row: _Row, drafts: Drafts, guessed: list[int], tokens: list[Token]) -> None:
+        after = self._forward.score(row.slot, [row.last, *guessed], row.length)
+        made = row.made
+        for guess, logits in zip([*guessed, -1], after, strict=True):
+            row.length += 1
+            self._sample(row, logits, tokens)
+            if row.last != guess or self._rows[row.slot] is not row:
+                break
+        accepted = max(0, row.made - made - 1)
+        drafts.learn(len(guessed), accepted)
+        self.drafted.calls += 1
+        self.drafted.tokens += len(guessed)
+        self.drafted.accepted += accepted
+
     def _decode(self, first: int, count: int, tokens: list[Token]) -> None:
         slots = range(first, first + count)
         rows = [self._rows[slot] if slot < len(self._rows) else None for slot in slots]
@@ -219,6 +268,8 @@ class SlotEngine:
             return
         row.last = token
         row.made += 1
+        if row.drafts is not None:
+            row.drafts.add(token)
         finish = None
         if token in row.ends:
             finish = "stop"
