@@ -56,7 +56,9 @@ async def run(settings: Settings) -> None:
                 work.poke(key)
 
     cluster = KubeCluster(configuration(), threads=settings.workers, on_call=metrics.on_call)
-    driver = Driver(cluster, settings, reconcilers(), pusher(settings), metrics.on_end, metrics.on_count)
+    driver = Driver(
+        cluster, settings, reconcilers(), pusher(settings), metrics.on_end, metrics.on_count, known.circular
+    )
     work = Work(
         driver.run,
         Schedule[Key](lambda: random.uniform(-1, 1)),  # noqa: S311  # spreads load, guards nothing

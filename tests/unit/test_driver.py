@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from tests.unit.objects import ARTIFACT, NOW, Object, at, finetune, of, pod, succeeded
+from tests.unit.objects import ARTIFACT, NOW, at, finetune, of, pod, succeeded
 
 from slmops.api.finetune import FineTuneJobSpec
 from slmops.cluster.memory import MemoryCluster, key_of
-from slmops.cluster.port import ClusterError, Key
+from slmops.cluster.port import ClusterError, Key, Object
+from slmops.handlers.known import Known, note_of
 from slmops.reconcile.driver import Driver
 from slmops.reconcile.protocol import World
 from slmops.reconcile.state import Event, Plan, Retry, Routes, Terminal
@@ -296,3 +297,53 @@ def test_a_whole_life_with_the_real_reconciler() -> None:
     cluster.delete(key)
     assert driver.run(key) == math.inf
     assert cluster.objects == {} or all(found.kind == "Pod" for found in cluster.objects)
+
+
+class Counting(MemoryCluster):
+    """Counts what is read of our objects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = 0
+
+    def get(self, key: Key) -> Object | None:
+        self.read += key.kind == "FineTuneJob"
+        return super().get(key)
+
+
+def test_a_pass_that_waits_reads_its_own_source_however_long_the_chain() -> None:
+    """Ten, a hundred, a thousand that wait for one another: the last of them reads itself and the one before."""
+    cluster, known = Counting(), Known()
+    chain = [finetune(name=f"n{number}", base=base(f"n{number - 1}")) for number in range(1000)]
+    for number, link in enumerate(chain):
+        link["metadata"]["uid"] = f"n{number}"
+        known.concerned(note_of({"object": cluster.put(link)}))
+    driver = Driver(
+        cluster,
+        Settings(store="oci://s"),
+        reconcilers(lambda address: None),
+        lambda routes: None,
+        circular=known.circular,
+        clock=lambda: NOW,
+    )
+    for last in (9, 99, 999):
+        cluster.read = 0
+        driver.run(key_of(chain[last]))
+        assert cluster.read == 2
+    assert reason(cluster, chain[999]) == "SourceNotReady"
+    first = {**chain[0], "spec": {**chain[0]["spec"], "base": base("n2")}}
+    known.concerned(note_of({"object": cluster.put(first)}))
+    for closing in (0, 1, 2):  # whichever comes first
+        driver.run(key_of(chain[closing]))
+        assert reason(cluster, chain[closing]) == "SourceCycle"
+    driver.run(key_of(chain[3]))
+    assert reason(cluster, chain[3]) == "SourceNotReady"
+
+
+def base(name: str) -> Object:
+    return {"ref": {"kind": "FineTuneJob", "name": name}}
+
+
+def reason(cluster: MemoryCluster, obj: Object) -> str:
+    said = cluster.objects[key_of(obj)]["status"]["conditions"]
+    return next(str(one["reason"]) for one in said if one["type"] == "Ready")

@@ -130,3 +130,45 @@ def test_names_do_not_pile_up() -> None:
         for kind in (None, "DELETED"):
             known.concerned(event(next_of(f"source-{number}"), kind))
     assert known._named_by == {}  # memory shows from inside alone
+
+
+def test_another_source_is_news_to_those_that_name_it() -> None:
+    """It may have closed a circle, though its own condition says what it said before."""
+    known = Known()
+    known.concerned(event(next_of(), None))
+    waits = finetune(ready("SourceNotReady"))
+    known.concerned(event(waits))
+    other = {**waits, "spec": {**waits["spec"], "base": {"ref": {"kind": "FineTuneJob", "name": "next"}}}}
+    assert known.concerned(event(other)) == {NEXT}
+
+
+def test_a_circle_of_names_is_known_with_its_last_note() -> None:
+    known = Known()
+
+    def names(name: str, *others: str) -> bool:
+        refs = {
+            field: {"ref": {"kind": "FineTuneJob", "name": n}}
+            for field, n in zip(("base", "source"), others, strict=False)
+        }
+        obj = ours("FineTuneJob", refs, name=name)
+        obj["metadata"]["uid"] = name
+        known.concerned(event(obj))
+        return known.circular(Key("FineTuneJob", "ns", name))
+
+    assert not known.circular(TUNE)  # nobody has told of it
+    assert not names("a", "b")
+    assert not names("c", "b", "d")
+    assert names("b", "d", "a")
+    assert not names("c", "b", "d")  # it waits for a circle, but is in none
+    assert not names("b", "d")
+    assert names("d", "d")
+    assert not names("b", "d")
+
+
+def test_a_circle_does_not_leave_its_namespace() -> None:
+    known = Known()
+    for namespace, name, other in (("ns", "a", "b"), ("else", "b", "a")):
+        obj = ours("FineTuneJob", {"base": {"ref": {"kind": "FineTuneJob", "name": other}}}, name=name)
+        obj["metadata"] |= {"uid": name, "namespace": namespace}
+        known.concerned(event(obj))
+        assert not known.circular(Key("FineTuneJob", namespace, name))

@@ -1,7 +1,7 @@
 """What the watches have told: whose child is whose, who names whom, which phase everything is in.
 
-An optimisation only: it decides who is woken when, never what is done. It is rebuilt from the watches at start, and
-what it misses the resync finds.
+An optimisation only: it decides who is woken when and which look is worth its reads, never what is done. It is rebuilt
+from the watches at start, and what it misses the resync finds.
 """
 
 from collections import Counter
@@ -83,7 +83,7 @@ class Known:
         woken: set[Key] = set()
         if before.asked != note.asked or note.key.kind not in BATCH:
             woken.add(note.key)
-        if before.news != note.news:
+        if before.news != note.news or before.names != note.names:
             woken |= self._named_by.get(note.key, set())
         return woken
 
@@ -94,6 +94,21 @@ class Known:
             return set()
         self._keep(replace(before, deleted=True), before)
         return set(self._named_by.get(key, ()))
+
+    def circular(self, key: Key) -> bool:
+        """Whether the object names itself, be it by way of others. May be asked from any thread.
+
+        Whose note closes a circle is woken after that note was kept, so its pass gets a right answer.
+        """
+        ahead, seen = [key], set[Key]()
+        while ahead:
+            note = self._notes.get(ahead.pop())
+            new = (note.names if note else frozenset[Key]()) - seen
+            if key in new:
+                return True
+            seen |= new
+            ahead += new
+        return False
 
     def phases(self) -> Counter[tuple[str, str]]:
         """How many objects there are by kind and phase."""

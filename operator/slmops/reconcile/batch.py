@@ -86,7 +86,8 @@ class BatchReconciler:
             try:
                 wanted, digest = self._wanted(obj, spec, world)
             except Retry as retry:
-                if retry.reason == sources.NOT_READY:
+                own = Key(self.kind, namespace, obj["metadata"]["name"])
+                if retry.reason == sources.NOT_READY and world.circular(own):
                     sources.check_cycle(cluster, obj)
                 blocked = Blocked(retry.reason, str(retry), retry.after or None)
         return Seen(

@@ -65,6 +65,7 @@ class Driver:
     push_routes: PushRoutes
     on_end: OnEnd = field(default=lambda _kind, _outcome, _seconds: None)
     on_count: OnCount = field(default=lambda _count: None)
+    circular: Callable[[Key], bool] = field(default=lambda _key: True)  # where nobody knows, passes look
     clock: Callable[[], datetime] = field(default=utc_now)
 
     def run(self, key: Key) -> float | None:
@@ -79,7 +80,7 @@ class Driver:
         reconciler = self.reconcilers[key.kind]
         now = self.clock()
         try:
-            observed = reconciler.observe(obj, World(self.cluster, self.settings, now))
+            observed = reconciler.observe(obj, World(self.cluster, self.settings, now, self.circular))
             plan = reconciler.decide(obj, observed, now)
             refused = self._carry_out(obj, plan)
         except (Retry, Terminal, ClusterError, RemoteError, ValidationError) as error:

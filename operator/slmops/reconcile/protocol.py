@@ -1,21 +1,27 @@
 """What a kind brings to the driver: how to read its world, and how to decide."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
-from slmops.cluster.port import Cluster, Object
+from slmops.cluster.port import Cluster, Key, Object
 from slmops.reconcile.state import Observed, Plan
 from slmops.settings import Settings
 
 
 @dataclass(frozen=True)
 class World:
-    """What observing may ask. `now` is the pass's one clock reading (aware, UTC)."""
+    """What observing may ask.
+
+    `now` is the pass's one clock reading (aware, UTC). `circular`: whether an object may name itself by way of others;
+    it costs no read, and a pass looks for itself where it says so.
+    """
 
     cluster: Cluster
     settings: Settings
     now: datetime
+    circular: Callable[[Key], bool]
 
 
 class Reconciler(Protocol):
