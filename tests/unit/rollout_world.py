@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from slmops.api import keys
 from slmops.api.deployment import (
     Analysis,
     AnalysisMetric,
@@ -66,6 +67,7 @@ class World:
         self.deployments: dict[str, int] = {}
         self.ready: dict[str, int] = {}
         self.broken: dict[str, Problem] = {}  # revisions whose pods never get ready
+        self.deleted: set[str] = set()  # revisions whose Deployment somebody deleted, until it is there again
         self.unreached: set[str] = set()  # revisions whose pods the routers do not find
         self.routers = [RouterPod() for _ in range(routers)]
         self.config_map: tuple[dict[str, int], str] = ({}, "")
@@ -114,6 +116,11 @@ class World:
         """A user edits the plan."""
         plan = self.spec.rollout.model_copy(update=fields)
         self.spec = self.spec.model_copy(update={"rollout": plan})
+
+    def delete_deployment(self, name: str) -> None:
+        """Somebody deletes it by hand, and its pods with it."""
+        self._remove(name)
+        self.deleted.add(name)
 
     # The operator.
 
@@ -181,6 +188,7 @@ class World:
 
     def _scale(self, name: str, count: int) -> None:
         self.deployments[name] = count
+        self.deleted.discard(name)
         self.ready[name] = min(self.ready.get(name, 0), count)
 
     def _push(self, router: RouterPod, decision: Decision) -> None:
@@ -223,9 +231,11 @@ class World:
 
     def _may_have(self, name: str, weight: int, before: ModelDeploymentStatus, seen: Seen) -> None:
         """Weight of a candidate rises only when enough pods are ready, and stays only while one is."""
-        ready = seen.pods[name].ready
+        ready = seen.pods[name].ready if name in seen.pods else 0
         assert ready > 0 or before.stable is None
         had = (before.weight or 0) if before.candidate and before.candidate.revision == name else 0
+        paused = self.annotations.get(keys.ANNOTATION_PAUSE) in ("*", name)
+        assert weight <= had or not paused
         if weight > had and before.stable is not None:
             assert ready >= candidate_pods(self.spec.replicas, weight)
             for router in seen.routers:
@@ -235,7 +245,11 @@ class World:
         """A router never sends requests to a revision that is not there."""
         for router in self.routers:
             for name, weight in router.weights.items():
-                assert weight == 0 or name in self.deployments, (name, router.weights, self.log[-5:])
+                assert weight == 0 or name in self.deployments or name in self.deleted, (
+                    name,
+                    router.weights,
+                    self.log[-5:],
+                )
 
 
 def serving(name: str = "aaa", **how: Any) -> World:

@@ -100,8 +100,8 @@ def test_promote_skips_a_pause_but_no_evidence():
 
 def test_pause_holds_as_long_as_it_stands_and_failures_still_roll_back():
     world = serving(steps=steps(10, pause=None), analysis=analysis(failure_limit=0))
-    world.annotations[keys.ANNOTATION_PAUSE] = "bbb"
     world.deploy("bbb")
+    world.annotations[keys.ANNOTATION_PAUSE] = "bbb"
     world.serve(300)
     for _ in range(5):
         world.after(10)
@@ -109,8 +109,8 @@ def test_pause_holds_as_long_as_it_stands_and_failures_still_roll_back():
     world.annotations.clear()
     world.passes()
     assert world.stable == "bbb"
-    world.annotations[keys.ANNOTATION_PAUSE] = "*"
     world.deploy("ccc")
+    world.annotations[keys.ANNOTATION_PAUSE] = "*"
     world.serve(300)
     world.measured = ["Fail"]
     world.after(10)
@@ -280,3 +280,25 @@ def test_a_candidate_with_requests_is_measured_while_it_lacks_some_of_its_pods()
     world.measured = ["Fail"]
     world.after(10, settle=False)
     assert world.phase in ("RollingBack", "RolledBack")
+
+
+@pytest.mark.parametrize("value", ["*", "bbb", "bbb/until-monday", " bbb "])
+def test_a_share_never_rises_while_it_is_paused(value):
+    world = serving(replicas=4, steps=steps(10, 50, pause=60))
+    world.annotations[keys.ANNOTATION_PAUSE] = value
+    world.deploy("bbb")
+    world.after(3600)
+    assert (world.phase, world.weight, world.hold.split(":")[0]) == ("Preparing", 0, "Paused")
+    world.annotations.clear()
+    world.passes()
+    world.after(61, settle=False)
+    assert (world.status.rollout.step, world.weight, world.status.rollout.state) == (1, 10, "Scaling")
+    world.annotations[keys.ANNOTATION_PAUSE] = value
+    world.after(3600)
+    assert (world.weight, world.hold.split(":")[0]) == (10, "Paused")
+    world.edit_rollout(steps=steps(5, 5, pause=60))
+    world.passes()
+    assert world.weight == 5  # down it may go
+    world.annotations[keys.ANNOTATION_PAUSE] = "ccc"
+    world.after(61)
+    assert world.stable == "bbb"

@@ -210,3 +210,26 @@ def test_a_deployment_that_nobody_knows_any_more_goes():
     world.passes()
     world.after(31)
     assert world.deployments == {"aaa": 2}
+
+
+def test_more_time_for_pods_counts_while_they_are_waited_for():
+    world = serving(progress_deadline_seconds=60)
+    world.broken["bbb"] = Problem("ImagePullFailed", "It is still pulled.")
+    world.deploy("bbb")
+    world.after(50)
+    world.edit_rollout(progress_deadline_seconds=300)
+    world.after(200)
+    assert world.phase == "Preparing"
+    world.edit_rollout(progress_deadline_seconds=100)
+    world.passes()
+    assert world.phase == "RolledBack"
+
+
+def test_an_old_revision_goes_by_the_delay_of_the_moment():
+    world = serving(steps=[], scale_down_delay_seconds=604800)
+    world.deploy("bbb")
+    world.after(100)
+    assert world.deployments == {"aaa": 2, "bbb": 2}
+    world.edit_rollout(scale_down_delay_seconds=99)
+    world.passes()
+    assert (world.phase, world.deployments) == ("Stable", {"bbb": 2})

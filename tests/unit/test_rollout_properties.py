@@ -173,10 +173,46 @@ class AnyOrder(RuleBasedStateMachine):
         assert world.status == settled  # at rest, nothing is written
 
 
-AnyOrder.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
-)
-TestAnyOrder = AnyOrder.TestCase
+class AnyPlan(AnyOrder):
+    """The plan is edited as well, and Deployments are deleted by hand."""
+
+    PLANS = ([], steps(10, pause=30), steps(10, 50, pause=30), steps(0, 100, pause=30), steps(30, approval=True))
+
+    @rule(number=st.integers(0, len(PLANS) - 1))
+    def the_steps_are_edited(self, number: int) -> None:
+        self.world.edit_rollout(steps=self.PLANS[number])
+
+    @rule(passes=st.integers(0, 3), failures=st.integers(0, 1))
+    def the_analysis_is_edited(self, passes: int, failures: int) -> None:
+        evidence = analysis(passes=passes, failure_limit=failures, min_samples=5) if passes else None
+        self.world.edit_rollout(analysis=evidence)
+
+    @rule(deadline=st.sampled_from([10, 600]), delay=st.sampled_from([0, 3600]))
+    def the_times_are_edited(self, deadline: int, delay: int) -> None:
+        self.world.edit_rollout(progress_deadline_seconds=deadline, scale_down_delay_seconds=delay)
+
+    @rule(name=NAMES)
+    def a_deployment_is_deleted(self, name: str) -> None:
+        self.world.delete_deployment(name)
+
+    @invariant()
+    def nobody_is_promoted_without_evidence(self) -> None:
+        """How much that is, changes with the plan."""
+
+    @invariant()
+    def a_failure_is_a_failure(self) -> None:
+        """How many are too many, too."""
+
+    def teardown(self) -> None:
+        self.world.edit_rollout(steps=self.PLANS[2], scale_down_delay_seconds=30)
+        super().teardown()
+
+
+for machine in (AnyOrder, AnyPlan):
+    machine.TestCase.settings = settings(
+        max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+TestAnyOrder, TestAnyPlan = AnyOrder.TestCase, AnyPlan.TestCase
 
 
 @given(replicas=st.integers(1, 1000), weight=st.integers(0, 100))

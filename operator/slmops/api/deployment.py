@@ -221,8 +221,10 @@ class RolloutStatus(Model):
         json_schema_extra={"format": "date-time"},
     )
     approved: bool = Field(default=False, description="This step's pause was cut short, or its approval given.")
-    deadline_at: str | None = Field(
-        default=None, description="When it is given up.", json_schema_extra={"format": "date-time"}
+    waiting_since: str | None = Field(
+        default=None,
+        description="Since when pods are waited for; progressDeadlineSeconds later the revision is given up.",
+        json_schema_extra={"format": "date-time"},
     )
     measured_at: str | None = Field(
         default=None, description="Last measurement.", json_schema_extra={"format": "date-time"}
@@ -239,7 +241,8 @@ class RolloutStatus(Model):
     retiring: dict[str, str] = Field(
         default_factory=dict,
         max_length=16,
-        description="Revisions on their way out, and when they go; empty while a router may still send them requests.",
+        description="Revisions on their way out, and since when no router sends them requests: scaleDownDelaySeconds "
+        "later they go. Empty while a router may still send them some.",
     )
     handled: dict[str, str] = Field(
         default_factory=dict, max_length=8, description="Verbs already obeyed, by annotation."

@@ -7,6 +7,7 @@ from slmops.api.deployment import Analysis, RolloutStatus, Step
 from slmops.api.times import parse, stamp
 from slmops.rollout.phases import PROMOTING, SAMPLES_SECONDS, STEP
 from slmops.rollout.seen import Problem
+from slmops.rollout.verbs import meant
 from slmops.rollout.verdicts import all_pass, first_failed, first_unknown, still_pass, too_few
 from slmops.rollout.work import Work
 
@@ -36,8 +37,8 @@ def earned(work: Work, step: Step) -> bool:
 
 
 def paused(work: Work) -> bool:
-    """Whether somebody asked to stay here."""
-    if work.seen.annotations.get(keys.ANNOTATION_PAUSE) not in ("*", work.name):
+    """Whether somebody asked to stay here: the candidate's share does not rise then."""
+    if meant(work.seen.annotations.get(keys.ANNOTATION_PAUSE, "")) not in ("*", work.name):
         return False
     work.hold("Paused", f"Paused by annotation; remove {keys.ANNOTATION_PAUSE} to go on.")
     return True

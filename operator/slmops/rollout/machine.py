@@ -95,7 +95,8 @@ def _preparing(work: Work) -> None:
     if work.asleep():
         return
     # The first revision has nobody to protect: it serves as soon as one pod does.
-    if work.pods_ready(1 if work.stable is None else work.need(work.steps[0] if work.steps else None)):
+    ready = work.pods_ready(1 if work.stable is None else work.need(work.steps[0] if work.steps else None))
+    if ready and not evidence.paused(work):
         work.set(step=0)
         work.enter(STEP if work.stable and work.steps else PROMOTING)
 
@@ -111,6 +112,8 @@ def _step(work: Work) -> None:
         work.start_over()
     evidence.keep_measuring(work)
     if evidence.judged(work) or _lost(work) or not work.pods_ready(work.need(step)):
+        return
+    if work.weight < step.weight and evidence.paused(work):
         return
     work.weight = step.weight
     if not work.routed():

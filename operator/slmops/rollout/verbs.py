@@ -25,6 +25,11 @@ _APPLIES = {Verb.ABORT: _ROLLING_OUT, Verb.RETRY: ("RolledBack",), Verb.PROMOTE:
 _WAITS = {Verb.ABORT: (), Verb.RETRY: ("RollingBack",), Verb.PROMOTE: ("Preparing",)}
 
 
+def meant(value: str) -> str:
+    """The revision, or `*`, that an annotation is for."""
+    return value.partition("/")[0].strip()
+
+
 def obey(
     annotations: Mapping[str, str], rollout: RolloutStatus, stable: Revision | None, candidate: Revision | None
 ) -> tuple[dict[str, str], Verb | None]:
@@ -43,9 +48,9 @@ def obey(
         if rollout.handled.get(verb) == value:
             handled[verb] = value
             continue
-        meant = value.partition("/")[0].strip()
-        ours = candidate is not None and meant in ("*", candidate.revision)
-        past = meant == "*" or (stable is not None and meant == stable.revision)
+        whom = meant(value)
+        ours = candidate is not None and whom in ("*", candidate.revision)
+        past = whom == "*" or (stable is not None and whom == stable.revision)
         if ours and rollout.phase in applies and todo is None:
             todo = verb
             handled[verb] = value

@@ -46,13 +46,13 @@ class Work:
     def enter(self, phase: str) -> None:
         """Begin a phase, or the next step."""
         self.set(
-            phase=phase, entered_at=stamp(self.now), deadline_at=None, routed_at=None, measured_at=None,
+            phase=phase, entered_at=stamp(self.now), waiting_since=None, routed_at=None, measured_at=None,
             approved=False, passes=0, hold="", state="",
         )  # fmt: skip
 
     def start_over(self) -> None:
         """The running step has another weight now: what was earned, or approved, at the old one counts no more."""
-        self.set(deadline_at=None, routed_at=None, measured_at=None, approved=False, passes=0)
+        self.set(waiting_since=None, routed_at=None, measured_at=None, approved=False, passes=0)
 
     def hold(self, reason: str, message: str) -> None:
         """Say why it does not go on."""
@@ -115,16 +115,12 @@ class Work:
             return 0.0
         return (parse(since) + timedelta(seconds=seconds) - self.now).total_seconds()
 
-    def after(self, seconds: float) -> str:
-        """That time from now."""
-        return stamp(self.now + timedelta(seconds=seconds))
-
     def asleep(self) -> bool:
         """Whether there shall be no pods at all: then nothing moves, and nothing is a failure."""
         if self.spec.replicas > 0:
             return False
         self.weight = 0
-        self.set(routed_at=None, deadline_at=None, passes=0)
+        self.set(routed_at=None, waiting_since=None, passes=0)
         self.hold("ScaledToZero", "spec.replicas is 0; the rollout goes on when there are pods.")
         return True
 
@@ -136,10 +132,10 @@ class Work:
     def pods_ready(self, need: int) -> bool:
         """Wait for pods; roll back where they take too long, except for the first revision, which goes on trying."""
         if self.reached() >= need:
-            self.set(deadline_at=None)
+            self.set(waiting_since=None)
             return True
         limit = self.spec.rollout.progress_deadline_seconds
-        self.set(state="Scaling", deadline_at=self.roll.deadline_at or self.after(limit))
+        self.set(state="Scaling", waiting_since=self.roll.waiting_since or stamp(self.now))
         problem = self.pods.problem
         if self.pods.ready >= need:
             self.wakes.append(READY_SECONDS)
@@ -147,7 +143,7 @@ class Work:
         said = f"{self.reached()} of {need} pods of revision {self.name} are ready"
         if problem:
             self.hold(problem.reason, f"{said}: {problem.message}")
-        left = self.left(self.roll.deadline_at, 0)
+        left = self.left(self.roll.waiting_since, limit)
         if left > 0:
             self.wakes.append(left)
             return False
@@ -223,15 +219,12 @@ class Work:
             elif not self.rid_of(revision):
                 self.retiring[revision] = ""
                 self.wakes.append(ROUTER_SECONDS)
-            elif not when:
-                delay = self.spec.rollout.scale_down_delay_seconds
-                self.retiring[revision] = self.after(delay)
-                self.wakes.append(max(delay, 0.1))
-            elif (left := self.left(when, 0)) > 0:
-                self.wakes.append(left)
             else:
-                self.remove.append(revision)
-                self.wakes.append(ROUTER_SECONDS)
+                since = self.retiring[revision] = when or stamp(self.now)
+                left = self.left(since, self.spec.rollout.scale_down_delay_seconds)
+                if left <= 0:
+                    self.remove.append(revision)
+                self.wakes.append(left if left > 0 else ROUTER_SECONDS)
         stay = sorted((when, r) for r, when in self.retiring.items() if when and r not in self.remove)
         self.remove += [revision for _, revision in stay[: max(0, len(stay) - RETIRING_MAX)]]
         self.set(retiring=dict(sorted(self.retiring.items())[:RETIRING_TOLD]))
