@@ -1,6 +1,7 @@
 """The one change to a model's graph: what it computes, and what damaged files do to it."""
 
 import random
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,14 @@ import pytest
 
 from slmops_server import model_folder
 from slmops_server.engines import graph
-from slmops_server.engines.ort import OrtForward, _session
+from slmops_server.engines.ort import OrtForward, _model, _session
 
 TOKENS = [5, 300, 41, 17, 99, 256, 3, 77]
 
 
 def forward(tiny: Path) -> OrtForward:
     folder = model_folder.read(tiny)
-    return OrtForward(folder, _session(folder, 1), 2, 64, 32)
+    return OrtForward(folder, _session(folder, _model(folder), 1), 2, 64, 32)
 
 
 def test_logits_are_those_of_the_chosen_positions(tiny: Path) -> None:
@@ -86,3 +87,28 @@ def test_half_precision_caches_take_two_bytes(kind: int, size: int | None) -> No
     assert graph.item_bytes(model, "past.0.key") == size
     with pytest.raises(ValueError, match="damaged"):
         graph.item_bytes(model[:-1], "past.0.key")
+
+
+def test_weights_within_a_graph_are_copied_once_and_read_never_before(tiny: Path, tmp_path: Path) -> None:
+    """A pod's memory has room for the model, not for copies of it."""
+    model = (tiny / "model.onnx").read_bytes()
+    weights = bytes(16 << 20)
+    tensor = graph._message(graph.INITIALIZER, graph._message(9, weights))
+    file = tmp_path / "model.onnx"
+    old = next(value for number, value, _ in graph._fields(memoryview(model)) if number == graph.GRAPH)
+    file.write_bytes(graph._message(graph.GRAPH, tensor + bytes(old)))  # type: ignore[arg-type]
+    size = file.stat().st_size
+    tracemalloc.start()
+    assert graph.item_bytes(graph.read(file), "past_key_values.1.value") == 4
+    assert tracemalloc.get_traced_memory()[1] < size / 8
+    changed = graph.logits_from(graph.read(file), "logits")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert changed is not None
+    assert len(changed) > size > peak * 0.8
+
+
+def test_an_empty_file_is_no_graph(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(ValueError, match="empty"):
+        graph.read(tmp_path / "model.onnx")

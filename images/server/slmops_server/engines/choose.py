@@ -55,7 +55,7 @@ def plan_slots(
 def _item_bytes(folder: ModelFolder) -> int:
     """Bytes of one number in the KV cache; of a damaged or unusual graph the most that it may be."""
     try:
-        return graph.item_bytes(folder.graph.read_bytes(), folder.inputs["past_key_names"] % 0) or 4
+        return graph.item_bytes(graph.read(folder.graph), folder.inputs["past_key_names"] % 0) or 4
     except (KeyError, TypeError, ValueError):  # the engine tells what is wrong with it
         return 4
 

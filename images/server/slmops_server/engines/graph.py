@@ -5,9 +5,14 @@ vocabulary for each token, of which one row is needed. A new input `logits_from`
 
 The file is changed on the level of protobuf's wire format (messages of onnx.proto3), because that is one node to read
 and two to write; the onnx package would be ten times the size of this server for it.
+
+A file may hold weights too, so nothing is copied before the changed model is put together: a file is mapped, parts are
+views of it, and weights are passed over without being read.
 """
 
+import mmap
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 FROM = "logits_from"
 HIDDEN = "slmops/hidden_from"
@@ -23,10 +28,16 @@ INT64 = 7
 BYTES = {1: 4, 10: 2, 16: 2}  # float, float16, bfloat16
 
 
-def logits_from(model: bytes, logits: str) -> bytes | None:
+def read(path: Path) -> memoryview:
+    """The file as it lies on the disk. OSError when it cannot be read, ValueError when it is empty."""
+    with path.open("rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def logits_from(model: bytes | memoryview, logits: str) -> bytes | None:
     """The changed model, or None where its output head is not of a known form. ValueError when the file is damaged."""
-    fields = list(_fields(model))
-    graph = next((value for number, value, _ in fields if number == GRAPH and isinstance(value, bytes)), None)
+    fields = list(_fields(memoryview(model)))
+    graph = next((value for number, value, _ in fields if number == GRAPH and isinstance(value, memoryview)), None)
     if graph is None:
         return None
     parts = list(_fields(graph))
@@ -42,16 +53,18 @@ def logits_from(model: bytes, logits: str) -> bytes | None:
     if hidden not in made_by:
         return None
     head = _renamed(parts[at][1], hidden)
-    new = b"".join(head if index == at else raw for index, (_, _, raw) in enumerate(parts))
-    new += _message(NODE, _slice(hidden))
-    new += _message(INITIALIZER, _int64(END, (1 << 63) - 1)) + _message(INITIALIZER, _int64(AXIS, 1))
-    new += _message(INPUT, _input())
-    return b"".join(_message(GRAPH, new) if number == GRAPH else raw for number, _, raw in fields)
+    new: list[bytes | memoryview] = [head if index == at else raw for index, (_, _, raw) in enumerate(parts)]
+    new += [_message(NODE, _slice(hidden)), _message(INPUT, _input())]
+    new += [_message(INITIALIZER, _int64(END, (1 << 63) - 1)), _message(INITIALIZER, _int64(AXIS, 1))]
+    whole: list[bytes | memoryview] = []
+    for number, _, raw in fields:
+        whole += [_head(GRAPH, sum(map(len, new))), *new] if number == GRAPH else [raw]
+    return b"".join(whole)
 
 
-def item_bytes(model: bytes, name: str) -> int | None:
+def item_bytes(model: bytes | memoryview, name: str) -> int | None:
     """Bytes of one number of that input, None where the graph does not tell. ValueError when the file is damaged."""
-    for value in _all(_all([model], GRAPH), INPUT):
+    for value in _all(_all([memoryview(model)], GRAPH), INPUT):
         if name.encode() in _all([value], 1):
             for tensor in _all(_all([value], 2), 1):
                 kind = next((part for number, part, _ in _fields(tensor) if number == 1), None)
@@ -59,11 +72,11 @@ def item_bytes(model: bytes, name: str) -> int | None:
     return None
 
 
-def _all(messages: Iterable[bytes], field: int) -> Iterator[bytes]:
+def _all(messages: Iterable[memoryview], field: int) -> Iterator[memoryview]:
     """The messages that these hold in one field."""
     for message in messages:
         for number, value, _ in _fields(message):
-            if number == field and isinstance(value, bytes):
+            if number == field and isinstance(value, memoryview):
                 yield value
 
 
@@ -89,21 +102,21 @@ def _input() -> bytes:
     return _message(1, FROM.encode()) + _message(2, _message(1, tensor))
 
 
-def _node(data: int | bytes) -> dict[int, list[str]]:
+def _node(data: int | memoryview) -> dict[int, list[str]]:
     """A NodeProto's inputs, outputs, name and operator."""
     found: dict[int, list[str]] = {NODE_INPUT: [], NODE_OUTPUT: [], NODE_NAME: [], NODE_OP: []}
-    assert isinstance(data, bytes)
+    assert isinstance(data, memoryview)
     for number, value, _ in _fields(data):
-        if number in found and isinstance(value, bytes):
-            found[number].append(value.decode())
+        if number in found and isinstance(value, memoryview):
+            found[number].append(bytes(value).decode())
     for number in (NODE_INPUT, NODE_OP):  # constants have no inputs; damaged nodes may have no operator
         found[number] = found[number] or [""]
     return found
 
 
-def _renamed(data: int | bytes, hidden: str) -> bytes:
+def _renamed(data: int | memoryview, hidden: str) -> bytes:
     """The head as a field of the graph, reading from the sliced states."""
-    assert isinstance(data, bytes)
+    assert isinstance(data, memoryview)
     node = b"".join(
         _message(NODE_INPUT, HIDDEN.encode()) if number == NODE_INPUT and value == hidden.encode() else raw
         for number, value, raw in _fields(data)
@@ -111,14 +124,14 @@ def _renamed(data: int | bytes, hidden: str) -> bytes:
     return _message(NODE, node)
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
+def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview, memoryview]]:
     """(field number, value, the field as it was written) of a message."""
     at = 0
     while at < len(data):
         begin = at
         tag, at = _varint(data, at)
         number, kind = tag >> 3, tag & 7
-        value: int | bytes
+        value: int | memoryview
         if kind == 0:
             value, at = _varint(data, at)
         else:
@@ -132,7 +145,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
         yield number, value, data[begin:at]
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         if at >= len(data):
@@ -159,4 +172,9 @@ def _number(field: int, value: int) -> bytes:
 
 
 def _message(field: int, data: bytes) -> bytes:
-    return _encoded(field << 3 | 2) + _encoded(len(data)) + data
+    return _head(field, len(data)) + data
+
+
+def _head(field: int, size: int) -> bytes:
+    """What stands before a message of `size` bytes."""
+    return _encoded(field << 3 | 2) + _encoded(size)

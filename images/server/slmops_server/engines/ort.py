@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]  # it ships no types
@@ -39,29 +38,27 @@ MEASURED_LENGTH = 64  # tokens in a row while it is measured
 _Decode = tuple[ort.IOBinding, NDArray[np.int64], NDArray[np.int64], Logits]
 
 
-def _session(folder: ModelFolder, threads: int) -> ort.InferenceSession:
+def _session(folder: ModelFolder, model: str | bytes, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN))
     options.log_severity_level = 3
-    model: str | bytes = os.fspath(folder.graph)
-    changed = _with_logits_from(folder.graph, folder.outputs["logits"])
-    if changed is not None:
-        model = changed
+    if isinstance(model, bytes):
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", os.fspath(folder.graph.parent)
         )
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def _with_logits_from(path: Path, logits: str) -> bytes | None:
-    """None where the graph is left as it is: onnxruntime then tells what is wrong with a damaged file."""
+def _model(folder: ModelFolder) -> str | bytes:
+    """The graph with `logits_from`; or its path where it is left as it is: of a damaged one onnxruntime tells more."""
     try:
-        return graph.logits_from(path.read_bytes(), logits)
+        changed = graph.logits_from(graph.read(folder.graph), folder.outputs["logits"])
     except ValueError:
-        return None
+        changed = None
+    return changed or os.fspath(folder.graph)
 
 
 class OrtForward:
@@ -258,7 +255,8 @@ def load(
     counts = [threads] if threads else [limit]
     if not threads and limit > 1 and folder.model_bytes <= SMALL:
         counts = [1, limit]
-    tried = [OrtForward(folder, _session(folder, n), slots, max_len, chunk) for n in counts]
+    model = _model(folder)
+    tried = [OrtForward(folder, _session(folder, model, n), slots, max_len, chunk) for n in counts]
     notes = {}
     best = 0
     if len(tried) > 1:
