@@ -1,6 +1,7 @@
 """The ways back: a failure, an abort, a revert, another revision in between, and trying again."""
 
-from tests.unit.rollout_world import analysis, serving, steps
+import pytest
+from tests.unit.rollout_world import KilledError, analysis, serving, steps
 
 from slmops.api import keys
 from slmops.rollout.seen import Problem
@@ -179,3 +180,20 @@ def test_a_candidate_that_fell_over_once_is_not_held_to_that_for_ever():
         world.passes()
         world.after(1000)
     assert (world.phase, world.weight) == ("Step", 50)
+
+
+def test_a_retry_that_broke_off_and_was_taken_back_leaves_no_pods():
+    world = serving()
+    world.deploy("bbb")
+    world.annotations[keys.ANNOTATION_ABORT] = "bbb"
+    world.passes()
+    world.after(31)
+    assert (world.phase, world.deployments) == ("RolledBack", {"aaa": 2})
+    world.annotations = {keys.ANNOTATION_RETRY: "bbb"}
+    with pytest.raises(KilledError):
+        world.run(crash_after=3)
+    assert world.deployments == {"aaa": 2, "bbb": 1}
+    world.annotations.clear()
+    world.passes()
+    world.after(31)
+    assert (world.phase, world.deployments) == ("RolledBack", {"aaa": 2})

@@ -149,7 +149,6 @@ def _promoting(work: Work) -> None:
 def _rolling_back(work: Work) -> None:
     work.weight = 0
     assert work.candidate is not None
-    work.leave(work.candidate)
     if work.rid_of(work.candidate.revision):
         work.enter(ROLLED_BACK)
     else:

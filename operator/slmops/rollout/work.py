@@ -74,14 +74,9 @@ class Work:
         """Give the candidate up: weight 0 now, its pods once the routers have obeyed."""
         assert self.candidate is not None
         self.weight = 0
-        self.leave(self.candidate)
         self.set(outcome=f"{why.reason}: {why.message}"[:512])
         self.enter(ROLLING_BACK)
         self.note("RollingBack", f"Revision {self.name}: {why.message}", warning=True)
-
-    def leave(self, old: Revision) -> None:
-        """Let a revision go, once no router sends it requests, and after the delay."""
-        self.retiring.setdefault(old.revision, "")
 
     # Facts.
 
@@ -209,9 +204,11 @@ class Work:
 
     def retire(self) -> None:
         """Remove what serves nobody any more: whatever has a Deployment and no role."""
-        keep = {r.revision for r in (self.stable, self.candidate) if r}
+        keep = {self.stable.revision} if self.stable else set()
+        if self.candidate is not None and self.roll.phase in ROLLING_OUT:
+            keep.add(self.name)
         for revision in self.seen.pods:
-            if revision not in keep:
+            if revision not in keep:  # be it a candidate that was given up and whose retry broke off
                 self.retiring.setdefault(revision, "")
         for revision, when in list(self.retiring.items()):
             if revision not in self.seen.pods:
