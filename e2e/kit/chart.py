@@ -81,9 +81,9 @@ def state(kube: Kubectl) -> str:
 
 
 def settle(kube: Kubectl) -> None:
-    """End what an interrupted helm left: helm refuses to touch a release that another operation seems to hold."""
+    """End what an interrupted helm left: helm refuses to touch a release that is in the middle of something."""
     found = state(kube)
-    if found == "pending-install":
+    if found in ("pending-install", "uninstalling"):
         uninstall(kube)
     elif found.startswith("pending-"):
         _helm(kube, "rollback", RELEASE, "--namespace", NAMESPACE)
@@ -131,7 +131,7 @@ def main() -> int:
     kube = Kubectl(NAMESPACE)
     try:
         if sys.argv[1:] == ["uninstall"]:
-            print(uninstall(kube), end="")
+            print(uninstall(kube) if state(kube) else f"SLMOps is not installed in namespace {NAMESPACE}\n", end="")
         elif CURRENT and not values_flags() and state(kube) == "deployed":
             print(f"SLMOps is installed in namespace {NAMESPACE} already; it stays as it is")
         else:

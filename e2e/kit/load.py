@@ -12,6 +12,7 @@ from kit.kubectl import Kubectl, KubectlError, wait_for
 FILES = ("kit/__init__.py", "kit/traffic.py")
 NAME = "traffic"
 LIMITS = {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"memory": "256Mi"}}
+LIFE_SECONDS = 3600  # then it ends by itself, should nobody be left to stop it
 STOP = "import os, signal; os.kill(1, signal.SIGTERM)"
 
 
@@ -44,10 +45,11 @@ class Load:
             "/prompts": {"configMap": {"name": "traffic-prompts"}},
         }
         env = {"PYTHONPATH": "/code", "PYTHONUNBUFFERED": "1"}
+        made = pods.spec(image, command, env=env, mounts=mounts, resources=LIMITS)
         self.kube.apply(
             pods.code_map("traffic-code", FILES),
             pods.config_map("traffic-prompts", {"prompts.json": json.dumps(prompts)}),
-            pods.pod(NAME, pods.spec(image, command, env=env, mounts=mounts, resources=LIMITS)),
+            pods.pod(NAME, {**made, "activeDeadlineSeconds": LIFE_SECONDS}),
         )
 
     def count(self) -> Count:

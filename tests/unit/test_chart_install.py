@@ -1,11 +1,13 @@
-"""Which values `make install` gives to helm."""
+"""What `make install` gives to helm, and what it does with what an interrupted helm left."""
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from kit import chart
-from kit.kubectl import KubectlError
+from kit.kubectl import Kubectl, KubectlError
 
 
 def test_no_file_of_values_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,3 +28,46 @@ def test_a_file_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("VALUES", "no/such.yaml")
     with pytest.raises(KubectlError, match=r"no/such\.yaml"):
         chart.values_flags()
+
+
+HELM = """#!/bin/sh
+echo "$1" >> {log}
+if [ "$1" = status ]; then cat {status}; fi
+"""
+
+
+@pytest.fixture
+def helm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Stands in for helm: the file `calls` beside it has what was asked of it, `status` what it says of the release."""
+    program = tmp_path / "bin" / "helm"
+    program.parent.mkdir()
+    program.write_text(HELM.format(log=tmp_path / "calls", status=tmp_path / "status"))
+    program.chmod(0o755)
+    monkeypatch.setattr(chart, "LOCAL", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("status", "calls"),
+    [
+        ("deployed", []),
+        ("failed", []),
+        ("pending-install", ["uninstall"]),
+        ("uninstalling", ["uninstall"]),  # helm upgrades nothing that has no deployed revision any more
+        ("pending-upgrade", ["rollback"]),
+        ("pending-rollback", ["rollback"]),
+    ],
+)
+def test_what_an_interrupted_helm_left_is_ended(helm: Path, status: str, calls: list[str]) -> None:
+    (helm / "status").write_text(json.dumps({"info": {"status": status}}))
+    chart.settle(Kubectl())
+    assert (helm / "calls").read_text().split() == ["status", *calls]
+
+
+def test_uninstalling_twice_is_fine(
+    helm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (helm / "bin" / "helm").write_text("#!/bin/sh\necho 'Error: release: not found' >&2; exit 1\n")
+    monkeypatch.setattr(sys, "argv", ["chart", "uninstall"])
+    assert chart.main() == 0
+    assert "not installed" in capsys.readouterr().out
