@@ -160,6 +160,7 @@ class Context:
             raise from_artifact(error, writing=True) from error
         if found is None or found.annotations.get(ANNOTATION_UID) != self.spec.uid:
             return None
+        log.info("Found what an earlier pod of this run published uri=%s", target)
         pinned = ref.pinned(found.digest) if isinstance(ref, OciRef) else target
         return Artifact(uri=pinned, digest=found.digest, size_bytes=found.size_bytes), found
 

@@ -1,6 +1,5 @@
 """DistillationJob: a teacher writes the training set, a student learns it, both are held against the gold answers."""
 
-import logging
 from dataclasses import replace
 from typing import Any
 
@@ -22,8 +21,6 @@ PLAN = [
     Stage(TRAINING, 40), Stage(AFTER, 5), Stage("Publishing", 2),
 ]  # fmt: skip
 
-log = logging.getLogger("slmops")
-
 
 def run(ctx: Context) -> RunResult:
     """Ask, filter, measure, train, measure, publish. What can be known to fail does so before the teacher is asked.
@@ -35,7 +32,6 @@ def run(ctx: Context) -> RunResult:
     ctx.board.plan(PLAN)
     done = publish.earlier(ctx, spec.evaluation)
     if done is not None:
-        log.info("Found the artifact of an earlier pod of this run")
         return done
     settings, rules = spec.data.generation, spec.data.filters
     schema = filters.load_schema(rules.json_schema.name, rules.json_schema.key) if rules.json_schema else None

@@ -1,6 +1,5 @@
 """FineTuneJob: full or LoRA fine-tuning of a causal language model."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ PLAN = [
     Stage(TRAINING, 78), Stage(AFTER, 8), Stage("Publishing", 2),
 ]  # fmt: skip
 
-log = logging.getLogger("slmops")
-
 
 def run(ctx: Context) -> RunResult:
     """Pull, measure, train, measure, publish. Raises RunFailure."""
@@ -32,7 +29,6 @@ def run(ctx: Context) -> RunResult:
     ctx.board.plan(PLAN)
     done = publish.earlier(ctx, spec.evaluation)
     if done is not None:
-        log.info("Found the artifact of an earlier pod of this run")
         return done
     training = data.load(ctx, spec.dataset, "training")
     held_out = data.load(ctx, spec.evaluation.dataset, "evaluation") if spec.evaluation else None

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import logging
 import math
 import time
 from collections.abc import Mapping
@@ -44,8 +43,6 @@ CONFIG = "genai_config.json"
 HEAD_MULTIPLE = 16  # of onnxruntime's GroupQueryAttention with rotary embeddings on CPUs
 PROBE = Example((Message("user", "Hello"),), None)
 
-log = logging.getLogger("slmops")
-
 
 def run(ctx: Context) -> RunResult:
     """Pull, convert, check the graph, generate, compare with the source, publish. Raises RunFailure."""
@@ -54,7 +51,6 @@ def run(ctx: Context) -> RunResult:
     ctx.board.plan(PLAN)
     done = _earlier(ctx, spec.gate)
     if done is not None:
-        log.info("Found the artifact of an earlier pod of this run")
         return done
     held_out = _held_out(ctx, spec.gate)
     uri = ctx.spec.model.uri

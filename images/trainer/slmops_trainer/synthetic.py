@@ -60,7 +60,6 @@ def make(
     """
     found = ctx.existing(uri_of(ctx))
     if found is not None:
-        log.info("Found the synthetic set of an earlier pod of this run")
         folder, _ = ctx.pull(Input(uri=found[0].uri), "synthetic", "Pulling synthetic data")
         return _read(ctx, folder, found[0].uri, found[1])
     kept, metrics = _generate(ctx, spec, terms, prompts, held_out, schema, store, unfit)

@@ -91,6 +91,16 @@ def environment(ours: dict[str, str], pod: Pod | None) -> list[Object]:
     return [{"name": name, "value": literal(value)} for name, value in (ours | theirs).items()]
 
 
+def probe(path: str, port: str, period: int, failures: int) -> Object:
+    """A probe over HTTP every `period` seconds; after `failures` in a row the container is not well."""
+    return {
+        "httpGet": {"path": path, "port": port},
+        "periodSeconds": period,
+        "timeoutSeconds": 5,
+        "failureThreshold": failures,
+    }
+
+
 def literal(text: str) -> str:
     """Escape a variable's value or an argument so that the container gets `text`.
 

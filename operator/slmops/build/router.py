@@ -170,9 +170,9 @@ def _container(name: str, settings: Settings) -> Object:
             {"name": "metrics", "containerPort": keys.METRICS_PORT, "protocol": "TCP"},
             {"name": "agent", "containerPort": AGENT_PORT, "protocol": "TCP"},
         ],
-        "startupProbe": _probe("/readyz", 1, 60),
-        "readinessProbe": _probe("/readyz", 2, 2),
-        "livenessProbe": _probe("/livez", 10, 3),
+        "startupProbe": parts.probe("/readyz", "agent", 1, 60),
+        "readinessProbe": parts.probe("/readyz", "agent", 2, 2),
+        "livenessProbe": parts.probe("/livez", "agent", 10, 3),
         "resources": {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"memory": "512Mi"}},
         "securityContext": parts.CONTAINER_SECURITY,
         "terminationMessagePolicy": "FallbackToLogsOnError",
@@ -180,15 +180,6 @@ def _container(name: str, settings: Settings) -> Object:
             {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108  # an emptyDir: the root file system is read-only
             {"name": "routes", "mountPath": "/etc/slmops/router", "readOnly": True},
         ],
-    }
-
-
-def _probe(path: str, period: int, failures: int) -> Object:
-    return {
-        "httpGet": {"path": path, "port": "agent"},
-        "periodSeconds": period,
-        "timeoutSeconds": 5,
-        "failureThreshold": failures,
     }
 
 

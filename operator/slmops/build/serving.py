@@ -186,22 +186,13 @@ def _server(image: str, name: str, spec: ModelDeploymentSpec, settings: Settings
             {"name": "http", "containerPort": keys.API_PORT, "protocol": "TCP"},
             {"name": "metrics", "containerPort": keys.METRICS_PORT, "protocol": "TCP"},
         ],
-        "startupProbe": _probe("/startupz", 1, LOAD_SECONDS),
-        "readinessProbe": _probe("/readyz", 2, 2),
-        "livenessProbe": _probe("/livez", 10, 3),
+        "startupProbe": parts.probe("/startupz", "http", 1, LOAD_SECONDS),
+        "readinessProbe": parts.probe("/readyz", "http", 2, 2),
+        "livenessProbe": parts.probe("/livez", "http", 10, 3),
         "resources": parts.resources(spec.pod),
         "securityContext": parts.CONTAINER_SECURITY,
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": mounts,
-    }
-
-
-def _probe(path: str, period: int, failures: int) -> Object:
-    return {
-        "httpGet": {"path": path, "port": "http"},
-        "periodSeconds": period,
-        "timeoutSeconds": 5,
-        "failureThreshold": failures,
     }
 
 

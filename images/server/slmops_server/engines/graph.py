@@ -65,7 +65,7 @@ def logits_from(model: bytes | memoryview, logits: str) -> bytes | None:
 def item_bytes(model: bytes | memoryview, name: str) -> int | None:
     """Bytes of one number of that input, None where the graph does not tell. ValueError when the file is damaged."""
     for value in _all(_all([memoryview(model)], GRAPH), INPUT):
-        if name.encode() in _all([value], 1):
+        if any(bytes(found) == name.encode() for found in _all([value], 1)):
             for tensor in _all(_all([value], 2), 1):
                 kind = next((part for number, part, _ in _fields(tensor) if number == 1), None)
                 return BYTES.get(kind) if isinstance(kind, int) else None
@@ -117,10 +117,8 @@ def _node(data: int | memoryview) -> dict[int, list[str]]:
 def _renamed(data: int | memoryview, hidden: str) -> bytes:
     """The head as a field of the graph, reading from the sliced states."""
     assert isinstance(data, memoryview)
-    node = b"".join(
-        _message(NODE_INPUT, HIDDEN.encode()) if number == NODE_INPUT and value == hidden.encode() else raw
-        for number, value, raw in _fields(data)
-    )
+    old, new = (_message(NODE_INPUT, name.encode()) for name in (hidden, HIDDEN))
+    node = b"".join(new if number == NODE_INPUT and bytes(raw) == old else raw for number, _, raw in _fields(data))
     return _message(NODE, node)
 
 
