@@ -121,7 +121,8 @@ def test_a_router_that_does_not_do_what_it_says_holds():
     world = serving(steps=steps(10, pause=10))
     world.deploy("bbb")
     world.routers[0].turns, world.routers[0].chosen = 400, {"bbb": 8}
-    world.after(11)
+    decision = world.after(11)
+    assert decision.requeue is not None  # requests come without an event
     assert world.hold == "SplitMismatch: The routers gave 8 of 400 requests to bbb, not 10 %."
     world.routers[0].chosen = {"bbb": 41}
     world.passes()

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests.unit.rollout_world import KilledError, RouterPod, World, analysis, revision, spec, steps
 
 from slmops.api import keys
+from slmops.api.deployment import RolloutStatus
 from slmops.rollout.seen import Problem
 from slmops.rollout.sizes import candidate_pods
 
@@ -41,11 +42,23 @@ class AnyOrder(RuleBasedStateMachine):
     @rule()
     def the_operator_works(self) -> None:
         """And when it asks for no other pass, there is nothing that another one would do."""
-        decision = self.world.run()
-        if decision.requeue is None:
-            deployments, status = dict(self.world.deployments), self.world.status
+        if self.world.run().requeue is None:
+            before = self._reached()
             self.world.run()
-            assert (self.world.deployments, self.world.status) == (deployments, status)
+            assert self._reached() == before
+
+    @rule()
+    def the_operator_sleeps(self) -> None:
+        """It asked for no other pass: nothing that comes without an event would change a thing."""
+        if self.world.run().requeue is None:
+            before = self._reached()
+            self._later(4000)
+            self.world.serve(1000)
+            self.world.run()
+            assert self._reached() == before
+
+    def _reached(self) -> tuple[dict[str, int], RolloutStatus]:
+        return dict(self.world.deployments), self.world.status.rollout.model_copy(update={"samples": None})
 
     @rule(actions=st.integers(0, 7))
     def the_operator_is_killed(self, actions: int) -> None:
@@ -72,6 +85,12 @@ class AnyOrder(RuleBasedStateMachine):
     @rule()
     def all_are_mended(self) -> None:
         self.world.broken.clear()
+
+    @rule(index=st.integers(0, 1), name=NAMES, count=st.integers(0, 400))
+    def a_router_miscounts(self, index: int, name: str, count: int) -> None:
+        assume(index < len(self.world.routers))
+        self.world.routers[index].turns += count
+        self.world.routers[index].chosen[name] = self.world.routers[index].chosen.get(name, 0) + count
 
     @rule(requests=st.sampled_from([10, 100, 1000]))
     def requests_come(self, requests: int) -> None:

@@ -135,5 +135,6 @@ def _split_is_off(work: Work, step: Step) -> bool:
     chosen = sum(router.chosen.get(work.name, 0) for router in work.seen.routers)
     if turns < SPLIT_TURNS or abs(chosen / turns * 100 - step.weight) <= SPLIT_POINTS:
         return False
+    work.wakes.append(SAMPLES_SECONDS)
     work.hold("SplitMismatch", f"The routers gave {chosen} of {turns} requests to {work.name}, not {step.weight} %.")
     return True
