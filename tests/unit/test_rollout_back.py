@@ -197,3 +197,13 @@ def test_a_retry_that_broke_off_and_was_taken_back_leaves_no_pods():
     world.passes()
     world.after(31)
     assert (world.phase, world.deployments) == ("RolledBack", {"aaa": 2})
+
+
+def test_an_approval_that_an_abort_overtakes_is_done_with_in_the_same_pass():
+    world = serving(steps=steps(30, pause=60, approval=True))
+    world.broken["bbb"] = Problem("SourceNotFound", "There is nothing at oci://store/m:bbb.")
+    world.deploy("bbb")
+    world.annotations |= {keys.ANNOTATION_PROMOTE: "bbb", keys.ANNOTATION_ABORT: "bbb"}
+    world.run()
+    assert world.phase in ("RollingBack", "RolledBack")
+    assert world.status.rollout.handled == {keys.ANNOTATION_PROMOTE: "bbb", keys.ANNOTATION_ABORT: "bbb"}

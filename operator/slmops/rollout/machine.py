@@ -29,8 +29,10 @@ def decide(spec: ModelDeploymentSpec, status: ModelDeploymentStatus, seen: Seen,
     """Decide. Pure."""
     work = Work(spec, status, seen, now)
     _take_target(work)
-    _obey(work)
-    _advance(work)
+    obeyed = True
+    while obeyed:  # what a verb leads to decides what becomes of the others
+        obeyed = _obey(work)
+        _advance(work)
     work.retire()
     return work.decision()
 
@@ -58,8 +60,8 @@ def _take_target(work: Work) -> None:
     work.start(target)
 
 
-def _obey(work: Work) -> None:
-    """Carry out verbs given by annotation, each once."""
+def _obey(work: Work) -> bool:
+    """Carry out a verb given by annotation, each once; False where there is none left."""
     handled, verb = obey(work.seen.annotations, work.roll, work.stable, work.candidate)
     work.set(handled=handled)
     match verb:
@@ -71,6 +73,7 @@ def _obey(work: Work) -> None:
         case Verb.PROMOTE:
             work.set(approved=True)
             work.note("StepApproved", f"Step {work.roll.step + 1} was approved by annotation.")
+    return verb is not None
 
 
 def _advance(work: Work) -> None:
