@@ -78,7 +78,9 @@ def problems() -> list[str]:
 
 
 def _clear(trouble: list[str]) -> None:
-    if trouble != ["not started"]:
+    if other := leftovers.other_owner():
+        step(f"ending the cluster of {other}: a machine has room for one")
+    elif trouble != ["not started"]:
         step(f"clearing what is left ({'; '.join(trouble)})")
     leftovers.sweep()
     strangers = daemons.kubernetes_beside()

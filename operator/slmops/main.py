@@ -55,6 +55,10 @@ async def run(settings: Settings) -> None:
             if key.kind in driver.reconcilers:
                 work.poke(key)
 
+    def gone(key: Key) -> None:
+        metrics.on_gone(key)
+        wake(known.gone(key))
+
     cluster = KubeCluster(configuration(), threads=settings.workers, on_call=metrics.on_call)
     driver = Driver(
         cluster, settings, reconcilers(), pusher(settings), metrics.on_end, metrics.on_count, known.circular
@@ -64,7 +68,7 @@ async def run(settings: Settings) -> None:
         Schedule[Key](lambda: random.uniform(-1, 1)),  # noqa: S311  # spreads load, guards nothing
         workers=settings.workers,
         on_pass=metrics.on_pass,
-        on_gone=lambda key: wake(known.gone(key)),
+        on_gone=gone,
     )
     metrics.observe(work, known)
     loop, stop = asyncio.get_running_loop(), asyncio.Event()

@@ -1,8 +1,8 @@
 """What the operator's own metrics say of rollouts."""
 
-from tests.unit.serving_world import ANALYSIS, Kubernetes, uri
+from tests.unit.serving_world import ANALYSIS, KEY, Kubernetes, uri
 
-from slmops.cluster.port import ClusterError
+from slmops.cluster.port import ClusterError, Key
 from slmops.remote import prometheus
 
 CANARY = {"steps": [{"weight": 50}], "analysis": {**ANALYSIS, "metrics": ANALYSIS["metrics"][:1]}}
@@ -67,3 +67,12 @@ def test_what_could_not_be_written_is_not_counted_twice():
     world.passes()
     assert outcomes(world)["RolledBack"] == 1
     assert verdicts(world) == {("errors", "Fail"): 1}
+
+
+def test_a_deployment_that_is_gone_leaves_no_series():
+    world = rolling()
+    world.metrics.on_gone(Key("FineTuneJob", "ns", "chat"))
+    world.metrics.on_gone(Key("ModelDeployment", "else", "chat"))
+    assert outcomes(world)
+    world.metrics.on_gone(KEY)
+    assert (outcomes(world), verdicts(world)) == ({}, {})

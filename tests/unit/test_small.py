@@ -1,11 +1,14 @@
 """Conditions, comparison, progress, settings, pods, logs: the small parts."""
 
+import asyncio
 import json
 import logging
+import socket
 import sys
 from datetime import timedelta
 from typing import Any
 
+import aiohttp
 import httpx
 import pytest
 import yaml
@@ -18,6 +21,7 @@ from slmops.api import keys
 from slmops.api.meta import Condition
 from slmops.cluster.kube import as_yaml
 from slmops.cluster.same import covers, merge_patch, stamped
+from slmops.handlers import probes
 from slmops.handlers.logs import JsonFormatter
 from slmops.handlers.watches import EndlessBackoffs
 from slmops.reconcile import conditions
@@ -281,3 +285,21 @@ def test_backoffs_never_end_and_stay_short() -> None:
     assert max(found) <= 12
     assert min(found[10:]) >= 8
     assert not hasattr(EndlessBackoffs(), "__len__")  # kopf would count them
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_the_operators_probes_answer_over_ipv4_and_ipv6(host: str) -> None:
+    async def asked() -> tuple[int, str]:
+        with socket.socket(socket.AF_INET6) as free:
+            free.bind(("::", 0))
+            port = free.getsockname()[1]
+        server = await probes.serve(probes.probes(lambda: "", lambda: "the watches are not up"), port)
+        try:
+            async with aiohttp.ClientSession() as client:
+                where = f"[{host}]" if ":" in host else host
+                async with client.get(f"http://{where}:{port}/readyz") as answer:
+                    return answer.status, await answer.text()
+        finally:
+            await server.cleanup()
+
+    assert asyncio.run(asked()) == (503, "the watches are not up\n")

@@ -90,6 +90,12 @@ class Metrics:
         """See driver.OnCount."""
         self._counters[count.counter].labels(*count.labels).inc()
 
+    def on_gone(self, key: Key) -> None:
+        """See work.OnGone: the series of a deployment go with it, or they would pile up where many come and go."""
+        if key.kind == "ModelDeployment":
+            for counter in self._counters.values():
+                counter.remove_by_labels({"namespace": key.namespace, "name": key.name})
+
     def on_call(self, verb: str, kind: str, status: int, seconds: float) -> None:
         """See cluster.kube.OnCall."""
         self._calls.labels(verb, kind, str(status)).inc()
