@@ -48,6 +48,19 @@ def test_a_person_is_waited_for_as_suspended():
     assert world.condition("Ready")[0] == "True"
 
 
+def test_what_is_paused_before_its_first_step_is_holding():
+    world = Kubernetes(rollout={"steps": [{"weight": 10, "pauseSeconds": 60}]})
+    world.passes()
+    world.annotate(pause="*")
+    world.edit(model=uri("b"))
+    world.passes()
+    assert (world.status["phase"], world.status["weight"]) == ("Holding", 0)
+    assert world.condition("Suspended")[:2] == ("True", "Paused")
+    world.annotate()
+    world.passes()
+    assert (world.status["phase"], world.status["weight"]) == ("Canary", 10)
+
+
 def test_a_silent_router_is_held_against_nobody_but_the_rollout():
     world = Kubernetes()
     world.passes()

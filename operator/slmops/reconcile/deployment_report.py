@@ -55,7 +55,7 @@ def _phase(facts: Facts, decision: Decision) -> str:
         return "Pending"
     if facts.spec.replicas == 0 and roll.phase in (STABLE, DRAINING, PREPARING):
         return "ScaledToZero"
-    if roll.hold and roll.phase in (STEP, PROMOTING):
+    if roll.hold and (roll.phase in (STEP, PROMOTING) or roll.hold.partition(": ")[0] in HUMAN):
         return "Holding"
     return _PHASES.get(roll.phase, roll.phase)
 
