@@ -41,6 +41,8 @@ def install(kube: Kubectl, *values: str, images: dict[str, str] | None = None) -
     The file that VALUES names, if any, comes on top of the chart's values and below the others.
     Returns helm's output; raises KubectlError with its message.
     """
+    if "deletionTimestamp" in (kube.get("namespace", NAMESPACE) or {"metadata": {}})["metadata"]:
+        kube.delete("namespace", NAMESPACE)  # somebody did already; nothing can be made in it before it is gone
     kube.apply(namespace(NAMESPACE))
     settle(kube)
     sets = [f"images.{name}={ref}" for name, ref in (images or {}).items() if name in IMAGES]

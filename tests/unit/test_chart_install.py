@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kit import chart
-from kit.kubectl import Kubectl, KubectlError
+from kit.kubectl import Kubectl, KubectlError, Object
 
 
 def test_no_file_of_values_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,3 +71,40 @@ def test_uninstalling_twice_is_fine(
     monkeypatch.setattr(sys, "argv", ["chart", "uninstall"])
     assert chart.main() == 0
     assert "not installed" in capsys.readouterr().out
+
+
+class Cluster(Kubectl):
+    """A cluster that has the namespace, perhaps on its way out; `done` is what was asked of it."""
+
+    def __init__(self, **metadata: str) -> None:
+        super().__init__()
+        self.metadata, self.done = metadata, list[str]()
+
+    def get(self, kind: str, name: str) -> Object | None:
+        return {"kind": kind, "metadata": {"name": name, **self.metadata}} if self.metadata else None
+
+    def delete(self, kind: str, name: str, *, wait: bool = True) -> None:
+        assert wait
+        self.done.append(f"delete {kind}")
+
+    def apply(self, *objects: Object) -> None:
+        self.done += [f"apply {obj['kind']}" for obj in objects]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "done"),
+    [
+        ({}, ["apply Namespace"]),
+        ({"uid": "1"}, ["apply Namespace"]),
+        ({"uid": "1", "deletionTimestamp": "2026-01-01T00:00:00Z"}, ["delete namespace", "apply Namespace"]),
+    ],
+)
+def test_a_namespace_that_is_being_deleted_is_waited_for(
+    helm: Path, monkeypatch: pytest.MonkeyPatch, metadata: dict[str, str], done: list[str]
+) -> None:
+    monkeypatch.delenv("VALUES", raising=False)
+    (helm / "status").write_text(json.dumps({"info": {"status": "deployed"}}))
+    cluster = Cluster(**metadata)
+    chart.install(cluster)
+    assert cluster.done == done
+    assert (helm / "calls").read_text().split() == ["status", "upgrade"]
