@@ -211,6 +211,28 @@ def test_answers_of_all_adapters_side_by_side_are_those_of_each_alone(served: Se
     assert len({got[name, 2] for name in ("tiny", "few", "all")}) == 3
 
 
+def test_routers_see_which_adapters_run_and_wait(start: Start) -> None:
+    server = start("--adapter", f"few={DATA / 'few'}", "--slots", "1", model=DATA / "fp32")
+
+    def told(**labels: str) -> bool:
+        return server.metric("vllm:lora_requests_info", max_lora="1", **labels) > 0
+
+    assert told(running_lora_adapters="", waiting_lora_adapters="")
+    body = {"prompt": [5], "max_tokens": 500, "temperature": 0, "ignore_eos": True, "stream": True, "n": 20}
+    with (
+        server.http.stream("POST", "/v1/completions", json={**body, "model": "tiny"}) as running,
+        httpx.Client(base_url=server.url, timeout=30) as other,
+    ):
+        lines = running.iter_lines()  # the stream is closed with it
+        next(lines)
+        client = threading.Thread(target=lambda: other.post("/v1/completions", json={**body, "model": "few"}).read())
+        client.start()
+        wait_for(lambda: told(running_lora_adapters="", waiting_lora_adapters="few"), "the adapter waits")
+        running.close()
+        wait_for(lambda: told(running_lora_adapters="few", waiting_lora_adapters="few"), "the adapter runs")
+    client.join()
+
+
 def test_adapters_outlive_the_engine(start: Start, root: Path, tmp_path: Path) -> None:
     """A new engine has those that were there, but one whose folder has gone, and none that was unloaded."""
     copy = tmp_path / "root"

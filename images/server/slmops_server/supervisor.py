@@ -153,6 +153,11 @@ class Supervisor:
         jobs = [job.work for job in self._jobs.values()]
         return jobs[: self.slots], jobs[self.slots :]
 
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether there are adapters, or may be."""
+        return self._options.wants_adapters
+
     def adapters_at_work(self) -> tuple[set[str], set[str]]:
         """Of the answers that run, and of those that wait."""
         names = [job.adapter for job in self._jobs.values()]
