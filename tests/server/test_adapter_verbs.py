@@ -230,7 +230,7 @@ def test_routers_see_which_adapters_run_and_wait(start: Start) -> None:
         wait_for(lambda: told(running_lora_adapters="", waiting_lora_adapters="few"), "the adapter waits")
         running.close()
         wait_for(lambda: told(running_lora_adapters="few", waiting_lora_adapters="few"), "the adapter runs")
-    client.join()
+        client.join()
 
 
 def test_adapters_outlive_the_engine(start: Start, root: Path, tmp_path: Path) -> None:
