@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 SUFFIX = ".onnx_adapter"
 # Olive names a weight after peft's module (self_attn.q_proj.lora_A.weight), the builder after its node
 # (attn.q_proj.lora_A.MatMul.weight): layer, module and side are the same.
-NAMES = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.+\.)?([^.]+)\.lora_([AB])(?:\.MatMul)?\.weight")
+NAMES = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.+\.)?([^.]+)\.lora_([AB])(?:\.MatMul)?\.weight$")
 RANK_AXIS = {"A": 1, "B": 0}
 
 Tensors = dict[str, NDArray[np.generic]]
@@ -56,7 +56,7 @@ class Input(NamedTuple):
 
 def place(name: str) -> Place | None:
     """Where the tensor of that name belongs; None when it is no LoRA weight."""
-    found = NAMES.fullmatch(name[match.start() :]) if (match := NAMES.search(name)) else None
+    found = NAMES.search(name)
     return None if found is None else (int(found[1]), found[2], found[3])
 
 
@@ -80,7 +80,10 @@ def file(folder: Path) -> Path:
     """The one file of an adapter's folder. BadAdapterError when there is none."""
     if not folder.is_dir():
         raise BadAdapterError(f"{folder} is not a folder")
-    files = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIX) and path.is_file())
+    try:
+        files = [path for path in folder.iterdir() if path.name.endswith(SUFFIX) and path.is_file()]
+    except OSError as error:
+        raise BadAdapterError(f"{folder} cannot be read: {error.strerror}") from None
     if len(files) != 1:
         raise BadAdapterError(
             f"{folder} has {len(files)} *{SUFFIX} files, and one is an adapter; "
@@ -141,7 +144,10 @@ def fit(tensors: Tensors, wanted: Mapping[Place, Input]) -> Adapter:
         rank = ranks.setdefault((layer, module), tensor.shape[axis])
         if rank != tensor.shape[axis] or rank == 0:
             raise BadAdapterError(f"layer {layer} {module}: lora_A and lora_B are of different ranks, or of rank 0")
-        if not np.issubdtype(tensor.dtype, np.floating) or not np.isfinite(tensor).all():
+        floats = np.issubdtype(tensor.dtype, np.floating)
+        with np.errstate(over="ignore"):
+            tensor = tensor.astype(put.kind)  # what is too large for the graph is found below
+        if not floats or not np.isfinite(tensor).all():
             raise BadAdapterError(f"{name} has values that are no finite numbers")
         if at in found:
             raise BadAdapterError(f"{name} is there twice, by two names")
