@@ -44,7 +44,7 @@ def shape(source: Path, targets: list[str], folder: Path) -> list[str]:
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(source, torch_dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
     config = LoraConfig(r=1, target_modules=targets or "all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     adapted = get_peft_model(model, config)
     adapted.save_pretrained(folder, save_embedding_layers=False)
