@@ -11,23 +11,32 @@ import pytest
 
 from slmops_server import model_folder
 from slmops_server.engines import choose, slots
+from slmops_server.engines.adapters import BASE
 from slmops_server.engines.base import Engine, EngineRefusedError, Job, Sampling, Token
 from slmops_server.engines.sampler import Logits
 
 GREEDY = Sampling(temperature=0.0)
 Load = Callable[..., Engine]
+ADAPTERS = ("", "all", "few")
 
 
-def load(path: Path, engine: str = "onnxruntime", ends: Sequence[int] = (), **more: int) -> Engine:
+def load(path: Path, engine: str = "onnxruntime", ends: Sequence[int] = (), **more: object) -> Engine:
     folder = model_folder.read(path)
     folder = replace(folder, eos_ids=frozenset(ends) or folder.eos_ids)
-    return choose.load(folder, choose.EngineOptions(engine=engine, threads=1, **more))
+    return choose.load(folder, choose.EngineOptions(engine=engine, threads=1, **more))  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module", params=["onnxruntime", "openvino", "openvino over IR"])
+@pytest.fixture(
+    scope="module",
+    params=["onnxruntime", "onnxruntime int4 adapters", "onnxruntime fp32 adapters", "openvino", "openvino over IR"],
+)
 def start(request: pytest.FixtureRequest, tiny: Path) -> Load:
     """Loads the engine that the test is run for."""
     name, _, over = request.param.partition(" ")
+    if "adapters" in over:
+        data = tiny.parent / "tiny-lora"
+        named = [(adapter, str(data / adapter)) for adapter in ADAPTERS if adapter]
+        return partial(load, data / over.split()[0], name, adapters=named)
     return partial(load, tiny.parent / "tiny-ir" if over else tiny, name)
 
 
@@ -70,6 +79,11 @@ def random_jobs(draw: random.Random, count: int) -> list[Job]:
     ]
 
 
+def mixed(engine: Engine, jobs: list[Job]) -> list[Job]:
+    """The jobs, each with one of the engine's adapters or with none."""
+    return [replace(one, adapter=engine.adapters.get(ADAPTERS[one.id % len(ADAPTERS)]) or BASE) for one in jobs]
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_tokens_do_not_depend_on_company(engine: Engine, seed: int) -> None:
     compare_with_alone(engine, random_jobs(random.Random(seed), 14), seed)
@@ -89,7 +103,8 @@ def test_tokens_that_are_guessed_ahead_do_not_depend_on_company(guessing: Engine
 
 
 def test_right_guesses_save_steps_and_change_nothing(engine: Engine, guessing: Engine) -> None:
-    asked = [job(1, [7, 8, 9] * 8, 60)]
+    same = Sampling(temperature=0.0, logit_bias=((7, 100.0),))  # whatever the model: one token again and again
+    asked = [job(1, [7, 8, 9] * 8, 60, same)]
     before = guessing.drafted.calls
     plain, steps = run(engine, asked)[1], 0
     guessing.submit(asked[0])
@@ -105,6 +120,7 @@ def test_right_guesses_save_steps_and_change_nothing(engine: Engine, guessing: E
 def compare_with_alone(engine: Engine, jobs: Sequence[Job], seed: int) -> None:
     """Random arrivals, lengths and cancels: who stays gets the tokens that it gets alone."""
     draw = random.Random(f"{seed} arrivals")
+    jobs = mixed(engine, list(jobs))
     alone = {one.id: run(engine, [one])[one.id] for one in jobs}
     got: dict[int, list[int]] = {one.id: [] for one in jobs}
     waiting, cancelled = list(jobs), set()
@@ -214,9 +230,9 @@ def test_every_logit_is_the_same_in_any_company_and_after_any_past(
     alone: dict[int, list[bytes]] = {}
     single = start(slots=1, prefill_chunk=256)
     for one in jobs:
-        run(single, [one])
+        run(single, mixed(single, [one]))
         alone[one.id] = list(Recorder.seen[one.id])
-    waiting, cached = list(jobs), 0
+    waiting, cached = mixed(engine, jobs), 0
     while waiting or engine.busy:
         while waiting and draw.random() < 0.3:
             engine.submit(waiting.pop(0))

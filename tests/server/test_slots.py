@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from slmops_server.engines.adapters import Adapter
 from slmops_server.engines.base import EngineInfo, Job, Sampling
 from slmops_server.engines.sampler import Logits
 from slmops_server.engines.slots import SlotEngine
@@ -21,13 +22,13 @@ class Timed:
     def __init__(self) -> None:
         self.now = 0.0
 
-    def prefill(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+    def prefill(self, slot: int, tokens: Sequence[int], past: int, adapter: Adapter) -> Logits:
         self.now += 0.013 + 0.005 * len(tokens)
         return np.zeros(self.vocab, np.float32)
 
     score = prefill
 
-    def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
+    def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int], adapter: Adapter) -> Logits:
         self.now += self.decode_seconds[len(tokens) - 1]
         return np.zeros((len(tokens), self.vocab), np.float32)
 

@@ -9,6 +9,7 @@ import orjson
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from slmops_server import asgi
+from slmops_server.adapter_verbs import AdapterVerbs
 from slmops_server.errors import ApiError, bad_request, internal, too_many_connections
 from slmops_server.generate import Generate
 from slmops_server.metrics import CLIENT_LEFT
@@ -42,6 +43,9 @@ class Routes:
             self._post["/v1/chat/completions"] = Generate(service, "chat")
             self._post["/v1/completions"] = Generate(service, "completions")
             self._post["/v1/embeddings"] = self._embeddings
+            verbs = AdapterVerbs(service)
+            self._post["/v1/load_lora_adapter"] = verbs.load
+            self._post["/v1/unload_lora_adapter"] = verbs.unload
 
     async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
         """ASGI. Every flaw ends as OpenAI-shaped JSON; a traceback goes to the log only."""
@@ -127,7 +131,7 @@ class Routes:
         await asgi.respond(send, 200, self._service.metrics.render(), CONTENT_TYPE_LATEST.encode())
 
     async def _models(self, _scope: asgi.Scope, _receive: asgi.Receive, send: asgi.Send) -> None:
-        names = self._service.settings.served_names
+        names = [*self._service.settings.served_names, *self._service.supervisor.adapters]
         body = {"object": "list", "data": [self._card(name) for name in names]}
         await asgi.respond(send, 200, orjson.dumps(body))
 
@@ -150,12 +154,14 @@ class Routes:
 
     def _card(self, name: str) -> dict[str, object]:
         service = self._service
+        base, adapter = service.settings.served_names[0], service.supervisor.adapters.get(name)
         return {
             "id": name,
             "object": "model",
-            "created": service.created,
+            "created": adapter.created if adapter else service.created,
             "owned_by": "slmops",
-            "root": service.settings.served_names[0],
+            "root": str(adapter.folder) if adapter else base,
+            "parent": base if adapter else None,
             "max_model_len": service.max_len,
         }
 

@@ -81,6 +81,7 @@ class Generate:
 
     def _submit(self, request: Request, prompts: list[list[int]], limits: list[int]) -> Stream:
         service, grammar, answer = self._service, request.grammar, None
+        adapter = service.adapter(request.model)
         if request.tools and request.tools.forced and service.template:
             grammar = calls_grammar(request.tools, service.template.tags_calls)
         for number in range(len(prompts) * request.n):
@@ -98,6 +99,7 @@ class Generate:
                 grammar,
                 request.echo and sampling.logprobs >= 0,
                 answer,
+                adapter,
             )
         assert answer is not None
         return answer

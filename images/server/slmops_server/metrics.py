@@ -94,6 +94,18 @@ class _Live(Collector):
             counter = CounterMetricFamily(name, text, labels=["model_name"])
             counter.add_metric([self._model], s.steps.get(key, 0.0))
             yield counter
+        if s.takes_adapters:
+            yield self._adapters()
+
+    def _adapters(self) -> GaugeMetricFamily:
+        """As vLLM tells it to routers: names in labels, and the newest series is the one that counts."""
+        labels = ["model_name", "max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+        running, waiting = (",".join(sorted(names)) for names in self._supervisor.adapters_at_work())
+        family = GaugeMetricFamily(
+            "vllm:lora_requests_info", "Adapters at work; the time of the scrape.", labels=labels
+        )
+        family.add_metric([self._model, str(self._supervisor.slots), running, waiting], time.time())
+        return family
 
     def _held(self) -> float:
         s = self._supervisor

@@ -103,7 +103,7 @@ class Request:
 
 def parse(kind: str, body: bytes) -> Request:
     """Kind is "chat" or "completions". Every flaw is an ApiError 400 that names the field."""
-    fields = _fields(body)
+    fields = fields_of(body)
     _refuse_unsupported(kind, fields)
     options = fields.get("stream_options", {})
     if not isinstance(options, dict):
@@ -143,10 +143,11 @@ def parse(kind: str, body: bytes) -> Request:
 
 def model_name(body: bytes) -> str:
     """The field `model` of any request. ApiError 400."""
-    return _model(_fields(body).get("model"))
+    return _model(fields_of(body).get("model"))
 
 
-def _fields(body: bytes) -> dict[str, Any]:
+def fields_of(body: bytes) -> dict[str, Any]:
+    """The object that a body holds, without what is null. ApiError 400."""
     try:
         fields = orjson.loads(body)
     except ValueError as error:

@@ -58,6 +58,8 @@ class Service:
             settings.max_model_len,
             settings.prefill_chunk,
             settings.speculate,
+            [(name, str(folder)) for name, folder in settings.adapters],
+            None if settings.adapter_root is None else [],
         )
         self.supervisor = Supervisor(settings.model, options, settings.log_level, settings.step_timeout)
         self.metrics = Metrics(settings.served_names[0], self.supervisor, self.max_len)
@@ -173,5 +175,10 @@ class Service:
 
     def check_model(self, name: str) -> None:
         """ApiError 404 unless the name is served."""
-        if name not in self.settings.served_names:
-            raise unknown_model(name, self.settings.served_names)
+        if name not in self.settings.served_names and name not in self.supervisor.adapters:
+            raise unknown_model(name, (*self.settings.served_names, *self.supervisor.adapters))
+
+    def adapter(self, name: str) -> str:
+        """The adapter that answers under that name, "" for the base. ApiError 404 when there is none any more."""
+        self.check_model(name)
+        return name if name in self.supervisor.adapters else ""

@@ -33,6 +33,8 @@ class Settings:
     receive_timeout: float = 30.0
     send_timeout: float = 30.0
     keep_alive: float = 75.0
+    adapters: tuple[tuple[str, Path], ...] = ()
+    adapter_root: Path | None = None
     api_keys_dir: Path | None = None
     drain_grace: float = 5.0
     step_timeout: float = 120.0
@@ -72,6 +74,13 @@ def _port(text: str) -> int:
     if not 0 <= value <= 65535:
         raise argparse.ArgumentTypeError(f"{value} is not a port")
     return value
+
+
+def _adapter(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR")
+    return name, Path(folder)
 
 
 def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
@@ -118,6 +127,14 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
     option("receive-timeout", "30", _timeout, "seconds for a request's headers to arrive, and for its body")
     option("send-timeout", "30", _timeout, "a client that does not take up its answer for this long is cut off")
     option("keep-alive", "75", _timeout, "an idle connection is closed after this long: after a proxy would do it")
+    parser.add_argument(
+        "--adapter",
+        metavar="NAME=DIR",
+        action="append",
+        type=_adapter,
+        help=f"LoRA adapter and its name in the API; may be given again [{PREFIX}ADAPTER, comma separated, none]",
+    )
+    option("adapter-root", None, Path, "folder below which adapters may be loaded and unloaded by the API; none: off")
     option("api-keys-dir", None, Path, "folder (or file) with the accepted API keys, re-read while running")
     option("drain-grace", "5", _seconds, "after SIGTERM, go on accepting requests for this long")
     option("step-timeout", "120", _seconds, "an engine silent for this long is taken for stuck: /livez fails")
@@ -131,6 +148,15 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
     names = tuple(n.strip() for n in (got.served_name or model.resolve().name).split(",") if n.strip())
     if not names:
         parser.error("--served-name is empty")
+    try:
+        adapters = got.adapter or [_adapter(text) for text in env.get(f"{PREFIX}ADAPTER", "").split(",") if text]
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"{PREFIX}ADAPTER: {error}")
+    taken = set(names)
+    for name, _ in adapters:
+        if name in taken:
+            parser.error(f"--adapter {name}: the name is taken by the model or by another adapter")
+        taken.add(name)
     return Settings(
         model=model,
         served_names=names,
@@ -150,6 +176,8 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
         receive_timeout=got.receive_timeout,
         send_timeout=got.send_timeout,
         keep_alive=got.keep_alive,
+        adapters=tuple(adapters),
+        adapter_root=got.adapter_root,
         api_keys_dir=got.api_keys_dir,
         drain_grace=got.drain_grace,
         step_timeout=got.step_timeout,

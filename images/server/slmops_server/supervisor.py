@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -79,9 +79,17 @@ class Stream:
         raise self._error
 
 
+class Adapter(NamedTuple):
+    """One that the engine holds: its folder, and when it was loaded, in seconds since the epoch."""
+
+    folder: Path
+    created: int
+
+
 class _Job(NamedTuple):
     stream: Stream
     work: Work
+    adapter: str
 
 
 class _Lines(asyncio.Protocol):
@@ -109,6 +117,9 @@ class Supervisor:
         self.failed = asyncio.Event()
         self.was_ready = asyncio.Event()
         self._model, self._options, self._log_level = model, options, log_level
+        self.adapters = {name: Adapter(Path(folder), int(time.time())) for name, folder in options.adapters}
+        self._required = set(self.adapters)  # those without which the engine is not to start
+        self._loading: dict[int, asyncio.Future[str | None]] = {}
         self._step_timeout = step_timeout
         self._numbers = itertools.count(1)
         self.steps: dict[str, float] = {}  # what the engine process last told about its steps
@@ -142,6 +153,16 @@ class Supervisor:
         jobs = [job.work for job in self._jobs.values()]
         return jobs[: self.slots], jobs[self.slots :]
 
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether there are adapters, or may be."""
+        return self._options.wants_adapters
+
+    def adapters_at_work(self) -> tuple[set[str], set[str]]:
+        """Of the answers that run, and of those that wait."""
+        names = [job.adapter for job in self._jobs.values()]
+        return set(names[: self.slots]) - {""}, set(names[self.slots :]) - {""}
+
     def submit(
         self,
         prompt: list[int],
@@ -153,14 +174,18 @@ class Supervisor:
         grammar: Grammar | None = None,
         score_prompt: bool = False,
         into: Stream | None = None,
+        adapter: str = "",
     ) -> Stream:
-        """Hand a request to the engine; `into`: as one more choice of an answer. ApiError 503 when there is none."""
+        """Hand a request to the engine; `into`: as one more choice of an answer. ApiError 503 when there is none.
+
+        `adapter`: one of `adapters`, or "" for the base.
+        """
         if not self.ready:
             raise unavailable(f"The model is not ready ({self.phase}).", "not_ready")
         answer = into or Stream(grammar.param if grammar else None)
         number = next(self._numbers)
         answer.numbers[number] = len(answer.numbers)
-        self._jobs[number] = _Job(answer, Work(len(prompt), max_tokens))
+        self._jobs[number] = _Job(answer, Work(len(prompt), max_tokens), adapter)
         self._send(
             {
                 "op": "run",
@@ -173,9 +198,31 @@ class Supervisor:
                 "stream": stream,
                 "grammar": None if grammar is None else (grammar.kind, grammar.text),
                 "score_prompt": score_prompt,
+                "adapter": adapter,
             }
         )
         return answer
+
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        """Have the engine read an adapter and give it the name. ApiError 400 when it does not fit, 503."""
+        if not self.ready:
+            raise unavailable(f"The model is not ready ({self.phase}).", "not_ready")
+        number = next(self._numbers)
+        self._loading[number] = loaded = asyncio.get_running_loop().create_future()
+        self._send({"op": "load", "id": number, "name": name, "path": str(folder)})
+        problem = await loaded
+        if problem is not None:
+            raise bad_request(f"The adapter cannot be used: {problem}.", "lora_path", "invalid_adapter")
+        self.adapters[name] = Adapter(folder, int(time.time()))
+        self._required.discard(name)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget the name; answers that run or wait keep the adapter. ApiError 503."""
+        if not self.ready:
+            raise unavailable(f"The model is not ready ({self.phase}).", "not_ready")
+        del self.adapters[name]
+        self._required.discard(name)
+        self._send({"op": "unload", "name": name})
 
     def cancel(self, answer: Stream) -> None:
         """Stop generating; harmless when it is over."""
@@ -212,7 +259,7 @@ class Supervisor:
             "fd": theirs.fileno(),
             "model": str(self._model),
             "log_level": self._log_level,
-            "options": asdict(self._options),
+            "options": asdict(self._options_now()),
         }
         with theirs:
             process = await asyncio.create_subprocess_exec(
@@ -239,6 +286,16 @@ class Supervisor:
             self.steps = {}
             for job in lost.values():
                 job.stream.put(unavailable("The engine ended in mid-request; send it again.", "engine_restarted"))
+            unread, self._loading = self._loading, {}
+            for loaded in unread.values():
+                loaded.set_exception(unavailable("The engine ended; send it again.", "engine_restarted"))
+
+    def _options_now(self) -> EngineOptions:
+        """Those of the start, with the adapters that came and went since."""
+        folders = [(name, str(adapter.folder)) for name, adapter in self.adapters.items()]
+        required = [one for one in folders if one[0] in self._required]
+        loaded = None if self._options.loaded is None else [one for one in folders if one[0] not in self._required]
+        return replace(self._options, adapters=required, loaded=loaded)
 
     async def close(self) -> None:
         """Let the engine process end."""
@@ -264,7 +321,10 @@ class Supervisor:
             self.phase = message["phase"]
         elif "ready" in message:
             self.info, self.phase, self.problem = message["ready"], "ready", ""
+            self.adapters = {name: self.adapters[name] for name in message["adapters"]}
             self.was_ready.set()
+        elif "loaded" in message:
+            self._loading.pop(message["loaded"]).set_result(message["problem"])
         elif "pong" in message:
             self.steps = message["steps"]
         elif "fatal" in message:

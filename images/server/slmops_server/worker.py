@@ -1,7 +1,8 @@
 """The engine process: one thread that owns the model, drives the engine and turns tokens into text.
 
-It talks to the front over one inherited socket, a JSON object per line. In: {"op": "run"|"cancel"|"ping", ...}.
-Out: {"phase": ...}, {"ready": {...}}, {"fatal": text}, {"pong": n, "steps": {...}},
+It talks to the front over one inherited socket, a JSON object per line. In:
+{"op": "run"|"cancel"|"ping"|"load"|"unload", ...}. Out: {"phase": ...}, {"ready": {...}, "adapters": [name, ...]},
+{"fatal": text}, {"pong": n, "steps": {...}}, {"loaded": n, "problem": text or null},
 {"ev": [[job, text, tokens, finish, times, scores], ...]};
 `times` comes with `finish` only: when the job got its slot, its first and its last token in seconds of CLOCK_MONOTONIC
 (one clock for all processes of a machine), the gaps between tokens in microseconds, and the prompt tokens that were
@@ -27,6 +28,7 @@ from slmops_server import model_folder
 from slmops_server.compiling import Compiler
 from slmops_server.detok import DetokenizerFactory, StopScanner
 from slmops_server.engines import choose as engines
+from slmops_server.engines.adapters import BadAdapterError
 from slmops_server.engines.base import Engine, EngineRefusedError, Job, Sampling, Scores
 from slmops_server.guide import BadGrammarError, Guides, MatcherGuide
 
@@ -148,8 +150,20 @@ class Worker:
                 self._unstarted.pop(number, None)
                 if self._compiled.pop(number, None):
                     self._compiler.cancel(number)
+            case "load":
+                self._load(message)
+            case "unload":
+                self._engine.adapters.unload(message["name"])
             case "ping":
                 self._channel.send({"pong": message["n"], "steps": self.steps()})
+
+    def _load(self, message: dict[str, Any]) -> None:
+        problem = None
+        try:
+            self._engine.adapters.load(message["name"], Path(message["path"]))
+        except BadAdapterError as error:
+            problem = str(error)
+        self._channel.send({"loaded": message["id"], "problem": problem})
 
     def steps(self) -> dict[str, float]:
         """What the front cannot know: steps so far, their seconds and tokens, what was guessed; tokens in the cache."""
@@ -167,6 +181,7 @@ class Worker:
 
     def _start(self, message: dict[str, Any]) -> None:
         number, grammar = message["id"], message["grammar"]
+        message["adapter"] = self._engine.adapters.get(message["adapter"])  # now: the name may go while it waits
         guide = None if grammar is None else self._compiler.known(*grammar)
         if grammar is None or guide is not None:
             self._submit(message, guide)
@@ -199,6 +214,7 @@ class Worker:
                 ignore_eos=message["ignore_eos"],
                 guide=guide,
                 score_prompt=message["score_prompt"],
+                adapter=message["adapter"],
             )
         )
 
@@ -274,7 +290,7 @@ def start(path: Path, options: engines.EngineOptions, channel: Channel) -> Worke
     engines.warm(engine, tokenizer.encode(WARM_UP).ids or [0])
     info = {**asdict(engine.info), "load_seconds": loaded - begin, "warm_seconds": time.monotonic() - loaded}
     log.info("Loaded the model: %s", orjson.dumps(info).decode())
-    channel.send({"ready": info})
+    channel.send({"ready": info, "adapters": engine.adapters.names})
     return Worker(engine, factory, guides, channel)
 
 

@@ -6,6 +6,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from slmops_server.engines.adapters import BASE, Adapter, Shelf
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -50,6 +52,7 @@ class Job:
     ignore_eos: bool = False
     guide: Guide | None = None
     score_prompt: bool = False  # tell the logprobs of the prompt's tokens too, with the first token
+    adapter: Adapter = BASE
 
 
 class Scores(NamedTuple):
@@ -103,6 +106,7 @@ class Engine(Protocol):
 
     info: EngineInfo
     drafted: Drafted
+    adapters: Shelf
 
     def submit(self, job: Job) -> None:
         """Queue a job; it starts in a later step, in order of arrival."""

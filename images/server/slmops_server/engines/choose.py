@@ -2,15 +2,20 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from slmops_server import cgroup
-from slmops_server.engines import graph
+from slmops_server.engines import adapters, graph
+from slmops_server.engines.adapters import BadAdapterError
 from slmops_server.engines.base import Engine, EngineInfo, EngineRefusedError, Job, Sampling
 from slmops_server.engines.slots import SlotEngine
 from slmops_server.model_folder import ModelFolder
 
 log = logging.getLogger(__name__)
+
+ONLY = "only onnxruntime does; leave out --adapter and --adapter-root"
 
 DEFAULT_SLOTS = 8
 RUNTIME_BYTES = 200 << 20  # two Python processes, onnxruntime's code and arenas
@@ -27,6 +32,13 @@ class EngineOptions:
     max_model_len: int = 0
     prefill_chunk: int = 256
     guesses: int = 0
+    adapters: Sequence[tuple[str, str]] = ()  # names and folders; the engine does not start without them
+    loaded: Sequence[tuple[str, str]] | None = None  # while the server ran; None: none may be
+
+    @property
+    def wants_adapters(self) -> bool:
+        """Whether the engine has to be one that knows adapters."""
+        return bool(self.adapters) or self.loaded is not None
 
 
 class DoesNotFitError(Exception):
@@ -52,6 +64,18 @@ def plan_slots(
     return slots
 
 
+def _size(folder: str) -> int:
+    """Bytes of an adapter; of what is none 0, for its loading tells why."""
+    try:
+        return adapters.file(Path(folder)).stat().st_size
+    except BadAdapterError:
+        return 0
+
+
+def _row_bytes(folder: ModelFolder, max_len: int) -> int:
+    return folder.kv_bytes(max_len, _item_bytes(folder))
+
+
 def _item_bytes(folder: ModelFolder) -> int:
     """Bytes of one number in the KV cache; of a damaged or unusual graph the most that it may be."""
     try:
@@ -67,11 +91,15 @@ def load(folder: ModelFolder, options: EngineOptions) -> Engine:
         raise DoesNotFitError(f"{max_len} token holds no prompt and an answer; raise --max-model-len to 2 at least")
     limit = cgroup.threads()
     is_ir = folder.graph.suffix == ".xml"
+    if options.wants_adapters and (is_ir or options.engine in ("genai", "openvino")):
+        engine = "openvino" if is_ir else options.engine
+        raise EngineRefusedError(f"the engine {engine} takes no adapters, {ONLY}")
     if options.engine == "openvino" or (is_ir and options.engine == "auto"):
         return _openvino(folder, options, max_len, limit)
     if is_ir:
         raise EngineRefusedError(f"{folder.path} holds OpenVINO IR; start it with --engine openvino")
-    slots = plan_slots(folder, max_len, options.slots, cgroup.memory_limit())
+    memory = cgroup.memory_limit() - sum(_size(where) for _, where in [*options.adapters, *(options.loaded or ())])
+    slots = plan_slots(folder, max_len, options.slots, memory)
     reason = ""
     if options.engine in ("auto", "onnxruntime"):
         try:
@@ -79,6 +107,8 @@ def load(folder: ModelFolder, options: EngineOptions) -> Engine:
         except EngineRefusedError as error:
             if options.engine == "onnxruntime":
                 raise
+            if options.wants_adapters:
+                raise EngineRefusedError(f"{error}. The engine genai takes no adapters, {ONLY}") from None
             reason = str(error)
             log.info("Engine onnxruntime refused the model: %s", reason)
     if options.guesses:
@@ -90,9 +120,25 @@ def _onnxruntime(folder: ModelFolder, options: EngineOptions, slots: int, max_le
     from slmops_server.engines import ort
 
     forward, threads, notes = ort.load(folder, slots, max_len, options.prefill_chunk, options.threads, limit)
-    return SlotEngine(
-        forward, EngineInfo("onnxruntime", slots, max_len, threads, notes), folder.eos_ids, options.guesses
-    )
+    if options.wants_adapters and not forward.lora:
+        raise EngineRefusedError(
+            f"{folder.graph} takes no adapters: the weights of adapters are no inputs of it. "
+            "Build it anew with Olive's ExtractAdapters pass"
+        )
+    room = cgroup.memory_limit() - folder.model_bytes - RUNTIME_BYTES - slots * _row_bytes(folder, max_len)
+    shelf = adapters.Shelf(forward.lora, room)
+    for name, where in options.adapters:
+        try:
+            shelf.load(name, Path(where))
+        except BadAdapterError as error:
+            raise EngineRefusedError(f"--adapter {name}: {error}") from None
+    for name, where in options.loaded or ():
+        try:
+            shelf.load(name, Path(where))
+        except BadAdapterError as error:  # it was loaded while the engine before this one ran
+            log.error("Lost an adapter name=%r problem=%s", name, error)  # noqa: TRY400 - the message has it all
+    info = EngineInfo("onnxruntime", slots, max_len, threads, notes)
+    return SlotEngine(forward, info, folder.eos_ids, options.guesses, adapters=shelf)
 
 
 def _openvino(folder: ModelFolder, options: EngineOptions, max_len: int, limit: int) -> Engine:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnxruntime_genai as og
 
+from slmops_server.engines.adapters import BASE, Adapter
 from slmops_server.engines.sampler import Logits
 from slmops_server.model_folder import ModelFolder
 
@@ -33,7 +34,7 @@ class GenaiForward:
         self.chunk = self.scored = max_len
         self.prefill_seconds: Mapping[int, float] = {}
 
-    def prefill(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+    def prefill(self, slot: int, tokens: Sequence[int], past: int, _adapter: Adapter = BASE) -> Logits:
         """See Forward."""
         if past == 0:
             params = og.GeneratorParams(self._model)
@@ -41,12 +42,18 @@ class GenaiForward:
             self._rows[slot] = og.Generator(self._model, params)
         return self._append(slot, tokens)
 
-    def score(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+    def score(self, slot: int, tokens: Sequence[int], past: int, _adapter: Adapter = BASE) -> Logits:
         """See Forward. One token at a time: genai hands out the logits of the last one only."""
         rows = [self.prefill(slot, [token], past + index) for index, token in enumerate(tokens)]
         return np.stack(rows)
 
-    def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:  # noqa: ARG002 - genai counts
+    def decode(
+        self,
+        first: int,
+        tokens: Sequence[int],
+        lengths: Sequence[int],  # noqa: ARG002 - genai counts
+        _adapter: Adapter = BASE,
+    ) -> Logits:
         """See Forward."""
         return self._append(first, tokens)[None]
 

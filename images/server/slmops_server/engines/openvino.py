@@ -18,6 +18,7 @@ try:
 except ImportError:  # it is an extra
     ov = None
 
+from slmops_server.engines.adapters import BASE, Adapter
 from slmops_server.engines.base import EngineRefusedError
 from slmops_server.engines.sampler import Logits
 from slmops_server.engines.schedule import SMALLEST_CHUNK
@@ -83,16 +84,16 @@ class OpenvinoForward:
         self._caches.append(array)
         self._request.set_tensor(name, ov.Tensor(array, shared_memory=True))
 
-    def prefill(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+    def prefill(self, slot: int, tokens: Sequence[int], past: int, _adapter: Adapter = BASE) -> Logits:
         """See Forward."""
         logits: Logits = self._run([slot], [tokens], [past], [len(tokens) - 1])[0]
         return logits
 
-    def score(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+    def score(self, slot: int, tokens: Sequence[int], past: int, _adapter: Adapter = BASE) -> Logits:
         """See Forward."""
         return self._run([slot], [tokens], [past], range(len(tokens)))
 
-    def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
+    def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int], _adapter: Adapter = BASE) -> Logits:
         """See Forward."""
         rows = range(len(tokens))
         slots = [self.rows if length == IDLE else first + row for row, length in zip(rows, lengths, strict=True)]

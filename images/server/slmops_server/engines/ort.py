@@ -4,11 +4,14 @@ The graph must use GroupQueryAttention with a shared past/present buffer. Rows o
 give exactly the tokens that each row gives alone, because the kernel writes each row at its own length. One exception,
 found at load: the int4 kernel rounds a lone row differently from the same row in company, so where that is seen, a
 lone row is computed with an idle one beside it.
+
+The weights of an adapter are bound as inputs: onnxruntime's own LoraAdapter is ignored by runs with an IOBinding.
 """
 
 import math
 import os
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -16,14 +19,15 @@ import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]  # it ships no types
 from numpy.typing import NDArray
 
-from slmops_server.engines import graph
+from slmops_server.engines import adapters, graph
+from slmops_server.engines.adapters import BASE, Adapter
 from slmops_server.engines.base import EngineRefusedError
 from slmops_server.engines.sampler import Logits
 from slmops_server.engines.schedule import SMALLEST_CHUNK
 from slmops_server.engines.slots import IDLE
 from slmops_server.model_folder import ModelFolder
 
-TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+TYPES: dict[str, type[np.floating]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 SMALL = 64 << 20  # bytes of model up to which loading it twice to measure thread counts costs little
 LOGITS_BYTES = 64 << 20  # a prefill chunk's logits, [chunk, vocab], stay below this where all of them are computed
 # Microseconds that a thread waits by spinning before it sleeps. onnxruntime's own choice is far longer: where others
@@ -36,6 +40,14 @@ MEASURED_CHUNKS = (4, 32)  # tokens
 MEASURED_LENGTH = 64  # tokens in a row while it is measured
 
 _Decode = tuple[ort.IOBinding, NDArray[np.int64], NDArray[np.int64], Logits]
+
+
+class _Bindings:
+    """Of one adapter: by slot, and by first row and number of rows."""
+
+    def __init__(self) -> None:
+        self.prefills: dict[int, ort.IOBinding] = {}
+        self.decodes: dict[tuple[int, int], _Decode] = {}
 
 
 def _session(folder: ModelFolder, model: str | bytes, threads: int) -> ort.InferenceSession:
@@ -109,25 +121,29 @@ class OrtForward:
         self.chunk = max(SMALLEST_CHUNK, chunk) if self._has_from else self.scored
         self._prompt_logits = np.empty((1, self.vocab), self._logits_type)
         self._first, self._begin = np.zeros(1, np.int64), np.zeros(1, np.int64)
-        self._prefills: dict[int, ort.IOBinding] = {}
-        self._decodes: dict[tuple[int, int], _Decode] = {}
+        optional = {i.name: (i.type, i.shape) for i in session.get_overridable_initializers()}
+        self.lora = adapters.inputs(
+            {name: (TYPES[kind], shape) for name, (kind, shape) in optional.items() if kind in TYPES}
+        )
+        self._bound: weakref.WeakKeyDictionary[Adapter, _Bindings] = weakref.WeakKeyDictionary()
 
-    def prefill(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+    def prefill(self, slot: int, tokens: Sequence[int], past: int, adapter: Adapter = BASE) -> Logits:
         """See Forward."""
-        logits: Logits = self._prompt(slot, tokens, past, len(tokens) - 1)[-1]
+        logits: Logits = self._prompt(slot, tokens, past, len(tokens) - 1, adapter)[-1]
         return logits
 
-    def score(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+    def score(self, slot: int, tokens: Sequence[int], past: int, adapter: Adapter = BASE) -> Logits:
         """See Forward."""
-        return self._prompt(slot, tokens, past, 0)
+        return self._prompt(slot, tokens, past, 0, adapter)
 
-    def _prompt(self, slot: int, tokens: Sequence[int], past: int, begin: int) -> Logits:
+    def _prompt(self, slot: int, tokens: Sequence[int], past: int, begin: int, adapter: Adapter) -> Logits:
         """Append tokens; logits from the token `begin` on, or of all where the graph cannot choose."""
         size = len(tokens)
         self._give_back(slot)
-        binding = self._prefills.get(slot)
+        prefills = self._bindings(adapter).prefills
+        binding = prefills.get(slot)
         if binding is None:
-            binding = self._prefills[slot] = self._bind_cache(slot, 1)
+            binding = prefills[slot] = self._bind_fixed(slot, 1, adapter)
         ids = np.asarray(tokens, np.int64)
         positions = np.arange(past, past + size, dtype=np.int64)
         self._bind(binding, self._ids, ids, (1, size))
@@ -146,10 +162,13 @@ class OrtForward:
         self._session.run_with_iobinding(binding)
         return out.astype(np.float32, copy=False)
 
-    def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
+    def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int], adapter: Adapter = BASE) -> Logits:
         """See Forward."""
         rows = len(tokens)
-        binding, ids, positions, logits = self._decodes.get((first, rows)) or self._bind_decode(first, rows)
+        decodes = self._bindings(adapter).decodes
+        if (first, rows) not in decodes:
+            decodes[first, rows] = self._bind_decode(first, rows, adapter)
+        binding, ids, positions, logits = decodes[first, rows]
         for slot, length in enumerate(lengths, first):
             if length == IDLE:
                 self._lend(slot)
@@ -187,8 +206,11 @@ class OrtForward:
         if token is not None:
             self._cache[:, slot, :, 0] = token
 
-    def _bind_decode(self, first: int, rows: int) -> _Decode:
-        binding = self._bind_cache(first, rows)
+    def _bindings(self, adapter: Adapter) -> _Bindings:
+        return self._bound.get(adapter) or self._bound.setdefault(adapter, _Bindings())
+
+    def _bind_decode(self, first: int, rows: int, adapter: Adapter) -> _Decode:
+        binding = self._bind_fixed(first, rows, adapter)
         ids, positions = np.zeros((rows, 1), np.int64), np.zeros((rows, 1), np.int64)
         logits = np.empty((rows, self.vocab), self._logits_type)
         self._bind(binding, self._ids, ids, (rows, 1))
@@ -197,16 +219,18 @@ class OrtForward:
         if self._has_from:
             self._bind(binding, graph.FROM, self._first, (1,))
         binding.bind_output(self._logits, "cpu", 0, self._logits_type, (rows, 1, self.vocab), logits.ctypes.data)
-        self._decodes[first, rows] = made = (binding, ids, positions, logits)
-        return made
+        return binding, ids, positions, logits
 
-    def _bind_cache(self, first: int, rows: int) -> ort.IOBinding:
+    def _bind_fixed(self, first: int, rows: int, adapter: Adapter) -> ort.IOBinding:
+        """What is the same in every call for these rows: the cache and the adapter."""
         binding = self._session.io_binding()
         shape = (rows, *self._row_shape)
         for (past, present), array in zip(self._names, self._cache, strict=True):
             at = array[first].ctypes.data
             binding.bind_input(past, "cpu", 0, self._kv_type, shape, at)
             binding.bind_output(present, "cpu", 0, self._kv_type, shape, at)
+        for name, tensor in adapter.tensors.items():
+            binding.bind_input(name, "cpu", 0, tensor.dtype.type, tensor.shape, tensor.ctypes.data)
         return binding
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 Each running answer owns a slot (a row of the cache). A step prefills one chunk of one waiting prompt, then advances
 every decoding row by a token. The chunk is as long as the running answers can bear, so that they keep moving.
+Rows of different adapters cannot share a call: each adapter's rows are advanced by calls of their own.
 
 A row keeps its prompt's cache after its answer has ended; a later prompt that begins alike continues from there. Only
 the prompt's part is taken over: a token that was computed as part of an answer is rounded differently from the same
@@ -10,10 +11,12 @@ token in a prompt, and an answer must not depend on what ran before it.
 
 import math
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
+from slmops_server.engines.adapters import BASE, Adapter, Shelf
 from slmops_server.engines.base import Drafted, EngineInfo, Job, Scores, Token
 from slmops_server.engines.drafts import Drafts
 from slmops_server.engines.sampler import Logits, Sampler, scores
@@ -25,7 +28,10 @@ RECOMPUTED = 2  # tokens of a prompt that are never taken from the cache: the la
 
 
 class Forward(Protocol):
-    """A loaded model with `rows` rows of KV cache, each `max_len` tokens long. Logits are valid until the next call."""
+    """A loaded model with `rows` rows of KV cache, each `max_len` tokens long. Logits are valid until the next call.
+
+    `adapter`: what the tokens of a call are computed with, BASE where the engine knows no others.
+    """
 
     vocab: int
     rows: int
@@ -35,13 +41,13 @@ class Forward(Protocol):
     prefill_seconds: Mapping[int, float]  # time of a prefill call by number of tokens, as far as measured
     keeps: bool  # whether a row's content outlives its answer and can be copied
 
-    def prefill(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+    def prefill(self, slot: int, tokens: Sequence[int], past: int, adapter: Adapter, /) -> Logits:
         """Append tokens to a row that holds `past` tokens; logits of the last one, shape [vocab]."""
 
-    def score(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+    def score(self, slot: int, tokens: Sequence[int], past: int, adapter: Adapter, /) -> Logits:
         """As prefill, with the logits after every token: shape [tokens, vocab]."""
 
-    def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
+    def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int], adapter: Adapter, /) -> Logits:
         """One token for each of the rows first, first+1, ...; lengths before it; logits [rows, vocab].
 
         A row of length IDLE only keeps company: what it holds stays, its logits mean nothing.
@@ -52,6 +58,16 @@ class Forward(Protocol):
 
     def release(self, slot: int) -> None:
         """The row's answer has ended."""
+
+
+class _Kept(NamedTuple):
+    """What a row's cache holds: tokens of a prompt, and the adapter that they were computed with."""
+
+    tokens: list[int]
+    adapter: "weakref.ref[Adapter]"  # none that has lost its name and its jobs is kept alive
+
+
+EMPTY = _Kept([], weakref.ref(BASE))
 
 
 class _Row:
@@ -94,16 +110,18 @@ class SlotEngine:
         eos: frozenset[int],
         guesses: int = 0,
         clock: Callable[[], float] = time.perf_counter,
+        adapters: Shelf | None = None,
     ) -> None:
         """guesses: tokens that an answer may be ahead of itself where its text repeats; needs rows that are kept."""
         self.info = info
         self.drafted = Drafted()
         self._guesses = guesses
+        self.adapters = adapters or Shelf({}, 0)
         self._forward, self._eos, self._clock = forward, eos, clock
         self._waiting: deque[Job] = deque()
         self._prefilling: deque[_Row] = deque()
         self._rows: list[_Row | None] = [None] * info.slots
-        self._kept: list[list[int]] = [[] for _ in range(forward.rows)]  # prompt tokens in each row's cache
+        self._kept = [EMPTY] * forward.rows
         self._used = [0] * info.slots  # when a row's answer ended, in answers
         self._ended = 0
         self._pace = Pace(forward.chunk, forward.prefill_seconds)
@@ -142,36 +160,49 @@ class SlotEngine:
         active = [row is not None and row.last >= 0 and row not in guessed for row in self._rows]
         if any(active):
             begin = self._clock()
-            for first, count in cover(self._padded(active), self._forward.decode_seconds)[1]:
-                self._decode(first, count, tokens)
+            for adapter, wanted in self._grouped(active).items():
+                for first, count in cover(wanted, self._seconds(adapter))[1]:
+                    self._decode(first, count, adapter, tokens)
             took = self._clock() - begin
             self._step_seconds += (took - self._step_seconds) * (WEIGHT if self._step_seconds else 1.0)
         return tokens
 
-    def _padded(self, active: list[bool]) -> list[bool]:
-        return active + [False] * (self._forward.rows - len(active))
+    def _grouped(self, active: list[bool]) -> dict[Adapter, list[bool]]:
+        """Which of all rows are active under each adapter."""
+        groups: dict[Adapter, list[bool]] = {}
+        for slot, row in enumerate(self._rows):
+            if row is not None and active[slot]:
+                groups.setdefault(row.job.adapter, [False] * self._forward.rows)[slot] = True
+        return groups
+
+    def _seconds(self, adapter: Adapter) -> Sequence[float]:
+        """As measured for the base. That a lone row is exact was measured without the products of adapters."""
+        seconds = self._forward.decode_seconds
+        return seconds if adapter is BASE or len(seconds) == 1 else [math.inf, *seconds[1:]]
 
     def _admit(self, job: Job) -> None:
         """Give a job a free slot: the one that holds most of its prompt, else where it costs least, else the oldest."""
         free = [slot for slot, row in enumerate(self._rows) if row is None]
         held = {slot: self._match(slot, job) for slot in free}
         slot = max(free, key=held.__getitem__)
-        if held[slot] == 0 or 2 * held[slot] < len(self._kept[slot]):  # rather copy than lose a long tail
-            slot = min(free, key=lambda s: (self._cost_with(s), self._used[s]))
-        self._kept[slot] = job.prompt[: held[slot]]
+        if held[slot] == 0 or 2 * held[slot] < len(self._kept[slot].tokens):  # rather copy than lose a long tail
+            slot = min(free, key=lambda s: (self._cost_with(s, job.adapter), self._used[s]))
+        self._kept[slot] = _Kept(job.prompt[: held[slot]], weakref.ref(job.adapter))
         self._rows[slot] = row = _Row(job, slot, held[slot], self._forward.vocab, self._eos, self._guesses)
         self._prefilling.append(row)
 
-    def _cost_with(self, slot: int) -> float:
-        """Seconds of a step if that slot ran too."""
-        active = [row is not None or number == slot for number, row in enumerate(self._rows)]
-        return round(cover(self._padded(active), self._forward.decode_seconds)[0], 9)
+    def _cost_with(self, slot: int, adapter: Adapter) -> float:
+        """Seconds of the calls for the rows of that adapter if that slot ran too."""
+        rows = self._grouped([True] * len(self._rows)).get(adapter, [False] * self._forward.rows)
+        wanted = [active or number == slot for number, active in enumerate(rows)]
+        return round(cover(wanted, self._seconds(adapter))[0], 9)
 
     def _match(self, slot: int, job: Job) -> int:
         """Tokens at the beginning of the prompt that the row holds and that may be taken over."""
-        if not self._forward.keeps or job.score_prompt:
+        kept = self._kept[slot]
+        if not self._forward.keeps or job.score_prompt or kept.adapter() is not job.adapter:
             return 0
-        count = min(common(self._kept[slot], job.prompt), len(job.prompt) - RECOMPUTED)
+        count = min(common(kept.tokens, job.prompt), len(job.prompt) - RECOMPUTED)
         return count if count >= RECOMPUTED else 0
 
     def _prefill(self, row: _Row, tokens: list[Token]) -> None:
@@ -187,11 +218,13 @@ class SlotEngine:
         else:
             size = self._pace.chunk(left, self._bearable() if running else math.inf)
             begin = self._clock()
-            logits = self._forward.prefill(row.slot, prompt[row.length : row.length + size], row.length)
+            logits = self._forward.prefill(
+                row.slot, prompt[row.length : row.length + size], row.length, row.job.adapter
+            )
             self._pace.note(size, self._clock() - begin)
         row.length += size
         if self._forward.keeps:
-            self._kept[row.slot] = prompt[: row.length]
+            self._kept[row.slot] = _Kept(prompt[: row.length], weakref.ref(row.job.adapter))
         if row.length == len(prompt):
             self._prefilling.popleft()
             self._sample(row, logits, tokens)
@@ -214,7 +247,7 @@ class SlotEngine:
 
     def _score(self, row: _Row, part: list[int], told: list[tuple[int, Scores]]) -> Logits:
         """Prefill and note how likely the model thought each next token of the prompt."""
-        after = self._forward.score(row.slot, part, row.length)
+        after = self._forward.score(row.slot, part, row.length, row.job.adapter)
         for logits, token in zip(after, row.job.prompt[row.length + 1 : row.length + 1 + len(part)], strict=False):
             told.append((token, scores(logits, token, row.job.sampling.logprobs)))
         return cast("Logits", after[-1])
@@ -232,7 +265,7 @@ class SlotEngine:
         return moved
 
     def _verify(self, row: _Row, drafts: Drafts, guessed: list[int], tokens: list[Token]) -> None:
-        after = self._forward.score(row.slot, [row.last, *guessed], row.length)
+        after = self._forward.score(row.slot, [row.last, *guessed], row.length, row.job.adapter)
         made = row.made
         for guess, logits in zip([*guessed, -1], after, strict=True):
             row.length += 1
@@ -245,13 +278,14 @@ class SlotEngine:
         self.drafted.tokens += len(guessed)
         self.drafted.accepted += accepted
 
-    def _decode(self, first: int, count: int, tokens: list[Token]) -> None:
+    def _decode(self, first: int, count: int, adapter: Adapter, tokens: list[Token]) -> None:
+        """One call. Rows of other adapters among these are idle in it, as those that do not run."""
         slots = range(first, first + count)
         rows = [self._rows[slot] if slot < len(self._rows) else None for slot in slots]
-        running = [row if row is not None and row.last >= 0 else None for row in rows]
+        running = [row if row is not None and row.last >= 0 and row.job.adapter is adapter else None for row in rows]
         lengths = [IDLE if row is None else row.length for row in running]
         newest = [0 if row is None else row.last for row in running]
-        logits = self._forward.decode(first, newest, lengths)
+        logits = self._forward.decode(first, newest, lengths, adapter)
         for row, row_logits in zip(running, logits, strict=True):
             if row is not None:
                 row.length += 1
@@ -264,7 +298,7 @@ class SlotEngine:
         except ValueError:
             tokens.append(Token(row.job.id, -1, "error", cached=cached))
             self._free(row)
-            self._kept[row.slot] = []
+            self._kept[row.slot] = EMPTY
             return
         row.last = token
         row.made += 1

@@ -1,0 +1,102 @@
+"""POST /v1/load_lora_adapter and /v1/unload_lora_adapter: vLLM's two verbs, for folders below one root only."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from slmops_server import asgi
+from slmops_server.engines.adapters import SUFFIX
+from slmops_server.errors import ApiError, bad_request
+from slmops_server.fields import flag
+from slmops_server.model_folder import BadModelFolderError
+from slmops_server.schema import fields_of
+from slmops_server.service import Service
+
+log = logging.getLogger(__name__)
+
+TEXT = b"text/plain; charset=utf-8"
+LOAD = frozenset({"lora_name", "lora_path", "load_inplace"})
+UNLOAD = frozenset({"lora_name", "lora_int_id"})  # the latter is vLLM's own number, which nothing here has
+
+
+class AdapterVerbs:
+    """The two endpoints. BadModelFolderError when the root is no folder."""
+
+    def __init__(self, service: Service) -> None:
+        self._service, self._root = service, service.settings.adapter_root
+        self._turn = asyncio.Lock()  # one at a time: what is checked has to hold until it is done
+        if self._root is not None and not self._root.is_dir():
+            raise BadModelFolderError(f"--adapter-root {self._root} is not a folder")
+
+    async def load(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
+        """ApiError 400, 404 without such a folder or without a root, 503 without an engine."""
+        fields, root = await self._fields(scope, receive, LOAD)
+        name, given = (fields.get(field) for field in ("lora_name", "lora_path"))
+        if not name or not given or not isinstance(name, str) or not isinstance(given, str):
+            raise bad_request("Both 'lora_name' and 'lora_path' must be provided, as strings.")
+        in_place = flag(fields, "load_inplace")
+        async with self._turn:
+            if name in self._service.settings.served_names:
+                raise bad_request(f"The name {name!r} is the base model's; an adapter needs another.", "lora_name")
+            if name in self._service.supervisor.adapters and not in_place:
+                raise bad_request(
+                    f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, "
+                    "set 'load_inplace' to true.",
+                    "lora_name",
+                )
+            folder = await asyncio.to_thread(below, root, given)
+            await self._service.supervisor.load_adapter(name, folder)
+        log.info("Loaded an adapter name=%r folder=%s", name, folder)
+        await asgi.respond(send, 200, f"Success: LoRA adapter '{name}' added successfully.".encode(), TEXT)
+
+    async def unload(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
+        """ApiError 400, 404 without such an adapter or without a root, 503 without an engine."""
+        fields, _ = await self._fields(scope, receive, UNLOAD)
+        name = fields.get("lora_name")
+        if not name or not isinstance(name, str):
+            raise bad_request("'lora_name' needs to be provided, as a string.", "lora_name")
+        async with self._turn:
+            if name not in self._service.supervisor.adapters:
+                raise ApiError(
+                    404, f"The lora adapter '{name}' cannot be found.", param="lora_name", code="model_not_found"
+                )
+            self._service.supervisor.unload_adapter(name)
+        log.info("Unloaded an adapter name=%r", name)
+        await asgi.respond(send, 200, f"Success: LoRA adapter '{name}' removed successfully.".encode(), TEXT)
+
+    async def _fields(
+        self, scope: asgi.Scope, receive: asgi.Receive, known: frozenset[str]
+    ) -> tuple[Mapping[str, Any], Path]:
+        """The body's fields, and the root."""
+        if self._root is None:
+            raise ApiError(
+                404,
+                "This server's adapters are fixed: it takes others at run time when it is started with "
+                "--adapter-root DIR.",
+                code="unknown_url",
+            )
+        settings = self._service.settings
+        fields = fields_of(await asgi.read_body(scope, receive, settings.max_body_bytes, settings.receive_timeout))
+        odd = next((name for name in fields if name not in known), None)
+        if odd is not None:
+            raise bad_request(f"{odd} is not a field of this request.", odd, "unknown_parameter")
+        return fields, self._root
+
+
+def below(root: Path, given: str) -> Path:
+    """The adapter's folder, with nothing in it that leads out of the root. ApiError 400, 404 where there is none."""
+    outside = bad_request("lora_path leads out of the folder of --adapter-root.", "lora_path", "invalid_adapter")
+    if ".." in PurePath(given).parts:
+        raise outside
+    try:
+        top, folder = root.resolve(), (root / given).resolve()
+        if not folder.is_relative_to(top):  # by a link, or by an absolute path
+            raise outside
+        files = [path.resolve() for path in folder.iterdir() if path.name.endswith(SUFFIX)]
+    except (OSError, RuntimeError, ValueError):  # no such folder; links in a circle; a name that no file can have
+        raise ApiError(404, f"No adapter found for {given!r}.", param="lora_path", code="adapter_not_found") from None
+    if not all(path.is_relative_to(top) for path in files):
+        raise outside
+    return folder

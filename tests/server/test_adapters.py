@@ -1,0 +1,250 @@
+"""LoRA adapters in the engine: the tokens of transformers and peft, what is refused, and how long one lives."""
+
+import gc
+import json
+import random
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from slmops_server import model_folder
+from slmops_server.engines import adapters, choose
+from slmops_server.engines.adapters import BASE, BadAdapterError, Shelf, Tensors
+from slmops_server.engines.base import Engine, EngineRefusedError, Job, Sampling
+
+NAMES = ("all", "few")
+Change = Callable[[Tensors], object]
+
+
+@pytest.fixture(scope="module")
+def data(tiny: Path) -> Path:
+    return tiny.parent / "tiny-lora"
+
+
+def load(data: Path, precision: str = "fp32", **options: Any) -> Engine:
+    named = [(name, str(data / name)) for name in NAMES]
+    given = {"engine": "onnxruntime", "threads": 1, "slots": 3, "adapters": named, **options}
+    return choose.load(model_folder.read(data / precision), choose.EngineOptions(**given))
+
+
+def run(engine: Engine, jobs: list[Job]) -> dict[int, list[int]]:
+    got: dict[int, list[int]] = {job.id: [] for job in jobs}
+    for job in jobs:
+        engine.submit(job)
+    while engine.busy:
+        for token in engine.step():
+            got[token.job].append(token.token)
+    return got
+
+
+def job(engine: Engine, number: int, prompt: list[int], name: str, tokens: int = 24) -> Job:
+    adapter = engine.adapters.get(name)
+    assert adapter is not None
+    return Job(number, prompt, tokens, Sampling(temperature=0.0), ignore_eos=True, adapter=adapter)
+
+
+def test_the_tokens_are_those_of_transformers_and_peft(data: Path) -> None:
+    told = json.loads((data / "answers.json").read_text())
+    engine = load(data, prefill_chunk=16)
+    jobs, wanted = [], {}
+    for name, answers in told["answers"].items():
+        for prompt, answer in zip(told["prompts"], answers, strict=True):
+            jobs.append(job(engine, len(jobs), prompt, name, len(answer)))
+            wanted[jobs[-1].id] = answer
+    random.Random(1).shuffle(jobs)
+    assert run(engine, jobs) == wanted
+    assert len({str(answers) for answers in told["answers"].values()}) == 3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_no_adapter_is_an_adapter_of_zeros(data: Path, precision: str) -> None:
+    engine = load(data, precision)
+    forward = engine._forward  # type: ignore[attr-defined]
+    prompt = list(range(3, 40))
+    plain = forward.score(0, prompt, 0, BASE).copy()
+    zeros = adapters.Adapter({i.name: zero(i, 5) for i in forward.lora.values()})
+    assert np.array_equal(forward.score(1, prompt, 0, zeros), plain)
+
+
+def zero(one: adapters.Input, rank: int) -> np.ndarray:
+    return np.zeros((one.size, rank) if ".lora_A." in one.name else (rank, one.size), one.kind)
+
+
+def test_a_prompt_continues_only_where_its_own_adapter_began(data: Path) -> None:
+    engine = load(data)
+    begin = [11, 400, 37, 255, 18] * 10
+
+    def cached(number: int, name: str) -> int:
+        engine.submit(job(engine, number, [*begin, number], name, 2))
+        told = []
+        while engine.busy:
+            told += engine.step()
+        return told[0].cached
+
+    assert [cached(5, name) for name in ("all", "few", "")] == [0, 0, 0]
+    assert [cached(6, name) for name in ("all", "few", "")] == [49, 49, 49]
+    engine.adapters.load("all", data / "few")
+    assert cached(7, "all") == 0
+
+
+def test_an_answer_keeps_its_adapter_after_the_name_is_gone_and_frees_it_at_its_end(data: Path) -> None:
+    engine = load(data)
+    wanted = run(engine, [job(engine, 1, [5, 6, 7], "few", 30)])[1]
+    one = job(engine, 2, [5, 6, 7], "few", 30)
+    alive = weakref.ref(one.adapter)
+    engine.submit(one)
+    del one
+    got = [token.token for token in engine.step()]
+    engine.adapters.unload("few")
+    assert engine.adapters.get("few") is None
+    engine.adapters.load("few", data / "all")  # the name may be another's now
+    while engine.busy:
+        got += [token.token for token in engine.step()]
+    assert got == wanted
+    gc.collect()
+    assert alive() is None
+
+
+def test_adapters_fit_into_the_memory_that_is_left(data: Path) -> None:
+    wanted = load(data)._forward.lora  # type: ignore[attr-defined]
+    size = (data / "all" / "weights.onnx_adapter").stat().st_size
+    shelf = Shelf(wanted, int(size * 1.5))
+    shelf.load("all", data / "all")
+    held = shelf.get("all")
+    shelf.unload("all")
+    with pytest.raises(BadAdapterError, match="memory limit leaves"):  # an answer still has it
+        shelf.load("again", data / "all")
+    del held
+    shelf.load("again", data / "all")
+
+
+def rewritten(source: Path, folder: Path, change: Change) -> Path:
+    held = ort.AdapterFormat.read_adapter(str(source))
+    tensors = {name: value.numpy().copy() for name, value in held.get_parameters().items()}
+    change(tensors)
+    out = ort.AdapterFormat()
+    out.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in tensors.items()})
+    folder.mkdir()
+    out.export_adapter(str(folder / "weights.onnx_adapter"))
+    return folder
+
+
+Q_A, Q_B = "model.layers.0.self_attn.q_proj.lora_A.weight", "model.layers.0.self_attn.q_proj.lora_B.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop(Q_A), "has only one of"),
+        (lambda t: t.update({Q_A: t[Q_A][:-1]}), r"is \[63, 4\], where the graph wants \[64, rank\]"),
+        (lambda t: t.update({Q_B: np.ones((4, 65), np.float32)}), r"wants \[rank, 64\].*another base"),
+        (lambda t: t.update({Q_A: t[Q_A][:, :2]}), "different ranks"),
+        (lambda t: t.update({Q_A.replace(".0.", ".2."): t.pop(Q_A)}), "in 2 layers.*another base"),
+        (lambda t: t.update({Q_A.replace("q_proj", "qkv"): t.pop(Q_A)}), "has no place in the graph"),
+        (lambda t: t.update({"model.embed_tokens.weight": t[Q_A]}), "is no float LoRA weight"),
+        (lambda t: t.update({Q_A: t[Q_A] * np.float32("nan")}), "no finite numbers"),
+        (lambda t: t.update({Q_A: t[Q_A].astype(np.int64)}), "no finite numbers"),
+        (lambda t: t.update({Q_A.replace("self_attn", "attn"): t[Q_A]}), "twice"),
+        (lambda t: t.clear(), "no weights"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused_with_the_reason(
+    data: Path, tmp_path: Path, change: Change, words: str
+) -> None:
+    engine = load(data, adapters=[("all", str(data / "all"))])
+    bad = rewritten(data / "all" / "weights.onnx_adapter", tmp_path / "bad", change)
+    with pytest.raises(BadAdapterError, match=words):
+        engine.adapters.load("bad", bad)
+    assert engine.adapters.get("bad") is None
+    with pytest.raises(EngineRefusedError, match=f"--adapter bad: .*{words}"):
+        load(data, adapters=[("bad", str(bad))])
+
+
+def test_all_matrices_of_an_adapter_are_of_one_rank(data: Path, tmp_path: Path) -> None:
+    """onnxruntime lets products with the same dimensions by name share memory; ranks and modules may differ."""
+    engine = load(data)
+    change = {Q_A: lambda a: np.hstack([a] * 2), Q_B: lambda b: np.vstack([b / 2] * 2)}
+    ranks = rewritten(
+        data / "all" / "weights.onnx_adapter",
+        tmp_path / "ranks",
+        lambda t: t.update({name: how(t[name]).astype(np.float32) for name, how in change.items()}),
+    )
+    engine.adapters.load("ranks", ranks)
+    for name, rank in (("all", 4), ("few", 3), ("ranks", 8)):
+        made = engine.adapters.get(name)
+        assert made is not None
+        assert {t.shape[1 if ".lora_A." in name else 0] for name, t in made.tensors.items()} == {rank}
+        assert len(made.tensors) == 2 * 2 * 7
+        assert made.bytes == sum(t.nbytes for t in made.tensors.values() if t.any()) + (
+            0 if name != "few" else 4 * 3 * 128
+        )
+    got = run(engine, [job(engine, 1, [5, 6, 7], "ranks"), job(engine, 2, [5, 6, 7], "all")])
+    assert got[1] == got[2]
+
+
+def test_an_adapter_in_half_precision_is_taken(data: Path, tmp_path: Path) -> None:
+    engine = load(data)
+    half = rewritten(
+        data / "all" / "weights.onnx_adapter",
+        tmp_path / "half",
+        lambda t: t.update({name: value.astype(np.float16) for name, value in t.items()}),
+    )
+    engine.adapters.load("half", half)
+    made = engine.adapters.get("half")
+    assert made is not None
+    assert {tensor.dtype for tensor in made.tensors.values()} == {np.dtype(np.float32)}
+
+
+def test_damaged_files_are_refused(data: Path, tmp_path: Path) -> None:
+    """Any damage is told or does no harm: the engine process is not the one to find out."""
+    shelf = Shelf(load(data)._forward.lora, 1 << 30)  # type: ignore[attr-defined]
+    whole = (data / "few" / "weights.onnx_adapter").read_bytes()
+    file = tmp_path / "a.onnx_adapter"
+    draw, refused = random.Random(3), 0
+    for _ in range(200):
+        broken = bytearray(whole)
+        if draw.random() < 0.5:
+            del broken[draw.randrange(len(broken)) :]
+        else:
+            for _ in range(draw.randrange(1, 9)):
+                broken[draw.randrange(len(broken))] = draw.randrange(256)
+        file.write_bytes(broken)
+        try:
+            shelf.load("x", tmp_path)
+        except BadAdapterError:
+            refused += 1
+    assert refused >= 80
+
+
+def test_a_folder_without_one_adapter_is_refused(data: Path, tmp_path: Path) -> None:
+    for folder, words in ((tmp_path / "none", "is not a folder"), (tmp_path, "has 0 .*onnx_adapter")):
+        with pytest.raises(EngineRefusedError, match=words):
+            load(data, adapters=[("x", str(folder))])
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.onnx_adapter").write_bytes(b"")
+    with pytest.raises(EngineRefusedError, match="has 2"):
+        load(data, adapters=[("x", str(tmp_path))])
+
+
+@pytest.mark.parametrize("more", [True, False])
+def test_what_cannot_take_adapters_says_so(data: Path, tiny: Path, more: bool) -> None:
+    named = [] if more else [("all", str(data / "all"))]
+    options = {"threads": 1, "slots": 1, "adapters": named, "loaded": [] if more else None}
+
+    def refused(folder: model_folder.ModelFolder, engine: str) -> str:
+        with pytest.raises(EngineRefusedError) as told:
+            choose.load(folder, choose.EngineOptions(engine=engine, **options))  # type: ignore[arg-type]
+        return str(told.value)
+
+    for engine in ("genai", "openvino"):
+        assert refused(model_folder.read(data / "fp32"), engine).startswith(f"the engine {engine} takes no adapters")
+    assert "openvino takes no adapters" in refused(model_folder.read(tiny.parent / "tiny-ir"), "auto")
+    assert "ExtractAdapters" in refused(model_folder.read(tiny), "auto")
+    unfit = replace(model_folder.read(data / "fp32"), share_buffer=False)
+    assert "shared past/present buffer. The engine genai takes no adapters" in refused(unfit, "auto")
