@@ -114,8 +114,9 @@ def _make_venv(folder: Path, requirements: Path) -> None:
 
 
 def _make_packages(folder: Path, requirements: Path) -> None:
-    """For the image's Python, not for this one's."""
-    _pip(sys.executable, requirements, "--target", str(folder), "--python-version", IMAGE_PYTHON, "--only-binary=:all:")
+    """For the image's Python, not for this one, whose version pip would check all the same."""
+    foreign = ["--python-version", IMAGE_PYTHON, "--only-binary=:all:", "--ignore-requires-python"]
+    _pip(sys.executable, requirements, "--target", str(folder), *foreign)
 
 
 def _pip(interpreter: str, requirements: Path, *more: str) -> None:

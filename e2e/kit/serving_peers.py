@@ -9,9 +9,11 @@ ContinuousBatchingPipeline, over IR.
 """
 
 import json
+import os
 import queue
 import sys
 import threading
+import traceback
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,33 +32,30 @@ class Peer(Protocol):
         """Yields at each of `count` tokens. Called by many threads."""
 
 
-class Genai:
-    """onnxruntime-genai with all the threads that ours gets; by itself it would take half of the machine's."""
+def genai(path: str, threads: int, slots: int) -> tuple[Any, Any]:
+    """onnxruntime-genai, and a model with all the threads that ours gets: by itself it takes half of the machine's."""
+    import onnxruntime_genai as og  # each peer's process holds its own engine only
 
-    def __init__(self, path: str, threads: int, slots: int) -> None:
-        import onnxruntime_genai as og  # each peer's process holds its own engine only
-
-        self.og = og
-        config = og.Config(path)
-        session = {"intra_op_num_threads": threads}
-        batching = {"static_batching": {"max_batch_size": slots}}
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}, "engine": batching}))
-        self.model = og.Model(config)
+    config = og.Config(path)
+    session = {"intra_op_num_threads": threads}
+    batching = {"static_batching": {"max_batch_size": slots}}
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}, "engine": batching}))
+    return og, og.Model(config)
 
 
-class Serial(Genai):
+class Serial:
     """One Generator at a time."""
 
     def __init__(self, path: str, threads: int, slots: int) -> None:
-        super().__init__(path, threads, slots)
+        self._og, self._model = genai(path, threads, slots)
         self._turn = threading.Lock()
 
     def answer(self, prompt: list[int], count: int) -> Iterator[None]:
         with self._turn:
-            params = self.og.GeneratorParams(self.model)
+            params = self._og.GeneratorParams(self._model)
             length = len(prompt) + count
             params.set_search_options(max_length=length, min_length=length, do_sample=False)
-            generator = self.og.Generator(self.model, params)
+            generator = self._og.Generator(self._model, params)
             generator.append_tokens(np.asarray(prompt, np.int32))
             for _ in range(count):
                 generator.generate_next_token()
@@ -67,25 +66,37 @@ Told = queue.Queue[bool]  # True: a token, False: the end
 
 
 class Owned:
-    """An engine that one thread drives."""
+    """An engine that one thread makes and drives; the process ends with it."""
 
-    def __init__(self) -> None:
-        self.jobs: queue.Queue[tuple[list[int], int, Told]] = queue.Queue()
-        threading.Thread(target=self._drive, daemon=True).start()
+    def __init__(self, path: str, threads: int, slots: int) -> None:
+        self._jobs: queue.Queue[tuple[list[int], int, Told]] = queue.Queue()
+        self._loaded = threading.Event()
+        threading.Thread(target=self._own, args=(path, threads, slots), daemon=True).start()
+        self._loaded.wait()
 
     def answer(self, prompt: list[int], count: int) -> Iterator[None]:
         told: Told = queue.Queue()
-        self.jobs.put((prompt, count, told))
+        self._jobs.put((prompt, count, told))
         while told.get():
             yield
 
-    def _drive(self) -> None:
-        running: dict[Any, Told] = {}
-        while True:
-            while not running or not self.jobs.empty():
-                prompt, count, told = self.jobs.get()
-                running[self.begin(prompt, count)] = told
-            self.step(running)
+    def _own(self, path: str, threads: int, slots: int) -> None:
+        try:
+            self.load(path, threads, slots)
+            self._loaded.set()
+            running: dict[Any, Told] = {}
+            while True:
+                while not running or not self._jobs.empty():
+                    prompt, count, told = self._jobs.get()
+                    running[self.begin(prompt, count)] = told
+                self.step(running)
+        except Exception:  # noqa: BLE001 - whatever it is, requests would wait for ever
+            traceback.print_exc()
+            os._exit(1)
+
+    @abstractmethod
+    def load(self, path: str, threads: int, slots: int) -> None:
+        """Make the engine."""
 
     @abstractmethod
     def begin(self, prompt: list[int], count: int) -> Any:
@@ -96,27 +107,26 @@ class Owned:
         """One step; what has ended is taken out of `running`."""
 
 
-class Static(Genai, Owned):
+class Static(Owned):
     """The Engine."""
 
-    def __init__(self, path: str, threads: int, slots: int) -> None:
-        Genai.__init__(self, path, threads, slots)
-        self._engine = self.og.Engine(self.model)
+    def load(self, path: str, threads: int, slots: int) -> None:
+        self._og, model = genai(path, threads, slots)
+        self._engine = self._og.Engine(model)
         self._events = self._engine.create_event_buffer(64)
-        Owned.__init__(self)
 
     def begin(self, prompt: list[int], count: int) -> Any:
-        options = self.og.RequestOptions()
+        options = self._og.RequestOptions()
         options.set_max_session_tokens(len(prompt) + count)
         request = self._engine.create_request(options=options)
-        turn = self.og.TurnOptions(request)
+        turn = self._og.TurnOptions(request)
         turn.set_max_generated_tokens(count)
         turn.set_min_generated_tokens(count)
         request.begin_turn(np.asarray(prompt, np.int32), turn)
         return request
 
     def step(self, running: dict[Any, Told]) -> None:
-        flags = self.og.EngineEventFlags
+        flags = self._og.EngineEventFlags
         for event in self._engine.run(self._events):
             if event.flags & flags.TOKEN:
                 running[event.request].put(True)
@@ -128,7 +138,7 @@ class Static(Genai, Owned):
 class Openvino(Owned):
     """The pipeline with its own choice of cache and arithmetic, without a prefix cache."""
 
-    def __init__(self, path: str, threads: int, slots: int) -> None:
+    def load(self, path: str, threads: int, slots: int) -> None:
         import openvino as ov
         import openvino_genai as ovg
 
@@ -140,7 +150,6 @@ class Openvino(Owned):
         properties = {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": "NO"}  # five servers share the machine
         self._pipeline = ovg.ContinuousBatchingPipeline(path, config, "CPU", properties)
         self._number = 0
-        super().__init__()
 
     def begin(self, prompt: list[int], count: int) -> Any:
         self._number += 1
