@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_SLOTS = 8
 RUNTIME_BYTES = 200 << 20  # two Python processes, onnxruntime's code and arenas
+FORMS = {".xml": ("OpenVINO IR", "openvino"), ".gguf": ("GGUF", "llamacpp")}  # and the only engine that reads them
 GENAI_SLOTS = 4  # rows are stepped one by one there: more only share the same speed
 
 
@@ -65,11 +66,16 @@ def load(folder: ModelFolder, options: EngineOptions) -> Engine:
     if max_len < 2:
         raise DoesNotFitError(f"{max_len} token holds no prompt and an answer; raise --max-model-len to 2 at least")
     limit = cgroup.threads()
-    is_ir = folder.graph.suffix == ".xml"
-    if options.engine == "openvino" or (is_ir and options.engine == "auto"):
+    form, only = FORMS.get(folder.graph.suffix, ("ONNX", ""))
+    engine = only if only and options.engine == "auto" else options.engine
+    if only and engine != only:
+        raise EngineRefusedError(f"{folder.path} holds {form}; start it with --engine {only}")
+    if engine == "llamacpp" and not only:
+        raise EngineRefusedError(f"{folder.path} holds ONNX; the engine llamacpp reads GGUF")
+    if engine == "openvino":
         return _openvino(folder, options, max_len, limit)
-    if is_ir:
-        raise EngineRefusedError(f"{folder.path} holds OpenVINO IR; start it with --engine openvino")
+    if engine == "llamacpp":
+        return _llamacpp(folder, options, max_len, limit)
     slots = plan_slots(folder, max_len, options.slots, cgroup.memory_limit())
     reason = ""
     if options.engine in ("auto", "onnxruntime"):
@@ -98,6 +104,16 @@ def _openvino(folder: ModelFolder, options: EngineOptions, max_len: int, limit: 
     threads = options.threads or limit
     forward, notes = openvino.load(folder, slots, max_len, options.prefill_chunk, threads)
     return SlotEngine(forward, EngineInfo("openvino", slots, max_len, threads, notes), folder.eos_ids)
+
+
+def _llamacpp(folder: ModelFolder, options: EngineOptions, max_len: int, limit: int) -> Engine:
+    from slmops_server.engines import llamacpp
+
+    memory, row = cgroup.memory_limit(), llamacpp.cells(max_len)
+    slots = plan_slots(folder, row, options.slots, memory, llamacpp.KV_BYTES, llamacpp.RUNTIME_BYTES)
+    threads = options.threads or limit
+    forward, notes = llamacpp.load(folder, slots, max_len, options.prefill_chunk, threads)
+    return SlotEngine(forward, EngineInfo("llamacpp", slots, max_len, threads, notes), folder.eos_ids)
 
 
 def _genai(folder: ModelFolder, slots: int, max_len: int, threads: int, reason: str) -> Engine:
