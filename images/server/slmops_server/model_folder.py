@@ -1,6 +1,7 @@
 """A model folder, read once, checked, typed: as Olive and the onnxruntime-genai builder write it, OpenVINO IR or GGUF."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,8 @@ def _other_graph(path: Path) -> Path | None:
     if len(found) > 1:
         names = ", ".join(one.name for one in found)
         raise BadModelFolderError(f"{path} holds {len(found)} GGUF files ({names}): keep one, and join one that was split")
+    if found and re.search(r"-\d{5}-of-(?!00001)\d{5}$", found[0].stem):
+        raise BadModelFolderError(f"{found[0].name} is one part of several: join them with llama-gguf-split --merge")
     return found[0] if found else None
 
 
