@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from slmops_server.engines.base import EngineRefusedError
 
 PACKAGE = "xllamacpp"
+OPENMP = "libgomp.so.1"
 VERSION = "2026.9.11063"
 INSTALL = f"llama.cpp is not installed here: use the server image, or pip install {PACKAGE}=={VERSION}"
 NEEDED = {"avx2", "bmi2", "f16c", "fma"}  # what the wheel is compiled for
@@ -121,7 +122,10 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         """EngineRefusedError when the library cannot be loaded or is not the one that is known here."""
+        beside = path.with_name(OPENMP)
         try:
+            if beside.exists():  # the image has it here; elsewhere it is the system's
+                ctypes.CDLL(str(beside), ctypes.RTLD_GLOBAL)
             self._library = ctypes.CDLL(str(path))
             for name, (result, arguments) in _FUNCTIONS.items():
                 function = getattr(self._library, name)
