@@ -2,6 +2,7 @@
 
 All is made once and kept below .local: the weights by the trainer image on the local node, from one seed. Forms: `onnx`
 (onnxruntime-genai's builder), `ir` (OpenVINO's, by optimum-intel). Both int4, symmetric, in blocks of the same size.
+`gguf` is llama.cpp's Q4_0, of 4 bits in blocks of 32 whatever is asked for.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ def python() -> Path:
 
 def make(form: str, block: int) -> Path:
     """The folder of the model in that form, with int4 blocks of that size. KubectlError or TimedOut when it fails."""
-    return {"onnx": _onnx, "ir": _ir}[form](block)
+    return {"onnx": _onnx, "ir": _ir, "gguf": _gguf}[form](block)
 
 
 def _onnx(block: int) -> Path:
@@ -59,6 +60,15 @@ def _ir(block: int) -> Path:
         command += ["--weight-format", "int4", "--sym", "--group-size", str(block), "--ratio", "1.0", "/out"]
         reads = {"/source": _source(), "/packages": packages}
         _run("make-ir", command, folder, reads, {"PYTHONPATH": "/packages"})
+    return folder
+
+
+def _gguf(_: int) -> Path:
+    """Written on this machine: it needs no torch."""
+    folder = LOCAL / "bench-gguf"
+    if not (folder / "model.gguf").exists():
+        command = [str(python()), str(ROOT / "tests/server/make_gguf.py"), str(_source()), str(folder)]
+        subprocess.run(command, check=True)
     return folder
 
 

@@ -58,12 +58,20 @@ def peer(name: str) -> Callable[[Start], list[str]]:
     return command
 
 
+def llama_server(at: Start) -> list[str]:
+    """llama.cpp's own server, see llama_server."""
+    script = Path(__file__).with_name("llama_server.py")
+    return [str(at.python), str(script), str(at.model), str(at.port), str(at.threads), str(at.slots)]
+
+
 KINDS = {
     "slmops-onnxruntime": Kind(ours("onnxruntime")),
     "slmops-openvino": Kind(ours("openvino")),
+    "slmops-llamacpp": Kind(ours("llamacpp"), form="gguf"),
     "genai-serial": Kind(peer("genai-serial"), openai=False),
     "genai-static": Kind(peer("genai-static"), openai=False),
     "openvino-bare": Kind(peer("openvino"), openai=False, form="ir"),
+    "llama-server": Kind(llama_server, form="gguf", ready="/health"),
 }
 
 

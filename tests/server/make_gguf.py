@@ -205,8 +205,7 @@ def write(file: BinaryIO, metadata: Mapping[str, Any], tensors: Iterable[tuple[s
     """The file's bytes. Every tensor is held in memory, in its type of the file."""
     made = [(name, weights.shape, *packed(weights, wanted)) for name, weights in tensors]
     file.write(struct.pack("<4sIQQ", b"GGUF", 3, len(made), len(metadata)))
-    for key, value in metadata.items():
-        file.write(_text(key) + encoded(value))
+    file.writelines(_text(key) + encoded(value) for key, value in metadata.items())
     offset = 0
     for name, shape, kind, data in made:
         axes = shape[::-1]
@@ -226,7 +225,11 @@ def export(source: Path, out: Path, wanted: str) -> None:
     """A folder with model.gguf and the files that a server needs beside it. UnsupportedError says why there is none."""
     config = json.loads((source / "config.json").read_text())
     tokenizer = json.loads((source / "tokenizer.json").read_text())
-    metadata = {**shapes(config), "general.file_type": FILE_TYPES[wanted], **vocabulary(tokenizer, config["vocab_size"])}
+    metadata = {
+        **shapes(config),
+        "general.file_type": FILE_TYPES[wanted],
+        **vocabulary(tokenizer, config["vocab_size"]),
+    }
     metadata |= ends(config)
     is_llama = metadata["general.architecture"] == "llama"  # the others rotate halves
     turned = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"} if is_llama else {}

@@ -24,9 +24,7 @@ def load(path: Path, engine: str = "onnxruntime", ends: Sequence[int] = (), **mo
     return choose.load(folder, choose.EngineOptions(engine=engine, threads=1, **more))
 
 
-@pytest.fixture(
-    scope="module", params=["onnxruntime", "openvino", "openvino over IR", "llamacpp", "llamacpp over f16"]
-)
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino", "openvino over IR", "llamacpp", "llamacpp over f16"])
 def start(request: pytest.FixtureRequest, tiny: Path, gguf: Callable[..., Path]) -> Load:
     """Loads the engine that the test is run for."""
     name, _, over = request.param.partition(" ")

@@ -143,7 +143,7 @@ def endless(data: bytes) -> bytes:
     return data[:8] + struct.pack("<Q", 1 << 60) + data[16:]
 
 
-@pytest.mark.parametrize("damage", [cut, of_no_model, of_later_version, endless, lambda data: b"", lambda data: data[:30]])
+@pytest.mark.parametrize("damage", [cut, of_no_model, of_later_version, endless, lambda _: b"", lambda data: data[:30]])
 def test_a_damaged_file_is_refused_with_a_sentence(
     gguf: Maker, tmp_path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
@@ -184,7 +184,7 @@ def test_a_library_with_other_records_is_refused() -> None:
     found = llama_library.load().call("llama_context_default_params")
     llama_library.check("llama_context_params", llama_library.CONTEXT_DEFAULTS, found)
     moved = llama_library.ContextParams.from_buffer_copy(bytes(8) + bytes(found)[:-8])
-    with pytest.raises(EngineRefusedError, match="not as expected .*n_ctx"):
+    with pytest.raises(EngineRefusedError, match=r"not as expected .*n_ctx"):
         llama_library.check("llama_context_params", llama_library.CONTEXT_DEFAULTS, moved)
     assert ctypes.sizeof(found) == len(bytes(moved))
 

@@ -1,4 +1,4 @@
-"""A model folder, read once, checked, typed: as Olive and the onnxruntime-genai builder write it, OpenVINO IR or GGUF."""
+"""A model folder, read once, checked, typed: as the onnxruntime-genai builder writes it, OpenVINO IR or GGUF."""
 
 import json
 import re
@@ -127,7 +127,9 @@ def _other_graph(path: Path) -> Path | None:
     found = sorted(one for one in path.iterdir() if one.suffix == GGUF)
     if len(found) > 1:
         names = ", ".join(one.name for one in found)
-        raise BadModelFolderError(f"{path} holds {len(found)} GGUF files ({names}): keep one, and join one that was split")
+        raise BadModelFolderError(
+            f"{path} holds {len(found)} GGUF files ({names}): keep one, and join one that was split"
+        )
     if found and re.search(r"-\d{5}-of-(?!00001)\d{5}$", found[0].stem):
         raise BadModelFolderError(f"{found[0].name} is one part of several: join them with llama-gguf-split --merge")
     return found[0] if found else None

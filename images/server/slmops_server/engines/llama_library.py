@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 from slmops_server.engines.base import EngineRefusedError
 
 PACKAGE = "xllamacpp"
-OPENMP = "libgomp.so.1"
 VERSION = "2026.9.11063"
 INSTALL = f"llama.cpp is not installed here: use the server image, or pip install {PACKAGE}=={VERSION}"
 NEEDED = {"avx2", "bmi2", "f16c", "fma"}  # what the wheel is compiled for
@@ -87,11 +86,28 @@ class Batch(Fields):
 
 MODEL_DEFAULTS = {"n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "lazy_mode": 1, "use_extra_bufts": True}
 CONTEXT_DEFAULTS = {
-    **{"n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1, "n_outputs_max_per_seq": 1},
-    **{"n_threads": 4, "n_threads_batch": 4, "rope_scaling_type": -1, "pooling_type": -1, "attention_type": -1},
-    **{"flash_attn_type": -1, "yarn_ext_factor": -1.0, "yarn_attn_factor": -1.0, "yarn_beta_fast": -1.0},
-    **{"yarn_beta_slow": -1.0, "defrag_thold": -1.0, "type_k": F16, "type_v": F16},
-    **{"offload_kqv": True, "no_perf": True, "op_offload": True, "swa_full": True},
+    "n_ctx": 512,
+    "n_batch": 2048,
+    "n_ubatch": 512,
+    "n_seq_max": 1,
+    "n_outputs_max_per_seq": 1,
+    "n_threads": 4,
+    "n_threads_batch": 4,
+    "rope_scaling_type": -1,
+    "pooling_type": -1,
+    "attention_type": -1,
+    "flash_attn_type": -1,
+    "yarn_ext_factor": -1.0,
+    "yarn_attn_factor": -1.0,
+    "yarn_beta_fast": -1.0,
+    "yarn_beta_slow": -1.0,
+    "defrag_thold": -1.0,
+    "type_k": F16,
+    "type_v": F16,
+    "offload_kqv": True,
+    "no_perf": True,
+    "op_offload": True,
+    "swa_full": True,
 }
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_model_default_params": (ModelParams, []),
@@ -122,10 +138,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         """EngineRefusedError when the library cannot be loaded or is not the one that is known here."""
-        beside = path.with_name(OPENMP)
         try:
-            if beside.exists():  # the image has it here; elsewhere it is the system's
-                ctypes.CDLL(str(beside), ctypes.RTLD_GLOBAL)
             self._library = ctypes.CDLL(str(path))
             for name, (result, arguments) in _FUNCTIONS.items():
                 function = getattr(self._library, name)

@@ -123,7 +123,7 @@ class LlamacppForward:
         count = sum(wanted)
         address = self._library.call("llama_get_logits", self._context)
         flat = (ctypes.c_float * (count * self.vocab)).from_address(address)
-        return np.frombuffer(flat, np.float32).reshape(count, self.vocab)
+        return np.ctypeslib.as_array(flat).reshape(count, self.vocab)
 
     def measure(self) -> None:
         """Fill in decode_seconds and prefill_seconds; the rows' content is lost.
@@ -174,8 +174,8 @@ def _read(library: Library, folder: ModelFolder) -> int:
 
 def _batch(most: int) -> Batch:
     """Room for that many tokens, each in one row. ctypes keeps what it points to."""
-    rows = [(ctypes.c_int32 * 1)() for _ in range(most)]
-    pointers = (ctypes.POINTER(ctypes.c_int32) * most)(*rows)
+    number = ctypes.POINTER(ctypes.c_int32)
+    pointers = (number * most)(*(ctypes.cast((ctypes.c_int32 * 1)(), number) for _ in range(most)))
     ones = (ctypes.c_int32 * most)(*[1] * most)
     token, pos, wanted = (ctypes.c_int32 * most)(), (ctypes.c_int32 * most)(), (ctypes.c_int8 * most)()
     return Batch(0, token, None, pos, ones, pointers, wanted)
