@@ -89,7 +89,7 @@ def test_a_copied_row_goes_on_like_its_source(gguf: Maker) -> None:
 
 
 def test_an_idle_row_keeps_what_it_holds(gguf: Maker) -> None:
-    """Also where it is full: the token of its company has room behind its last one."""
+    """Also where it holds all that an answer can leave: one less than the context."""
     forward = load(gguf("qwen2", "q4_0"))
     whole = [PROMPT[at % 400] for at in range(511)]
     for past in range(0, 511, 60):
@@ -208,7 +208,7 @@ def test_a_cpu_that_the_wheel_cannot_run_on_is_known() -> None:
 
 def test_the_cache_that_does_not_fit_is_refused_with_the_numbers(gguf: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose.cgroup, "memory_limit", lambda: llamacpp.RUNTIME_BYTES + (1 << 20))
-    with pytest.raises(choose.DoesNotFitError, match="200 slots x 768 tokens"):
+    with pytest.raises(choose.DoesNotFitError, match="200 slots x 512 tokens"):
         choose.load(model_folder.read(gguf("qwen2", "q4_0")), choose.EngineOptions(threads=1, slots=200))
 
 

@@ -23,7 +23,7 @@ from slmops_server.model_folder import ModelFolder
 
 KV_BYTES = 2  # of an item of the cache
 # two Python processes, llama.cpp's code, its buffers for a step; the weights are counted once: they are not mapped
-RUNTIME_BYTES = 280 << 20
+RUNTIME_BYTES = 240 << 20
 PAGE = 256  # cells; a row has whole ones
 MOST_ROWS = 256  # llama.cpp's
 MAX_ROWS = 16  # in one call
@@ -80,7 +80,7 @@ class LlamacppForward:
         return self._run([slot] * len(tokens), tokens, range(past, past + len(tokens)), every)
 
     def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
-        """See Forward. llama.cpp computes adjacent rows together, so idle ones get a token that is taken off again."""
+        """See Forward. llama.cpp computes adjacent rows together: idle ones get a token, in the free cell, for a while."""
         slots = range(first, first + len(tokens))
         for slot, length in zip(slots, lengths, strict=True):
             if length != IDLE:
@@ -145,8 +145,8 @@ class LlamacppForward:
 
 
 def cells(max_len: int) -> int:
-    """Tokens that a row has room for: one more than it may hold, for the token of an idle row, in whole pages."""
-    return -(-(max_len + 1) // PAGE) * PAGE
+    """Tokens that a row has room for, whole pages. An answer's last one is never computed, so one cell stays free."""
+    return -(-max_len // PAGE) * PAGE
 
 
 def _read(library: Library, folder: ModelFolder) -> int:
