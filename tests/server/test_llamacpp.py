@@ -153,6 +153,12 @@ def test_a_damaged_file_is_refused_with_a_sentence(
         load(copy)
 
 
+def test_other_files_beside_it_do_not_count_as_the_model(gguf: Maker, tmp_path: Path) -> None:
+    copy = shutil.copytree(gguf("qwen2", "q4_0"), tmp_path / "model")
+    (copy / "model.safetensors").write_bytes(bytes(10_000_000))
+    assert model_folder.read(copy).model_bytes == (copy / "model.gguf").stat().st_size
+
+
 def test_several_files_are_refused(gguf: Maker, tmp_path: Path) -> None:
     copy = shutil.copytree(gguf("qwen2", "q4_0"), tmp_path / "model")
     shutil.copy(copy / "model.gguf", copy / "model-00002-of-00002.gguf")

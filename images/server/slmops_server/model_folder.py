@@ -121,8 +121,8 @@ def read(path: Path) -> ModelFolder:
 def _other_graph(path: Path) -> Path | None:
     """The file of a folder that is not ONNX: the graph of IR, or the GGUF."""
     if (path / IR).is_file():
-        if not (path / IR).with_suffix(".bin").is_file():
-            raise BadModelFolderError(f"{Path(IR).stem}.bin is missing in {path}")
+        if not _weights(path / IR).is_file():
+            raise BadModelFolderError(f"{_weights(path / IR).name} is missing in {path}")
         return path / IR
     found = sorted(one for one in path.iterdir() if one.suffix == GGUF)
     if len(found) > 1:
@@ -133,6 +133,11 @@ def _other_graph(path: Path) -> Path | None:
     if found and re.search(r"-\d{5}-of-(?!00001)\d{5}$", found[0].stem):
         raise BadModelFolderError(f"{found[0].name} is one part of several: join them with llama-gguf-split --merge")
     return found[0] if found else None
+
+
+def _weights(graph: Path) -> Path:
+    """The file with the weights of IR or GGUF, which may be the graph's own."""
+    return graph.with_suffix(".bin") if graph.suffix == ".xml" else graph
 
 
 def _read_other(path: Path, graph: Path, settings: dict[str, Any]) -> ModelFolder:
@@ -157,7 +162,7 @@ def _read_other(path: Path, graph: Path, settings: dict[str, Any]) -> ModelFolde
             outputs={},
             chat_template=_template(path, settings),
             special_tokens=_special_tokens(path, settings),
-            model_bytes=sum(p.stat().st_size for p in path.iterdir() if p.stem == graph.stem),
+            model_bytes=sum(p.stat().st_size for p in {graph, _weights(graph)}),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise BadModelFolderError(f"{path / 'config.json'} is not a decoder-only model's: {error!r}") from None

@@ -80,7 +80,7 @@ class LlamacppForward:
         return self._run([slot] * len(tokens), tokens, range(past, past + len(tokens)), every)
 
     def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
-        """See Forward. llama.cpp computes adjacent rows together: idle ones get a token in their free cell meanwhile."""
+        """See Forward. llama.cpp computes adjacent rows together: idle ones have a token in their free cell then."""
         slots = range(first, first + len(tokens))
         for slot, length in zip(slots, lengths, strict=True):
             if length != IDLE:
