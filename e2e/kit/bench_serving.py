@@ -1,6 +1,6 @@
-"""`make bench-serving`: slmops-server beside onnxruntime-genai. Prints tables, writes .local/bench-serving.json.
+"""`make bench-serving`: slmops-server beside others. Prints tables, writes .local/bench-serving.json.
 
-python -m kit.bench_serving [--model DIR | --block 128|32] [--rounds N] [--streams 1,2,4,8,16] [--servers A,B]
+python -m kit.bench_serving [--block 128|32] [--rounds N] [--streams 1,2,4,8,16] [--servers A,B]
 
 Closed loop: each of 1 to 16 streams sends its next request when its last answer is whole. Prompts of 32 to 512 random
 tokens, answers of 32 to 128, the same for every server. The servers take turns, in changing order. Then open loop:
@@ -20,13 +20,13 @@ from itertools import pairwise
 from pathlib import Path
 
 from kit.kubectl import LOCAL, KubectlError, TimedOut
-from kit.serving_servers import Request, Server, make_model
+from kit.serving_models import SHAPE, make, python
+from kit.serving_servers import KINDS, Request, Server
 
 STREAMS = (1, 2, 4, 8, 16)
 LEAST = 4  # requests of a round, of which
 EACH = 2  # every stream has that many, but not more than
 MOST = 16  # in total: a round of the slowest server takes a minute of them
-SERVERS = ("slmops-onnxruntime", "genai-serial", "genai-static")
 ARRIVALS = 3  # long prompts
 ARRIVAL_EVERY = 8.0  # seconds
 ARRIVAL = (512, 8)  # tokens of prompt and answer
@@ -147,17 +147,17 @@ def arrivals(server: Server, vocab: int) -> Arrivals:
     return Arrivals(quantile(gaps, 0.5), quantile(gaps, 0.99), max(first))
 
 
-def measure(args: argparse.Namespace, model: Path) -> dict[str, dict[str, dict[str, float]]]:
+def measure(args: argparse.Namespace, models: dict[str, Path]) -> dict[str, dict[str, dict[str, float]]]:
     """Rows by server and number of streams; the other figures are printed as they come."""
-    vocab = int(json.loads((model / "genai_config.json").read_text())["model"]["vocab_size"])
-    threads = len(os.sched_getaffinity(0))
-    names, streams = args.servers.split(","), [int(text) for text in args.streams.split(",")]
+    vocab, threads, interpreter = int(SHAPE["vocab"]), len(os.sched_getaffinity(0)), python()
+    names, streams = args.servers, [int(text) for text in args.streams.split(",")]
     servers: dict[str, Server] = {}
     measured = {name: {count: Measured() for count in streams} for name in names}
-    print(f"{model.name}, load average {os.getloadavg()[0]:.1f}, {threads} threads, {args.rounds} rounds", flush=True)
+    load = os.getloadavg()[0]
+    print(f"blocks of {args.block}, load average {load:.1f}, {threads} threads, {args.rounds} rounds", flush=True)
     try:
         for name in names:
-            servers[name] = Server(name, model, threads, max(streams))
+            servers[name] = Server(KINDS[name], interpreter, models[KINDS[name].form], threads, max(streams))
             print(f"{name:20} ready after {servers[name].ready_seconds:.1f} s", flush=True)
             servers[name].ask(Request([5] * 64, 4))  # the first request of a process pays for buffers
         for number in range(args.rounds):
@@ -190,22 +190,29 @@ def table(rows: dict[str, dict[str, dict[str, float]]]) -> None:
     sys.stdout.flush()
 
 
+def known(text: str) -> list[str]:
+    """Names of servers, separated by commas. ArgumentTypeError when there is no such server."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in KINDS]:
+        raise argparse.ArgumentTypeError(f"no such server: {', '.join(unknown)}; there are {', '.join(KINDS)}")
+    return names
+
+
 def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m kit.bench_serving")
-    parser.add_argument("--model", type=Path, help="a model folder, instead of the benchmark's own")
     parser.add_argument("--block", type=int, default=128, choices=(128, 32), help="of the benchmark's int4 weights")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--streams", default=",".join(map(str, STREAMS)))
-    parser.add_argument("--servers", default=",".join(SERVERS))
+    parser.add_argument("--servers", type=known, default=list(KINDS), help=",".join(KINDS))
     parser.add_argument("--no-arrivals", dest="arrivals", action="store_false", help="leave the open loop out")
     args = parser.parse_args()
     try:
-        model = args.model or make_model(args.block)
+        models = {form: make(form, args.block) for form in dict.fromkeys(KINDS[name].form for name in args.servers)}
     except (KubectlError, TimedOut) as error:
-        print(f"failed: the model was not made: {error}\n  next: `make up images`, or name a model", file=sys.stderr)
+        print(f"failed: the model was not made: {error}\n  next: make up images", file=sys.stderr)
         return 1
-    rows = measure(args, model)
+    rows = measure(args, models)
     LOCAL.mkdir(exist_ok=True)
     (LOCAL / "bench-serving.json").write_text(json.dumps(rows, indent=1))
     return 0

@@ -1,25 +1,78 @@
-"""The servers that `make bench-serving` measures, each a process on this machine, and the model they serve."""
+"""The servers that `make bench-serving` measures, each a process on this machine."""
 
 import http.client
 import json
 import os
 import socket
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from kit import pods
-from kit.chart import local_images
-from kit.kubectl import LOCAL, ROOT, Kubectl
+from kit.kubectl import ROOT
 
-READY = 120  # seconds
-SHAPE = {
-    "precision": "int4", "vocab": 32000, "hidden": 896, "layers": 24, "heads": 14, "kv-heads": 2, "inter": 4864,
-    "context": 1024, "std": 0.02,
-}  # fmt: skip
-NAMESPACE = "slmops-bench"
+READY = 180  # seconds
+TRY_EVERY = 0.05  # seconds
+
+
+class Start(NamedTuple):
+    """What a server is started with. model: the folder in the form that it reads."""
+
+    python: Path
+    model: Path
+    port: int
+    threads: int
+    slots: int
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a server is started, and what it speaks: OpenAI's frames, or bare: one byte for each token."""
+
+    command: Callable[[Start], list[str]]
+    openai: bool = True
+    form: str = "onnx"  # of the model, see serving_models
+    ready: str = "/readyz"  # answers 200 when the model is loaded
+
+
+def ours(engine: str) -> Callable[[Start], list[str]]:
+    """slmops-server with that engine."""
+
+    def command(at: Start) -> list[str]:
+        words = [str(at.python), "-m", "slmops_server", "--model", str(at.model), "--served-name", "m"]
+        words += ["--host", "127.0.0.1", "--port", str(at.port), "--engine", engine, "--log-level", "warning"]
+        return [*words, "--threads", str(at.threads), "--slots", str(at.slots)]
+
+    return command
+
+
+def peer(name: str) -> Callable[[Start], list[str]]:
+    """An engine behind the barest HTTP, see serving_peers."""
+
+    def command(at: Start) -> list[str]:
+        script = Path(__file__).with_name("serving_peers.py")
+        return [str(at.python), str(script), name, str(at.model), str(at.port), str(at.threads), str(at.slots)]
+
+    return command
+
+
+def llama_server(at: Start) -> list[str]:
+    """llama.cpp's own server, see llama_server."""
+    script = Path(__file__).with_name("llama_server.py")
+    return [str(at.python), str(script), str(at.model), str(at.port), str(at.threads), str(at.slots)]
+
+
+KINDS = {
+    "slmops-onnxruntime": Kind(ours("onnxruntime")),
+    "slmops-openvino": Kind(ours("openvino")),
+    "slmops-llamacpp": Kind(ours("llamacpp"), form="gguf"),
+    "genai-serial": Kind(peer("genai-serial"), openai=False),
+    "genai-static": Kind(peer("genai-static"), openai=False),
+    "openvino-bare": Kind(peer("openvino"), openai=False, form="ir"),
+    "llama-server": Kind(llama_server, form="gguf", ready="/health"),
+}
 
 
 @dataclass(frozen=True)
@@ -31,51 +84,36 @@ class Request:
 
 
 class Server:
-    """One server. `name` is slmops-ENGINE, genai-serial or genai-static; SystemExit when it does not start."""
+    """One server, ready. SystemExit when it does not start."""
 
-    def __init__(self, name: str, model: Path, threads: int, slots: int) -> None:
+    def __init__(self, kind: Kind, python: Path, model: Path, threads: int, slots: int) -> None:
         env = {**os.environ, "PYTHONPATH": str(ROOT / "images/server"), "ORT_DISABLE_TELEMETRY": "1"}
-        self.ours = name.startswith("slmops-")
-        if self.ours:
-            self.port = free_port()
-            command = ["-m", "slmops_server", "--model", str(model), "--served-name", "m", "--host", "127.0.0.1"]
-            command += ["--engine", name.removeprefix("slmops-"), "--port", str(self.port)]
-            command += ["--threads", str(threads), "--slots", str(slots), "--log-level", "warning"]
-        else:
-            command = [str(Path(__file__).with_name("serving_peers.py")), name.removeprefix("genai-")]
-            command += [str(model), str(threads), str(slots)]
+        self._kind, self.port = kind, free_port()
+        command = kind.command(Start(python, model, self.port, threads, slots))
         started = time.monotonic()
-        self.process = subprocess.Popen([sys.executable, *command], env=env, stdout=subprocess.PIPE, text=True)
-        if self.ours:
-            self._wait()
-        else:
-            assert self.process.stdout
-            line = self.process.stdout.readline()
-            if not line:
-                raise SystemExit(f"failed: {name} does not start; its trace is above")
-            self.port = int(line)
+        self.process = subprocess.Popen(command, env=env)
+        self._wait(started + READY, " ".join(command))
         self.ready_seconds = time.monotonic() - started
 
-    def _wait(self) -> None:
-        end = time.monotonic() + READY
+    def _wait(self, end: float, command: str) -> None:
         while time.monotonic() < end and self.process.poll() is None:
             link = http.client.HTTPConnection("127.0.0.1", self.port)
             try:
-                link.request("GET", "/readyz")
+                link.request("GET", self._kind.ready)
                 if link.getresponse().status == 200:
                     return
             except OSError:
                 pass
             finally:
                 link.close()
-            time.sleep(0.05)
+            time.sleep(TRY_EVERY)
         self.stop()
-        raise SystemExit("failed: slmops-server does not get ready; its log is above")
+        raise SystemExit(f"failed: this does not get ready within {READY} s; its log is above:\n  {command}")
 
     def ask(self, request: Request) -> list[float]:
         """Times of CLOCK_MONOTONIC in seconds: of sending, then of each token that could be seen coming."""
         body: dict[str, object] = {"prompt": request.prompt, "max_tokens": request.tokens}
-        if self.ours:
+        if self._kind.openai:
             body |= {"model": "m", "temperature": 0, "ignore_eos": True, "stream": True}
         link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=900)
         times = [time.monotonic()]
@@ -83,8 +121,8 @@ class Server:
         answer = link.getresponse()
         if answer.status != 200:
             raise SystemExit(f"failed: {answer.status} {answer.read().decode()}")
-        while data := answer.readline() if self.ours else answer.read(1):
-            if not self.ours or (data.startswith(b"data: {") and b'"finish_reason":null' in data):
+        while data := answer.readline() if self._kind.openai else answer.read(1):
+            if not self._kind.openai or (data.startswith(b"data: {") and b'"finish_reason":null' in data):
                 times.append(time.monotonic())
         link.close()
         return times
@@ -107,28 +145,3 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
-
-
-def make_model(block: int) -> Path:
-    """The benchmark's model with int4 blocks of that size, made once by the trainer image on the local node."""
-    folder = LOCAL / ("bench-model" if block == 128 else f"bench-model-{block}")
-    if (folder / "genai_config.json").exists():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o777)  # the pod is another user
-    kube = Kubectl(NAMESPACE)
-    kube.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
-    kube.delete("pod", "make-model")
-    script = (ROOT / "tests/server/make_tiny_model.py").read_text(encoding="utf-8")
-    shape = SHAPE | {"block": block}
-    arguments = [text for name, value in shape.items() for text in (f"--{name}", str(value))]
-    spec = pods.spec(
-        local_images()["trainer"],
-        ["python", "-c", script, "/model", *arguments],
-        mounts={"/model": {"hostPath": {"path": str(folder.resolve()), "type": "Directory"}}},
-        imagePullPolicy="Never",
-    )
-    kube.apply(pods.pod("make-model", spec))
-    pods.finish(kube, "make-model", 1200)
-    kube.delete("pod", "make-model", wait=False)
-    return folder

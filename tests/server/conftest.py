@@ -6,6 +6,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # test modules are imported by path, their helper needs one
 
+import make_gguf
+import random_decoder
 from server_harness import TINY, Server
 
 
@@ -34,3 +36,17 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 @pytest.fixture(scope="session")
 def tiny() -> Path:
     return TINY
+
+
+@pytest.fixture(scope="session")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of a small decoder as GGUF, by its family and the type of its weights."""
+    top = tmp_path_factory.mktemp("gguf")
+
+    def maker(family: str, kind: str) -> Path:
+        out = top / f"{family}-{kind}"
+        if not out.exists():
+            make_gguf.export(random_decoder.write(top / family, family, TINY), out, kind)
+        return out
+
+    return maker

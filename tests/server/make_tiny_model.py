@@ -10,7 +10,7 @@ these, they use the checked-in result:
 tests/server/data/tiny-ir is the same model as OpenVINO IR (0.4 GB more in that environment: optimum-intel 1.27.0,
 nncf 3.4.0, openvino and openvino-tokenizers 2026.4.1):
 
-    ... /tmp/tiny --source /tmp/source
+    ... --source /tmp/source
     optimum-cli export openvino -m /tmp/source --task text-generation-with-past \
         --weight-format int4 --sym --group-size 32 --ratio 1.0 tests/server/data/tiny-ir
 
@@ -64,10 +64,17 @@ def tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     )
 
 
+def copy(source: Path, target: Path) -> None:
+    """The files of one folder into another, which may belong to somebody else."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        shutil.copy(path, target / path.name)
+
+
 def main() -> None:
     """Write the model folder."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, nargs="?", help="the folder for ONNX; none is made without it")
     parser.add_argument("--precision", default="int4", choices=("int4", "fp32"))
     parser.add_argument("--vocab", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=64)
@@ -81,6 +88,8 @@ def main() -> None:
     parser.add_argument("--std", type=float, default=0.2, help="spread of the random weights: higher is livelier")
     parser.add_argument("--source", type=Path, help="where to leave the weights as Hugging Face has them")
     args = parser.parse_args()
+    if args.out is None and args.source is None:
+        parser.error("name a folder, --source or both")
 
     torch.manual_seed(args.seed)
     tok = tokenizer(args.vocab)
@@ -113,7 +122,9 @@ def main() -> None:
         settings["tokenizer_class"] = "Qwen2Tokenizer"
         (source / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
         if args.source:
-            shutil.copytree(source, args.source, dirs_exist_ok=True)
+            copy(source, args.source)
+        if args.out is None:
+            return
         built = Path(temporary) / "built"
         subprocess.run(
             [
@@ -138,9 +149,7 @@ def main() -> None:
             check=True,
             stdout=subprocess.DEVNULL,
         )
-        args.out.mkdir(parents=True, exist_ok=True)
-        for path in sorted(built.iterdir()):
-            shutil.copy(path, args.out / path.name)
+        copy(built, args.out)
     print(*(f"{p.name} {p.stat().st_size:,}" for p in sorted(args.out.iterdir())), sep="\n")
 
 

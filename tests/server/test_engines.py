@@ -28,11 +28,21 @@ def load(path: Path, engine: str = "onnxruntime", ends: Sequence[int] = (), **mo
 
 @pytest.fixture(
     scope="module",
-    params=["onnxruntime", "onnxruntime int4 adapters", "onnxruntime fp32 adapters", "openvino", "openvino over IR"],
+    params=[
+        "onnxruntime",
+        "onnxruntime int4 adapters",
+        "onnxruntime fp32 adapters",
+        "openvino",
+        "openvino over IR",
+        "llamacpp",
+        "llamacpp over f16",
+    ],
 )
-def start(request: pytest.FixtureRequest, tiny: Path) -> Load:
+def start(request: pytest.FixtureRequest, tiny: Path, gguf: Callable[..., Path]) -> Load:
     """Loads the engine that the test is run for."""
     name, _, over = request.param.partition(" ")
+    if name == "llamacpp":
+        return partial(load, gguf("qwen2", "f16" if over else "q4_0"), name)
     if "adapters" in over:
         data = tiny.parent / "tiny-lora"
         named = [(adapter, str(data / adapter)) for adapter in ADAPTERS if adapter]

@@ -1,11 +1,13 @@
-"""A model folder, read once, checked, typed: as Olive and the onnxruntime-genai builder write it, or OpenVINO IR."""
+"""A model folder, read once, checked, typed: as the onnxruntime-genai builder writes it, OpenVINO IR or GGUF."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 IR = "openvino_model.xml"  # as optimum-intel names it
+GGUF = ".gguf"
 
 
 class BadModelFolderError(Exception):
@@ -16,7 +18,7 @@ class BadModelFolderError(Exception):
 class ModelFolder:
     """Shapes are counts, `context_length` is tokens, `model_bytes` the graph with its weights.
 
-    `inputs`, `outputs` and `share_buffer` are an ONNX graph's; IR has none.
+    `inputs`, `outputs` and `share_buffer` are an ONNX graph's; IR and GGUF have none.
     """
 
     path: Path
@@ -79,14 +81,14 @@ def read(path: Path) -> ModelFolder:
     """Raises BadModelFolderError with the remedy in words."""
     if not path.is_dir():
         raise BadModelFolderError(f"{path} is not a folder")
-    is_ir = (path / IR).is_file() and not (path / "genai_config.json").exists()
-    config = {} if is_ir else _json(path / "genai_config.json")  # first: what is no model at all lacks a tokenizer too
+    other = None if (path / "genai_config.json").exists() else _other_graph(path)
+    config = {} if other else _json(path / "genai_config.json")  # first: what is no model at all lacks a tokenizer too
     if not (path / "tokenizer.json").is_file():
         raise BadModelFolderError(f"tokenizer.json is missing in {path}: save the tokenizer in its fast form")
     tokenizer_file = path / "tokenizer_config.json"
     settings = _json(tokenizer_file) if tokenizer_file.is_file() else {}
-    if is_ir:
-        return _read_ir(path, settings)
+    if other:
+        return _read_other(path, other, settings)
     try:
         model = config["model"]
         decoder = model["decoder"]
@@ -116,18 +118,38 @@ def read(path: Path) -> ModelFolder:
     return folder
 
 
-def _read_ir(path: Path, settings: dict[str, Any]) -> ModelFolder:
-    """config.json and generation_config.json are those of transformers."""
+def _other_graph(path: Path) -> Path | None:
+    """The file of a folder that is not ONNX: the graph of IR, or the GGUF."""
+    if (path / IR).is_file():
+        if not _weights(path / IR).is_file():
+            raise BadModelFolderError(f"{_weights(path / IR).name} is missing in {path}")
+        return path / IR
+    found = sorted(one for one in path.iterdir() if one.suffix == GGUF)
+    if len(found) > 1:
+        names = ", ".join(one.name for one in found)
+        raise BadModelFolderError(
+            f"{path} holds {len(found)} GGUF files ({names}): keep one, and join one that was split"
+        )
+    if found and re.search(r"-\d{5}-of-(?!00001)\d{5}$", found[0].stem):
+        raise BadModelFolderError(f"{found[0].name} is one part of several: join them with llama-gguf-split --merge")
+    return found[0] if found else None
+
+
+def _weights(graph: Path) -> Path:
+    """The file with the weights of IR or GGUF, which may be the graph's own."""
+    return graph.with_suffix(".bin") if graph.suffix == ".xml" else graph
+
+
+def _read_other(path: Path, graph: Path, settings: dict[str, Any]) -> ModelFolder:
+    """IR or GGUF; config.json and generation_config.json are those of transformers."""
     config = _json(path / "config.json")
     generation = _json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
-    if not (path / IR).with_suffix(".bin").is_file():
-        raise BadModelFolderError(f"{Path(IR).stem}.bin is missing in {path}")
     try:
         heads = int(config["num_attention_heads"])
         eos = generation.get("eos_token_id", config.get("eos_token_id"))
         return ModelFolder(
             path=path,
-            graph=path / IR,
+            graph=graph,
             model_type=str(config["model_type"]),
             context_length=int(config["max_position_embeddings"]),
             vocab_size=int(config["vocab_size"]),
@@ -140,7 +162,7 @@ def _read_ir(path: Path, settings: dict[str, Any]) -> ModelFolder:
             outputs={},
             chat_template=_template(path, settings),
             special_tokens=_special_tokens(path, settings),
-            model_bytes=sum(p.stat().st_size for p in path.glob("openvino_model.*")),
+            model_bytes=sum(p.stat().st_size for p in {graph, _weights(graph)}),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise BadModelFolderError(f"{path / 'config.json'} is not a decoder-only model's: {error!r}") from None

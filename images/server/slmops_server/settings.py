@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ENGINES = ("auto", "onnxruntime", "genai", "openvino")
+ENGINES = ("auto", "onnxruntime", "genai", "openvino", "llamacpp")
 PREFIX = "SLMOPS_SERVER_"
 GUESSES_MAX = 16
 

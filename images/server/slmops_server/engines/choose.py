@@ -19,6 +19,7 @@ ONLY = "only onnxruntime does; leave out --adapter and --adapter-root"
 
 DEFAULT_SLOTS = 8
 RUNTIME_BYTES = 200 << 20  # two Python processes, onnxruntime's code and arenas
+FORMS = {".xml": ("OpenVINO IR", "openvino"), ".gguf": ("GGUF", "llamacpp")}  # and the only engine that reads them
 GENAI_SLOTS = 4  # rows are stepped one by one there: more only share the same speed
 
 
@@ -90,14 +91,18 @@ def load(folder: ModelFolder, options: EngineOptions) -> Engine:
     if max_len < 2:
         raise DoesNotFitError(f"{max_len} token holds no prompt and an answer; raise --max-model-len to 2 at least")
     limit = cgroup.threads()
-    is_ir = folder.graph.suffix == ".xml"
-    if options.wants_adapters and (is_ir or options.engine in ("genai", "openvino")):
-        engine = "openvino" if is_ir else options.engine
+    form, only = FORMS.get(folder.graph.suffix, ("ONNX", ""))
+    engine = only if only and options.engine == "auto" else options.engine
+    if options.wants_adapters and engine not in ("auto", "onnxruntime"):
         raise EngineRefusedError(f"the engine {engine} takes no adapters, {ONLY}")
-    if options.engine == "openvino" or (is_ir and options.engine == "auto"):
+    if only and engine != only:
+        raise EngineRefusedError(f"{folder.path} holds {form}; start it with --engine {only}")
+    if engine == "llamacpp" and not only:
+        raise EngineRefusedError(f"{folder.path} holds ONNX; the engine llamacpp reads GGUF")
+    if engine == "openvino":
         return _openvino(folder, options, max_len, limit)
-    if is_ir:
-        raise EngineRefusedError(f"{folder.path} holds OpenVINO IR; start it with --engine openvino")
+    if engine == "llamacpp":
+        return _llamacpp(folder, options, max_len, limit)
     memory = cgroup.memory_limit() - sum(_size(where) for _, where in [*options.adapters, *(options.loaded or ())])
     slots = plan_slots(folder, max_len, options.slots, memory)
     reason = ""
@@ -149,6 +154,16 @@ def _openvino(folder: ModelFolder, options: EngineOptions, max_len: int, limit: 
     threads = options.threads or limit
     forward, notes = openvino.load(folder, slots, max_len, options.prefill_chunk, threads)
     return SlotEngine(forward, EngineInfo("openvino", slots, max_len, threads, notes), folder.eos_ids, options.guesses)
+
+
+def _llamacpp(folder: ModelFolder, options: EngineOptions, max_len: int, limit: int) -> Engine:
+    from slmops_server.engines import llamacpp
+
+    memory, row = cgroup.memory_limit(), llamacpp.cells(max_len)
+    slots = plan_slots(folder, row, options.slots, memory, llamacpp.KV_BYTES, llamacpp.RUNTIME_BYTES)
+    threads = options.threads or limit
+    forward, notes = llamacpp.load(folder, slots, max_len, options.prefill_chunk, threads)
+    return SlotEngine(forward, EngineInfo("llamacpp", slots, max_len, threads, notes), folder.eos_ids, options.guesses)
 
 
 def _genai(folder: ModelFolder, slots: int, max_len: int, threads: int, reason: str) -> Engine:

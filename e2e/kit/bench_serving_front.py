@@ -1,0 +1,117 @@
+"""What the front costs: HTTP, SSE, text and the way between the two processes.
+
+python -m kit.bench_serving_front [--engines onnxruntime,openvino] [--streams 1,8] [--pairs N]
+
+Each pair is one round of the same requests to the engine alone, in a process of its own (kit.serving_bare), and to the
+whole server over HTTP, streamed; which of them begins changes from pair to pair. Greedy, the same threads and slots.
+Prompts are short (16 to 64 tokens), because the front's work is with the tokens of answers (32 to 128).
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+from kit.bench_serving import EACH, LEAST, Measured, prompt, round_of
+from kit.kubectl import LOCAL, ROOT, KubectlError, TimedOut
+from kit.serving_models import SHAPE, make, python
+from kit.serving_servers import KINDS, Request, Server
+
+
+class Bare:
+    """The engine without a front. SystemExit when it does not start."""
+
+    def __init__(self, engine: str, interpreter: Path, model: Path, threads: int, slots: int) -> None:
+        script = Path(__file__).with_name("serving_bare.py")
+        self._process = subprocess.Popen(
+            [str(interpreter), str(script), engine, str(model), str(threads), str(slots)],
+            env={**os.environ, "PYTHONPATH": str(ROOT / "images/server"), "ORT_DISABLE_TELEMETRY": "1"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        if self._line() != "ready":
+            raise SystemExit(f"failed: the engine {engine} does not start; its trace is above")
+
+    def _line(self) -> str:
+        assert self._process.stdout
+        return self._process.stdout.readline().strip()
+
+    def round_of(self, streams: int, work: list[Request]) -> float:
+        """Tokens of answers per second."""
+        assert self._process.stdin
+        asked = {"streams": streams, "work": [(one.prompt, one.tokens) for one in work]}
+        print(json.dumps(asked), file=self._process.stdin, flush=True)
+        return sum(one.tokens for one in work) / float(self._line())
+
+    def stop(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait()
+
+
+def requests(streams: int, number: int) -> list[Request]:
+    """Of a pair, in the order of sending."""
+    draw, vocab = random.Random(f"front {streams}/{number}"), int(SHAPE["vocab"])
+    count = max(LEAST, EACH * streams)
+    return [Request(prompt(draw, draw.randint(16, 64), vocab), draw.randint(32, 128)) for _ in range(count)]
+
+
+def measure(bare: Bare, server: Server, streams: int, pairs: int) -> dict[str, list[float]]:
+    """Tokens per second of the rounds, by `bare` and `server`."""
+    speeds: dict[str, list[float]] = {"bare": [], "server": []}
+    for number in range(pairs):
+        work = requests(streams, number)
+        for who in ("bare", "server") if number % 2 else ("server", "bare"):
+            if who == "bare":
+                speeds[who].append(bare.round_of(streams, work))
+            else:
+                round_of(server, streams, work, seen := Measured())
+                speeds[who] += seen.speeds
+    return speeds
+
+
+def line(engine: str, streams: int, speeds: dict[str, list[float]]) -> str:
+    """For people: medians, and the ratios of the pairs."""
+    ratios = [served / bare for bare, served in zip(speeds["bare"], speeds["server"], strict=True)]
+    parts = [f"{name} {median(values):.1f} ({min(values):.1f}-{max(values):.1f})" for name, values in speeds.items()]
+    return (f"{engine:12} {streams:>3} streams  {'  '.join(parts)} tokens/s; "
+            f"server / bare {median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})")  # fmt: skip
+
+
+def main() -> int:
+    """Measure, print, write .local/bench-serving-front.json."""
+    parser = argparse.ArgumentParser(prog="python -m kit.bench_serving_front")
+    parser.add_argument("--engines", default="onnxruntime,openvino")
+    parser.add_argument("--streams", default="1,8")
+    parser.add_argument("--pairs", type=int, default=4)
+    args = parser.parse_args()
+    threads, streams = len(os.sched_getaffinity(0)), [int(text) for text in args.streams.split(",")]
+    rows: dict[str, dict[int, dict[str, list[float]]]] = {}
+    for engine in args.engines.split(","):
+        kind = KINDS[f"slmops-{engine}"]
+        try:
+            model = make(kind.form, 128)
+        except (KubectlError, TimedOut) as error:
+            print(f"failed: the model was not made: {error}\n  next: make up images", file=sys.stderr)
+            return 1
+        server = Server(kind, python(), model, threads, max(streams))
+        bare = Bare(engine, python(), model, threads, max(streams))
+        try:
+            warm = [Request([5] * 64, 4)]
+            bare.round_of(1, warm)
+            server.ask(warm[0])
+            for count in streams:
+                rows.setdefault(engine, {})[count] = measure(bare, server, count, args.pairs)
+                print(line(engine, count, rows[engine][count]), flush=True)
+        finally:
+            bare.stop()
+            server.stop()
+    (LOCAL / "bench-serving-front.json").write_text(json.dumps(rows, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
