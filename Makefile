@@ -86,9 +86,10 @@ bench: venv ## what the operator costs, on the local node
 	@PYTHONPATH=e2e $(PY) -m kit.chart install
 	@PYTHONPATH=e2e $(PY) -m kit.bench
 
-bench-serving: $(READY) ## slmops-server beside onnxruntime-genai, on this machine; the model is made on the local node
-	@test -f .local/bench-model/genai_config.json || $(MAKE) --no-print-directory up images
+bench-serving: venv ## slmops-server beside others, on this machine; the model is made on the local node
+	@test -f .local/bench-model/genai_config.json -a -d .local/bench-ir-128 || $(MAKE) --no-print-directory up images
 	@PYTHONPATH=e2e $(PY) -m kit.bench_serving
+	@PYTHONPATH=e2e $(PY) -m kit.bench_serving_front
 	@PYTHONPATH=e2e $(PY) -m kit.bench_serving_memory
 
 up: ## the local Kubernetes node

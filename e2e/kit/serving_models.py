@@ -85,7 +85,7 @@ def _run(
     reads: dict[str, Path] | None = None,
     env: dict[str, str] | None = None,
 ) -> None:
-    """A command in the trainer image, with `out` at /out; what it leaves when it fails is removed."""
+    """A command in the trainer image that fills /out, which becomes `out` when it has succeeded."""
     shutil.rmtree(out, ignore_errors=True)
     part = out.with_name(f"{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)

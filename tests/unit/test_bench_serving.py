@@ -1,9 +1,14 @@
 """The serving benchmark's arithmetic."""
 
+import argparse
+from pathlib import Path
+
 import pytest
 
-from kit.bench_serving import LEAST, MOST, Measured, quantile, requests
+from kit import bench_serving_front
+from kit.bench_serving import LEAST, MOST, Measured, known, quantile, requests
 from kit.bench_serving_memory import slope
+from kit.serving_servers import KINDS, Start
 
 
 @pytest.mark.parametrize(("share", "value"), [(0.0, 1.0), (0.5, 3.0), (0.95, 4.0), (1.0, 4.0)])
@@ -43,3 +48,22 @@ def test_a_row_holds_totals_and_the_range_of_the_rounds() -> None:
 def test_growth_is_that_of_the_second_half() -> None:
     assert slope([(1, 0), (2, 900), (3, 1000), (4, 1010)]) == pytest.approx(10)
     assert slope([(1, 0), (2, 900), (3, 1000), (4, 1000)]) == 0
+
+
+def test_a_server_that_is_not_there_is_refused_with_those_that_are() -> None:
+    assert known("openvino-bare,genai-static") == ["openvino-bare", "genai-static"]
+    with pytest.raises(argparse.ArgumentTypeError, match="no such server: vllm; there are slmops-onnxruntime"):
+        known("genai-static,vllm")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_server_gets_the_same_threads_and_slots_and_its_own_port(name: str) -> None:
+    command = KINDS[name].command(Start(Path("/p"), Path("/m"), 8123, 21, 37))
+    assert {"/m", "8123", "21", "37"} <= set(command)
+
+
+def test_the_cost_of_the_front_is_that_of_pairs_of_the_same_requests() -> None:
+    assert bench_serving_front.requests(8, 1) == bench_serving_front.requests(8, 1)
+    assert bench_serving_front.requests(8, 1) != bench_serving_front.requests(8, 2)
+    speeds = {"bare": [100.0, 50.0, 80.0], "server": [98.0, 40.0, 79.2]}
+    assert bench_serving_front.line("onnxruntime", 8, speeds).endswith("server / bare 0.980 (0.800-0.990)")
