@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 
 from slmops_server.engines import llama_library
+from slmops_server.engines.adapters import BASE, Adapter
 from slmops_server.engines.base import EngineRefusedError
 from slmops_server.engines.llama_library import Batch, Library
 from slmops_server.engines.sampler import Logits
@@ -66,20 +67,20 @@ class LlamacppForward:
         self._memory = self._library.call("llama_get_memory", self._context)
         self._batch = _batch(most)
 
-    def prefill(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+    def prefill(self, slot: int, tokens: Sequence[int], past: int, _adapter: Adapter = BASE) -> Logits:
         """See Forward."""
         self._rewind(slot, past)
         last = [False] * (len(tokens) - 1) + [True]
         logits: Logits = self._run([slot] * len(tokens), tokens, range(past, past + len(tokens)), last)[0]
         return logits
 
-    def score(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+    def score(self, slot: int, tokens: Sequence[int], past: int, _adapter: Adapter = BASE) -> Logits:
         """See Forward."""
         self._rewind(slot, past)
         every = [True] * len(tokens)
         return self._run([slot] * len(tokens), tokens, range(past, past + len(tokens)), every)
 
-    def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
+    def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int], _adapter: Adapter = BASE) -> Logits:
         """See Forward. llama.cpp computes adjacent rows together: idle ones have a token in their free cell then."""
         slots = range(first, first + len(tokens))
         for slot, length in zip(slots, lengths, strict=True):
