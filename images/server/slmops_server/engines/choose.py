@@ -110,10 +110,8 @@ def load(folder: ModelFolder, options: EngineOptions) -> Engine:
         try:
             return _onnxruntime(folder, options, slots, max_len, limit)
         except EngineRefusedError as error:
-            if options.engine == "onnxruntime":
+            if options.engine == "onnxruntime" or options.wants_adapters:
                 raise
-            if options.wants_adapters:
-                raise EngineRefusedError(f"{error}. The engine genai takes no adapters, {ONLY}") from None
             reason = str(error)
             log.info("Engine onnxruntime refused the model: %s", reason)
     if options.guesses:
@@ -124,7 +122,14 @@ def load(folder: ModelFolder, options: EngineOptions) -> Engine:
 def _onnxruntime(folder: ModelFolder, options: EngineOptions, slots: int, max_len: int, limit: int) -> Engine:
     from slmops_server.engines import ort
 
-    forward, threads, notes = ort.load(folder, slots, max_len, options.prefill_chunk, options.threads, limit)
+    try:
+        forward, threads, notes = ort.load(folder, slots, max_len, options.prefill_chunk, options.threads, limit)
+    except EngineRefusedError as error:
+        if options.wants_adapters:
+            raise EngineRefusedError(
+                f"adapters need the engine onnxruntime, which refuses the model: {error}"
+            ) from None
+        raise
     if options.wants_adapters and not forward.lora:
         raise EngineRefusedError(
             f"{folder.graph} takes no adapters: the weights of adapters are no inputs of it. "
