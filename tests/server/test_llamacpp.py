@@ -69,7 +69,7 @@ def test_more_than_a_page_of_cells_changes_no_logit(gguf: Maker, kind: str) -> N
             forward.prefill(slot, PROMPT[past : min(past + size, count)], past)
 
     rows = []
-    for size in (60, 64, 7):
+    for size in (256, 60, 64, 7):
         fill(0, size, 300)
         fill(1, size, 20)
         beside = forward.decode(0, [5, 5], [300, 20]).copy()

@@ -28,10 +28,9 @@ RUNTIME_BYTES = 240 << 20
 PAGE = 256  # cells; a row has whole ones
 MOST_ROWS = 256  # llama.cpp's
 MAX_ROWS = 16  # in one call
-LONGEST_CHUNK = 64  # tokens: more were not faster (AVX2)
 MOST_SCORES = 1 << 19  # tokens of a chunk x cells: attention's scores are float32, one for each of these and each head
 SCORED = 32  # tokens in one call: their logits are kept in a buffer beside the model
-MEASURED_CHUNKS = (4, 16, 64)  # tokens
+MEASURED_CHUNKS = (4, 16, 64, 256)  # tokens
 MEASURED_LENGTH = 64  # tokens in a row while it is measured
 NO_FLASH, READ = 0, 0  # llama_flash_attn_type; llama_load_mode: a mapped file stays beside the rearranged weights
 
@@ -47,7 +46,7 @@ class LlamacppForward:
             raise EngineRefusedError(f"llama.cpp has {MOST_ROWS} slots at most, not {slots}")
         self._library = llama_library.load()
         self.vocab = folder.vocab_size
-        self.chunk = max(SMALLEST_CHUNK, min(chunk, max_len, LONGEST_CHUNK, MOST_SCORES // cells(max_len)))
+        self.chunk = max(SMALLEST_CHUNK, min(chunk, max_len, MOST_SCORES // cells(max_len)))
         self.scored = max(SMALLEST_CHUNK, min(SCORED, max_len))
         self.decode_seconds: Sequence[float] = ()
         self.prefill_seconds: Mapping[int, float] = {}
