@@ -1,6 +1,6 @@
 """What the front costs: HTTP, SSE, text and the way between the two processes.
 
-python -m kit.bench_serving_front [--engines onnxruntime,openvino] [--streams 1,8] [--pairs N]
+python -m kit.bench_serving_front [--engines onnxruntime,openvino,llamacpp] [--streams 1,8] [--pairs N]
 
 Each pair is one round of the same requests to the engine alone, in a process of its own (kit.serving_bare), and to the
 whole server over HTTP, streamed; which of them begins changes from pair to pair. Greedy, the same threads and slots.
@@ -84,7 +84,7 @@ def line(engine: str, streams: int, speeds: dict[str, list[float]]) -> str:
 def main() -> int:
     """Measure, print, write .local/bench-serving-front.json."""
     parser = argparse.ArgumentParser(prog="python -m kit.bench_serving_front")
-    parser.add_argument("--engines", default="onnxruntime,openvino")
+    parser.add_argument("--engines", default="onnxruntime,openvino,llamacpp")
     parser.add_argument("--streams", default="1,8")
     parser.add_argument("--pairs", type=int, default=4)
     args = parser.parse_args()
