@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 from tests.unit.serving_world import CANARY, Kubernetes, uri
 
-from slmops.cluster.port import ClusterError
+from slmops.cluster.port import ClusterError, Key
 
 INVALID = ClusterError(422, "Invalid", "cpu: must be less than or equal to cpu limit")
 QUOTA = ClusterError(403, "Forbidden", "exceeded quota: small")
@@ -142,3 +142,38 @@ def test_nothing_of_an_old_revision_is_left_behind_when_its_removal_breaks_off(k
     for _ in range(3):
         world.try_pass()
     assert [key for key in world.cluster.objects if old in key.name] == []
+
+
+def left(world: Kubernetes, revision: str) -> list[Key]:
+    """What there is of a revision: objects, and its record."""
+    records = world.cluster.objects[Key("ConfigMap", "ns", "chat-router")]["data"]
+    assert not [name for name in records if revision in name]
+    return [key for key in world.cluster.objects if revision in key.name]
+
+
+def test_nothing_of_a_revision_is_left_behind_that_was_never_whole():
+    """Its Deployment, by which a revision is known, could not be made before another one was wanted."""
+    world = rolling()
+    world.cluster.refusing_new["Deployment"] = QUOTA
+    world.edit(model=uri("c"))
+    world.try_pass()
+    third = world.status["candidate"]["revision"]
+    assert Key("Service", "ns", f"chat-{third}") in world.cluster.objects
+    world.cluster.refusing_new.clear()
+    world.edit(model=uri("a"))
+    for _ in range(3):
+        world.try_pass()
+    assert left(world, third) == []
+
+
+def test_nothing_is_left_behind_of_a_revision_whose_deployment_somebody_deleted():
+    world = rolling()
+    second = world.status["candidate"]["revision"]
+    world.cluster.refusing["Service"] = QUOTA
+    world.edit(model=uri("a"))
+    world.try_pass()
+    world.cluster.refusing.clear()
+    world.cluster.delete(Key("Deployment", "ns", f"chat-{second}"))
+    for _ in range(3):
+        world.try_pass()
+    assert left(world, second) == []

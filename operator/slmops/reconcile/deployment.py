@@ -36,6 +36,7 @@ OUTCOMES = {  # of a rollout, by the reason of the Event that tells it
     "RolloutReverted": "Reverted",
     "RolloutSuperseded": "Superseded",
 }
+STRAY_SECONDS = 1.0  # until what is left of a revision is looked for again
 RECHECK_SECONDS = 10.0  # until a missing Secret is looked for again
 
 Ask = Callable[[str, str], Report]
@@ -71,6 +72,7 @@ class Observed:
     agents: tuple[Agent, ...] = ()
     live: Mapping[str, Object] = field(default_factory=dict)  # Deployments by revision
     records: Mapping[str, Object] = field(default_factory=dict)
+    strays: frozenset[str] = frozenset()  # revisions on record that have a Service, but no Deployment
     budgets: frozenset[str] = frozenset()  # names of disruption budgets that exist
 
 
@@ -120,6 +122,12 @@ class DeploymentReconciler:
         if measurement_due(spec, status, seen, world.now):
             seen = Seen(**{**vars(seen), "verdicts": self._measure(obj, spec, status, world)})
         config_map = cluster.get(Key("ConfigMap", namespace, router_parts.router_name(obj)))
+        records = router_parts.records_of(config_map)
+        strays = frozenset(
+            revision
+            for revision in records
+            if revision not in live and cluster.get(Key("Service", namespace, serving.revision_name(obj, revision)))
+        )
         names = [serving.budget_name(obj, role) for role in (keys.ROLE_SERVER, keys.ROLE_ROUTER)]
         return Observed(
             settings=world.settings,
@@ -127,7 +135,8 @@ class DeploymentReconciler:
             seen=seen,
             agents=agents,
             live=live,
-            records=router_parts.records_of(config_map),
+            records=records,
+            strays=strays,
             budgets=frozenset(n for n in names if cluster.get(Key("PodDisruptionBudget", namespace, n))),
         )
 
@@ -153,7 +162,7 @@ class DeploymentReconciler:
             delete=_removed(obj, spec, observed, decision),
             events=tuple(Event(note.reason, note.message, note.warning) for note in decision.notes),
             counts=_counts(obj, decision),
-            requeue=_requeue(decision, wanted),
+            requeue=_requeue(observed, decision),
             keep_going=True,
         )
 
@@ -292,8 +301,11 @@ def _children(
 
 
 def _records(obj: Object, spec: ModelDeploymentSpec, observed: Observed, decision: Decision) -> dict[str, Object]:
-    """The manifest of each wanted revision: as recorded, else as it stands in the cluster, else built anew."""
-    records: dict[str, Object] = {}
+    """The manifest of each wanted revision: as recorded, else as it stands in the cluster, else built anew.
+
+    The record of one that is not wanted is kept as long as its Service is there: nothing else tells of it.
+    """
+    records = {revision: observed.records[revision] for revision in observed.strays}
     wanted = observed.wanted
     for revision in decision.replicas:
         if revision in observed.records:
@@ -312,6 +324,10 @@ def _removed(obj: Object, spec: ModelDeploymentSpec, observed: Observed, decisio
         for revision in decision.remove
         for kind in ("Service", "Deployment")  # by its Deployment a revision is known: that one last
     ]
+    gone += [
+        Key("Service", namespace, serving.revision_name(obj, revision))
+        for revision in sorted(observed.strays - decision.replicas.keys())
+    ]
     if spec.replicas <= 1:
         gone += [Key("PodDisruptionBudget", namespace, name) for name in sorted(observed.budgets)]
     return tuple(gone)
@@ -326,8 +342,11 @@ def _counts(obj: Object, decision: Decision) -> tuple[Count, ...]:
     )
 
 
-def _requeue(decision: Decision, wanted: Wanted) -> float | None:
+def _requeue(observed: Observed, decision: Decision) -> float | None:
     wakes = [decision.requeue] if decision.requeue is not None else []
+    if observed.strays - decision.replicas.keys():
+        wakes.append(STRAY_SECONDS)
+    wanted = observed.wanted
     if wanted.waiting and wanted.waiting.reason == "SecretNotFound":
         wakes.append(RECHECK_SECONDS)
     return min(wakes, default=None)
