@@ -103,8 +103,9 @@ def load(folder: ModelFolder, options: EngineOptions) -> Engine:
         return _openvino(folder, options, max_len, limit)
     if engine == "llamacpp":
         return _llamacpp(folder, options, max_len, limit)
-    memory = cgroup.memory_limit() - sum(_size(where) for _, where in [*options.adapters, *(options.loaded or ())])
-    slots = plan_slots(folder, max_len, options.slots, memory)
+    shelved = sum(_size(where) for _, where in [*options.adapters, *(options.loaded or ())])
+    memory = cgroup.memory_limit()
+    slots = plan_slots(folder, max_len, options.slots, memory, runtime=RUNTIME_BYTES + shelved)
     reason = ""
     if options.engine in ("auto", "onnxruntime"):
         try:
