@@ -39,9 +39,11 @@ LAYER = {
     "mlp.down_proj": "ffn_down",
 }
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of tokens
-SPLITS = {  # how text is cut before BPE: a mark of the regular expression, and llama.cpp's name
-    r"\p{N}{1,3}|": "llama-bpe",
-    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|": "qwen2",
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {  # regular expressions that cut text before BPE, and llama.cpp's names of them
+    _LETTERS + r"\p{N}" + _OTHERS: "qwen2",
+    _LETTERS + r"\p{N}{1,3}" + _OTHERS: "llama-bpe",
 }
 BESIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 CONFIGS = ("config.json", "generation_config.json")
@@ -116,15 +118,19 @@ def packed(weights: Weights, wanted: str) -> tuple[str, NDArray[Any]]:
 
 def split_name(tokenizer: Mapping[str, Any]) -> str:
     """llama.cpp's name of how the tokenizer cuts text before BPE. UnsupportedError when it has none here."""
-    text = json.dumps(tokenizer.get("pre_tokenizer"), ensure_ascii=False).replace("\\\\", "\\")
-    if tokenizer["model"]["type"] != "BPE" or "ByteLevel" not in text:
+    told = tokenizer.get("pre_tokenizer") or {}
+    steps = told.get("pretokenizers", [told])
+    if tokenizer["model"]["type"] != "BPE" or not steps or steps[-1].get("type") != "ByteLevel":
         raise UnsupportedError("its tokenizer is not a byte-level BPE")
-    if '"Regex"' not in text:
-        return "gpt-2"
-    found = [name for mark, name in SPLITS.items() if mark in text]
-    if not found:
-        raise UnsupportedError("its tokenizer cuts text in a way that is not known here")
-    return found[0]
+    also = steps[-1].get("use_regex", True)  # GPT-2's
+    match [step["type"] for step in steps]:
+        case ["ByteLevel"] if also:
+            return "gpt-2"
+        case ["Digits", "ByteLevel"] if also and steps[0]["individual_digits"]:
+            return "smollm"
+        case ["Split", "ByteLevel"] if not also and (name := SPLITS.get(steps[0]["pattern"].get("Regex", ""))):
+            return name
+    raise UnsupportedError("its tokenizer cuts text in a way that is not known here")
 
 
 def vocabulary(tokenizer: Mapping[str, Any], size: int) -> dict[str, Any]:

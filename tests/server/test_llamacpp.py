@@ -19,6 +19,13 @@ from slmops_server.engines.base import EngineRefusedError, Job, Sampling
 
 Maker = Callable[[str, str], Path]
 PROMPT = [(37 * index + 11) % 509 + 3 for index in range(400)]
+# as the tokenizer.json of Qwen2.5 and of Llama 3 have them
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+PLAIN: dict[str, object] = {"type": "ByteLevel", "use_regex": False}
 GREEDY = json.loads((Path(__file__).parent / "data/greedy.json").read_text())
 
 
@@ -184,6 +191,26 @@ def test_what_cannot_be_written_as_gguf_is_refused(tiny: Path, tmp_path: Path) -
         with pytest.raises(make_gguf.UnsupportedError, match=message):
             make_gguf.export(source, tmp_path / "out", "q4_0")
     assert not (tmp_path / "out/model.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "name"),
+    [
+        ([{"type": "ByteLevel"}], "gpt-2"),
+        ([{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}], "smollm"),
+        ([{"type": "Split", "pattern": {"Regex": QWEN2}}, PLAIN], "qwen2"),
+        ([{"type": "Split", "pattern": {"Regex": LLAMA3}}, PLAIN], "llama-bpe"),
+        ([{"type": "Split", "pattern": {"Regex": r"\p{N}"}}, PLAIN], None),
+        ([{"type": "Metaspace"}], None),
+    ],
+)
+def test_how_text_is_cut_is_known_or_refused(steps: list[dict[str, object]], name: str | None) -> None:
+    tokenizer = {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+    if name:
+        assert make_gguf.split_name(tokenizer) == name
+    else:
+        with pytest.raises(make_gguf.UnsupportedError, match="its tokenizer"):
+            make_gguf.split_name(tokenizer)
 
 
 def test_a_library_with_other_records_is_refused() -> None:

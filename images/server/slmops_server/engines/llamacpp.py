@@ -24,7 +24,7 @@ from slmops_server.model_folder import ModelFolder
 
 KV_BYTES = 2  # of an item of the cache
 # two Python processes, llama.cpp's code, its buffers for a step; the weights are counted once: they are not mapped
-RUNTIME_BYTES = 240 << 20
+RUNTIME_BYTES = 260 << 20
 PAGE = 256  # cells; a row has whole ones
 MOST_ROWS = 256  # llama.cpp's
 MAX_ROWS = 16  # in one call
