@@ -9,7 +9,7 @@ import pytest
 from slmops_server.engines.adapters import Adapter
 from slmops_server.engines.base import EngineInfo, Job, Sampling
 from slmops_server.engines.sampler import Logits
-from slmops_server.engines.slots import SlotEngine
+from slmops_server.engines.slots import IDLE, SlotEngine
 
 
 class Timed:
@@ -89,3 +89,34 @@ def test_eight_streams_are_faster_than_one_after_the_other() -> None:
         slots.submit(one)
         gaps(forward, slots, set())
     assert together < 0.9 * forward.now
+
+
+class Noting(Timed):
+    """Notes which rows were moved, by calls over guesses and by decode calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved: list[int] = []
+        self.likely = np.array([4, 4, *[0] * 6], np.float32)  # two tokens: guesses are right now and then
+
+    def score(self, slot: int, tokens: Sequence[int], past: int, adapter: Adapter) -> Logits:
+        self.moved.append(slot)
+        return self.likely[None].repeat(len(tokens), 0)
+
+    def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int], adapter: Adapter) -> Logits:
+        self.moved += [slot for slot, length in enumerate(lengths, first) if length != IDLE]
+        return self.likely[None].repeat(len(tokens), 0)
+
+
+def test_a_row_that_was_moved_by_guesses_is_idle_in_the_calls_of_its_neighbours() -> None:
+    """Else an answer would be computed by other calls in company than alone, and be rounded differently."""
+    forward = Noting()
+    slots = SlotEngine(forward, EngineInfo("noting", 8, 1024, 2, {}), frozenset(), guesses=3)
+    for number in range(8):
+        sampling = Sampling(temperature=1.0, seed=number)
+        slots.submit(Job(number, [1, 2] * 4, 200, sampling, ignore_eos=True))
+    while slots.busy:
+        forward.moved.clear()
+        slots.step()
+        assert len(forward.moved) == len(set(forward.moved))
+    assert slots.drafted.accepted > 50

@@ -162,7 +162,7 @@ class SlotEngine:
             begin = self._clock()
             for adapter, wanted in self._grouped(active).items():
                 for first, count in cover(wanted, self._seconds(adapter))[1]:
-                    self._decode(first, count, adapter, tokens)
+                    self._decode(first, wanted[first : first + count], adapter, tokens)
             took = self._clock() - begin
             self._step_seconds += (took - self._step_seconds) * (WEIGHT if self._step_seconds else 1.0)
         return tokens
@@ -278,11 +278,9 @@ class SlotEngine:
         self.drafted.tokens += len(guessed)
         self.drafted.accepted += accepted
 
-    def _decode(self, first: int, count: int, adapter: Adapter, tokens: list[Token]) -> None:
-        """One call. Rows of other adapters among these are idle in it, as those that do not run."""
-        slots = range(first, first + count)
-        rows = [self._rows[slot] if slot < len(self._rows) else None for slot in slots]
-        running = [row if row is not None and row.last >= 0 and row.job.adapter is adapter else None for row in rows]
+    def _decode(self, first: int, wanted: list[bool], adapter: Adapter, tokens: list[Token]) -> None:
+        """One call for these rows. Those that are not wanted are idle in it: free, moved already, of other adapters."""
+        running = [self._rows[slot] if moves else None for slot, moves in enumerate(wanted, first)]
         lengths = [IDLE if row is None else row.length for row in running]
         newest = [0 if row is None else row.last for row in running]
         logits = self._forward.decode(first, newest, lengths, adapter)
