@@ -92,3 +92,27 @@ class Server:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+
+
+def check_sampling_formats_and_leaving(server: Server) -> None:
+    """What no engine refuses: sampling with logprobs, a schema, a client that leaves."""
+    chosen = server.complete(logprobs=2, seed=3, temperature=0.9, min_p=0.01, logit_bias={"40": 2.0})
+    assert chosen.status_code == 200
+    assert len(chosen.json()["choices"][0]["logprobs"]["token_logprobs"]) == 8
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    kept = server.chat(
+        max_tokens=200, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    )
+    assert isinstance(json.loads(kept.json()["choices"][0]["message"]["content"])["a"], bool)
+    long = {"model": "tiny", "prompt": "The printer", "max_tokens": 400, "ignore_eos": True, "stream": True, "n": 32}
+    with server.http.stream("POST", "/v1/completions", json=long) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        assert not server.idle
+    wait_for(lambda: server.idle, "the slot of a client that left is free")
+    assert server.metric("vllm:request_success_total", finished_reason="abort") == 1

@@ -11,7 +11,7 @@ import make_gguf
 import numpy as np
 import pytest
 import random_decoder
-from server_harness import Server, wait_for
+from server_harness import Server, check_sampling_formats_and_leaving
 
 from slmops_server import model_folder
 from slmops_server.engines import choose, llama_library, llamacpp
@@ -247,23 +247,4 @@ def test_the_cache_that_does_not_fit_is_refused_with_the_numbers(gguf: Maker, mo
 
 def test_a_server_on_it_does_what_the_others_do(start: Callable[..., Server], gguf: Maker) -> None:
     server = start("--slots", "2", "--max-queue", "64", model=gguf("qwen2", "q4_0"))
-    chosen = server.complete(logprobs=2, seed=3, temperature=0.9, min_p=0.01, logit_bias={"40": 2.0})
-    assert chosen.status_code == 200
-    assert len(chosen.json()["choices"][0]["logprobs"]["token_logprobs"]) == 8
-    schema = {
-        "type": "object",
-        "properties": {"a": {"type": "boolean"}},
-        "required": ["a"],
-        "additionalProperties": False,
-    }
-    kept = server.chat(
-        max_tokens=200, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    )
-    assert isinstance(json.loads(kept.json()["choices"][0]["message"]["content"])["a"], bool)
-    long = {"model": "tiny", "prompt": "The printer", "max_tokens": 400, "ignore_eos": True, "stream": True, "n": 32}
-    with server.http.stream("POST", "/v1/completions", json=long) as stream:
-        lines = stream.iter_lines()
-        next(lines)
-        assert not server.idle
-    wait_for(lambda: server.idle, "the slot of a client that left is free")
-    assert server.metric("vllm:request_success_total", finished_reason="abort") == 1
+    check_sampling_formats_and_leaving(server)

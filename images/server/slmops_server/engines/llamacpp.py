@@ -7,13 +7,12 @@ tokens, rows and cells, so a token would depend on company and on cuts, and it w
 
 import ctypes
 import math
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
 
-from slmops_server.engines import llama_library
+from slmops_server.engines import llama_library, timing
 from slmops_server.engines.adapters import BASE, Adapter
 from slmops_server.engines.base import EngineRefusedError
 from slmops_server.engines.llama_library import Batch, Library
@@ -132,7 +131,7 @@ class LlamacppForward:
         """
         tokens = [(7 * index + 1) % self.vocab for index in range(max(MEASURED_CHUNKS))]
         sizes = [size for size in MEASURED_CHUNKS if size <= self.chunk and size < self._max_len]
-        self.prefill_seconds = {size: _best(partial(self.prefill, 0, tokens[:size], 0)) for size in sizes}
+        self.prefill_seconds = {size: timing.best(partial(self.prefill, 0, tokens[:size], 0)) for size in sizes}
         length = min(MEASURED_LENGTH, self.chunk, self._max_len - 1)
         for row in range(self.rows):
             self.prefill(row, tokens[:length], 0)
@@ -141,7 +140,7 @@ class LlamacppForward:
             partial(self.decode, 0, tokens[:1] * count, [length] * count)
             for count in range(1, min(self.rows, MAX_ROWS) + 1)
         ]
-        self.decode_seconds = [_best(call) if (call() == wanted).all() else math.inf for call in calls]
+        self.decode_seconds = [timing.best(call) if (call() == wanted).all() else math.inf for call in calls]
 
 
 def cells(max_len: int) -> int:
@@ -181,24 +180,12 @@ def _batch(most: int) -> Batch:
     return Batch(0, token, None, pos, ones, pointers, wanted)
 
 
-def _best(call: partial[Logits]) -> float:
-    """Seconds, the better of two."""
-    times = []
-    for _ in range(2):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def load(
     folder: ModelFolder, slots: int, max_len: int, chunk: int, threads: int
 ) -> tuple[LlamacppForward, dict[str, str]]:
     """A loaded and measured model, and the measurements."""
     forward = LlamacppForward(folder, slots, max_len, chunk, threads)
     forward.measure()
-    notes = {f"step_ms_{n}_rows": f"{s * 1e3:.3f}" for n, s in enumerate(forward.decode_seconds, 1) if s < math.inf}
-    notes |= {f"prefill_ms_{n}_tokens": f"{s * 1e3:.3f}" for n, s in forward.prefill_seconds.items()}
-    notes["lone_rows"] = "exact" if forward.decode_seconds[0] < math.inf else "in company"
+    notes = timing.notes(forward.decode_seconds, forward.prefill_seconds)
     notes["xllamacpp"] = llama_library.VERSION
     return forward, notes

@@ -6,7 +6,6 @@ Weights keep their bits; where the CPU has VNNI or AMX, OpenVINO multiplies them
 """
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -18,6 +17,7 @@ try:
 except ImportError:  # it is an extra
     ov = None
 
+from slmops_server.engines import timing
 from slmops_server.engines.adapters import BASE, Adapter
 from slmops_server.engines.base import EngineRefusedError
 from slmops_server.engines.sampler import Logits
@@ -148,7 +148,7 @@ class OpenvinoForward:
         """
         tokens = [(7 * index + 1) % self.vocab for index in range(max(MEASURED_CHUNKS))]
         sizes = [size for size in MEASURED_CHUNKS if size <= self.chunk and size < self._max_len]
-        self.prefill_seconds = {size: _best(partial(self.prefill, 0, tokens[:size], 0)) for size in sizes}
+        self.prefill_seconds = {size: timing.best(partial(self.prefill, 0, tokens[:size], 0)) for size in sizes}
         length = min(MEASURED_LENGTH, self.chunk, self._max_len - 1)
         for row in range(self.rows):
             self.prefill(row, tokens[:length], 0)
@@ -158,7 +158,8 @@ class OpenvinoForward:
         ]
         rows = [call()[0].copy() for call in calls]
         self.decode_seconds = [
-            _best(call) if np.array_equal(row, rows[1]) else math.inf for call, row in zip(calls, rows, strict=True)
+            timing.best(call) if np.array_equal(row, rows[1]) else math.inf
+            for call, row in zip(calls, rows, strict=True)
         ]
 
 
@@ -167,24 +168,12 @@ def _begins(sizes: Sequence[int]) -> NDArray[np.int32]:
     return np.concatenate(([0], np.cumsum(sizes))).astype(np.int32)
 
 
-def _best(call: partial[Logits]) -> float:
-    """Seconds, the better of two."""
-    times = []
-    for _ in range(2):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def load(
     folder: ModelFolder, slots: int, max_len: int, chunk: int, threads: int
 ) -> tuple[OpenvinoForward, dict[str, str]]:
     """A compiled and measured model, and the measurements."""
     forward = OpenvinoForward(folder, slots, max_len, chunk, threads)
     forward.measure()
-    notes = {f"step_ms_{n}_rows": f"{s * 1e3:.3f}" for n, s in enumerate(forward.decode_seconds, 1) if s < math.inf}
-    notes |= {f"prefill_ms_{n}_tokens": f"{s * 1e3:.3f}" for n, s in forward.prefill_seconds.items()}
-    notes["lone_rows"] = "exact" if forward.decode_seconds[0] < math.inf else "in company"
+    notes = timing.notes(forward.decode_seconds, forward.prefill_seconds)
     notes["openvino"] = str(ov.__version__)
     return forward, notes

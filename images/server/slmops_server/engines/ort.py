@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]  # it ships no types
 from numpy.typing import NDArray
 
-from slmops_server.engines import adapters, graph
+from slmops_server.engines import adapters, graph, timing
 from slmops_server.engines.adapters import BASE, Adapter
 from slmops_server.engines.base import EngineRefusedError
 from slmops_server.engines.sampler import Logits
@@ -292,9 +292,7 @@ def load(
         notes = {f"step_ms_{n}_threads": f"{_median(t) * 1e3:.3f}" for n, t in zip(counts, times, strict=True)}
     forward = tried[best]
     forward.measure()
-    notes |= {f"step_ms_{n}_rows": f"{s * 1e3:.3f}" for n, s in enumerate(forward.decode_seconds, 1) if s < math.inf}
-    notes |= {f"prefill_ms_{n}_tokens": f"{s * 1e3:.3f}" for n, s in forward.prefill_seconds.items()}
-    notes["lone_rows"] = "exact" if forward.decode_seconds[0] < math.inf else "in company"
+    notes |= timing.notes(forward.decode_seconds, forward.prefill_seconds)
     return forward, counts[best], notes
 
 
