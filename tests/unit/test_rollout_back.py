@@ -1,7 +1,7 @@
 """The ways back: a failure, an abort, a revert, another revision in between, and trying again."""
 
 import pytest
-from tests.unit.rollout_world import KilledError, analysis, serving, steps
+from tests.unit.rollout_world import KilledError, analysis, revision, serving, steps
 
 from slmops.api import keys
 from slmops.rollout.seen import Problem
@@ -207,3 +207,14 @@ def test_an_approval_that_an_abort_overtakes_is_done_with_in_the_same_pass():
     world.run()
     assert world.phase in ("RollingBack", "RolledBack")
     assert world.status.rollout.handled == {keys.ANNOTATION_PROMOTE: "bbb", keys.ANNOTATION_ABORT: "bbb"}
+
+
+def test_nothing_goes_before_the_status_says_why():
+    world = serving(steps=[], scale_down_delay_seconds=0)
+    world.target = revision("bbb")
+    while "RolloutPromoted" not in world.events:
+        world.settle()
+        world.run()
+    assert world.deployments == {"aaa": 2, "bbb": 2}  # killed before its status, this pass would have to bring aaa back
+    world.passes()
+    assert (world.phase, world.deployments) == ("Stable", {"bbb": 2})

@@ -219,7 +219,7 @@ class Work:
             else:
                 since = self.retiring[revision] = when or stamp(self.now)
                 left = self.left(since, self.spec.rollout.scale_down_delay_seconds)
-                if left <= 0:
+                if when and left <= 0:  # a pass that dies between its deletes and its status must not undo them
                     self.remove.append(revision)
                 self.wakes.append(left if left > 0 else ROUTER_SECONDS)
         stay = sorted((when, r) for r, when in self.retiring.items() if when and r not in self.remove)
