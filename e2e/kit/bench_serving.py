@@ -165,6 +165,8 @@ def measure(args: argparse.Namespace, models: dict[str, Path]) -> dict[str, dict
                 work = requests(count, number, vocab)
                 for name in names[number % len(names) :] + names[: number % len(names)]:
                     round_of(servers[name], count, work, measured[name][count])
+                speeds = (f"{name} {measured[name][count].speeds[-1]:.1f}" for name in names)
+                print(f"round {number + 1}, {count} streams, tokens/s: {', '.join(speeds)}", flush=True)
         table(rows := {n: {str(c): m.report() for c, m in by.items()} for n, by in measured.items()})
         if args.arrivals:
             print("512-token prompts arriving: gap p50, p99, ratio; longest TTFT of an arrival")

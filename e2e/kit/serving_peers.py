@@ -200,11 +200,17 @@ def handler(peer: Peer) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
+class Http(ThreadingHTTPServer):
+    """Its clients may all come at once: the 5 of the standard library are reset at 16 streams."""
+
+    request_queue_size = 128
+
+
 def main() -> None:
     """Serve until killed."""
     kind, path, port, threads, slots = sys.argv[1:6]
     peer = KINDS[kind](path, int(threads), int(slots))
-    ThreadingHTTPServer(("127.0.0.1", int(port)), handler(peer)).serve_forever()
+    Http(("127.0.0.1", int(port)), handler(peer)).serve_forever()
 
 
 if __name__ == "__main__":
