@@ -23,7 +23,7 @@ from demo import task
 
 SEED = 7
 ROUNDS = 3
-TIMED = 50  # requests of one round
+TIMED = 40  # requests of one round
 CLIENTS = 4  # for accuracy, where time does not count
 MAX_TOKENS = 48
 FLOAT_BYTES = 4  # the KV cache is fp32 on a CPU, whatever the weights are

@@ -39,7 +39,7 @@ class Sizes:
     """Examples in each set."""
 
     train: int = 16000
-    prompts: int = 3200
+    prompts: int = 3000
     heldout: int = 200  # of known phrasings, and as many of new ones
     tune: int = 1200  # of the new label; as many old ones stand beside them
     gate: int = 200

@@ -9,6 +9,7 @@ from kit.objects import REGISTRY, SMALL_POD, TRAINING, finetune, obj
 
 NAMESPACE = "e2e-stores"  # the chart is told of the mirror in it
 FILES = (ROOT / "e2e/scenarios/serve_hub.py", ROOT / "tests/artifacts/hub.py")
+CONVERTER = ROOT / "tests/server/make_gguf.py"
 BRIEF = {"training": {**TRAINING, "maxSteps": 5}, "evaluation": None}
 BASE = "hf://tiny/base@main"
 
@@ -34,6 +35,17 @@ def claim(name: str) -> dict[str, object]:
 
 def secret(name: str, token: str) -> dict[str, object]:
     return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": {"token": token}}
+
+
+def answered(space: Kubectl, name: str) -> int:
+    """Tokens of an answer that a ModelDeployment gives."""
+    body = {"model": name, "messages": [{"role": "user", "content": "red box"}], "max_tokens": 5}
+    with space.port_forward(f"service/{name}", 8000) as url:
+        request = urllib.request.Request(
+            f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return int(json.loads(answer.read())["usage"]["completion_tokens"])
 
 
 def test_stores(space: Kubectl, seeded: str, images: dict[str, str]) -> None:
@@ -88,10 +100,24 @@ def test_stores(space: Kubectl, seeded: str, images: dict[str, str]) -> None:
     space.wait_ready("quantizedmodel", "onnx", 180)
     space.apply(obj("ModelDeployment", "shop", {"model": {"uri": "pvc://models/onnx"}}))
     space.wait_ready("modeldeployment", "shop", 180)
-    with space.port_forward("service/shop", 8000) as url:
-        body = {"model": "shop", "messages": [{"role": "user", "content": "red box"}], "max_tokens": 5}
-        request = urllib.request.Request(
-            f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            assert json.loads(answer.read())["usage"]["completion_tokens"] > 0
+    assert answered(space, "shop") > 0
+
+    space.apply(pods.config_map("converter", {CONVERTER.name: CONVERTER.read_text(encoding="utf-8")}))
+    mounts = {
+        "/files": {"configMap": {"name": "converter"}},
+        "/claim": {"persistentVolumeClaim": {"claimName": "models"}},
+    }
+    command = ["python", f"/files/{CONVERTER.name}", "/claim/second", "/claim/gguf", "--type", "f16"]
+    space.apply(pods.pod("converter", pods.spec(images["trainer"], command, mounts=mounts)))
+    pods.finish(space, "converter", 120)
+    space.apply(obj("ModelDeployment", "gguf", {"model": {"uri": "pvc://models/gguf"}}))
+    gguf = space.wait_ready("modeldeployment", "gguf", 180)
+    assert answered(space, "gguf") > 0
+    assert '"engine":"llamacpp"' in space.run("logs", "-l", gguf["status"]["selector"], "--tail=-1")
+    space.apply(obj("ModelDeployment", "gguf", {"model": {"uri": "pvc://models/gguf"}, "engine": {"name": "genai"}}))
+
+    def told() -> bool:
+        return "--engine llamacpp" in (space.condition("modeldeployment", "gguf", "Ready") or {}).get("message", "")
+
+    wait_for("an engine that cannot read the model says which one can", told, 120)
+    assert answered(space, "gguf") > 0

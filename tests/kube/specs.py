@@ -149,7 +149,7 @@ EXAMPLES: dict[str, list[Object]] = {
         {
             "model": URI,
             "servedName": "mine",
-            "engine": {"name": "onnxruntime-genai", "image": "server:1", "args": ["--slots=4", "--threads", "2"]},
+            "engine": {"name": "onnxruntime", "image": "server:1", "args": ["--slots=4", "--threads", "2"]},
             "replicas": 2,
             "endpoint": {"apiKeysSecretRef": {"name": "keys"}},
             "pod": {name: value for name, value in POD.items() if name != "image"},
@@ -279,7 +279,8 @@ rejects(
 rejects("ModelDeployment", "give engine.image or pod.image, not both", {"pod.image": "server:2"})
 rejects(
     "ModelDeployment",
-    "args: model, served-name, host, port, metrics-port and api-keys-dir are set by the operator",
+    "args: model, served-name, host, port, metrics-port and api-keys-dir are set by the operator, engine by name",
     {"engine.args": ["--model", "/other"]},
     {"engine.args": ["--slots=4", "--port=9000"]},
+    {"engine.args": ["--engine", "genai"]},
 )

@@ -53,6 +53,7 @@ def test_revisions_never_change_between_versions_of_the_operator():
     [
         {"replicas": 9},
         {"rollout": {"steps": []}},
+        {"engine": {"name": "auto", "args": ["--slots", "4"]}},
         {"engine": {"name": "onnxruntime-genai", "args": ["--slots", "4"]}},
         {"pod": FULL["pod"] | {"env": [], "tolerations": []}},
         {"model": {"ref": {"kind": "QuantizedModel", "name": "other-object-same-artifact"}}},
@@ -254,6 +255,9 @@ def test_an_engine_is_named_to_the_server_before_the_users_own_arguments():
     named = spec(engine={"name": "openvino", "args": ["--slots", "4"]})
     (one,) = pods_of(serving.deployment(OWNER, named, "rev", MODEL, SETTINGS))
     assert one["containers"][0]["command"][-4:] == ["--engine", "openvino", "--slots", "4"]
+    for chosen_by_the_server in ("auto", "onnxruntime-genai"):
+        (one,) = pods_of(serving.deployment(OWNER, spec(engine={"name": chosen_by_the_server}), "rev", MODEL, SETTINGS))
+        assert "--engine" not in one["containers"][0]["command"]
 
 
 def test_sources_bring_their_mounts():

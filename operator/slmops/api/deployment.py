@@ -1,4 +1,4 @@
-"""ModelDeployment: serves an ONNX model behind a router and rolls new revisions out step by step."""
+"""ModelDeployment: serves a model behind a router and rolls new revisions out step by step."""
 
 from typing import Annotated, Literal
 
@@ -7,7 +7,9 @@ from pydantic import Field
 from slmops.api.base import Model
 from slmops.api.meta import Lineage, ModelSource, ObjectRef, Pod, SecretRef, Status, cel
 
-_OWN_OPTIONS = "^--(model|served-name|host|port|metrics-port|api-keys-dir)(=|$)"  # of slmops-server
+_OWN_OPTIONS = "^--(model|served-name|host|port|metrics-port|api-keys-dir|engine)(=|$)"  # of slmops-server
+
+AUTO = ("auto", "onnxruntime-genai")  # engine names that leave the choice to the server; the second is of before
 
 
 class QuantizedRef(ObjectRef):
@@ -19,7 +21,7 @@ class QuantizedRef(ObjectRef):
 
 
 class ServedModel(ModelSource):
-    """Where an ONNX model comes from: exactly one of `uri` and `ref`."""
+    """Where a model comes from: exactly one of `uri` and `ref`."""
 
     ref: QuantizedRef | None = Field(
         default=None, description="A QuantizedModel; this object waits until it is Ready, and follows its artifact."
@@ -32,14 +34,15 @@ class Engine(Model):
     model_config = cel(
         (
             f"!has(self.args) || self.args.all(arg, !arg.matches('{_OWN_OPTIONS}'))",
-            "args: model, served-name, host, port, metrics-port and api-keys-dir are set by the operator",
+            "args: model, served-name, host, port, metrics-port and api-keys-dir are set by the operator, engine by name",
         ),
     )
 
-    name: Literal["onnxruntime-genai", "openvino"] = Field(
-        default="onnxruntime-genai",
-        description="onnxruntime-genai: slmops-server chooses between its two engines over onnxruntime. openvino: its "
-        "engine over OpenVINO, meant for several answers at a time on CPUs with VNNI or AMX (docs/serving.md).",
+    name: Literal["auto", "onnxruntime", "genai", "openvino", "llamacpp", "onnxruntime-genai"] = Field(
+        default="auto",
+        description="The engine of slmops-server. auto: onnxruntime for ONNX, and genai where it refuses a graph; "
+        "openvino for OpenVINO IR; llamacpp for GGUF. docs/serving.md says when to take which. onnxruntime-genai is the "
+        "former name of auto.",
     )
     image: str | None = Field(
         default=None, max_length=1024, description="Server image instead of the operator's default."
@@ -167,7 +170,7 @@ class ModelDeploymentSpec(Model):
         ),
     )
 
-    model: ServedModel = Field(description="An ONNX model: a QuantizedModel, or an artifact of one.")
+    model: ServedModel = Field(description="A QuantizedModel, or an artifact with an ONNX, OpenVINO or GGUF model.")
     served_name: str | None = Field(
         default=None,
         min_length=1,

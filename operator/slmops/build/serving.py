@@ -8,7 +8,7 @@ another default image or another template, touches the pods of a revision that e
 from typing import Any
 
 from slmops.api import keys
-from slmops.api.deployment import ModelDeploymentSpec
+from slmops.api.deployment import AUTO, ModelDeploymentSpec
 from slmops.api.run import PVC_ROOT, SECRET_ROOT, TERMINATION_LOG, Input
 from slmops.build import parts
 from slmops.build.inputs import claim_of
@@ -165,8 +165,8 @@ def _pull(image: str, spec: ModelDeploymentSpec, model: Input, settings: Setting
 def _server(image: str, name: str, spec: ModelDeploymentSpec, settings: Settings) -> Object:
     command = ["slmops-server", "--model", MODEL_DIR, "--served-name", spec.served_name or name]
     command += ["--port", str(keys.API_PORT), "--metrics-port", str(keys.METRICS_PORT)]
-    if spec.engine.name == "openvino":  # the other name stands for what the server chooses
-        command += ["--engine", "openvino"]
+    if spec.engine.name not in AUTO:  # which is the server's own default
+        command += ["--engine", spec.engine.name]
     mounts: list[Object] = [
         {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108  # an emptyDir: the root file system is read-only
         {"name": "model", "mountPath": MODEL_DIR, "readOnly": True},

@@ -7,7 +7,7 @@ how it was made: should a later operator hash more, it still knows the revisions
 import hashlib
 import json
 
-from slmops.api.deployment import ModelDeploymentSpec, Revision
+from slmops.api.deployment import AUTO, ModelDeploymentSpec, Revision
 from slmops.api.run import Input
 
 HASH_VERSION = 1
@@ -24,7 +24,7 @@ def identify(name: str, spec: ModelDeploymentSpec, model: Input, digest: str) ->
         "model": {"digest": digest} if digest else {"uri": model.uri},
         "modelSecret": model.secret or "",
         "engine": {
-            "name": spec.engine.name,
+            "name": AUTO[1] if spec.engine.name in AUTO else spec.engine.name,  # as it was hashed when it got a name
             "image": spec.engine.image or (spec.pod.image if spec.pod else None) or "",
             "args": spec.engine.args or [],
         },
