@@ -57,8 +57,7 @@ def operator_settings(kube: Kubectl) -> dict[str, str]:
 def seed(kube: Kubectl, board: Board, settings: dict[str, str]) -> None:
     """An empty namespace, the demo's code, and the artifacts that the chain starts from."""
     board.say(f"Preparing namespace {NAMESPACE}; a demo of an earlier run in it is removed")
-    kube.delete("namespace", NAMESPACE)
-    kube.apply(chart.namespace(NAMESPACE))
+    chart.fresh_namespace(kube)
     kube.apply(demo_pods.code())
     kube.apply(
         demo_pods.pod("seed", settings["SLMOPS_TRAINER_IMAGE"], "demo.seed", f"{STORE}/demo", env=_store_env(settings))

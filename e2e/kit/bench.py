@@ -38,8 +38,7 @@ def chain() -> list[Object]:
 def fresh(kube: Kubectl, name: str) -> Kubectl:
     """kubectl in a new namespace."""
     space = kube.within(name)
-    space.delete("namespace", name)
-    space.apply(chart.namespace(name))
+    chart.fresh_namespace(space)
     return space
 
 

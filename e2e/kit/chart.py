@@ -19,6 +19,23 @@ def namespace(name: str) -> dict[str, object]:
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": RESTRICTED}}
 
 
+def fresh_namespace(kube: Kubectl) -> None:
+    """Make kubectl's namespace, empty: it admits restricted pods only, and they may pull what the operator's may.
+
+    Its pull Secrets are copied, and given to the default account, for objects' pods name none.
+    """
+    kube.delete("namespace", kube.namespace)
+    kube.apply(namespace(kube.namespace))
+    system = kube.within(NAMESPACE)
+    operator = system.get("deployment", f"{RELEASE}-operator")
+    named = operator["spec"]["template"]["spec"].get("imagePullSecrets") if operator else None
+    if named:
+        found = [secret for each in named if (secret := system.get("secret", each["name"]))]
+        copies = [{**secret, "metadata": {"name": secret["metadata"]["name"]}} for secret in found]
+        account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default"}}
+        kube.apply(*copies, {**account, "imagePullSecrets": named})
+
+
 def _helm(kube: Kubectl, *args: str, timeout: float = 300.0) -> str:
     own = LOCAL / "bin" / "helm"
     program = str(own) if own.exists() else "helm"

@@ -16,14 +16,13 @@ def seed(kube: Kubectl, image: str) -> str:
     `image`: the trainer's.
     """
     space = kube.within(NAMESPACE)
-    space.delete("namespace", NAMESPACE)
     made = pods.spec(
         image,
         ["python", "/files/seed_tiny.py", STORE],
         env={"SLMOPS_PLAIN_HTTP": REGISTRY},
         mounts={"/files": {"configMap": {"name": "seed"}}},
     )
-    space.apply(chart.namespace(NAMESPACE))
+    chart.fresh_namespace(space)
     space.apply(pods.config_map("seed", {"seed_tiny.py": SCRIPT.read_text(encoding="utf-8")}), pods.pod("seed", made))
     pods.finish(space, "seed", 180)
     space.delete("namespace", NAMESPACE, wait=False)

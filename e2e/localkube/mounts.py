@@ -11,9 +11,10 @@ from localkube.say import Failure
 
 def below(folder: Path) -> list[str]:
     """Mount points under a folder, deepest first."""
+    real = folder.resolve()
     lines = Path("/proc/mounts").read_text().splitlines()
     places = (line.split()[1].replace("\\040", " ") for line in lines)
-    return sorted((place for place in places if place.startswith(f"{folder}/")), reverse=True)
+    return sorted((place for place in places if place.startswith(f"{real}/")), reverse=True)
 
 
 def remove(folder: Path) -> None:

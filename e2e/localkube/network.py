@@ -13,12 +13,12 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from localkube import daemons, paths, shell
-from localkube.say import Failure
+from localkube.say import Failure, step
 
 CHAIN = re.compile(r"^:(\S+) ", re.MULTILINE)
 OWNED = f"{paths.CHAIN}-"
@@ -29,13 +29,15 @@ TABLES = (
     *(("iptables", table) for table in ("mangle", "filter", "nat")),
 )
 MARKED = ("iptables", "nat")
+FORWARD = "net.ipv4.ip_forward"
 SYSCTLS = {
-    "net.ipv4.ip_forward": "1",
+    FORWARD: "1",
     "net.bridge.bridge-nf-call-iptables": "1",
 }
 # The kubelet sets these on its own; `down` puts the machine's values back.
 KUBELET_SYSCTLS = ("vm.overcommit_memory", "vm.panic_on_oom", "kernel.panic", "kernel.panic_on_oops")
 _SAVED = paths.RUN / "sysctl.json"
+_PASSING = paths.RUN / "passing.json"
 
 
 def check_free() -> None:
@@ -77,7 +79,7 @@ def tear_down() -> None:
         script = removal(table, saved, kubernetes=ours)
         if script:
             shell.run(f"{tool}-restore", "--noflush", stdin=script)
-    _restore_sysctls()
+    _restore_sysctls(passing(_saved_tables()))
 
 
 def bridge_sees_iptables() -> bool:
@@ -137,6 +139,25 @@ def strangers(tables: Mapping[tuple[str, str], str]) -> list[str]:
     ]
 
 
+def passing(tables: Mapping[tuple[str, str], str]) -> list[str]:
+    """Rules for packets that this machine passes on, from the output of iptables-save by tool and table."""
+    return [
+        line
+        for table, start in (("nat", "-A "), ("filter", "-A FORWARD "))
+        for line in tables.get(("iptables", table), "").splitlines()
+        if line.startswith(start)
+    ]
+
+
+def restorable(saved: Mapping[str, str], before: Sequence[str], now: Sequence[str]) -> dict[str, str]:
+    """The sysctls to put back; `before` and `now`: the rules of others that pass packets on.
+
+    With more of them, somebody (Docker, libvirt) found forwarding on and relies on it: then it stays.
+    """
+    needed = not set(now) <= set(before)
+    return {name: value for name, value in saved.items() if not (needed and (name, value) == (FORWARD, "0"))}
+
+
 def overlapping(routes: list[dict[str, Any]]) -> list[str]:
     """Destinations of `ip -json route` inside the node's networks that are not its own.
 
@@ -189,12 +210,17 @@ def _sysctl(name: str) -> Path:
 
 def _save_sysctls() -> None:
     if not _SAVED.exists():
+        _PASSING.write_text(json.dumps(passing(_saved_tables())))
         names = [*SYSCTLS, *KUBELET_SYSCTLS]
         _SAVED.write_text(json.dumps({name: read_sysctl(name) for name in names if read_sysctl(name)}))
 
 
-def _restore_sysctls() -> None:
+def _restore_sysctls(now: list[str]) -> None:
     if _SAVED.exists():
-        for name, value in json.loads(_SAVED.read_text()).items():
+        saved = json.loads(_SAVED.read_text())
+        back = restorable(saved, json.loads(_PASSING.read_text()) if _PASSING.exists() else [], now)
+        if back != saved:
+            step(f"{FORWARD} stays as it is: others have set up forwarding since `up`")
+        for name, value in back.items():
             write_sysctl(name, value)
         _SAVED.unlink()

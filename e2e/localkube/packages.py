@@ -1,4 +1,4 @@
-"""Debian packages: installed without starting a service, and also where an earlier apt was interrupted."""
+"""Debian packages: installed with no service started or enabled, also where an earlier apt was interrupted."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from localkube.say import Failure, step
 # invoke-rc.d and deb-systemd-invoke ask this program before they start anything; 101 means no.
 POLICY = Path("/usr/sbin/policy-rc.d")
 NO_SERVICES = "#!/bin/sh\n# Until slmops has installed its packages.\nexit 101\n"
+# deb-systemd-helper enables a new package's services, so that the next boot starts them, unless a preset says no.
+# The first file in the order of their names decides; below /run none outlives a boot.
+PRESET = Path("/run/systemd/system-preset/00-slmops-localkube.preset")
 LOCK_SECONDS = 180.0
 
 # Debian package -> the program or file that shows it is there, whoever brought it.
@@ -72,7 +75,7 @@ def install(names: Iterable[str]) -> None:
     step(f"installing {', '.join(wanted)}")
     # --no-remove: Docker's own containerd package, for example, may not have to go.
     command = ["apt-get", "install", "--yes", "--no-install-recommends", "--no-remove", *wanted]
-    with shell.locked(paths.APT_LOCK), _no_services(POLICY):
+    with shell.locked(paths.APT_LOCK), _no_services():
         deadline, tried = time.monotonic() + LOCK_SECONDS, set[str]()
         while True:
             try:
@@ -110,17 +113,19 @@ def _run(*command: str, hint: str) -> None:
 
 
 @contextmanager
-def _no_services(policy: Path) -> Iterator[None]:
-    """Services stay stopped meanwhile; the machine's own policy comes back afterwards."""
-    allow_services(policy)
+def _no_services(policy: Path = POLICY, preset: Path = PRESET) -> Iterator[None]:
+    """New services stay stopped and disabled; the machine's own policy comes back afterwards."""
+    allow_services(policy, preset)
     if policy.exists():
         policy.rename(_kept(policy))
     policy.write_text(NO_SERVICES)
     policy.chmod(0o755)
+    preset.parent.mkdir(parents=True, exist_ok=True)
+    preset.write_text("disable *\n")
     try:
         yield
     finally:
-        allow_services(policy)
+        allow_services(policy, preset)
 
 
 def clean() -> None:
@@ -130,8 +135,9 @@ def clean() -> None:
         paths.APT_LOCK.unlink()
 
 
-def allow_services(policy: Path = POLICY) -> None:
+def allow_services(policy: Path = POLICY, preset: Path = PRESET) -> None:
     """Put the machine's own policy back, also after a run that was killed."""
+    preset.unlink(missing_ok=True)
     if _kept(policy).exists():
         _kept(policy).replace(policy)
     elif policy.exists() and policy.read_text(errors="replace") == NO_SERVICES:

@@ -38,8 +38,8 @@ POD_LOGS = STATE / "pod-logs"
 CNI_STATE = STATE / "cni"
 CGROUP = "slmops-local"
 
-# One per user, kept by `down`.
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slmops"
+# One per user, kept by `down`. Resolved: daemons run elsewhere, and /proc/mounts knows no links.
+CACHE = (Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slmops").resolve()
 CONTAINERD_ROOT = CACHE / "containerd"
 BUILDAH_ROOT = CACHE / "buildah"
 BUILDAH_RUN = Path("/run/slmops-localkube-buildah")

@@ -44,8 +44,7 @@ def space(request: pytest.FixtureRequest, installed: Kubectl) -> Iterator[Kubect
     """kubectl in an empty namespace under Pod Security restricted, removed afterwards unless the test failed."""
     name = "e2e-" + request.node.name.removeprefix("test_").replace("_", "-")[:40].rstrip("-")
     kube = installed.within(name)
-    kube.delete("namespace", name)
-    kube.apply(chart.namespace(name))
+    chart.fresh_namespace(kube)
     before = request.session.testsfailed
     yield kube
     if request.session.testsfailed == before:

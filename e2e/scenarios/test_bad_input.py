@@ -49,8 +49,7 @@ BROKEN = {
 def broken(installed: Kubectl, seeded: str, images: dict[str, str]) -> Iterator[Kubectl]:
     """A namespace with all of BROKEN, and a student whose teacher answers garbage."""
     kube = installed.within(NAMESPACE)
-    kube.delete("namespace", NAMESPACE)
-    kube.apply(chart.namespace(NAMESPACE))
+    chart.fresh_namespace(kube)
     kube.apply(*(each for objects in BROKEN.values() for each in objects))
     teacher = Teacher(kube, images["operator"], "garbage")
     spec = {

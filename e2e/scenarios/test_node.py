@@ -17,8 +17,7 @@ GPU = "nvidia.com/gpu"
 def kubectl(installed: Kubectl) -> Iterator[Kubectl]:
     """kubectl in an empty namespace that admits restricted pods only."""
     kube = installed.within(NAMESPACE)
-    kube.delete("namespace", NAMESPACE)
-    kube.apply(chart.namespace(NAMESPACE))
+    chart.fresh_namespace(kube)
     wait_for("the namespace has its account", lambda: kube.get("serviceaccount", "default"), 30)
     yield kube
     kube.delete("namespace", NAMESPACE, wait=False)

@@ -24,10 +24,11 @@ def block(language: str, text: str) -> str:
 
 
 def run_in(folder: Path, space: Kubectl, script: str) -> str:
-    """Run commands as a user would who has kubectl and python on the PATH; what they left running is ended."""
-    path = f"{LOCAL / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    """Run commands as a user would who has kubectl on the PATH, and not the venv; what they left running is ended."""
+    others = [each for each in os.environ["PATH"].split(":") if Path(each) != Path(sys.executable).parent]
+    path = ":".join([str(LOCAL / "bin"), *others])
     # A user is in the checkout; here models and data are beside it, so that nothing is left in it.
-    script = script.replace("PYTHONPATH=images", f"PYTHONPATH={ROOT}/images")
+    script = script.replace("PYTHONPATH=images", f"PYTHONPATH={ROOT}/images").replace("$PWD/.local", str(LOCAL))
     with subprocess.Popen(
         ["bash", "-euo", "pipefail", "-c", script],
         cwd=folder,

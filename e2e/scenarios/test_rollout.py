@@ -27,8 +27,7 @@ ANALYSIS = {
 def shop(installed: Kubectl, seeded: str) -> Iterator[Kubectl]:
     """A namespace with a stable ModelDeployment `shop` and two more models to roll to."""
     kube = installed.within("e2e-rollout")
-    kube.delete("namespace", "e2e-rollout")
-    kube.apply(chart.namespace("e2e-rollout"))
+    chart.fresh_namespace(kube)
     kube.apply(
         finetune("base", training={**TRAINING, "maxSteps": 30}, evaluation=None),
         quantize("one", "FineTuneJob", "base", "fp32"),

@@ -19,8 +19,7 @@ LEVEL = "pod-security.kubernetes.io/enforce"
 def busy(installed: Kubectl, seeded: str) -> Iterator[Kubectl]:
     """A user's namespace with workers, a server and a router."""
     space = installed.within("e2e-security")
-    space.delete("namespace", space.namespace)
-    space.apply(chart.namespace(space.namespace))
+    chart.fresh_namespace(space)
     space.apply(
         finetune("base", training={**TRAINING, "maxSteps": 5}, evaluation=None),
         quantize("onnx", "FineTuneJob", "base", "int4"),

@@ -1,7 +1,10 @@
 """What the chart renders, by the real helm: values are checked, all is restricted, the CRDs are the generated ones."""
 
+import json
+import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +27,9 @@ def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
 
 
-def render(*sets: str) -> list[Object]:
+def render(*sets: str, release: str = "slmops", namespace: str = "slmops-system") -> list[Object]:
     flags = [part for item in sets for part in ("--set", item)]
-    done = helm("template", "slmops", str(CHART), "--namespace", "slmops-system", *flags)
+    done = helm("template", release, str(CHART), "--namespace", namespace, *flags)
     assert done.returncode == 0, done.stderr
     return [found for found in yaml.safe_load_all(done.stdout) if found]
 
@@ -174,9 +177,71 @@ def test_settings_cover_the_charts_variables() -> None:
         assert f"{name.removeprefix('SLMOPS_').lower()}:" in settings, name
 
 
-def test_a_release_with_dots_in_its_name_has_services() -> None:
-    done = helm("template", "team.slmops", str(CHART), "--namespace", "n")
-    services = [f for f in yaml.safe_load_all(done.stdout) if f and f["kind"] == "Service"]
-    assert services
-    assert {f["metadata"]["name"] for f in services} == {"team-slmops-registry"}
-    assert "oci://team-slmops-registry.n.svc:5000" in done.stdout
+@pytest.mark.parametrize(
+    ("release", "service"), [("team.slmops", "team-slmops-registry"), ("1", "slmops-1-registry"), ("x1", "x1-registry")]
+)
+def test_whatever_its_name_a_release_has_services(release: str, service: str) -> None:
+    """A Service's name has no dots and starts with a letter, a release's may be otherwise."""
+    found = render(release=release, namespace="n")
+    assert {f["metadata"]["name"] for f in found if f["kind"] == "Service"} == {service}
+    (operator,) = [f for f in found if f["kind"] == "Deployment" and f["metadata"]["name"].endswith("-operator")]
+    assert f"oci://{service}.n.svc:5000" in json.dumps(operator)
+
+
+def texts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """The leaves of what Kubernetes wants as text: all metadata, and names that lead to other objects."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from texts(inner, f"{path}.{key}")
+    elif isinstance(value, list):
+        for inner in value:
+            yield from texts(inner, path)
+    elif re.search(r"(metadata|matchLabels|subjects|imagePullSecrets)\b|\.(name|\w+Name)$", path):
+        yield path, value
+
+
+@pytest.mark.parametrize(("release", "namespace"), [("1", "2024"), ("1e3", "0x10"), ("true", "null")])
+def test_names_that_yaml_takes_for_numbers_stay_names(release: str, namespace: str) -> None:
+    lists = ("watchNamespaces[0]=7", "imagePullSecrets[0]=8")
+    single = ("router.existingSecret=9", "operator.priorityClassName=10", "registry.persistence.storageClassName=11")
+    flags = [part for item in (*lists, *single) for part in ("--set-string", item)]
+    everywhere = [part for item in EVERYTHING for part in ("--set", item)]
+    for more in (everywhere, [*everywhere, *flags]):
+        done = helm("template", release, str(CHART), "--namespace", namespace, *more)
+        assert done.returncode == 0, done.stderr
+        found = [f for f in yaml.safe_load_all(done.stdout) if f and f["kind"] != "CustomResourceDefinition"]
+        leaves = [leaf for f in found for leaf in texts(f, f["kind"])]
+        assert ("Deployment.metadata.namespace", namespace) in leaves
+        assert [leaf for leaf in leaves if not isinstance(leaf[1], str)] == []
+
+
+def pods(objects: list[Object]) -> dict[str, Object]:
+    """The pod templates of the Deployments, by name."""
+    return {f["metadata"]["name"]: f["spec"]["template"] for f in objects if f["kind"] == "Deployment"}
+
+
+def test_all_pods_go_where_the_values_say() -> None:
+    placed = pods(render(*EVERYTHING, r"nodeSelector.kubernetes\.io/arch=amd64", "tolerations[0].operator=Exists"))
+    assert set(placed) == {"slmops-operator", "slmops-registry", "slmops-prometheus"}
+    for pod in placed.values():
+        assert pod["spec"]["nodeSelector"] == {"kubernetes.io/arch": "amd64"}
+        assert pod["spec"]["tolerations"] == [{"operator": "Exists"}]
+    for pod in pods(render(*EVERYTHING)).values():
+        assert not {"nodeSelector", "tolerations"} & set(pod["spec"])
+
+
+def test_another_scrape_interval_makes_another_prometheus_pod() -> None:
+    def prometheus(interval: str) -> Object:
+        return pods(render(*EVERYTHING, f"prometheus.bundled.scrapeInterval={interval}"))["slmops-prometheus"]
+
+    assert prometheus("5s") == prometheus("5s")
+    assert prometheus("5s") != prometheus("30s")
+
+
+def test_what_an_uninstall_keeps_is_found_by_the_label_in_the_docs() -> None:
+    kept = [f for f in render() if "helm.sh/resource-policy" in f["metadata"].get("annotations", {})]
+    assert {f["kind"] for f in kept} == {"CustomResourceDefinition", "PersistentVolumeClaim", "Secret"}
+    assert {f["metadata"]["labels"]["app.kubernetes.io/part-of"] for f in kept} == {"slmops"}
+    docs = (ROOT / "docs/install.md").read_text(encoding="utf-8")
+    for kinds in ("crd", "pvc,secret"):
+        assert f"delete {kinds} -l app.kubernetes.io/part-of=slmops" in docs

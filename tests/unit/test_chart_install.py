@@ -108,3 +108,48 @@ def test_a_namespace_that_is_being_deleted_is_waited_for(
     chart.install(cluster)
     assert cluster.done == done
     assert (helm / "calls").read_text().split() == ["status", "upgrade"]
+
+
+class Lender(Kubectl):
+    """A cluster by what lies in it, namespace/kind/name -> object; `done` is what is asked of kubectl's namespace."""
+
+    def __init__(self, there: dict[str, Object], namespace: str = "demo") -> None:
+        super().__init__(namespace)
+        self.there, self.done, self.applied = there, list[str](), list[Object]()
+
+    def within(self, namespace: str) -> "Lender":
+        return Lender(self.there, namespace)
+
+    def get(self, kind: str, name: str) -> Object | None:
+        return self.there.get(f"{self.namespace}/{kind}/{name}")
+
+    def delete(self, kind: str, name: str, *, wait: bool = True) -> None:
+        assert wait
+        self.done.append(f"delete {kind}/{name}")
+
+    def apply(self, *objects: Object) -> None:
+        self.done += [f"apply {obj['kind']}/{obj['metadata']['name']}" for obj in objects]
+        self.applied += objects
+
+
+def operator(**pod: object) -> dict[str, Object]:
+    return {"slmops-system/deployment/slmops-operator": {"spec": {"template": {"spec": {"containers": [], **pod}}}}}
+
+
+def test_pods_in_a_namespace_made_for_them_pull_with_the_operators_secrets() -> None:
+    kept = {"apiVersion": "v1", "kind": "Secret", "type": "kubernetes.io/dockerconfigjson", "data": {"x": "eA=="}}
+    named = [{"name": "mine"}, {"name": "gone"}]
+    metadata = {"name": "mine", "namespace": "slmops-system", "uid": "1", "resourceVersion": "7"}
+    kube = Lender(operator(imagePullSecrets=named) | {"slmops-system/secret/mine": {**kept, "metadata": metadata}})
+    chart.fresh_namespace(kube)
+    made = ["apply Namespace/demo", "apply Secret/mine", "apply ServiceAccount/default"]
+    assert kube.done == ["delete namespace/demo", *made]
+    assert kube.applied[1] == {**kept, "metadata": {"name": "mine"}}
+    assert kube.applied[2]["imagePullSecrets"] == named
+
+
+@pytest.mark.parametrize("there", [{}, operator()])
+def test_without_pull_secrets_a_namespace_has_nothing_of_ours(there: dict[str, Object]) -> None:
+    kube = Lender(there)
+    chart.fresh_namespace(kube)
+    assert kube.done == ["delete namespace/demo", "apply Namespace/demo"]

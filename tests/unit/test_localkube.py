@@ -198,6 +198,29 @@ def test_kubernetes_chains_are_ours_while_our_mark_stands_beside_them() -> None:
     ]
 
 
+DOCKER = "-A FORWARD -j DOCKER-USER"
+UFW = "-A FORWARD -j ufw-before-forward"
+
+
+def test_rules_that_pass_packets_on_are_told_from_those_that_let_them_in() -> None:
+    filtered = f"*filter\n:INPUT ACCEPT [0:0]\n:FORWARD DROP [0:0]\n-A INPUT -i lo -j ACCEPT\n{DOCKER}\nCOMMIT\n"
+    masked = "*nat\n:POSTROUTING ACCEPT [0:0]\n-A POSTROUTING -s 172.17.0.0/16 -j MASQUERADE\nCOMMIT\n"
+    saved = {("iptables", "filter"): filtered, ("iptables", "nat"): masked, ("ip6tables", "filter"): filtered}
+    assert network.passing(saved) == ["-A POSTROUTING -s 172.17.0.0/16 -j MASQUERADE", DOCKER]
+    assert network.passing({}) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "kept"),
+    [([], [], False), ([UFW], [UFW], False), ([UFW], [], False), ([], [DOCKER], True), ([UFW], [DOCKER, UFW], True)],
+)
+def test_forwarding_stays_on_for_who_came_after_us(before: list[str], now: list[str], kept: bool) -> None:
+    saved = {"net.ipv4.ip_forward": "0", "kernel.panic": "0"}
+    assert network.restorable(saved, before, now) == ({"kernel.panic": "0"} if kept else saved)
+    on = {"net.ipv4.ip_forward": "1"}
+    assert network.restorable(on, before, now) == on
+
+
 def test_the_mark_comes_first_and_goes_last() -> None:
     assert network.rules().startswith(f"*nat\n:{network.MARK} ")
     assert network.TABLES[-1] == network.MARKED

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from localkube import bare, daemons, outside, paths, tools
+from localkube import bare, daemons, mounts, outside, paths, tools
 from localkube.say import Failure
 
 
@@ -126,3 +127,21 @@ def test_a_folder_with_files_of_the_users_is_neither_taken_nor_removed(
         bare.up(tmp_path)
     bare.down(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_mounts_are_seen_through_a_link(tmp_path: Path) -> None:
+    found = mounts.below(Path("/dev"))
+    assert found, "every Linux has mounts below /dev"
+    (tmp_path / "dev").symlink_to("/dev")
+    assert mounts.below(tmp_path / "dev") == found
+    assert mounts.below(tmp_path) == []
+
+
+def test_a_cache_behind_a_link_has_its_real_path(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "cache").symlink_to("disk")
+    code = "from localkube import paths; print(paths.CACHE, paths.CONTAINERD_ROOT)"
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(paths.REPO / "e2e")}
+    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    cache = tmp_path.resolve() / "disk/slmops"
+    assert said.split() == [str(cache), str(cache / "containerd")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -36,15 +37,15 @@ def test_what_stops_apt_is_mended(output: str, wanted: str) -> None:
 
 
 def test_no_service_starts_while_packages_are_installed_and_the_machines_policy_returns(tmp_path: Path) -> None:
-    policy = tmp_path / "policy-rc.d"
-    with packages._no_services(policy):
+    policy, preset = tmp_path / "policy-rc.d", tmp_path / "run/presets/00-x.preset"
+    with packages._no_services(policy, preset):
         assert subprocess.run([policy]).returncode == 101
-    assert list(tmp_path.iterdir()) == []
+    assert files(tmp_path) == []
     policy.write_text("#!/bin/sh\nexit 0\n")
     policy.chmod(0o700)
 
     def fail() -> None:
-        with packages._no_services(policy):
+        with packages._no_services(policy, preset):
             assert subprocess.run([policy]).returncode == 101
             raise Failure("apt failed")
 
@@ -52,19 +53,52 @@ def test_no_service_starts_while_packages_are_installed_and_the_machines_policy_
         fail()
     assert policy.read_text() == "#!/bin/sh\nexit 0\n"
     assert policy.stat().st_mode & 0o777 == 0o700
-    assert [path.name for path in tmp_path.iterdir()] == ["policy-rc.d"]
+    assert files(tmp_path) == ["policy-rc.d"]
+
+
+def files(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*") if not path.is_dir()]
 
 
 @pytest.mark.parametrize("own", [None, "#!/bin/sh\nexit 104\n"])
 def test_a_killed_installation_is_undone_by_the_next_command(tmp_path: Path, own: str | None) -> None:
-    policy = tmp_path / "policy-rc.d"
+    policy, preset = tmp_path / "policy-rc.d", tmp_path / "presets/00-x.preset"
     if own is not None:
         policy.write_text(own)
-    killed = packages._no_services(policy)
+    killed = packages._no_services(policy, preset)
     killed.__enter__()
-    packages.allow_services(policy)
+    packages.allow_services(policy, preset)
     assert (policy.read_text() if policy.exists() else None) == own
-    assert len(list(tmp_path.iterdir())) == (own is not None)
+    assert len(files(tmp_path)) == (own is not None)
+
+
+@pytest.mark.skipif(
+    not all(map(shutil.which, ("systemctl", "deb-systemd-helper"))), reason="needs the programs of Debian's systemd"
+)
+def test_services_that_come_with_packages_are_not_enabled_and_those_that_were_stay_so(tmp_path: Path) -> None:
+    for name in ("new", "own", "later"):
+        unit = tmp_path / f"lib/systemd/system/{name}.service"
+        unit.parent.mkdir(parents=True, exist_ok=True)
+        unit.write_text("[Service]\nExecStart=/bin/true\n[Install]\nWantedBy=multi-user.target\n")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/systemctl").touch(0o755)  # the helper wants to see one there; it runs the machine's
+
+    def postinst(name: str) -> None:  # what a package's own script runs, for a first installation and for an upgrade
+        env = {**os.environ, "DPKG_ROOT": str(tmp_path), "DPKG_MAINTSCRIPT_PACKAGE": name}
+        subprocess.run(["deb-systemd-helper", "enable", f"{name}.service"], env=env, check=True)
+
+    def enabled() -> set[str]:
+        return {link.stem for link in (tmp_path / "etc/systemd/system").glob("*.wants/*.service")}
+
+    postinst("own")
+    with packages._no_services(tmp_path / "policy-rc.d", tmp_path / packages.PRESET.relative_to("/")):
+        postinst("new")
+        postinst("own")
+        assert enabled() == {"own"}
+    postinst("new")  # its next upgrade
+    assert enabled() == {"own"}
+    postinst("later")
+    assert enabled() == {"own", "later"}
 
 
 def test_a_package_is_there_whoever_brought_its_program() -> None:

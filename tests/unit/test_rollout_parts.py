@@ -251,6 +251,19 @@ def test_the_server_pod_pulls_then_serves():
     assert {p["name"] for p in server["ports"]} == {"http", "metrics"}
 
 
+def test_routers_go_where_taints_let_the_servers_and_ask_for_none_of_their_nodes():
+    taint = {"key": "team", "operator": "Exists", "effect": "NoSchedule"}
+    more = {"tolerations": [taint], "imagePullSecrets": [{"name": "pull"}], "priorityClassName": "high"}
+    own = spec(pod=FULL["pod"] | more)
+    (server,) = pods_of(serving.deployment(OWNER, own, "rev", MODEL, SETTINGS))
+    (one,) = pods_of(router.deployment(OWNER, own, "s3cret", SETTINGS))
+    assert one["tolerations"] == server["tolerations"] == [taint]
+    assert one["imagePullSecrets"] == [{"name": "pull"}]
+    (plain,) = pods_of(router.deployment(OWNER, spec(pod=None), "s3cret", SETTINGS))
+    assert one.keys() - plain.keys() == {"tolerations", "imagePullSecrets"}
+    assert pods_of(router.deployment(OWNER, spec(), "s3cret", SETTINGS)) == [plain]
+
+
 def test_an_engine_is_named_to_the_server_before_the_users_own_arguments():
     named = spec(engine={"name": "openvino", "args": ["--slots", "4"]})
     (one,) = pods_of(serving.deployment(OWNER, named, "rev", MODEL, SETTINGS))

@@ -1,5 +1,8 @@
 {{/* Names, labels and pieces used more than once. */}}
-{{- define "slmops.name" -}}{{ .Release.Name | replace "." "-" | trunc 40 | trimSuffix "-" }}{{- end }}
+{{- define "slmops.name" -}}
+{{- if regexMatch "^[0-9]" .Release.Name }}slmops-{{ end }}{{/* a Service's name starts with a letter */ -}}
+{{ .Release.Name | replace "." "-" | trunc 40 | trimSuffix "-" }}
+{{- end }}
 
 {{- define "slmops.image" -}}
 {{- $given := index .root.Values.images .name -}}
@@ -8,7 +11,7 @@
 
 {{- define "slmops.labels" -}}
 app.kubernetes.io/part-of: slmops
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
@@ -17,7 +20,7 @@ helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
 
 {{- define "slmops.selector" -}}
 app.kubernetes.io/name: slmops-{{ .part }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 {{- end }}
 
 {{- define "slmops.registryHost" -}}{{ include "slmops.name" . }}-registry.{{ .Release.Namespace }}.svc:5000{{- end }}
@@ -54,8 +57,18 @@ capabilities: {drop: [ALL]}
 {{- with .Values.imagePullSecrets }}
 imagePullSecrets:
 {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
 {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Where the chart's own pods may run. */}}
+{{- define "slmops.placement" -}}
+{{- with .Values.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
 

@@ -19,3 +19,10 @@ have a port named metrics, with the labels that rollout analysis asks for. */}}
     - {source_labels: [__meta_kubernetes_pod_label_slmops_dev_role], target_label: slmops_role}
     - {source_labels: [__meta_kubernetes_pod_label_slmops_dev_revision], target_label: slmops_revision}
 {{- end }}
+
+{{- define "slmops.prometheusConfig" -}}
+global:
+  scrape_interval: {{ .Values.prometheus.bundled.scrapeInterval }}
+scrape_configs:
+  {{- include "slmops.scrape" . | nindent 2 }}
+{{- end }}

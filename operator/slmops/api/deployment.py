@@ -180,7 +180,10 @@ class ModelDeploymentSpec(Model):
     engine: Engine = Field(default=Engine(), description="What runs the model.")
     replicas: int = Field(default=1, ge=0, le=1000, description="Pods of the stable revision.")
     endpoint: Endpoint = Field(default=Endpoint(), description="How the API is offered.")
-    pod: Pod | None = Field(default=None, description="Resources and placement of the server pods.")
+    pod: Pod | None = Field(
+        default=None,
+        description="Resources and placement of the server pods; router pods have their tolerations and pull secrets.",
+    )
     rollout: Rollout = Field(default=Rollout(), description="How a new revision earns its traffic.")
 
 

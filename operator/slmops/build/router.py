@@ -115,7 +115,7 @@ def deployment(owner: Object, spec: ModelDeploymentSpec, token: str, settings: S
     """Build the router's Deployment: two pods where the model has several. Another token makes other pods."""
     name = router_name(owner)
     mark = hashlib.sha256(token.encode()).hexdigest()[:8]
-    pull_secrets = [secret.wire() for secret in (spec.pod.image_pull_secrets if spec.pod else None) or []]
+    placement = parts.placement(spec.pod)
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -139,7 +139,8 @@ def deployment(owner: Object, spec: ModelDeploymentSpec, token: str, settings: S
                     "enableServiceLinks": False,
                     "terminationGracePeriodSeconds": GRACE_SECONDS,
                     "securityContext": parts.POD_SECURITY,
-                    **({"imagePullSecrets": pull_secrets} if pull_secrets else {}),
+                    # Not the node selector, priority and runtime: those are about what the models need, a GPU say.
+                    **{name: placement[name] for name in ("tolerations", "imagePullSecrets") if name in placement},
                     "containers": [_container(name, settings)],
                     "volumes": [
                         {"name": "tmp", "emptyDir": {}},
