@@ -1,5 +1,6 @@
 """Wire bytes, API keys, settings, cgroup limits, the model folder: pure tables."""
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,9 @@ from slmops_server import cgroup, model_folder, settings
 from slmops_server.engines.choose import DoesNotFitError, plan_slots
 from slmops_server.errors import ApiError
 from slmops_server.keys import ApiKeys
+from slmops_server.schema import parse
+from slmops_server.service import Service
+from slmops_server.template import ChatTemplate
 from slmops_server.wire import Frames
 
 V1_NONE = str((1 << 63) - 4096)
@@ -182,3 +186,15 @@ def test_slots_are_planned_from_memory(tiny: Path) -> None:
         plan_slots(folder, 512, 5, base + 3 * row)
     with pytest.raises(DoesNotFitError):
         plan_slots(folder, 512, 0, base)
+
+
+@pytest.mark.parametrize("length", [1, 30_000])  # of which the latter is cut beside the event loop
+def test_half_a_character_in_a_prompt_is_a_400(tiny: Path, length: int) -> None:
+    service = Service(settings.Settings(model=tiny, served_names=("tiny",)))
+    service.template = ChatTemplate("{{ messages[0].tool_calls[0].function.arguments.x }}", {})
+    call = {"function": {"name": "f", "arguments": json.dumps({"x": "a" * length + "\ud83d"})}}
+    messages = [{"role": "assistant", "tool_calls": [call]}]
+    request = parse("chat", json.dumps({"model": "tiny", "messages": messages}).encode())
+    with pytest.raises(ApiError, match="not valid Unicode") as caught:
+        asyncio.run(service.prompts(request))
+    assert caught.value.status == 400
