@@ -255,15 +255,11 @@ class Supervisor:
         """One life of the engine process; its exit code (negative: the signal that ended it)."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        setup = {
-            "fd": theirs.fileno(),
-            "model": str(self._model),
-            "log_level": self._log_level,
-            "options": asdict(self._options_now()),
-        }
+        setup = {"model": str(self._model), "log_level": self._log_level, "options": asdict(self._options_now())}
         with theirs:
+            # as its standard input: the number that it has here is too high for select beside many connections
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "slmops_server.worker", orjson.dumps(setup).decode(), pass_fds=(theirs.fileno(),)
+                sys.executable, "-m", "slmops_server.worker", orjson.dumps(setup).decode(), stdin=theirs.fileno()
             )
         self.pid = process.pid
         self._heard = time.monotonic()

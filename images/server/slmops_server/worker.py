@@ -1,6 +1,6 @@
 """The engine process: one thread that owns the model, drives the engine and turns tokens into text.
 
-It talks to the front over one inherited socket, a JSON object per line. In:
+It talks to the front over one inherited socket, its standard input, a JSON object per line. In:
 {"op": "run"|"cancel"|"ping"|"load"|"unload", ...}. Out: {"phase": ...}, {"ready": {...}, "adapters": [name, ...]},
 {"fatal": text}, {"pong": n, "steps": {...}}, {"loaded": n, "problem": text or null},
 {"ev": [[job, text, tokens, finish, times, scores], ...]};
@@ -295,12 +295,12 @@ def start(path: Path, options: engines.EngineOptions, channel: Channel) -> Worke
 
 
 def main() -> int:
-    """argv[1] is {"fd", "model", "log_level", "options"} as JSON; the front starts this process and nobody else."""
+    """argv[1] is {"model", "log_level", "options"} as JSON; the front starts this process and nobody else."""
     setup = orjson.loads(sys.argv[1])
     logging.basicConfig(level=setup["log_level"].upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     for number in (signal.SIGINT, signal.SIGTERM):  # the front decides when to end, by closing the socket
         signal.signal(number, signal.SIG_IGN)
-    channel = Channel(socket.socket(fileno=setup["fd"]))
+    channel = Channel(socket.socket(fileno=0))
     try:
         worker = start(Path(setup["model"]), engines.EngineOptions(**setup["options"]), channel)
     except (model_folder.BadModelFolderError, EngineRefusedError, engines.DoesNotFitError) as error:
