@@ -147,6 +147,8 @@ def test_names_that_are_refused(served: Server) -> None:
         ("few", "has already been loaded"),
         ("", "provided"),
         (3, "provided"),
+        ("one,other", "a comma"),
+        ("x" * 257, "257 characters"),
     ):
         refused = load(served, name, "all")
         assert refused.status_code == 400
@@ -288,6 +290,8 @@ def test_names_and_folders_from_flags_and_from_the_environment(capsys: pytest.Ca
     for bad, words in (
         (["--adapter", "c"], "'c' is not NAME=DIR"),
         (["--adapter", "=/x"], "is not NAME=DIR"),
+        (["--adapter", "a,b=/x"], "the name 'a,b' has a comma"),
+        (["--adapter", f"{'x' * 257}=/x"], "has 257 characters, 256 are allowed"),
         (["--adapter", "a=/x", "--adapter", "a=/y"], "--adapter a: the name is taken"),
         (["--adapter", "other=/x"], "--adapter other: the name is taken"),
     ):

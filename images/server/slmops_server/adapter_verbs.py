@@ -13,6 +13,7 @@ from slmops_server.fields import flag
 from slmops_server.model_folder import BadModelFolderError
 from slmops_server.schema import fields_of
 from slmops_server.service import Service
+from slmops_server.settings import adapter_flaw
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ class AdapterVerbs:
         name, given = (fields.get(field) for field in ("lora_name", "lora_path"))
         if not name or not given or not isinstance(name, str) or not isinstance(given, str):
             raise bad_request("Both 'lora_name' and 'lora_path' must be provided, as strings.")
+        if flaw := adapter_flaw(name):
+            raise bad_request(f"lora_name {flaw}.", "lora_name")
         in_place = flag(fields, "load_inplace")
         async with self._turn:
             if name in self._service.settings.served_names:

@@ -9,6 +9,7 @@ from pathlib import Path
 ENGINES = ("auto", "onnxruntime", "genai", "openvino", "llamacpp")
 PREFIX = "SLMOPS_SERVER_"
 GUESSES_MAX = 16
+ADAPTER_NAME = 256  # characters
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,19 @@ def _port(text: str) -> int:
     return value
 
 
+def adapter_flaw(name: str) -> str:
+    """What is wrong with an adapter's name, in words that follow it; "" for nothing."""
+    if "," in name:  # in metrics and in the environment it stands between names
+        return "has a comma"
+    return f"has {len(name)} characters, {ADAPTER_NAME} are allowed" if len(name) > ADAPTER_NAME else ""
+
+
 def _adapter(text: str) -> tuple[str, Path]:
     name, _, folder = text.partition("=")
     if not name or not folder:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR")
+    if flaw := adapter_flaw(name):
+        raise argparse.ArgumentTypeError(f"the name {name!r} {flaw}")
     return name, Path(folder)
 
 
