@@ -102,6 +102,8 @@ def test_flags_win_over_the_environment() -> None:
         (["--model", "m", "--slots", "-1"], {}),
         (["--model", "m", "--speculate", "17"], {}),
         (["--model", "m"], {"SLMOPS_SERVER_ENGINE": "magic"}),
+        (["--model", "m"], {"SLMOPS_SERVER_LOG_LEVEL": "loud"}),
+        (["--model", "m", "--log-level", "INFO"], {}),
         (["--model", "m", "--drain-grace", "nan"], {}),
         (["--model", "m", "--por", "1"], {}),  # abbreviations would get around what an operator reserves
     ],

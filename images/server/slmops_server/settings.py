@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ENGINES = ("auto", "onnxruntime", "genai", "openvino", "llamacpp")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 PREFIX = "SLMOPS_SERVER_"
 GUESSES_MAX = 16
 ADAPTER_NAME = 256  # characters
@@ -40,6 +41,17 @@ class Settings:
     drain_grace: float = 5.0
     step_timeout: float = 120.0
     log_level: str = "info"
+
+
+def _one_of(words: Sequence[str]) -> Callable[[str], str]:
+    """Not argparse's `choices`, which lets anything come from the environment."""
+
+    def convert(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(words)}")
+        return text
+
+    return convert
 
 
 def _positive(text: str) -> int:
@@ -102,7 +114,6 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
         default: str | None,
         convert: Callable[[str], object],
         text: str,
-        choices: tuple[str, ...] | None = None,
     ) -> None:
         variable = PREFIX + name.upper().replace("-", "_")
         value = env.get(variable, default)
@@ -111,15 +122,14 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
             default=value,
             type=convert,
             help=f"{text} [{variable}, {default or 'none'}]",
-            choices=choices,
         )
 
-    option("model", None, str, "model folder: genai_config.json with an ONNX graph, or OpenVINO IR, and the tokenizer")
+    option("model", None, str, "model folder: genai_config.json with an ONNX graph, OpenVINO IR or GGUF, and the tokenizer")
     option("served-name", None, str, "model name(s) in the API, comma separated; default: the folder's name")
     option("host", Settings.host, str, "address to listen on; empty: all, IPv4 and IPv6")
     option("port", "8000", _port, "port of the API (0: any free one)")
     option("metrics-port", "0", _port, "port of /metrics and the probes; 0: the same as the API")
-    option("engine", "auto", str, f"one of {', '.join(ENGINES)}", choices=ENGINES)
+    option("engine", "auto", _one_of(ENGINES), f"one of {', '.join(ENGINES)}")
     option("threads", "0", _positive, "threads of one model step; 0: from the CPU limit, measured for small models")
     option("slots", "0", _positive, "answers generated at the same time; 0: from CPU and memory limits")
     option("max-model-len", "0", _positive, "prompt + answer, in tokens; 0: the model's context length")
@@ -148,12 +158,10 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
     option("api-keys-dir", None, Path, "folder (or file) with the accepted API keys, re-read while running")
     option("drain-grace", "5", _seconds, "after SIGTERM, go on accepting requests for this long")
     option("step-timeout", "120", _seconds, "an engine silent for this long is taken for stuck: /livez fails")
-    option("log-level", "info", str, "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
+    option("log-level", "info", _one_of(LOG_LEVELS), f"one of {', '.join(LOG_LEVELS)}")
     got = parser.parse_args(argv)
     if not got.model:
         parser.error(f"--model (or {PREFIX}MODEL) is required")
-    if got.engine not in ENGINES:
-        parser.error(f"--engine {got.engine!r} is not one of {', '.join(ENGINES)}")
     model = Path(got.model)
     names = tuple(n.strip() for n in (got.served_name or model.resolve().name).split(",") if n.strip())
     if not names:

@@ -85,6 +85,7 @@ class Answer:
         "gaps",
         "guide",
         "last",
+        "least",
         "pending",
         "prompt",
         "scores",
@@ -94,9 +95,15 @@ class Answer:
     )
 
     def __init__(
-        self, factory: DetokenizerFactory, stops: list[str], stream: bool, prompt: int, guide: MatcherGuide | None
+        self,
+        factory: DetokenizerFactory,
+        stops: list[str],
+        least: int,  # tokens; stop strings that end before do not count
+        stream: bool,
+        prompt: int,
+        guide: MatcherGuide | None,
     ) -> None:
-        self.detok, self.stop, self.stream = factory.new(), StopScanner(stops), stream
+        self.detok, self.stop, self.least, self.stream = factory.new(), StopScanner(stops), least, stream
         self.prompt, self.guide = prompt, guide  # prompt: its tokens
         self.pending = ""
         self.scores: tuple[list[Any], list[Any]] = ([], [])  # of the prompt, of the answer; not yet sent
@@ -210,8 +217,8 @@ class Worker:
             self._channel.send({"ev": [[number, reason, 0, finish, NO_TIMES, None]]})
 
     def _submit(self, message: dict[str, Any], guide: MatcherGuide | None) -> None:
-        number, prompt = message["id"], len(message["prompt"])
-        answer = Answer(self._factory, message["stop"], message["stream"], prompt, guide)
+        number, prompt, least = message["id"], len(message["prompt"]), message["sampling"]["min_tokens"]
+        answer = Answer(self._factory, message["stop"], least, message["stream"], prompt, guide)
         self._answers[number] = self._unstarted[number] = answer
         self._engine.submit(
             Job(
@@ -256,7 +263,7 @@ class Worker:
             if token.scores is not None and finish != "stop":
                 answer.scores[1].append(self._score(token.token, token.scores))
             if finish not in ("stop", "error"):
-                text, stopped = answer.stop.feed(answer.detok.feed(token.token))
+                text, stopped = answer.stop.feed(answer.detok.feed(token.token), answer.count > answer.least)
                 if stopped:
                     finish = "stop"
                     self._engine.cancel(token.job)
