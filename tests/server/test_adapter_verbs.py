@@ -34,6 +34,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "damaged").mkdir()
     (root / "damaged" / "weights.onnx_adapter").write_bytes((DATA / "all" / "weights.onnx_adapter").read_bytes()[:999])
     (root / "empty").mkdir()
+    (root / "latin-\udcff").mkdir()  # a byte that is not UTF-8
+    (root / "odd").symlink_to(root / "latin-\udcff")
     return root
 
 
@@ -128,6 +130,7 @@ def test_loaded_used_and_unloaded(served: Server, root: Path, path: str) -> None
         ("all/weights.onnx_adapter", 404, "No adapter found"),
         ("nul\0", 404, "No adapter found"),
         ("x" * 5000, 404, "No adapter found"),
+        ("odd", 404, "No adapter found for 'odd'"),
         ("empty", 400, "has 0 *.onnx_adapter files"),
         ("damaged", 400, "may be damaged"),
         ("", 400, "must be provided"),

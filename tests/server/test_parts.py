@@ -104,6 +104,15 @@ def test_flags_win_over_the_environment() -> None:
         (["--model", "m"], {"SLMOPS_SERVER_ENGINE": "magic"}),
         (["--model", "m"], {"SLMOPS_SERVER_LOG_LEVEL": "loud"}),
         (["--model", "m", "--log-level", "INFO"], {}),
+        (["--model", "m", "--slots", str(1 << 63)], {}),
+        (["--model", "m", "--slots", "1" * 5000], {}),
+        (["--model", ""], {}),
+        (["--model", "m"], {"SLMOPS_SERVER_API_KEYS_DIR": ""}),
+        (["--model", "\udcff"], {}),  # what os.environ and sys.argv make of bytes that are not UTF-8
+        (["--model", "m", "--served-name", "a,\udcff"], {}),
+        (["--model", "m", "--adapter-root", "\udcff"], {}),
+        (["--model", "m", "--adapter", "\udcff=/x"], {}),
+        (["--model", "m"], {"SLMOPS_SERVER_ADAPTER": "a=\udcff"}),
         (["--model", "m", "--drain-grace", "nan"], {}),
         (["--model", "m", "--por", "1"], {}),  # abbreviations would get around what an operator reserves
     ],

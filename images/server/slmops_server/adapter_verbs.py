@@ -98,7 +98,9 @@ def below(root: Path, given: str) -> Path:
         if not folder.is_relative_to(top):  # by a link, or by an absolute path
             raise outside
         files = [path.resolve() for path in folder.iterdir() if path.name.endswith(SUFFIX)]
-    except (OSError, RuntimeError, ValueError):  # no such folder; links in a circle; a name that no file can have
+        for path in (folder, *files):
+            str(path).encode()
+    except (OSError, RuntimeError, ValueError):  # no such folder, links in a circle, a name that cannot be or be told
         raise ApiError(404, f"No adapter found for {given!r}.", param="lora_path", code="adapter_not_found") from None
     if not all(path.is_relative_to(top) for path in files):
         raise outside
