@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from server_harness import TINY
 
 from slmops_server import cgroup, model_folder, settings
 from slmops_server.engines.choose import DoesNotFitError, plan_slots
@@ -168,12 +169,19 @@ def test_the_folder_is_read(tiny: Path) -> None:
     assert folder.kv_bytes(10, 4) == 2 * 2 * 2 * 16 * 10 * 4
 
 
+CONFIG = (TINY / "genai_config.json").read_text()
+
+
 @pytest.mark.parametrize(
     ("breaking", "message"),
     [
         (lambda p: (p / "genai_config.json").unlink(), "genai_config.json is missing"),
         (lambda p: (p / "genai_config.json").write_text("{"), "cannot be read"),
         (lambda p: (p / "genai_config.json").write_text('{"model": {}}'), "decoder-only"),
+        (lambda p: (p / "genai_config.json").write_text("[" * 99_999), "nested too deeply"),
+        (lambda p: (p / "genai_config.json").write_text(CONFIG.replace("512", "1e999")), "decoder-only"),
+        (lambda p: (p / "genai_config.json").write_text(json.dumps(json.loads(CONFIG) | {"search": []})), "decoder"),
+        (lambda p: (p / "chat_template.jinja").write_bytes(b"\xff"), "chat_template.jinja cannot be read"),
         (lambda p: (p / "tokenizer.json").unlink(), "tokenizer.json is missing"),
         (lambda p: (p / "model.onnx").unlink(), "model.onnx is missing"),
         (lambda p: shutil.rmtree(p), "is not a folder"),
@@ -185,6 +193,15 @@ def test_folders_that_cannot_be_served(tiny: Path, tmp_path: Path, breaking: obj
     breaking(copy)  # type: ignore[operator]
     with pytest.raises(model_folder.BadModelFolderError, match=message):
         model_folder.read(copy)
+
+
+def test_a_template_that_is_no_text_is_none(tiny: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(tiny, copy)
+    (copy / "chat_template.jinja").unlink()
+    for template, read in (("x", "x"), (["x"], None), ([{"name": "default", "template": "y"}], "y"), ({"a": 1}, None)):
+        (copy / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        assert model_folder.read(copy).chat_template == read
 
 
 def test_slots_are_planned_from_memory(tiny: Path) -> None:
