@@ -1,3 +1,4 @@
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,15 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     yield starter
     for one in made:
         one.close()
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """As many as the machine lets this process open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.fixture(scope="session")

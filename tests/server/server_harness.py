@@ -72,6 +72,10 @@ class Server:
         return self.metric("vllm:num_requests_running") + self.metric("vllm:num_requests_waiting") == 0
 
     @property
+    def open_files(self) -> int:
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+    @property
     def engine_pid(self) -> int | None:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return int(children[0]) if children else None

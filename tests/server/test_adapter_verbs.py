@@ -34,6 +34,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "damaged").mkdir()
     (root / "damaged" / "weights.onnx_adapter").write_bytes((DATA / "all" / "weights.onnx_adapter").read_bytes()[:999])
     (root / "empty").mkdir()
+    (root / "latin-\udcff").mkdir()  # a byte that is not UTF-8
+    (root / "odd").symlink_to(root / "latin-\udcff")
     return root
 
 
@@ -128,6 +130,7 @@ def test_loaded_used_and_unloaded(served: Server, root: Path, path: str) -> None
         ("all/weights.onnx_adapter", 404, "No adapter found"),
         ("nul\0", 404, "No adapter found"),
         ("x" * 5000, 404, "No adapter found"),
+        ("odd", 404, "No adapter found for 'odd'"),
         ("empty", 400, "has 0 *.onnx_adapter files"),
         ("damaged", 400, "may be damaged"),
         ("", 400, "must be provided"),
@@ -147,6 +150,8 @@ def test_names_that_are_refused(served: Server) -> None:
         ("few", "has already been loaded"),
         ("", "provided"),
         (3, "provided"),
+        ("one,other", "a comma"),
+        ("x" * 257, "257 characters"),
     ):
         refused = load(served, name, "all")
         assert refused.status_code == 400
@@ -288,6 +293,8 @@ def test_names_and_folders_from_flags_and_from_the_environment(capsys: pytest.Ca
     for bad, words in (
         (["--adapter", "c"], "'c' is not NAME=DIR"),
         (["--adapter", "=/x"], "is not NAME=DIR"),
+        (["--adapter", "a,b=/x"], "the name 'a,b' has a comma"),
+        (["--adapter", f"{'x' * 257}=/x"], "has 257 characters, 256 are allowed"),
         (["--adapter", "a=/x", "--adapter", "a=/y"], "--adapter a: the name is taken"),
         (["--adapter", "other=/x"], "--adapter other: the name is taken"),
     ):

@@ -95,6 +95,8 @@ def test_stop_strings(server: Server) -> None:
     frames = server.complete(max_tokens=30, stop=stop, stream=True).text.split("\n\n")
     sent = "".join(json.loads(f[6:])["choices"][0]["text"] for f in frames if f.startswith("data: {"))
     assert sent == text[: text.index(stop)]
+    late = server.complete(max_tokens=30, stop=stop, min_tokens=29).json()["choices"][0]
+    assert late["text"].startswith(text[: text.index(stop) + len(stop)])
     assert frames[-2:] == ["data: [DONE]", ""]
 
 

@@ -13,7 +13,7 @@ from slmops_server import model_folder
 from slmops_server.engines import choose, slots
 from slmops_server.engines.adapters import BASE
 from slmops_server.engines.base import Engine, EngineRefusedError, Job, Sampling, Token
-from slmops_server.engines.sampler import Logits
+from slmops_server.engines.sampler import Logits, scores
 
 GREEDY = Sampling(temperature=0.0)
 Load = Callable[..., Engine]
@@ -153,17 +153,37 @@ def compare_with_alone(engine: Engine, jobs: Sequence[Job], seed: int) -> None:
 
 
 def test_both_engines_over_onnxruntime_give_the_same_greedy_tokens(tiny: Path) -> None:
-    engine, genai = load(tiny, slots=4, prefill_chunk=7), load(tiny, "genai", slots=2)
+    engine, genai = load(tiny, slots=4, prefill_chunk=7), load(tiny, "genai", slots=2, prefill_chunk=16)
     jobs = [replace(one, sampling=GREEDY) for one in random_jobs(random.Random(9), 8)]
     assert run(genai, jobs) == run(engine, jobs)
     assert genai.info.name == "genai"
 
 
+def test_genai_computes_and_scores_prompts_in_parts(tiny: Path) -> None:
+    """A whole prompt's scores are gigabytes for a large vocabulary, and others wait for a step's end."""
+    genai = load(tiny, "genai", slots=2, prefill_chunk=7)
+    prompt = [random.Random(4).randrange(3, 512) for _ in range(60)]
+    scored = Job(id=1, prompt=prompt, max_tokens=1, sampling=replace(GREEDY, logprobs=2), score_prompt=True)
+    genai.submit(scored)
+    steps = [genai.step() for _ in range(4)]  # of 16, 16, 16 and 12 tokens
+    assert [len(tokens) for tokens in steps] == [0, 0, 0, 1]
+    whole = genai._forward.score(1, prompt, 0)  # type: ignore[attr-defined]
+    assert steps[-1][0].prompt_scores == [
+        (token, scores(row, token, 2)) for row, token in zip(whole, prompt[1:], strict=False)
+    ]
+    check_that_others_move(genai)
+
+
 def test_a_long_prompt_does_not_stop_the_answers_that_run(engine: Engine) -> None:
+    check_that_others_move(engine)
+
+
+def check_that_others_move(engine: Engine) -> None:
+    """While a prompt of 15 chunks of 7 tokens is computed."""
     engine.submit(job(1, [5, 6], 40))
     while not engine.step():
         pass
-    engine.submit(job(2, list(range(3, 103)), 3))  # 15 chunks of 7
+    engine.submit(job(2, list(range(3, 103)), 3))
     during = 0
     while True:
         tokens = engine.step()

@@ -193,6 +193,16 @@ def test_a_forced_tool_is_called_whole_and_streamed(with_tools: Server) -> None:
             assert not any(chunk.choices[0].delta.content for chunk in chunks)
 
 
+def test_a_call_with_half_a_character_can_be_sent_back(with_tools: Server) -> None:
+    """A model may make one, and a client has to show it in the next turn."""
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": r'{"days": "\ud83d"}'}}
+    answer = with_tools.http.post(
+        "/v1/chat/completions",
+        json={"model": "tiny", "messages": [{"role": "assistant", "tool_calls": [call]}], "max_tokens": 1},
+    )
+    assert answer.status_code == 200
+
+
 def test_tools_need_a_template_that_knows_them(server: Server, with_tools: Server) -> None:
     refused = server.chat(tools=[WEATHER])
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tools")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import pytest
 from server_harness import Server, free_port, wait_for
 
 Start = Callable[..., Server]
@@ -95,6 +96,22 @@ def test_a_killed_engine_is_reported_and_started_again(start: Start) -> None:
     assert (server.probe("livez"), server.probe("startupz")) == (200, 200)
     assert server.metric("slmops_engine_restarts_total") == 1
     assert server.complete().json()["choices"][0]["text"] == before
+
+
+@pytest.mark.usefixtures("many_files")
+def test_an_engine_comes_back_beside_many_connections(start: Start) -> None:
+    """What is opened then has numbers above 1023, which select does not take."""
+    server = start("--slots", "1")
+    with contextlib.ExitStack() as held:
+        for _ in range(1100):
+            held.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30))
+        wait_for(lambda: server.open_files > 1100, "all are connected")
+        old = server.engine_pid
+        assert old
+        os.kill(old, signal.SIGKILL)
+        wait_for(lambda: server.engine_pid not in (None, old) and server.probe("readyz") == 200, "ready again")
+        assert server.complete().status_code == 200
+        assert server.metric("slmops_engine_restarts_total") == 1
 
 
 def test_a_stream_that_loses_its_engine_ends_with_an_error_frame(start: Start) -> None:

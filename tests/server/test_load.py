@@ -6,7 +6,7 @@ import json
 import random
 import resource
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import openai
@@ -166,18 +166,6 @@ async def witness(url: str, expected: str, over: asyncio.Event) -> int:
     return got
 
 
-@pytest.fixture
-def many_files() -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def open_files(server: Server) -> int:
-    return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
-
-
 def resident(server: Server) -> int:
     """Bytes of both processes."""
     pids = (server.process.pid, server.engine_pid)
@@ -188,7 +176,7 @@ def resident(server: Server) -> int:
 def test_a_storm_leaves_everybody_else_and_the_server_as_they_were(start: Callable[..., Server]) -> None:
     server = start("--slots", "4", "--receive-timeout", "3", "--send-timeout", "3")
     expected = server.complete(prompt=[7, 8, 9], max_tokens=100).json()["choices"][0]["text"]
-    files = open_files(server)
+    files = server.open_files
 
     async def both(seed: int) -> tuple[Counter[tuple[str, int]], int]:
         over = asyncio.Event()
@@ -214,7 +202,7 @@ def test_a_storm_leaves_everybody_else_and_the_server_as_they_were(start: Callab
         assert seen["whole", BUSY] + seen["stream", BUSY] > 10, seen
         assert answered > 0
         wait_for(lambda: server.idle, "no slot is held")
-        wait_for(lambda: open_files(server) <= files, "no connection is left")
+        wait_for(lambda: server.open_files <= files, "no connection is left")
         sizes.append(resident(server))
     assert sizes[2] - sizes[1] < 8 << 20, sizes  # what the first storm takes, the later ones use again
     assert server.metric("slmops_engine_restarts_total") == 0

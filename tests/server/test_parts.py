@@ -1,15 +1,20 @@
 """Wire bytes, API keys, settings, cgroup limits, the model folder: pure tables."""
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from server_harness import TINY
 
 from slmops_server import cgroup, model_folder, settings
 from slmops_server.engines.choose import DoesNotFitError, plan_slots
 from slmops_server.errors import ApiError
 from slmops_server.keys import ApiKeys
+from slmops_server.schema import parse
+from slmops_server.service import Service
+from slmops_server.template import ChatTemplate
 from slmops_server.wire import Frames
 
 V1_NONE = str((1 << 63) - 4096)
@@ -98,6 +103,17 @@ def test_flags_win_over_the_environment() -> None:
         (["--model", "m", "--slots", "-1"], {}),
         (["--model", "m", "--speculate", "17"], {}),
         (["--model", "m"], {"SLMOPS_SERVER_ENGINE": "magic"}),
+        (["--model", "m"], {"SLMOPS_SERVER_LOG_LEVEL": "loud"}),
+        (["--model", "m", "--log-level", "INFO"], {}),
+        (["--model", "m", "--slots", str(1 << 63)], {}),
+        (["--model", "m", "--slots", "1" * 5000], {}),
+        (["--model", ""], {}),
+        (["--model", "m"], {"SLMOPS_SERVER_API_KEYS_DIR": ""}),
+        (["--model", "\udcff"], {}),  # what os.environ and sys.argv make of bytes that are not UTF-8
+        (["--model", "m", "--served-name", "a,\udcff"], {}),
+        (["--model", "m", "--adapter-root", "\udcff"], {}),
+        (["--model", "m", "--adapter", "\udcff=/x"], {}),
+        (["--model", "m"], {"SLMOPS_SERVER_ADAPTER": "a=\udcff"}),
         (["--model", "m", "--drain-grace", "nan"], {}),
         (["--model", "m", "--por", "1"], {}),  # abbreviations would get around what an operator reserves
     ],
@@ -153,12 +169,19 @@ def test_the_folder_is_read(tiny: Path) -> None:
     assert folder.kv_bytes(10, 4) == 2 * 2 * 2 * 16 * 10 * 4
 
 
+CONFIG = (TINY / "genai_config.json").read_text()
+
+
 @pytest.mark.parametrize(
     ("breaking", "message"),
     [
         (lambda p: (p / "genai_config.json").unlink(), "genai_config.json is missing"),
         (lambda p: (p / "genai_config.json").write_text("{"), "cannot be read"),
         (lambda p: (p / "genai_config.json").write_text('{"model": {}}'), "decoder-only"),
+        (lambda p: (p / "genai_config.json").write_text("[" * 99_999), "nested too deeply"),
+        (lambda p: (p / "genai_config.json").write_text(CONFIG.replace("512", "1e999")), "decoder-only"),
+        (lambda p: (p / "genai_config.json").write_text(json.dumps(json.loads(CONFIG) | {"search": []})), "decoder"),
+        (lambda p: (p / "chat_template.jinja").write_bytes(b"\xff"), "chat_template.jinja cannot be read"),
         (lambda p: (p / "tokenizer.json").unlink(), "tokenizer.json is missing"),
         (lambda p: (p / "model.onnx").unlink(), "model.onnx is missing"),
         (lambda p: shutil.rmtree(p), "is not a folder"),
@@ -172,6 +195,15 @@ def test_folders_that_cannot_be_served(tiny: Path, tmp_path: Path, breaking: obj
         model_folder.read(copy)
 
 
+def test_a_template_that_is_no_text_is_none(tiny: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(tiny, copy)
+    (copy / "chat_template.jinja").unlink()
+    for template, read in (("x", "x"), (["x"], None), ([{"name": "default", "template": "y"}], "y"), ({"a": 1}, None)):
+        (copy / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        assert model_folder.read(copy).chat_template == read
+
+
 def test_slots_are_planned_from_memory(tiny: Path) -> None:
     folder = model_folder.read(tiny)
     row = folder.kv_bytes(512, 4)
@@ -182,3 +214,15 @@ def test_slots_are_planned_from_memory(tiny: Path) -> None:
         plan_slots(folder, 512, 5, base + 3 * row)
     with pytest.raises(DoesNotFitError):
         plan_slots(folder, 512, 0, base)
+
+
+@pytest.mark.parametrize("length", [1, 30_000])  # of which the latter is cut beside the event loop
+def test_half_a_character_in_a_prompt_is_a_400(tiny: Path, length: int) -> None:
+    service = Service(settings.Settings(model=tiny, served_names=("tiny",)))
+    service.template = ChatTemplate("{{ messages[0].tool_calls[0].function.arguments.x }}", {})
+    call = {"function": {"name": "f", "arguments": json.dumps({"x": "a" * length + "\ud83d"})}}
+    messages = [{"role": "assistant", "tool_calls": [call]}]
+    request = parse("chat", json.dumps({"model": "tiny", "messages": messages}).encode())
+    with pytest.raises(ApiError, match="not valid Unicode") as caught:
+        asyncio.run(service.prompts(request))
+    assert caught.value.status == 400

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 
 from slmops_server.errors import ApiError
+from slmops_server.grammar import calls_grammar
 from slmops_server.schema import parse
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TEXT: dict[str, Any] = {"model": "m", "prompt": "hi"}
 
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+CALL: dict[str, Any] = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
 def refused(kind: str, fields: object) -> ApiError:
@@ -35,9 +37,12 @@ BAD = [
     ({"messages": "hi"}, "messages"),
     ({"messages": [3]}, "messages[0]"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": {}, "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0]"),
     ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls[0]"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{**CALL, "id": {}}]}]}, "messages[0].tool_calls[0].id"),
     ({"temperature": "hot"}, "temperature"),
     ({"temperature": -1}, "temperature"),
     ({"temperature": 2.1}, "temperature"),
@@ -53,6 +58,8 @@ BAD = [
     ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
     ({"stop": [""]}, "stop"),
     ({"stop": 3}, "stop"),
+    ({"stop": 0}, "stop"),
+    ({"stop": {}}, "stop"),
     ({"stream": "yes"}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"x": 1}}, "stream_options"),
@@ -64,6 +71,9 @@ BAD = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"echo": True}, "echo"),
     ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"1" * 5000: 1}}, "logit_bias"),
+    ({"logit_bias": {"\u00b2": 1}}, "logit_bias"),
+    ({"logit_bias": {"\u0663": 1}}, "logit_bias"),
     ({"logit_bias": {"1": 101}}, "logit_bias"),
     ({"logit_bias": [1]}, "logit_bias"),
     ({"stop_token_ids": ["x"]}, "stop_token_ids"),
@@ -137,6 +147,38 @@ def test_prompts_that_are_taken(prompt: object, prompts: list[object]) -> None:
 )
 def test_harmless_fields_are_taken(extra: dict[str, Any]) -> None:
     assert parse("chat", json.dumps(CHAT | extra).encode()).model == "m"
+
+
+def nested(depth: int) -> str:
+    """A JSON schema of that depth."""
+    return '{"items":' * depth + "{}" + "}" * depth
+
+
+@pytest.mark.parametrize("depth", [900, 950, 970, 980, 990, 1000, 1010, 1020, 1030, 5000, 9900, 9970, 9990, 20_000])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        '"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}',
+        '"structured_outputs": {"json": SCHEMA}',
+        '"structured_outputs": {"json": TEXT}',
+        '"tools": [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}], "tool_choice": "required"',
+        '"messages": [{"role": "assistant", "tool_calls": [{"id": SCHEMA, "function": {"name": "f"}}]}]',
+        '"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": TEXT}}]}]',
+        '"chat_template_kwargs": SCHEMA, "metadata": SCHEMA',
+        '"functions": SCHEMA',
+    ],
+)
+def test_what_is_nested_too_deeply_is_a_400(fields: str, depth: int) -> None:
+    """How deep is too deep is Python's to say, by its version and by what calls it."""
+    told = fields.replace("SCHEMA", nested(depth)).replace("TEXT", json.dumps(nested(depth)))
+    refusal = None
+    try:
+        got = parse("chat", f'{{"model": "m", "messages": [{{"role": "user", "content": "hi"}}], {told}}}'.encode())
+        if got.tools:
+            calls_grammar(got.tools, tagged=True)
+    except ApiError as error:
+        refusal = error
+    assert refusal is None or (refusal.status == 400 and len(refusal.body()) < 1000)
 
 
 def test_content_parts_and_the_developer_role() -> None:

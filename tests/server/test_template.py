@@ -17,6 +17,7 @@ CASES = {
         "user\n",
     ),
     "tojson keeps order and letters": ("{{ {'b': 'ü<', 'a': 1} | tojson }}", '{"b": "ü<", "a": 1}'),
+    "tojson keeps half a character as the escape it was": (r"{{ {'a': 'ü\ud83d'} | tojson }}", r'{"a": "ü\ud83d"}'),
     "tojson indents": ("{{ [1] | tojson(indent=2) }}", "[\n  1\n]"),
     "strftime_now": ("{{ strftime_now('%d %b %Y') }}", "17 May 2026"),
     "break": ("{% for m in [1, 2] %}{{ m }}{% break %}{% endfor %}", "1"),

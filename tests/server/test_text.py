@@ -95,6 +95,29 @@ def test_stop_strings_across_pieces(stops: list[str], fed: list[str], sent: list
     assert stopped or "".join(got) + scanner.flush() == "".join(fed)
 
 
+EARLY = [
+    # stops, pieces fed without looking, then those with; what is sent of all, whether it stopped
+    (["END"], ["aEND"], ["b", " END"], "aENDb ", True),
+    (["END"], ["aEN"], ["D"], "a", True),  # it ends where it counts
+    (["END"], ["aEN", "D"], ["."], "aEND.", False),
+    (["abc", "b"], ["ab"], ["x"], "abx", False),  # held for the sake of the longer one
+    (["abc", "b"], ["ab"], ["c"], "", True),
+    (["b"], ["b"], [], "b", False),
+]
+
+
+@pytest.mark.parametrize(("stops", "early", "later", "sent", "stopped"), EARLY)
+def test_stop_strings_count_where_they_end(
+    stops: list[str], early: list[str], later: list[str], sent: str, stopped: bool
+) -> None:
+    scanner, got, done = StopScanner(stops), "", False
+    for piece, looking in [*((piece, False) for piece in early), *((piece, True) for piece in later)]:
+        assert not done
+        text, done = scanner.feed(piece, looking)
+        got += text
+    assert (got + scanner.flush(), done) == (sent, stopped)
+
+
 def test_stop_strings_cut_at_the_same_place_however_the_text_is_split() -> None:
     draw = random.Random(2)
     for _ in range(2000):

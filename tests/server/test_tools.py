@@ -2,11 +2,13 @@
 
 import json
 
+import orjson
 import pytest
 
 from slmops_server.tools import ToolParser
 
 CALL = '{"name": "f", "arguments": {"a": "ü"}}'
+LONE = r'{"name": "f", "arguments": {"ü": "\ud83d", "\udc00": 1}}'  # JSON can spell half a character, UTF-8 cannot
 CASES = [
     (True, "no call < here", "no call < here", []),
     (True, f"<tool_call>\n{CALL}\n</tool_call>", "", [{"a": "ü"}]),
@@ -15,6 +17,17 @@ CASES = [
     (True, "<tool_call>nonsense</tool_call>!", "<tool_call>nonsense</tool_call>!", []),
     (True, '<tool_call>{"name": "g"}', '<tool_call>{"name": "g"}', []),
     (True, "a <tool_", "a <tool_", []),
+    (True, '<tool_call>{"name": ["f"]}</tool_call>', '<tool_call>{"name": ["f"]}</tool_call>', []),
+    (False, '{"name": {"first": "Ann"}}', '{"name": {"first": "Ann"}}', []),
+    (False, '[{"name": []}, 3]', '[{"name": []}, 3]', []),
+    (
+        True,
+        '<tool_call>{"name": "f", "arguments": {"a": NaN}}',
+        '<tool_call>{"name": "f", "arguments": {"a": NaN}}',
+        [],
+    ),
+    (True, f"<tool_call>{LONE}</tool_call>", "", [{"ü": "\ud83d", "\udc00": 1}]),
+    (False, LONE, "", [{"ü": "\ud83d", "\udc00": 1}]),
     (False, f" {CALL}", "", [{"a": "ü"}]),
     (False, f"[{CALL}, {CALL}]", "", [{"a": "ü"}, {"a": "ü"}]),
     (False, '{"name": "f", "parameters": {}}', "", [{}]),
@@ -31,6 +44,6 @@ def test_calls_and_text(tagged: bool, answer: str, shown: str, arguments: list[o
     got = [parser.feed(answer[at : at + size]) for at in range(0, len(answer), size)] + [parser.end()]
     assert "".join(text for text, _ in got) == shown
     calls = [call for _, some in got for call in some]
-    assert [json.loads(call.arguments) for call in calls] == arguments
+    assert [json.loads(orjson.loads(orjson.dumps(call.arguments))) for call in calls] == arguments
     assert parser.called == len(calls) == len({call.id for call in calls})
     assert {call.name for call in calls} <= {"f"}

@@ -13,6 +13,7 @@ from slmops_server.fields import flag
 from slmops_server.model_folder import BadModelFolderError
 from slmops_server.schema import fields_of
 from slmops_server.service import Service
+from slmops_server.settings import adapter_flaw
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ class AdapterVerbs:
         name, given = (fields.get(field) for field in ("lora_name", "lora_path"))
         if not name or not given or not isinstance(name, str) or not isinstance(given, str):
             raise bad_request("Both 'lora_name' and 'lora_path' must be provided, as strings.")
+        if flaw := adapter_flaw(name):
+            raise bad_request(f"lora_name {flaw}.", "lora_name")
         in_place = flag(fields, "load_inplace")
         async with self._turn:
             if name in self._service.settings.served_names:
@@ -95,7 +98,9 @@ def below(root: Path, given: str) -> Path:
         if not folder.is_relative_to(top):  # by a link, or by an absolute path
             raise outside
         files = [path.resolve() for path in folder.iterdir() if path.name.endswith(SUFFIX)]
-    except (OSError, RuntimeError, ValueError):  # no such folder; links in a circle; a name that no file can have
+        for path in (folder, *files):
+            str(path).encode()
+    except (OSError, RuntimeError, ValueError):  # no such folder, links in a circle, a name that cannot be or be told
         raise ApiError(404, f"No adapter found for {given!r}.", param="lora_path", code="adapter_not_found") from None
     if not all(path.is_relative_to(top) for path in files):
         raise outside

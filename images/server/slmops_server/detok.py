@@ -99,12 +99,16 @@ class StopScanner:
         self._stops = tuple(stops)
         self._held = ""
 
-    def feed(self, text: str) -> tuple[str, bool]:
-        """(text that is safe to send, whether a stop string was met). After True nothing more may be fed."""
+    def feed(self, text: str, looking: bool = True) -> tuple[str, bool]:
+        """(text that is safe to send, whether a stop string was met). After True nothing more may be fed.
+
+        A stop string counts where it ends: not if that is in a text that was fed without looking.
+        """
         if not self._stops:
             return text, False
-        held = self._held + text
-        cut = min((at for at in (held.find(s) for s in self._stops) if at >= 0), default=-1)
+        old, held = len(self._held), self._held + text
+        found = [held.find(stop, max(0, old + 1 - len(stop))) for stop in self._stops] if looking else []
+        cut = min((at for at in found if at >= 0), default=-1)
         if cut >= 0:
             self._held = ""
             return held[:cut], True

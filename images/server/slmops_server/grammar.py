@@ -25,7 +25,14 @@ class Grammar(NamedTuple):
 def _schema(value: Any, param: str) -> Grammar:
     if not isinstance(value, dict):
         raise bad_request(f"{param} is not a JSON schema.", param)
-    return Grammar("json", json.dumps(value), param)
+    return Grammar("json", _dumps(value, param), param)
+
+
+def _dumps(schema: Any, param: str) -> str:
+    try:
+        return json.dumps(schema)
+    except RecursionError:
+        raise bad_request(f"{param} is nested too deeply.", param, "invalid_grammar") from None
 
 
 def read_grammar(fields: Mapping[str, Any]) -> Grammar | None:
@@ -92,7 +99,8 @@ def calls_grammar(tools: Tools, tagged: bool) -> Grammar:
     for index, name in enumerate(names):
         head = _literal('{"name": ' + json.dumps(name) + ', "arguments": ')
         rules.append(f"tool_{index}: {head} arguments_{index} {_literal('}')}")
-        rules.append(f"arguments_{index}: %json {json.dumps({**tools.schemas[name], 'x-guidance': BLANKS})}")
+        schema = _dumps({**tools.schemas[name], "x-guidance": BLANKS}, "tools")
+        rules.append(f"arguments_{index}: %json {schema}")
     tool = " | ".join(f"tool_{index}" for index in range(len(names)))
     if not tagged:
         return _checked(Grammar("lark", "\n".join([f"start: {tool}", *rules]), "tools"))

@@ -41,7 +41,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise bad_request(f"{where} is not an object.", where)
     role = message.get("role")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise bad_request(f"{where}.role is not one of {', '.join(sorted(ROLES))}.", f"{where}.role")
     given = {name: content for name, content in message.items() if content is not None and content != []}
     for name in given:
@@ -90,8 +90,11 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
             arguments = None
         if not isinstance(arguments, dict):
             raise bad_request(f"{at}.function.arguments is not a JSON object in a string.", f"{at}.function.arguments")
+        number = "" if call.get("id") is None else call["id"]
+        if not isinstance(number, str):
+            raise bad_request(f"{at}.id is not a string.", f"{at}.id")
         function = {"name": function["name"], "arguments": arguments}
-        calls.append({"id": str(call.get("id", "")), "type": "function", "function": function})
+        calls.append({"id": number, "type": "function", "function": function})
     return calls
 
 

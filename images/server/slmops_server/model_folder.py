@@ -42,13 +42,22 @@ class ModelFolder:
         return 2 * self.layers * self.kv_heads * self.head_size * max_len * item_bytes
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _text(path: Path) -> str:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise BadModelFolderError(f"{path.name} is missing in {path.parent}") from None
     except (OSError, ValueError) as error:
         raise BadModelFolderError(f"{path} cannot be read: {error}") from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_text(path))
+    except ValueError as error:
+        raise BadModelFolderError(f"{path} cannot be read: {error}") from None
+    except RecursionError:
+        raise BadModelFolderError(f"{path} is nested too deeply") from None
     if not isinstance(value, dict):
         raise BadModelFolderError(f"{path} is not a JSON object")
     return value
@@ -57,10 +66,11 @@ def _json(path: Path) -> dict[str, Any]:
 def _template(path: Path, settings: dict[str, Any]) -> str | None:
     file = path / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return _text(file)
     template = settings.get("chat_template")
     if isinstance(template, list):  # older form: several named templates
-        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+        named = [one for one in template if isinstance(one, dict)]
+        template = next((one.get("template") for one in named if one.get("name") == "default"), None)
     return template if isinstance(template, str) else None
 
 
@@ -111,7 +121,7 @@ def read(path: Path) -> ModelFolder:
             special_tokens=_special_tokens(path, settings),
             model_bytes=sum(p.stat().st_size for p in path.iterdir() if ".onnx" in p.name),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise BadModelFolderError(f"{path / 'genai_config.json'} is not a decoder-only model's: {error!r}") from None
     if not folder.graph.is_file():
         raise BadModelFolderError(f"{folder.graph} is missing")
@@ -164,7 +174,7 @@ def _read_other(path: Path, graph: Path, settings: dict[str, Any]) -> ModelFolde
             special_tokens=_special_tokens(path, settings),
             model_bytes=sum(p.stat().st_size for p in {graph, _weights(graph)}),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise BadModelFolderError(f"{path / 'config.json'} is not a decoder-only model's: {error!r}") from None
 
 

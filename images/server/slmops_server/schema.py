@@ -1,5 +1,6 @@
 """Requests, checked field by field. What is not supported is refused with its name, never ignored."""
 
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ CHAT = (
     "chat_template_kwargs",
 )
 FIELDS = {"chat": COMMON.union(CHAT), "completions": COMMON | {"prompt", "echo"}}
+TOKEN_ID = re.compile(r"[0-9]{1,10}")  # no vocabulary has more
 MAX_STOPS = 4
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
@@ -132,7 +134,7 @@ def parse(kind: str, body: bytes) -> Request:
         sampling=_sampling(kind, fields),
         n=integer(fields, "n", 1, 1, MAX_CHOICES),
         echo=flag(fields, "echo"),
-        stop=_stop(fields.get("stop")),
+        stop=_stop(fields.get("stop", [])),
         max_tokens=_max_tokens(kind, fields),
         ignore_eos=flag(fields, "ignore_eos"),
         stream=stream,
@@ -207,8 +209,8 @@ def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
         raise bad_request("logit_bias is not an object.", "logit_bias")
     pairs = []
     for token, bias in value.items():
-        if not token.isascii() or not token.isdigit() or isinstance(bias, bool) or not isinstance(bias, int | float):
-            raise bad_request(f"logit_bias[{token!r}] is not a number for a token id.", "logit_bias")
+        if not TOKEN_ID.fullmatch(token) or isinstance(bias, bool) or not isinstance(bias, int | float):
+            raise bad_request(f"logit_bias[{token[:20]!r}] is not a number for a token id.", "logit_bias")
         if not -100 <= bias <= 100:
             raise bad_request(f"logit_bias[{token!r}] is {bias}, it must be from -100 to 100.", "logit_bias")
         pairs.append((int(token), float(bias)))
@@ -222,7 +224,7 @@ def _stop_ids(value: Any) -> tuple[int, ...]:
 
 
 def _stop(value: Any) -> tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else value or []
+    stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
         raise bad_request("stop is neither a string nor a list of strings.", "stop")
     if len(stops) > MAX_STOPS:

@@ -170,7 +170,7 @@ class Service:
             if len(text) < LONG_TEXT:
                 return encode().ids
             return (await asyncio.get_running_loop().run_in_executor(None, encode)).ids
-        except UnicodeEncodeError:  # a lone surrogate, which JSON can spell and UTF-8 cannot
+        except TypeError:  # the library's word for half a character, which JSON can spell and UTF-8 cannot
             raise bad_request("The text is not valid Unicode.") from None
 
     def check_model(self, name: str) -> None:

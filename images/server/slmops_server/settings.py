@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ENGINES = ("auto", "onnxruntime", "genai", "openvino", "llamacpp")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 PREFIX = "SLMOPS_SERVER_"
 GUESSES_MAX = 16
+ADAPTER_NAME = 256  # characters
+LARGEST = (1 << 63) - 1  # whole number that the front can tell the engine
 
 
 @dataclass(frozen=True)
@@ -41,24 +44,55 @@ class Settings:
     log_level: str = "info"
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
+def _one_of(words: Sequence[str]) -> Callable[[str], str]:
+    """Not argparse's `choices`, which lets anything come from the environment."""
+
+    def convert(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(words)}")
+        return text
+
+    return convert
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # so Python shows bytes of the command line and of the environment that are no text
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8") from None
+    return text
+
+
+def _path(text: str) -> Path:
+    if not text:  # which Path takes for the current folder
+        raise argparse.ArgumentTypeError("no folder is given")
+    return Path(_text(text))
+
+
+def _whole(text: str, most: int = LARGEST) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= most:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number from 0 to {most}")
     return value
 
 
 def _guesses(text: str) -> int:
-    value = _positive(text)
+    value = _whole(text)
     if value > GUESSES_MAX:
         raise argparse.ArgumentTypeError(f"more than {GUESSES_MAX} tokens are never guessed right")
     return value
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
     return value
 
 
@@ -70,16 +104,22 @@ def _timeout(text: str) -> float:
 
 
 def _port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value <= 65535:
-        raise argparse.ArgumentTypeError(f"{value} is not a port")
-    return value
+    return _whole(text, 65535)
+
+
+def adapter_flaw(name: str) -> str:
+    """What is wrong with an adapter's name, in words that follow it; "" for nothing."""
+    if "," in name:  # in metrics and in the environment it stands between names
+        return "has a comma"
+    return f"has {len(name)} characters, {ADAPTER_NAME} are allowed" if len(name) > ADAPTER_NAME else ""
 
 
 def _adapter(text: str) -> tuple[str, Path]:
-    name, _, folder = text.partition("=")
+    name, _, folder = _text(text).partition("=")
     if not name or not folder:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR")
+    if flaw := adapter_flaw(name):
+        raise argparse.ArgumentTypeError(f"the name {name!r} {flaw}")
     return name, Path(folder)
 
 
@@ -92,7 +132,6 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
         default: str | None,
         convert: Callable[[str], object],
         text: str,
-        choices: tuple[str, ...] | None = None,
     ) -> None:
         variable = PREFIX + name.upper().replace("-", "_")
         value = env.get(variable, default)
@@ -101,29 +140,28 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
             default=value,
             type=convert,
             help=f"{text} [{variable}, {default or 'none'}]",
-            choices=choices,
         )
 
-    option("model", None, str, "model folder: genai_config.json with an ONNX graph, or OpenVINO IR, and the tokenizer")
-    option("served-name", None, str, "model name(s) in the API, comma separated; default: the folder's name")
-    option("host", Settings.host, str, "address to listen on; empty: all, IPv4 and IPv6")
+    option("model", None, _path, "folder of the tokenizer and of ONNX with genai_config.json, OpenVINO IR or GGUF")
+    option("served-name", None, _text, "model name(s) in the API, comma separated; default: the folder's name")
+    option("host", Settings.host, _text, "address to listen on; empty: all, IPv4 and IPv6")
     option("port", "8000", _port, "port of the API (0: any free one)")
     option("metrics-port", "0", _port, "port of /metrics and the probes; 0: the same as the API")
-    option("engine", "auto", str, f"one of {', '.join(ENGINES)}", choices=ENGINES)
-    option("threads", "0", _positive, "threads of one model step; 0: from the CPU limit, measured for small models")
-    option("slots", "0", _positive, "answers generated at the same time; 0: from CPU and memory limits")
-    option("max-model-len", "0", _positive, "prompt + answer, in tokens; 0: the model's context length")
-    option("prefill-chunk", "256", _positive, "prompt tokens per step, so that running answers keep moving")
+    option("engine", "auto", _one_of(ENGINES), f"one of {', '.join(ENGINES)}")
+    option("threads", "0", _whole, "threads of one model step; 0: from the CPU limit, measured for small models")
+    option("slots", "0", _whole, "answers generated at the same time; 0: from CPU and memory limits")
+    option("max-model-len", "0", _whole, "prompt + answer, in tokens; 0: the model's context length")
+    option("prefill-chunk", "256", _whole, "prompt tokens per step, so that running answers keep moving")
     option("speculate", "0", _guesses, "tokens of an answer guessed ahead where its text repeats itself; 0: none")
-    option("max-queue", "64", _positive, "requests that may wait for a slot; the next one gets 503")
+    option("max-queue", "64", _whole, "requests that may wait for a slot; the next one gets 503")
     option(
         "max-queue-tokens",
         "0",
-        _positive,
+        _whole,
         "tokens of the prompts that may wait; 0: an eighth of the longest prompt for each place in the queue",
     )
-    option("max-body-bytes", str(4 << 20), _positive, "largest request body; larger ones get 413")
-    option("max-connections", "0", _positive, "clients at once; 0: 4096, or fewer where the limit of open files is low")
+    option("max-body-bytes", str(4 << 20), _whole, "largest request body; larger ones get 413")
+    option("max-connections", "0", _whole, "clients at once; 0: 4096, or fewer where the limit of open files is low")
     option("receive-timeout", "30", _timeout, "seconds for a request's headers to arrive, and for its body")
     option("send-timeout", "30", _timeout, "a client that does not take up its answer for this long is cut off")
     option("keep-alive", "75", _timeout, "an idle connection is closed after this long: after a proxy would do it")
@@ -134,18 +172,18 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
         type=_adapter,
         help=f"LoRA adapter and its name in the API; may be given again [{PREFIX}ADAPTER, comma separated, none]",
     )
-    option("adapter-root", None, Path, "folder below which adapters may be loaded and unloaded by the API; none: off")
-    option("api-keys-dir", None, Path, "folder (or file) with the accepted API keys, re-read while running")
+    option("adapter-root", None, _path, "folder below which adapters may be loaded and unloaded by the API; none: off")
+    option("api-keys-dir", None, _path, "folder (or file) with the accepted API keys, re-read while running")
     option("drain-grace", "5", _seconds, "after SIGTERM, go on accepting requests for this long")
     option("step-timeout", "120", _seconds, "an engine silent for this long is taken for stuck: /livez fails")
-    option("log-level", "info", str, "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
+    option("log-level", "info", _one_of(LOG_LEVELS), f"one of {', '.join(LOG_LEVELS)}")
     got = parser.parse_args(argv)
-    if not got.model:
+    if got.model is None:
         parser.error(f"--model (or {PREFIX}MODEL) is required")
-    if got.engine not in ENGINES:
-        parser.error(f"--engine {got.engine!r} is not one of {', '.join(ENGINES)}")
-    model = Path(got.model)
-    names = tuple(n.strip() for n in (got.served_name or model.resolve().name).split(",") if n.strip())
+    try:
+        names = tuple(n.strip() for n in _text(got.served_name or got.model.resolve().name).split(",") if n.strip())
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"--served-name: {error}")
     if not names:
         parser.error("--served-name is empty")
     try:
@@ -158,7 +196,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
             parser.error(f"--adapter {name}: the name is taken by the model or by another adapter")
         taken.add(name)
     return Settings(
-        model=model,
+        model=got.model,
         served_names=names,
         host=got.host,
         port=got.port,

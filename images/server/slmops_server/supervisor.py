@@ -235,7 +235,11 @@ class Supervisor:
         in_a_row = unready = 0
         while not self._closing:
             begin = time.monotonic()
-            code = await self._once()
+            code: int | None = None
+            try:
+                code = await self._once()
+            except OSError as error:
+                self.problem = f"the engine process cannot be started: {error.strerror or error}"
             if self._closing:
                 return
             in_a_row = 1 if time.monotonic() - begin > STEADY else in_a_row + 1
@@ -252,23 +256,15 @@ class Supervisor:
             await asyncio.sleep(BACKOFF[min(in_a_row, len(BACKOFF)) - 1])
 
     async def _once(self) -> int:
-        """One life of the engine process; its exit code (negative: the signal that ended it)."""
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        setup = {
-            "fd": theirs.fileno(),
-            "model": str(self._model),
-            "log_level": self._log_level,
-            "options": asdict(self._options_now()),
-        }
-        with theirs:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "slmops_server.worker", orjson.dumps(setup).decode(), pass_fds=(theirs.fileno(),)
-            )
+        """One life of the engine process; its exit code (negative: the signal that ended it). OSError: it has none."""
+        process, ours = await _start_process()
         self.pid = process.pid
         self._heard = time.monotonic()
         transport, _ = await asyncio.get_running_loop().create_connection(lambda: _Lines(self._take), sock=ours)
         self._transport = cast("asyncio.WriteTransport", transport)  # uvloop's class does not derive from it
+        # not as an argument: the names and folders of adapters may be more than one can hold
+        options = asdict(self._options_now())
+        self._send({"model": str(self._model), "log_level": self._log_level, "options": options})
         beat = asyncio.create_task(self._beat())
         try:
             return await process.wait()
@@ -349,3 +345,19 @@ class Supervisor:
         else:
             started, first, last, gaps, cached = times
             stream.put(Delta(text, tokens, finish, started, first, last, tuple(gaps), cached, scores, choice))
+
+
+async def _start_process() -> tuple[asyncio.subprocess.Process, socket.socket]:
+    """A new engine process, and the socket to talk to it. OSError."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with theirs:
+        try:
+            # as its standard input: the number that it has here is too high for select beside many connections
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "slmops_server.worker", stdin=theirs.fileno()
+            )
+        except OSError:
+            ours.close()
+            raise
+    return process, ours

@@ -27,6 +27,11 @@ def _raise(message: str) -> None:
     raise TemplateError(message)
 
 
+def json_text(value: Any, ensure_ascii: bool = False, **more: Any) -> str:
+    """json.dumps with letters as they are. Half a character, which JSON can spell and UTF-8 cannot, stays escaped."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **more).encode(errors="backslashreplace").decode()
+
+
 def _tojson(
     value: Any,
     ensure_ascii: bool = False,
@@ -34,7 +39,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json_text(value, ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class ChatTemplate:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from slmops_server.detok import overlap
+from slmops_server.template import json_text
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -93,9 +94,14 @@ class ToolParser:
         return good
 
     def _call(self, value: Any) -> Call | None:
-        if not isinstance(value, dict) or value.get("name") not in self._names:
+        name = value.get("name") if isinstance(value, dict) else None
+        if not isinstance(name, str) or name not in self._names:
             return None
         arguments = value.get("arguments", value.get("parameters", {}))
         if not isinstance(arguments, dict):
             return None
-        return Call(f"call_{secrets.token_hex(12)}", value["name"], json.dumps(arguments, ensure_ascii=False))
+        try:
+            text = json_text(arguments, allow_nan=False)
+        except (ValueError, RecursionError):  # NaN and Infinity, which only Python takes for JSON; read, but just so
+            return None
+        return Call(f"call_{secrets.token_hex(12)}", name, text)

@@ -1,9 +1,9 @@
 """The engine process: one thread that owns the model, drives the engine and turns tokens into text.
 
-It talks to the front over one inherited socket, a JSON object per line. In:
-{"op": "run"|"cancel"|"ping"|"load"|"unload", ...}. Out: {"phase": ...}, {"ready": {...}, "adapters": [name, ...]},
-{"fatal": text}, {"pong": n, "steps": {...}}, {"loaded": n, "problem": text or null},
-{"ev": [[job, text, tokens, finish, times, scores], ...]};
+It talks to the front over one inherited socket, its standard input, a JSON object per line. In: once
+{"model": path, "log_level": text, "options": {...}}, then {"op": "run"|"cancel"|"ping"|"load"|"unload", ...}. Out:
+{"phase": ...}, {"ready": {...}, "adapters": [name, ...]}, {"fatal": text}, {"pong": n, "steps": {...}},
+{"loaded": n, "problem": text or null}, {"ev": [[job, text, tokens, finish, times, scores], ...]};
 `times` comes with `finish` only: when the job got its slot, its first and its last token in seconds of CLOCK_MONOTONIC
 (one clock for all processes of a machine), the gaps between tokens in microseconds, and the prompt tokens that were
 taken from the cache. `finish` is one of the engine's, or "refused": the grammar is at fault, text says why.
@@ -14,7 +14,6 @@ import os
 import select
 import signal
 import socket
-import sys
 import time
 from dataclasses import asdict
 from itertools import islice
@@ -43,6 +42,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock, self._rest = sock, b""
+        self._come: list[dict[str, Any]] = []
 
     def send(self, message: dict[str, Any]) -> None:
         """Blocks only while the front does not read. OSError when it is gone."""
@@ -53,17 +53,25 @@ class Channel:
 
         EOFError when the front is gone.
         """
-        messages: list[dict[str, Any]] = []
-        if or_until is not None:
+        if or_until is not None and not self._come:
             select.select([self._sock, or_until], [], [])
-        while True:
-            if not select.select([self._sock], [], [], 0)[0]:
-                return messages
-            data = self._sock.recv(1 << 16)
-            if not data:
-                raise EOFError
-            *lines, self._rest = (self._rest + data).split(b"\n")
-            messages.extend(orjson.loads(line) for line in lines)
+        while select.select([self._sock], [], [], 0)[0]:
+            self._read()
+        come, self._come = self._come, []
+        return come
+
+    def first(self) -> dict[str, Any]:
+        """The first message, waited for. EOFError when the front is gone."""
+        while not self._come:
+            self._read()
+        return self._come.pop(0)
+
+    def _read(self) -> None:
+        data = self._sock.recv(1 << 16)
+        if not data:
+            raise EOFError
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        self._come.extend(orjson.loads(line) for line in lines)
 
 
 class Answer:
@@ -77,6 +85,7 @@ class Answer:
         "gaps",
         "guide",
         "last",
+        "least",
         "pending",
         "prompt",
         "scores",
@@ -86,9 +95,15 @@ class Answer:
     )
 
     def __init__(
-        self, factory: DetokenizerFactory, stops: list[str], stream: bool, prompt: int, guide: MatcherGuide | None
+        self,
+        factory: DetokenizerFactory,
+        stops: list[str],
+        least: int,  # tokens; stop strings that end before do not count
+        stream: bool,
+        prompt: int,
+        guide: MatcherGuide | None,
     ) -> None:
-        self.detok, self.stop, self.stream = factory.new(), StopScanner(stops), stream
+        self.detok, self.stop, self.least, self.stream = factory.new(), StopScanner(stops), least, stream
         self.prompt, self.guide = prompt, guide  # prompt: its tokens
         self.pending = ""
         self.scores: tuple[list[Any], list[Any]] = ([], [])  # of the prompt, of the answer; not yet sent
@@ -202,8 +217,8 @@ class Worker:
             self._channel.send({"ev": [[number, reason, 0, finish, NO_TIMES, None]]})
 
     def _submit(self, message: dict[str, Any], guide: MatcherGuide | None) -> None:
-        number, prompt = message["id"], len(message["prompt"])
-        answer = Answer(self._factory, message["stop"], message["stream"], prompt, guide)
+        number, prompt, least = message["id"], len(message["prompt"]), message["sampling"]["min_tokens"]
+        answer = Answer(self._factory, message["stop"], least, message["stream"], prompt, guide)
         self._answers[number] = self._unstarted[number] = answer
         self._engine.submit(
             Job(
@@ -248,7 +263,7 @@ class Worker:
             if token.scores is not None and finish != "stop":
                 answer.scores[1].append(self._score(token.token, token.scores))
             if finish not in ("stop", "error"):
-                text, stopped = answer.stop.feed(answer.detok.feed(token.token))
+                text, stopped = answer.stop.feed(answer.detok.feed(token.token), answer.count > answer.least)
                 if stopped:
                     finish = "stop"
                     self._engine.cancel(token.job)
@@ -295,12 +310,15 @@ def start(path: Path, options: engines.EngineOptions, channel: Channel) -> Worke
 
 
 def main() -> int:
-    """argv[1] is {"fd", "model", "log_level", "options"} as JSON; the front starts this process and nobody else."""
-    setup = orjson.loads(sys.argv[1])
+    """The front starts this process and nobody else."""
+    channel = Channel(socket.socket(fileno=0))
+    try:
+        setup = channel.first()
+    except (EOFError, ConnectionResetError):
+        return 0
     logging.basicConfig(level=setup["log_level"].upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     for number in (signal.SIGINT, signal.SIGTERM):  # the front decides when to end, by closing the socket
         signal.signal(number, signal.SIG_IGN)
-    channel = Channel(socket.socket(fileno=setup["fd"]))
     try:
         worker = start(Path(setup["model"]), engines.EngineOptions(**setup["options"]), channel)
     except (model_folder.BadModelFolderError, EngineRefusedError, engines.DoesNotFitError) as error:

@@ -117,7 +117,7 @@ def load(folder: ModelFolder, options: EngineOptions) -> Engine:
             log.info("Engine onnxruntime refused the model: %s", reason)
     if options.guesses:
         raise EngineRefusedError(f"engine genai cannot guess ahead: leave --speculate out{reason and f' ({reason})'}")
-    return _genai(folder, min(slots, options.slots or GENAI_SLOTS), max_len, options.threads or limit, reason)
+    return _genai(folder, options, min(slots, options.slots or GENAI_SLOTS), max_len, limit, reason)
 
 
 def _onnxruntime(folder: ModelFolder, options: EngineOptions, slots: int, max_len: int, limit: int) -> Engine:
@@ -172,10 +172,11 @@ def _llamacpp(folder: ModelFolder, options: EngineOptions, max_len: int, limit: 
     return SlotEngine(forward, EngineInfo("llamacpp", slots, max_len, threads, notes), folder.eos_ids, options.guesses)
 
 
-def _genai(folder: ModelFolder, slots: int, max_len: int, threads: int, reason: str) -> Engine:
+def _genai(folder: ModelFolder, options: EngineOptions, slots: int, max_len: int, limit: int, reason: str) -> Engine:
     from slmops_server.engines import genai
 
-    forward = genai.GenaiForward(folder, slots, max_len, threads)
+    threads = options.threads or limit
+    forward = genai.GenaiForward(folder, slots, max_len, threads, options.prefill_chunk)
     notes = {"reason": reason} if reason else {}
     return SlotEngine(forward, EngineInfo("genai", slots, max_len, threads, notes), folder.eos_ids)
 

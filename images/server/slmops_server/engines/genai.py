@@ -12,7 +12,10 @@ import onnxruntime_genai as og
 
 from slmops_server.engines.adapters import BASE, Adapter
 from slmops_server.engines.sampler import Logits
+from slmops_server.engines.schedule import SMALLEST_CHUNK
 from slmops_server.model_folder import ModelFolder
+
+SCORED = 16  # prompt tokens in one step: each takes a call of its own, and others wait for all of them
 
 
 class GenaiForward:
@@ -21,7 +24,7 @@ class GenaiForward:
     decode_seconds: Sequence[float] = (1.0,)  # one row a call: nothing to choose from
     keeps = False
 
-    def __init__(self, folder: ModelFolder, slots: int, max_len: int, threads: int) -> None:
+    def __init__(self, folder: ModelFolder, slots: int, max_len: int, threads: int, chunk: int) -> None:
         config = og.Config(str(folder.path))
         # genai takes half of the machine's cores when it is not told, whatever the container may use
         session = {"intra_op_num_threads": threads}
@@ -31,7 +34,8 @@ class GenaiForward:
         self._rows: list[og.Generator | None] = [None] * slots
         self.vocab = folder.vocab_size
         self.rows = slots
-        self.chunk = self.scored = max_len
+        self.chunk = max(SMALLEST_CHUNK, min(chunk, max_len))
+        self.scored = max(SMALLEST_CHUNK, min(SCORED, max_len))
         self.prefill_seconds: Mapping[int, float] = {}
 
     def prefill(self, slot: int, tokens: Sequence[int], past: int, _adapter: Adapter = BASE) -> Logits:
