@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops_router import runtime
-from slmops_router.haproxy_cfg import Place, fingerprint, render, slots_map, takes_over
+from slmops_router.haproxy_cfg import FRONT, Place, fingerprint, render, slots_map, takes_over
 from slmops_router.routes import BadRoutesError, Routes, parse
 from slmops_router.runtime import Counts, RuntimeApiError, Seen
 
@@ -48,6 +48,7 @@ class Haproxy:
         self._base = Totals()  # counted when the epoch began
         self._began = clock()
         self._open = False  # whether it was ready once
+        self._ending = False  # whether it was told to stop
 
     @property
     def routes(self) -> Routes:
@@ -61,7 +62,8 @@ class Haproxy:
             self.place.state.write_text("1\n")  # nothing known: just the format's version
             self._write(routes)
             self._process = subprocess.Popen(
-                [self._program, "-W", "-db", "-f", str(self._config)], cwd=self.place.folder
+                [self._program, "-W", "-db", "-S", f"{self.place.master},mode,600", "-f", str(self._config)],
+                cwd=self.place.folder,
             )
             self._await(fingerprint(routes))
             self._routes = routes
@@ -131,9 +133,24 @@ class Haproxy:
         return self._open
 
     def drain(self) -> None:
-        """Take no new connections; the process ends with the last answer."""
-        if self._process is not None and self.alive():
-            self._process.send_signal(signal.SIGUSR1)
+        """Take no new connections, and end with the last one. To be called again and again until it has ended.
+
+        A soft stop alone would also close the inner sockets at once, and a client that keeps its connection may send
+        one more request through them: its answer tells it that the connection ends. Processes before the last reload
+        need these sockets too.
+        """
+        assert self._process is not None
+        with self._lock:
+            try:
+                left = runtime.close(self.place.socket, FRONT)
+                others = runtime.workers(self.place.master) - 1
+            except RuntimeApiError as error:
+                if self.alive() and not self._ending:
+                    log.warning("Cannot drain yet error=%s", error)
+                return
+            if not left and not others:
+                self._process.send_signal(signal.SIGUSR1)
+                self._ending = True
 
     def stop(self) -> None:
         """End at once."""

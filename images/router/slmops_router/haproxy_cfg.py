@@ -19,6 +19,7 @@ from slmops_router.routes import Revision, Routes
 BUFFER = 32_768  # bytes; a request that fits can be sent again to another pod or revision
 STRIDE = 61  # coprime to 100 and near its golden section: turns spread evenly, and any 100 in a row are exact
 PROBE = "/.slmops/ready"
+FRONT = "api"  # the frontend of the clients
 
 ERRORS = {
     400: ("invalid_request_error", "bad_request", "The request is not valid HTTP."),
@@ -63,6 +64,11 @@ class Place:
     def socket(self) -> Path:
         """The runtime API."""
         return self.folder / "haproxy.sock"
+
+    @property
+    def master(self) -> Path:
+        """The same of the process that starts the others."""
+        return self.folder / "master.sock"
 
 
 def fingerprint(routes: Routes) -> str:
@@ -162,7 +168,7 @@ frontend metrics
     http-request use-service prometheus-exporter if {{ path /metrics }}
     http-request return status 404
 
-frontend api
+frontend {FRONT}
     bind {place.listen(place.port)}
     http-request return status 404 if {{ path_beg /.slmops/ }}
     acl sticky req.hdr(x-session-id) -m found

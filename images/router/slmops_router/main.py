@@ -68,12 +68,13 @@ def _watch(haproxy: Haproxy, agent: Agent, told: threading.Event, drain_seconds:
     log.info("Draining seconds=%s", drain_seconds)
     agent.draining = True
     told.clear()
-    if not told.wait(drain_seconds):
-        haproxy.drain()
+    told.wait(drain_seconds)
     while haproxy.wait(0.5) is None:
         if told.is_set():
             log.warning("Told twice: ending with answers cut off")
             haproxy.stop()
+        else:
+            haproxy.drain()
     log.info("Ended")
     return 0
 
