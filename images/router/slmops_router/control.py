@@ -43,8 +43,11 @@ class Haproxy:
         self.place, self._program, self._clock = place, program, clock
         self._lock = threading.RLock()
         self._routes = Routes()
+        self._late: dict[str, Routes] = {}  # by fingerprint: reloads that may still come
         self._process: subprocess.Popen[bytes] | None = None
-        self._before = Totals()  # counted by processes before the last reload
+        self._pid = ""  # of the process that counts now
+        self._before = Totals()  # counted by those before it
+        self._last = Totals()  # counted in all when last looked
         self._base = Totals()  # counted when the epoch began
         self._began = clock()
         self._open = False  # whether it was ready once
@@ -71,20 +74,24 @@ class Haproxy:
     def set(self, routes: Routes) -> None:
         """Bring HAProxy to these routes; it has them when this returns. Raises RuntimeApiError, BadRoutesError."""
         with self._lock:
-            if routes.structure == self._routes.structure:
+            if self._runs(routes):
                 self._reweigh(routes)
+                _, begun = self._look(routes)
             else:
-                self._reload(routes)
+                begun = self._reload(routes)
             if routes.epoch != self._routes.epoch:
-                self._base = self._total(self._see(routes))
+                self._base = begun
             self._routes = routes
             self._remember(routes)
 
     def observe(self) -> dict[str, Any]:
-        """Routes in force, and by revision what was answered since the epoch began. Raises RuntimeApiError."""
+        """Routes in force, and by revision what was answered since the epoch began.
+
+        Raises RuntimeApiError, BadRoutesError.
+        """
         with self._lock:
-            now = self._see(self._routes)
-            total = self._total(now)
+            self._settle()
+            now, total = self._look(self._routes)
             revisions = {}
             for revision in self._routes.revisions:
                 name = revision.revision
@@ -109,27 +116,20 @@ class Haproxy:
         """Whether the process runs."""
         return self._process is not None and self._process.poll() is None
 
-    def answers(self) -> bool:
-        """Whether it runs what it shall."""
-        try:
-            return runtime.running(self.place.socket) == fingerprint(self._routes)
-        except RuntimeApiError:
-            return False
-
     def ready(self) -> bool:
         """Whether requests may come. A fresh one first has to reach a pod of every revision that gets any.
 
         From then on pods come and go without it: what none of them answers is answered here.
         """
-        if not self.answers():
+        try:
+            if self._open:
+                runtime.running(self.place.socket)
+                return True
+            up = runtime.seen(self.place.socket, self._routes).up
+        except RuntimeApiError:
             return False
-        if not self._open:
-            try:
-                up = self._see(self._routes).up
-            except RuntimeApiError:
-                return False
-            reached = all(up[r.revision] for r in self._routes.revisions if r.weight)
-            self._open = reached or self._clock() - self._began > self.place.reach_seconds
+        reached = all(up[r.revision] for r in self._routes.revisions if r.weight)
+        self._open = reached or self._clock() - self._began > self.place.reach_seconds
         return self._open
 
     def drain(self) -> None:
@@ -194,20 +194,29 @@ class Haproxy:
         runtime.replace_map(path, self.place.slots, content)
         self._write(routes)
 
-    def _reload(self, routes: Routes) -> None:
-        """Reload into another set of revisions."""
+    def _reload(self, routes: Routes) -> Totals:
+        """Reload into another set of revisions; what had been counted until then.
+
+        Where that takes longer than it is waited for, the files stay the new ones: a late process finds no mix.
+        """
         assert self._process is not None
-        last = self._see(self._routes)
+        _, counted = self._look(self._routes)
         _replace(self.place.state, runtime.ask(self.place.socket, "show servers state") + "\n")
-        old = self._routes
         self._write(routes)
+        self._late[fingerprint(routes)] = routes
         self._process.send_signal(signal.SIGUSR2)
-        try:
-            self._await(fingerprint(routes))
-        except RuntimeApiError:
-            self._write(old)
-            raise
-        self._before = self._total(last)
+        self._await(fingerprint(routes))
+        self._late = {}
+        return counted
+
+    def _settle(self) -> None:
+        """Where a reload came later than it was waited for, its routes are in force."""
+        found = runtime.running(self.place.socket).fingerprint
+        if found != fingerprint(self._routes):
+            if found not in self._late:
+                raise RuntimeApiError("HAProxy runs routes that it was not given.")
+            log.info("Reloaded late")
+            self.set(self._late[found])
 
     def _write(self, routes: Routes) -> None:
         """Put configuration and map on disk, checked. Raises BadRoutesError."""
@@ -225,7 +234,7 @@ class Haproxy:
         end = self._clock() + START_SECONDS
         while True:
             try:
-                if runtime.running(self.place.socket) == wanted:
+                if runtime.running(self.place.socket).fingerprint == wanted:
                     return
                 problem = "it still runs the old configuration"
             except RuntimeApiError as error:
@@ -234,13 +243,19 @@ class Haproxy:
                 raise RuntimeApiError(f"HAProxy did not take the configuration: {problem}")
             time.sleep(POLL_SECONDS)
 
-    def _see(self, routes: Routes) -> Seen:
-        return runtime.seen(self.place.socket, routes)
+    def _runs(self, routes: Routes) -> bool:
+        return runtime.running(self.place.socket).fingerprint == fingerprint(routes)
 
-    def _total(self, now: Seen) -> Totals:
+    def _look(self, routes: Routes) -> tuple[Seen, Totals]:
+        """What HAProxy says now, and with it what its processes counted in all."""
+        pid = runtime.running(self.place.socket).pid
+        now = runtime.seen(self.place.socket, routes)
+        if pid != self._pid:  # it counts from zero
+            self._pid, self._before = pid, self._last
         before = self._before
         counts = {name: one.plus(before.counts.get(name, Counts())) for name, one in now.counts.items()}
-        return Totals(counts, now.turns + before.turns)
+        self._last = Totals(counts, now.turns + before.turns)
+        return now, self._last
 
 
 def _replace(path: Path, content: str) -> None:

@@ -40,10 +40,18 @@ def order(path: Path, command: str) -> None:
         raise RuntimeApiError(f"HAProxy refused {command.splitlines()[0]!r}: {said}")
 
 
-def running(path: Path) -> str:
-    """The fingerprint of the configuration that answers on the socket. Raises RuntimeApiError."""
-    found = re.search(r"^description: (\S+)$", ask(path, "show info"), re.MULTILINE)
-    return found.group(1) if found else ""
+@dataclass(frozen=True)
+class Running:
+    """The process that answers on the socket."""
+
+    fingerprint: str  # of its configuration
+    pid: str
+
+
+def running(path: Path) -> Running:
+    """Who answers on the socket. Raises RuntimeApiError."""
+    said = dict(line.split(": ", 1) for line in ask(path, "show info").splitlines() if ": " in line)
+    return Running(said.get("description", ""), said.get("Pid", ""))
 
 
 def close(path: Path, frontend: str) -> int:
