@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from router_world import ROOT, ask, routes
+
+from slmops_router.main import newest
+from slmops_router.routes import BadRoutesError, Routes
 
 
 def test_only_the_bearer_of_the_token_sets_or_reads_routes(router, port):
@@ -57,6 +61,42 @@ def test_a_restarted_container_goes_on_with_the_last_weights(pod, router, port):
     one.start()
     one.ready("a"), one.ready("b")
     assert sum(ask(one.port)[0] == "b" for _ in range(100)) == 70
+
+
+def test_a_restarted_container_prefers_what_its_config_map_has_learned_since(pod, router, port):
+    pod("b", chunks=1)
+    one = router(routes({"a": 0}, port), reach=30)
+    one.set(routes({"b": 100}, port))
+    one.ready("b")
+    one.end()
+    pod("c", chunks=1)  # while it is away, c takes the place of b
+    (one.folder / "routes.json").write_text(json.dumps(routes({"c": 100}, port)))
+    one.start()
+    assert ask(one.port) == ("c", "ok")
+
+
+def test_the_newer_routes_are_those_that_were_written_later(tmp_path):
+    """A mounted file is a link to a link, as the kubelet makes them; only the content's time counts."""
+    saved, mounted, content = tmp_path / "saved", tmp_path / "routes.json", tmp_path / "..1" / "routes.json"
+    assert newest(saved, mounted) == Routes()
+    content.parent.mkdir()
+    (tmp_path / "..data").symlink_to("..1")
+    mounted.symlink_to("..data/routes.json")
+    for file, name in ((saved, "s"), (content, "m")):
+        file.write_text(json.dumps(routes({name: 100}, 8000)))
+
+    def first(saved_at, mounted_at):
+        os.utime(saved, (saved_at, saved_at))
+        os.utime(content, (mounted_at, mounted_at))
+        return newest(saved, mounted).revisions[0].revision
+
+    assert first(saved_at=2000, mounted_at=1000) == "s"
+    assert first(saved_at=1000, mounted_at=2000) == "m"
+    content.write_text("{")
+    assert first(saved_at=1000, mounted_at=2000) == "s"  # what cannot be read is no news
+    saved.write_text("{")
+    with pytest.raises(BadRoutesError, match="JSON"):
+        newest(saved, mounted)
 
 
 def test_a_new_pod_starts_with_the_weights_of_its_config_map(pod, router, port):

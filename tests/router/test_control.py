@@ -100,7 +100,7 @@ def test_a_reload_that_comes_late_is_in_force_then_and_the_router_was_ready_all_
     eventually(lambda: one.ready() and one.observe()["routes"] == new.dump(), "the late routes are in force")
     seen = one.observe()["revisions"]["a"]
     assert (seen["weight"], seen["requests"]) == (70, 1)  # the answer of the process before counts
-    assert one.remembered() == new
+    assert parse(one.saved.read_bytes()) == new
     eventually(lambda: one.observe()["revisions"]["b"]["ready"], "b is reached")
     assert sum(ask(one.place.port)[0] == "b" for _ in range(100)) == 30
 

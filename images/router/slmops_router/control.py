@@ -2,7 +2,7 @@
 
 New weights go through the runtime API: no reload, no connection is touched. Another set of revisions is a seamless
 reload: the new process takes over the listening sockets and the servers' addresses and health, the old one ends its
-answers. Whatever is set is also on disk, so that a restart begins with it.
+answers. Whatever is set is also on disk, so that a restart can begin with it.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 
 from slmops_router import runtime
 from slmops_router.haproxy_cfg import FRONT, Place, fingerprint, render, slots_map, takes_over
-from slmops_router.routes import BadRoutesError, Routes, parse
+from slmops_router.routes import BadRoutesError, Routes
 from slmops_router.runtime import Counts, RuntimeApiError, Seen
 
 log = logging.getLogger(__name__)
@@ -171,18 +171,12 @@ class Haproxy:
         return self.place.folder / "haproxy.cfg"
 
     @property
-    def _saved(self) -> Path:
+    def saved(self) -> Path:
+        """The file of the routes set last, also by a process before this one on the same folder."""
         return self.place.folder / "routes.json"
 
-    def remembered(self) -> Routes | None:
-        """The routes set last by a process before this one on the same folder (a restarted container)."""
-        try:
-            return parse(self._saved.read_bytes())
-        except (OSError, BadRoutesError):
-            return None
-
     def _remember(self, routes: Routes) -> None:
-        _replace(self._saved, json.dumps(routes.dump()))
+        _replace(self.saved, json.dumps(routes.dump()))
 
     def _reweigh(self, routes: Routes) -> None:
         path = self.place.socket

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: told.set())
     try:
-        haproxy.start(haproxy.remembered() or _mounted(args.routes))
+        haproxy.start(newest(haproxy.saved, args.routes))
     except (BadRoutesError, RuntimeApiError) as error:
         print(f"Could not start: {error}", file=sys.stderr)
         haproxy.stop()
@@ -96,12 +96,31 @@ def resolver(path: Path) -> tuple[tuple[str, ...], str]:
     return tuple(servers), search
 
 
-def _mounted(path: Path) -> Routes:
-    """The routes of the mounted ConfigMap: none where there is none yet. Raises BadRoutesError."""
+def newest(saved: Path, mounted: Path) -> Routes:
+    """The routes to start with: those set last, or the mounted ConfigMap's where these came later; none without both.
+
+    The kubelet writes the mounted file only when its content changes, so its time is that of the news: while a
+    container waits for its restart, nobody sets routes, and those of before may name a revision that is gone. Raises
+    BadRoutesError.
+    """
+    problem: BadRoutesError | None = None
+    for path in sorted((saved, mounted), key=_written, reverse=True):
+        try:
+            return parse(path.read_bytes())
+        except OSError:
+            continue
+        except BadRoutesError as error:
+            problem = error
+    if problem:
+        raise problem
+    return Routes()
+
+
+def _written(path: Path) -> int:
     try:
-        return parse(path.read_bytes())
+        return path.stat().st_mtime_ns
     except OSError:
-        return Routes()
+        return 0
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
