@@ -1,14 +1,19 @@
 """HAProxy under its agent's hand, where things take longer than they should, or are fewer."""
 
+import csv
 import json
 import shutil
+import socket
+import threading
+from contextlib import ExitStack
 
 import pytest
 from router_world import ask, eventually, free_port, routes
 
 from slmops_router import control, runtime
 from slmops_router.control import Haproxy
-from slmops_router.haproxy_cfg import Place, fingerprint
+from slmops_router.haproxy_cfg import FRONT, Place, clients, fingerprint
+from slmops_router.main import open_files
 from slmops_router.routes import parse
 from slmops_router.runtime import RuntimeApiError
 
@@ -21,7 +26,8 @@ def start(tmp_path, dns):
     made = []
 
     def begin(wanted, program=PROGRAM, **place):
-        where = Place(tmp_path / "run", free_port(), free_port(), nameservers=(dns.address,), **place)
+        how = {"nameservers": (dns.address,), "files": open_files(), **place}
+        where = Place(tmp_path / "run", free_port(), free_port(), **how)
         made.append(Haproxy(where, program))
         made[-1].start(wanted)
         eventually(made[-1].ready, "ready")
@@ -117,3 +123,45 @@ def test_a_late_reload_is_told_though_other_routes_were_set_before_it_came(pod, 
     one.set(old)
     assert one.observe()["routes"] == old.dump()
     assert ask(one.place.port) == ("a", "ok")
+
+
+def stat(one, proxy, server, column):
+    """One figure of HAProxy's own."""
+    rows = runtime.ask(one.place.socket, "show stat").removeprefix("# ").splitlines()
+    return next(row[column] for row in csv.DictReader(rows) if (row["pxname"], row["svname"]) == (proxy, server))
+
+
+def test_clients_at_their_limit_leave_room_for_their_requests_and_for_the_probes(pod, start, port):
+    pod("a", chunks=30, pause=0.1)
+    one = start(wanted({"a": 100}, port), clients=8)
+    down = stat(one, "split", "a", "chkdown")
+    with ExitStack() as held:
+        idle = [held.enter_context(socket.create_connection(("127.0.0.1", one.place.port))) for _ in range(8)]
+        eventually(lambda: stat(one, FRONT, "FRONTEND", "scur") == "8", "all places are taken")
+        probed = int(stat(one, "in-a", "FRONTEND", "stot"))
+        eventually(lambda: int(stat(one, "in-a", "FRONTEND", "stot")) >= probed + 12, "probes go on")
+        assert stat(one, "split", "a", "status") == "UP"
+        results = []
+        asking = [threading.Thread(target=lambda: results.append(ask(one.place.port))) for _ in range(8)]
+        for thread in asking:
+            thread.start()
+        for connection in idle:
+            connection.close()
+        eventually(lambda: stat(one, "a", "BACKEND", "scur") == "8", "every client has its answer running")
+        for thread in asking:
+            thread.join(20)
+    assert results == [("a", "ok")] * 8
+    assert stat(one, "split", "a", "chkdown") == down
+
+
+def test_where_few_files_may_be_open_there_are_fewer_clients_and_haproxy_starts(pod, start, wrapped, port):
+    pod("a", chunks=1)
+    few = wanted({"a": 100}, port)
+    one = start(few, wrapped("ulimit -n 1000"), files=1000)
+    assert clients(few, one.place) == 123
+    assert ask(one.place.port) == ("a", "ok")
+
+
+def test_many_places_for_pods_fit_too(start, wrapped, port):
+    many = parse(json.dumps(routes({"a": 0, "b": 0, "c": 0}, port, a=512, b=512, c=512)))
+    start(many, wrapped("ulimit -n 4000"), files=4000)

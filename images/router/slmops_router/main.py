@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 ENV_TOKEN = "SLMOPS_ROUTER_TOKEN"  # noqa: S105  # the name of a variable
 THREADS_MAX = 4
+FILES_MAX = 1_048_576
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             search=search,
             reach_seconds=args.reach_seconds,
             threads=min(THREADS_MAX, len(os.sched_getaffinity(0))),
+            files=open_files(),
         ),
         args.haproxy,
     )
@@ -77,6 +80,12 @@ def _watch(haproxy: Haproxy, agent: Agent, told: threading.Event, drain_seconds:
             haproxy.drain()
     log.info("Ended")
     return 0
+
+
+def open_files() -> int:
+    """How many files a process may have open here; HAProxy raises its own limit up to that."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return FILES_MAX if most == resource.RLIM_INFINITY else min(most, FILES_MAX)
 
 
 def resolver(path: Path) -> tuple[tuple[str, ...], str]:
