@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from artifact_support import safetensors
+from artifact_support import run_cli, safetensors
 from hub import Hub
 
 from slmops_artifacts import ArtifactError, pull, read_manifest, transfer
@@ -44,6 +45,19 @@ def test_a_store_that_takes_the_connection_and_never_answers(mute: str, tmp_path
     assert caught.value.reason == "SourceUnavailable"
     assert caught.value.retryable
     assert time.monotonic() - began < SOON
+
+
+def test_sigterm_ends_a_pull_that_waits_for_its_store(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(SOON)
+        host = f"127.0.0.1:{server.getsockname()[1]}"
+        puller = run_cli("pull", f"oci://{host}/a:v1", str(tmp_path / "out"), env={"SLMOPS_PLAIN_HTTP": host})
+        waiting, _ = server.accept()
+        with waiting:
+            puller.send_signal(signal.SIGTERM)
+            _, said = puller.communicate(timeout=SOON)
+    assert puller.returncode == 130
+    assert said.startswith(b"Interrupted;")
 
 
 def test_a_store_that_stops_in_the_middle_of_a_file(hub: Hub, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from tests.unit.objects import ours
 from tests.unit.rollout_world import revision
+from tests.unit.serving_world import Kubernetes
 
 from slmops.api import keys
 from slmops.api.deployment import AnalysisMetric, ModelDeploymentSpec, RolloutStatus
@@ -316,6 +317,25 @@ def test_the_token_is_in_no_pod_spec_and_no_config_map():
     assert "s3cret" not in json.dumps([made, router.config_map(OWNER, {}, {}), router.service(OWNER)])
     assert made != router.deployment(OWNER, spec(), "another", SETTINGS)  # or the pods would keep the old one
     assert router.token_secret(OWNER, "s3cret")["data"] == {"token": "czNjcmV0"}
+
+
+def test_answers_that_run_have_ten_minutes_and_routers_outlive_the_servers():
+    (server,) = pods_of(serving.deployment(OWNER, spec(), "rev", MODEL, SETTINGS))
+    (front,) = pods_of(router.deployment(OWNER, spec(), "token", SETTINGS))
+    assert server["terminationGracePeriodSeconds"] == 600
+    assert front["terminationGracePeriodSeconds"] > server["terminationGracePeriodSeconds"]
+
+
+def test_another_grace_touches_no_pod_of_a_revision_that_exists(monkeypatch: pytest.MonkeyPatch):
+    world = Kubernetes()
+    world.passes()
+    (key,) = [k for k in world.cluster.objects if k.kind == "Deployment" and k.name != "chat-router"]
+    before = world.cluster.objects[key]["spec"]["template"]
+    monkeypatch.setattr(serving, "GRACE_SECONDS", 7)
+    world.edit(replicas=3)
+    world.passes()
+    assert world.cluster.objects[key]["spec"]["replicas"] == 3
+    assert world.cluster.objects[key]["spec"]["template"] == before
 
 
 def test_records_come_back_as_they_were_and_broken_ones_count_as_lost():

@@ -2,7 +2,7 @@
 
 New weights go through the runtime API: no reload, no connection is touched. Another set of revisions is a seamless
 reload: the new process takes over the listening sockets and the servers' addresses and health, the old one ends its
-answers. Whatever is set is also on disk, so that a restart begins with it.
+answers. Whatever is set is also on disk, so that a restart can begin with it.
 """
 
 import json
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from slmops_router import runtime
-from slmops_router.haproxy_cfg import Place, fingerprint, render, slots_map, takes_over
-from slmops_router.routes import BadRoutesError, Routes, parse
+from slmops_router.haproxy_cfg import FRONT, Place, fingerprint, render, slots_map, takes_over
+from slmops_router.routes import BadRoutesError, Routes
 from slmops_router.runtime import Counts, RuntimeApiError, Seen
 
 log = logging.getLogger(__name__)
@@ -43,11 +43,15 @@ class Haproxy:
         self.place, self._program, self._clock = place, program, clock
         self._lock = threading.RLock()
         self._routes = Routes()
+        self._late: dict[str, Routes] = {}  # by fingerprint: reloads that may still come
         self._process: subprocess.Popen[bytes] | None = None
-        self._before = Totals()  # counted by processes before the last reload
+        self._pid = ""  # of the process that counts now
+        self._before = Totals()  # counted by those before it
+        self._last = Totals()  # counted in all when last looked
         self._base = Totals()  # counted when the epoch began
         self._began = clock()
         self._open = False  # whether it was ready once
+        self._ending = False  # whether it was told to stop
 
     @property
     def routes(self) -> Routes:
@@ -61,7 +65,8 @@ class Haproxy:
             self.place.state.write_text("1\n")  # nothing known: just the format's version
             self._write(routes)
             self._process = subprocess.Popen(
-                [self._program, "-W", "-db", "-f", str(self._config)], cwd=self.place.folder
+                [self._program, "-W", "-db", "-S", f"{self.place.master},mode,600", "-f", str(self._config)],
+                cwd=self.place.folder,
             )
             self._await(fingerprint(routes))
             self._routes = routes
@@ -69,20 +74,24 @@ class Haproxy:
     def set(self, routes: Routes) -> None:
         """Bring HAProxy to these routes; it has them when this returns. Raises RuntimeApiError, BadRoutesError."""
         with self._lock:
-            if routes.structure == self._routes.structure:
+            if self._runs(routes):
                 self._reweigh(routes)
+                _, begun = self._look(routes)
             else:
-                self._reload(routes)
+                begun = self._reload(routes)
             if routes.epoch != self._routes.epoch:
-                self._base = self._total(self._see(routes))
+                self._base = begun
             self._routes = routes
             self._remember(routes)
 
     def observe(self) -> dict[str, Any]:
-        """Routes in force, and by revision what was answered since the epoch began. Raises RuntimeApiError."""
+        """Routes in force, and by revision what was answered since the epoch began.
+
+        Raises RuntimeApiError, BadRoutesError.
+        """
         with self._lock:
-            now = self._see(self._routes)
-            total = self._total(now)
+            self._settle()
+            now, total = self._look(self._routes)
             revisions = {}
             for revision in self._routes.revisions:
                 name = revision.revision
@@ -107,33 +116,41 @@ class Haproxy:
         """Whether the process runs."""
         return self._process is not None and self._process.poll() is None
 
-    def answers(self) -> bool:
-        """Whether it runs what it shall."""
-        try:
-            return runtime.running(self.place.socket) == fingerprint(self._routes)
-        except RuntimeApiError:
-            return False
-
     def ready(self) -> bool:
         """Whether requests may come. A fresh one first has to reach a pod of every revision that gets any.
 
         From then on pods come and go without it: what none of them answers is answered here.
         """
-        if not self.answers():
+        try:
+            if self._open:
+                runtime.running(self.place.socket)
+                return True
+            up = runtime.seen(self.place.socket, self._routes).up
+        except RuntimeApiError:
             return False
-        if not self._open:
-            try:
-                up = self._see(self._routes).up
-            except RuntimeApiError:
-                return False
-            reached = all(up[r.revision] for r in self._routes.revisions if r.weight)
-            self._open = reached or self._clock() - self._began > self.place.reach_seconds
+        reached = all(up[r.revision] for r in self._routes.revisions if r.weight)
+        self._open = reached or self._clock() - self._began > self.place.reach_seconds
         return self._open
 
     def drain(self) -> None:
-        """Take no new connections; the process ends with the last answer."""
-        if self._process is not None and self.alive():
-            self._process.send_signal(signal.SIGUSR1)
+        """Take no new connections, and end with the last one. To be called again and again until it has ended.
+
+        A soft stop alone would also close the inner sockets at once, and a client that keeps its connection may send
+        one more request through them: its answer tells it that the connection ends. Processes before the last reload
+        need these sockets too.
+        """
+        assert self._process is not None
+        with self._lock:
+            try:
+                left = runtime.close(self.place.socket, FRONT)
+                others = runtime.workers(self.place.master) - 1
+            except RuntimeApiError as error:
+                if self.alive() and not self._ending:
+                    log.warning("Cannot drain yet error=%s", error)
+                return
+            if not left and not others:
+                self._process.send_signal(signal.SIGUSR1)
+                self._ending = True
 
     def stop(self) -> None:
         """End at once."""
@@ -154,18 +171,12 @@ class Haproxy:
         return self.place.folder / "haproxy.cfg"
 
     @property
-    def _saved(self) -> Path:
+    def saved(self) -> Path:
+        """The file of the routes set last, also by a process before this one on the same folder."""
         return self.place.folder / "routes.json"
 
-    def remembered(self) -> Routes | None:
-        """The routes set last by a process before this one on the same folder (a restarted container)."""
-        try:
-            return parse(self._saved.read_bytes())
-        except (OSError, BadRoutesError):
-            return None
-
     def _remember(self, routes: Routes) -> None:
-        _replace(self._saved, json.dumps(routes.dump()))
+        _replace(self.saved, json.dumps(routes.dump()))
 
     def _reweigh(self, routes: Routes) -> None:
         path = self.place.socket
@@ -177,20 +188,29 @@ class Haproxy:
         runtime.replace_map(path, self.place.slots, content)
         self._write(routes)
 
-    def _reload(self, routes: Routes) -> None:
-        """Reload into another set of revisions."""
+    def _reload(self, routes: Routes) -> Totals:
+        """Reload into another set of revisions; what had been counted until then.
+
+        Where that takes longer than it is waited for, the files stay the new ones: a late process finds no mix.
+        """
         assert self._process is not None
-        last = self._see(self._routes)
+        _, counted = self._look(self._routes)
         _replace(self.place.state, runtime.ask(self.place.socket, "show servers state") + "\n")
-        old = self._routes
         self._write(routes)
+        self._late[fingerprint(routes)] = routes
         self._process.send_signal(signal.SIGUSR2)
-        try:
-            self._await(fingerprint(routes))
-        except RuntimeApiError:
-            self._write(old)
-            raise
-        self._before = self._total(last)
+        self._await(fingerprint(routes))
+        self._late = {}
+        return counted
+
+    def _settle(self) -> None:
+        """Where a reload came later than it was waited for, its routes are in force."""
+        found = runtime.running(self.place.socket).fingerprint
+        if found != fingerprint(self._routes):
+            if found not in self._late:
+                raise RuntimeApiError("HAProxy runs routes that it was not given.")
+            log.info("Reloaded late")
+            self.set(self._late[found])
 
     def _write(self, routes: Routes) -> None:
         """Put configuration and map on disk, checked. Raises BadRoutesError."""
@@ -208,7 +228,7 @@ class Haproxy:
         end = self._clock() + START_SECONDS
         while True:
             try:
-                if runtime.running(self.place.socket) == wanted:
+                if runtime.running(self.place.socket).fingerprint == wanted:
                     return
                 problem = "it still runs the old configuration"
             except RuntimeApiError as error:
@@ -217,13 +237,19 @@ class Haproxy:
                 raise RuntimeApiError(f"HAProxy did not take the configuration: {problem}")
             time.sleep(POLL_SECONDS)
 
-    def _see(self, routes: Routes) -> Seen:
-        return runtime.seen(self.place.socket, routes)
+    def _runs(self, routes: Routes) -> bool:
+        return runtime.running(self.place.socket).fingerprint == fingerprint(routes)
 
-    def _total(self, now: Seen) -> Totals:
+    def _look(self, routes: Routes) -> tuple[Seen, Totals]:
+        """What HAProxy says now, and with it what its processes counted in all."""
+        pid = runtime.running(self.place.socket).pid
+        now = runtime.seen(self.place.socket, routes)
+        if pid != self._pid:  # it counts from zero
+            self._pid, self._before = pid, self._last
         before = self._before
         counts = {name: one.plus(before.counts.get(name, Counts())) for name, one in now.counts.items()}
-        return Totals(counts, now.turns + before.turns)
+        self._last = Totals(counts, now.turns + before.turns)
+        return now, self._last
 
 
 def _replace(path: Path, content: str) -> None:

@@ -19,6 +19,8 @@ from slmops_router.routes import Revision, Routes
 BUFFER = 32_768  # bytes; a request that fits can be sent again to another pod or revision
 STRIDE = 61  # coprime to 100 and near its golden section: turns spread evenly, and any 100 in a row are exact
 PROBE = "/.slmops/ready"
+FRONT = "api"  # the frontend of the clients
+FILES_SPARE = 256  # for listeners, threads and the like: about 60 with 8 revisions and 4 threads
 
 ERRORS = {
     400: ("invalid_request_error", "bad_request", "The request is not valid HTTP."),
@@ -42,6 +44,8 @@ class Place:
     nameservers: tuple[str, ...] = ()  # ip:port
     search: str = ""  # domain put behind a host without dots
     threads: int = 1
+    clients: int = 4096  # connections at once, idle ones included; more wait until one ends
+    files: int = 1_048_576  # that one process may have open
     reach_seconds: float = 15.0  # for longer, a model without ready pods does not keep its router from being ready
     old_worker_seconds: int = 3600  # how long a reload waits for answers that the old process still gives
 
@@ -63,6 +67,11 @@ class Place:
     def socket(self) -> Path:
         """The runtime API."""
         return self.folder / "haproxy.sock"
+
+    @property
+    def master(self) -> Path:
+        """The same of the process that starts the others."""
+        return self.folder / "master.sock"
 
 
 def fingerprint(routes: Routes) -> str:
@@ -88,9 +97,21 @@ def takes_over(routes: Routes, revision: Revision) -> int:
     return int(revision.revision == routes.fallback and bool(routes.slots()))
 
 
+def clients(routes: Routes, place: Place) -> int:
+    """How many connections of clients there may be.
+
+    Their requests pass the inner sockets, which must never wait for a client to go: nor would the probes that go the
+    same way, and all revisions would seem down. So the process may have three times as many: one more for each running
+    request, and as many for idle inner ones and the requests of processes from before a reload. HAProxy wants two files
+    for each and one for each check, and does not start without.
+    """
+    spare = FILES_SPARE + sum(revision.servers for revision in routes.revisions)
+    return max(1, min(place.clients, (place.files - spare) // 6))
+
+
 def render(routes: Routes, place: Place) -> str:
     """Write the whole configuration."""
-    parts = [_head(routes, place), _frontend(place)]
+    parts = [_head(routes, place), _frontend(routes, place)]
     parts += [_upper(name, routes, place) for name in ("split", "sticky")]
     parts += [_lower(revision, routes, place) for revision in routes.revisions]
     return "\n".join(parts)
@@ -102,7 +123,7 @@ def _head(routes: Routes, place: Place) -> str:
 global
     description {fingerprint(routes)}
     log stdout format raw local0 notice
-    maxconn 4096
+    maxconn {3 * clients(routes, place)}
     nbthread {place.threads}
     stats socket {place.socket} mode 600 level admin expose-fd listeners
     server-state-file {place.state}
@@ -153,17 +174,19 @@ def _errors() -> str:
     return "".join(lines)
 
 
-def _frontend(place: Place) -> str:
+def _frontend(routes: Routes, place: Place) -> str:
     return f"""\
 frontend metrics
     bind {place.listen(place.metrics_port)}
+    maxconn 16
     option dontlog-normal
     timeout client 30s
     http-request use-service prometheus-exporter if {{ path /metrics }}
     http-request return status 404
 
-frontend api
+frontend {FRONT}
     bind {place.listen(place.port)}
+    maxconn {clients(routes, place)}
     http-request return status 404 if {{ path_beg /.slmops/ }}
     acl sticky req.hdr(x-session-id) -m found
     http-request set-var(txn.slot) req.hdr(x-session-id),xxh32,mod(100) if sticky

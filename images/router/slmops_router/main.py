@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 ENV_TOKEN = "SLMOPS_ROUTER_TOKEN"  # noqa: S105  # the name of a variable
 THREADS_MAX = 4
+FILES_MAX = 1_048_576
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             search=search,
             reach_seconds=args.reach_seconds,
             threads=min(THREADS_MAX, len(os.sched_getaffinity(0))),
+            files=open_files(),
         ),
         args.haproxy,
     )
@@ -48,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: told.set())
     try:
-        haproxy.start(haproxy.remembered() or _mounted(args.routes))
+        haproxy.start(newest(haproxy.saved, args.routes))
     except (BadRoutesError, RuntimeApiError) as error:
         print(f"Could not start: {error}", file=sys.stderr)
         haproxy.stop()
@@ -68,14 +71,21 @@ def _watch(haproxy: Haproxy, agent: Agent, told: threading.Event, drain_seconds:
     log.info("Draining seconds=%s", drain_seconds)
     agent.draining = True
     told.clear()
-    if not told.wait(drain_seconds):
-        haproxy.drain()
+    told.wait(drain_seconds)
     while haproxy.wait(0.5) is None:
         if told.is_set():
             log.warning("Told twice: ending with answers cut off")
             haproxy.stop()
+        else:
+            haproxy.drain()
     log.info("Ended")
     return 0
+
+
+def open_files() -> int:
+    """How many files a process may have open here; HAProxy raises its own limit up to that."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return FILES_MAX if most == resource.RLIM_INFINITY else min(most, FILES_MAX)
 
 
 def resolver(path: Path) -> tuple[tuple[str, ...], str]:
@@ -95,12 +105,31 @@ def resolver(path: Path) -> tuple[tuple[str, ...], str]:
     return tuple(servers), search
 
 
-def _mounted(path: Path) -> Routes:
-    """The routes of the mounted ConfigMap: none where there is none yet. Raises BadRoutesError."""
+def newest(saved: Path, mounted: Path) -> Routes:
+    """The routes to start with: those set last, or the mounted ConfigMap's where these came later; none without both.
+
+    The kubelet writes the mounted file only when its content changes, so its time is that of the news: while a
+    container waits for its restart, nobody sets routes, and those of before may name a revision that is gone. Raises
+    BadRoutesError.
+    """
+    problem: BadRoutesError | None = None
+    for path in sorted((saved, mounted), key=_written, reverse=True):
+        try:
+            return parse(path.read_bytes())
+        except OSError:
+            continue
+        except BadRoutesError as error:
+            problem = error
+    if problem:
+        raise problem
+    return Routes()
+
+
+def _written(path: Path) -> int:
     try:
-        return parse(path.read_bytes())
+        return path.stat().st_mtime_ns
     except OSError:
-        return Routes()
+        return 0
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -40,10 +40,40 @@ def order(path: Path, command: str) -> None:
         raise RuntimeApiError(f"HAProxy refused {command.splitlines()[0]!r}: {said}")
 
 
-def running(path: Path) -> str:
-    """The fingerprint of the configuration that answers on the socket. Raises RuntimeApiError."""
-    found = re.search(r"^description: (\S+)$", ask(path, "show info"), re.MULTILINE)
-    return found.group(1) if found else ""
+@dataclass(frozen=True)
+class Running:
+    """The process that answers on the socket."""
+
+    fingerprint: str  # of its configuration
+    pid: str
+
+
+def running(path: Path) -> Running:
+    """Who answers on the socket. Raises RuntimeApiError."""
+    said = dict(line.split(": ", 1) for line in ask(path, "show info").splitlines() if ": " in line)
+    return Running(said.get("description", ""), said.get("Pid", ""))
+
+
+def close(path: Path, frontend: str) -> int:
+    """Refuse new connections, and let the next answer on each of the others say that it is the last; how many are left.
+
+    To be disabled comes first: one that is only shut down keeps its socket, where clients would wait in vain. Raises
+    RuntimeApiError.
+    """
+    if _frontend(path, frontend)["status"] != "STOP":
+        said = ask(path, f"disable frontend {frontend}")
+        if said and "already disabled" not in said:
+            raise RuntimeApiError(f"HAProxy did not disable the frontend: {said}")
+        order(path, f"shutdown frontend {frontend}")
+    return int(_frontend(path, frontend)["scur"])
+
+
+def workers(master: Path) -> int:
+    """How many processes still have connections, the newest included. Raises RuntimeApiError."""
+    found = re.findall(r"^\d+\s+worker\b", ask(master, "show proc\nquit"), re.MULTILINE)
+    if not found:
+        raise RuntimeApiError("HAProxy's master names no process.")
+    return len(found)
 
 
 def replace_map(path: Path, name: Path, content: str) -> None:
@@ -90,7 +120,7 @@ def seen(path: Path, routes: Routes) -> Seen:
     up = dict.fromkeys(names, 0)
     open_ = dict.fromkeys(names, False)
     turns = 0
-    for row in csv.DictReader(io.StringIO(ask(path, "show stat").removeprefix("# "))):
+    for row in _stat(path):
         proxy, server = row["pxname"], row["svname"]
         if proxy in counts and server == "BACKEND":
             counts[proxy].responses = {c: int(row[f"hrsp_{c}"] or 0) for c in CLASSES}
@@ -103,6 +133,17 @@ def seen(path: Path, routes: Routes) -> Seen:
         elif proxy in up and server not in ("BACKEND", "FRONTEND"):
             up[proxy] += _passed(row)
     return Seen(counts, turns, {name: up[name] if open_[name] else 0 for name in names})
+
+
+def _stat(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(ask(path, "show stat").removeprefix("# "))))
+
+
+def _frontend(path: Path, name: str) -> dict[str, str]:
+    for row in _stat(path):
+        if row["pxname"] == name and row["svname"] == "FRONTEND":
+            return row
+    raise RuntimeApiError(f"HAProxy has no frontend {name}.")
 
 
 def _passed(row: dict[str, str]) -> bool:

@@ -10,16 +10,15 @@ import json
 
 from slmops.api import keys
 from slmops.api.deployment import ModelDeploymentSpec
-from slmops.build import parts
+from slmops.build import parts, serving
 from slmops.build.parts import Object
-from slmops.build.serving import revision_name
 from slmops.settings import Settings
 
 ROUTER = "router"
 AGENT_PORT = 9091
 ROUTES_KEY = "routes.json"
 RECORD_PREFIX, RECORD_SUFFIX = "deployment-", ".json"
-GRACE_SECONDS = 120  # for answers that run when a router pod is stopped
+GRACE_SECONDS = serving.GRACE_SECONDS + 60  # for answers that run: no router goes before the server that gives them
 
 
 def service_name(owner: Object) -> str:
@@ -51,7 +50,7 @@ def routes(owner: Object, weights: dict[str, int], fallback: str, epoch: str, re
         "revisions": [
             {
                 "revision": revision,
-                "host": revision_name(owner, revision),
+                "host": serving.revision_name(owner, revision),
                 "weight": weight,
                 "servers": _places(replicas),
             }

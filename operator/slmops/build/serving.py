@@ -17,7 +17,7 @@ from slmops.settings import Settings
 
 SERVER, PULL = "server", "pull"
 MODEL_DIR = "/model"
-GRACE_SECONDS = 60  # for answers that run when a pod is stopped
+GRACE_SECONDS = 600  # for answers that run when a pod is stopped; without any, it ends by itself
 LOAD_SECONDS = 3600  # longest load of a model before the kubelet starts the container again
 
 
