@@ -52,6 +52,20 @@ def test_clients_that_leave_are_forgotten_and_harm_nobody(start: Start) -> None:
     assert "Traceback" not in server.log.read_text()
 
 
+def test_sigterm_is_heard_before_the_server_has_begun(start: Start) -> None:
+    server = start(ready=False)
+    status = Path(f"/proc/{server.process.pid}/status")
+
+    def caught() -> bool:  # a handler stands: process 1 of a container is told by one only
+        line = next(line for line in status.read_text().splitlines() if line.startswith("SigCgt:"))
+        return bool(int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+    wait_for(caught, "SIGTERM has a handler")
+    server.terminate()
+    assert server.process.wait(30) == 0
+    assert "Started" not in server.log.read_text()  # so it did not wait for the one that drains
+
+
 def test_a_full_queue_says_come_again(start: Start) -> None:
     server = start("--slots", "1", "--max-queue", "2")
     held = [raw_request(server, **LONG, stream=True) for _ in range(3)]

@@ -34,15 +34,16 @@ class Engine(Model):
     model_config = cel(
         (
             f"!has(self.args) || self.args.all(arg, !arg.matches('{_OWN_OPTIONS}'))",
-            "args: model, served-name, host, port, metrics-port and api-keys-dir are set by the operator, engine by name",
+            "args: model, served-name, host, port, metrics-port and api-keys-dir are set by the operator, "
+            "engine by name",
         ),
     )
 
     name: Literal["auto", "onnxruntime", "genai", "openvino", "llamacpp", "onnxruntime-genai"] = Field(
         default="auto",
         description="The engine of slmops-server. auto: onnxruntime for ONNX, and genai where it refuses a graph; "
-        "openvino for OpenVINO IR; llamacpp for GGUF. docs/serving.md says when to take which. onnxruntime-genai is the "
-        "former name of auto.",
+        "openvino for OpenVINO IR; llamacpp for GGUF. docs/serving.md says when to take which. onnxruntime-genai is "
+        "the former name of auto.",
     )
     image: str | None = Field(
         default=None, max_length=1024, description="Server image instead of the operator's default."
