@@ -160,6 +160,17 @@ def test_answers_are_the_argmax_of_the_model_step_by_step(tiny_model: Path) -> N
     assert generate.generate(loaded.model, loaded.tokenizer, [example], 10, 4) == [expected]
 
 
+def test_an_answer_is_measured_to_the_letter(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the server gives it: tokenizers that tidy up the spaces before punctuation change what the model said."""
+    loaded = models.load(tiny_model, "tiny")
+    loaded.tokenizer.clean_up_tokenization_spaces = True
+    texts = ["Ça va ?", "[ 1 , 2 ]", " do n't"]
+    rows = [loaded.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    monkeypatch.setattr(generate, "_greedy", lambda *_: rows)
+    asked = [Example((Message("user", "x"),), text) for text in texts]
+    assert generate.generate(loaded.model, loaded.tokenizer, asked, 20, 3) == texts
+
+
 def test_a_prompt_as_long_as_the_context_gets_no_answer(tiny_model: Path) -> None:
     loaded = models.load(tiny_model, "tiny")
     long = Example((Message("user", "lamp " * 300),), "x")

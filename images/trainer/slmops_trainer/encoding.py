@@ -107,6 +107,15 @@ def encode_prompt(tokenizer: Any, example: Example) -> list[int]:
     return _begin(tokenizer) + list(tokenizer(_plain(example), add_special_tokens=False)["input_ids"])
 
 
+def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of an answer's ids, without special tokens, to the letter: as it was trained, and as the server gives it.
+
+    Left to themselves, some tokenizers "clean up" spaces before punctuation, which the model wrote.
+    """
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
+
+
 def turn_end(tokenizer: Any) -> int | None:
     """The special token with which the chat template ends an answer, if it uses one.
 

@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria
 
 from slmops_trainer.data import Example
-from slmops_trainer.encoding import Encoded, encode_prompt
+from slmops_trainer.encoding import Encoded, decode_answer, encode_prompt
 from slmops_trainer.loss import collate, loss_sum
 from slmops_trainer.models import context
 
@@ -47,7 +47,7 @@ def generate(
         limit = min(max_tokens, room - len(prompts[batch[0]]))
         rows = _greedy(model, [prompts[index] for index in batch], limit, stops, pad_id(tokenizer), check)
         for index, row in zip(batch, rows, strict=True):
-            answers[index] = tokenizer.decode(row, skip_special_tokens=True)
+            answers[index] = decode_answer(tokenizer, row)
         done += len(batch)
         if on_batch is not None:
             on_batch(done, len(prompts))
