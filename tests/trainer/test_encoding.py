@@ -92,12 +92,12 @@ def test_every_answer_of_a_conversation_is_trained_with_its_end(tokenizer: Any) 
 def test_golden_ids_and_labels(tokenizer: Any) -> None:
     (item,) = encoding.encode(tokenizer, [ASK], [END], "assistant", 64).items
     prompt = encoding.encode_prompt(tokenizer, ASK)
-    assert item.input_ids[: len(prompt)] == tuple(prompt)
-    assert item.labels[: len(prompt)] == (IGNORED,) * len(prompt)
-    answer = tuple(tokenizer('{"room": "lab"}', add_special_tokens=False)["input_ids"])
-    newline = tuple(tokenizer("\n", add_special_tokens=False)["input_ids"])
-    assert item.input_ids[len(prompt) :] == (*answer, END, *newline)
-    assert item.labels[len(prompt) :] == (*answer, END, IGNORED)
+    assert list(item.input_ids[: len(prompt)]) == prompt
+    assert list(item.labels[: len(prompt)]) == [IGNORED] * len(prompt)
+    answer = tokenizer('{"room": "lab"}', add_special_tokens=False)["input_ids"]
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    assert list(item.input_ids[len(prompt) :]) == [*answer, END, *newline]
+    assert list(item.labels[len(prompt) :]) == [*answer, END, IGNORED]
     assert item.trained == len(answer) + 1
 
 
@@ -113,7 +113,7 @@ def test_what_stands_before_an_answer_is_what_inference_gives(tokenizer: Any, an
     example = Example((Message("user", "door?\n"),), answer, 1)
     (item,) = encoding.encode(tokenizer, [example], [END], "assistant", 64).items
     prompt = encoding.encode_prompt(tokenizer, example)
-    assert item.input_ids[: len(prompt)] == tuple(prompt)
+    assert list(item.input_ids[: len(prompt)]) == prompt
     assert item.labels[len(prompt)] != IGNORED
 
 
@@ -157,6 +157,38 @@ def test_long_examples_are_left_out_and_counted(tokenizer: Any) -> None:
         RunFailure, match=r"All 1 examples are longer than 8 tokens, the lesser of .*; the shortest has \d+"
     ):
         encoding.encode(tokenizer, [ASK], [END], "assistant", 8)
+
+
+@pytest.mark.parametrize("tokenizer", [CHATML], indirect=True)
+def test_a_large_set_is_tokenized_in_parts_and_can_be_broken_off(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [Example((Message("user", f"lamp {number}"),), f"room {number}", number) for number in range(50)]
+    whole = encoding.encode(tokenizer, rows, [END], "assistant", 100)
+    calls: list[int] = []
+    tokenize = type(tokenizer).__call__
+
+    def recording(self: Any, texts: Any, **more: Any) -> Any:
+        calls.append(sum(map(len, texts)))
+        return tokenize(self, texts, **more)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", recording)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 1000)
+    assert encoding.encode(tokenizer, rows, [END], "assistant", 100) == whole
+    assert len(calls) > 3
+    assert max(calls) < 1100  # the last example of a part may go beyond it
+    calls.clear()
+    asked = 0
+
+    def check() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 30:
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        encoding.encode(tokenizer, rows, [END], "assistant", 100, check=check)
+    assert sum(calls) < 30 * 100  # no text of the others was looked at
 
 
 @pytest.mark.parametrize("tokenizer", [CHATML], indirect=True)

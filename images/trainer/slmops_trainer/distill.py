@@ -41,7 +41,7 @@ def run(ctx: Context) -> RunResult:
     folder, base = ctx.pull(ctx.spec.model, "student")
     ctx.report("Loading", 0, 1, ctx.spec.model.uri)
     loaded = models.load(folder, ctx.spec.model.uri)
-    unfit = synthetic.unfit(loaded, prompts, spec)
+    unfit = synthetic.unfit(ctx, loaded, prompts, spec)
     ctx.resume()
     store = answers.Answers(ctx.checkpoints.folder / answers.PART)
     shared = answers.shared(ctx)
@@ -56,7 +56,9 @@ def run(ctx: Context) -> RunResult:
     finally:
         store.share(shared)
     limit = spec.training.max_length
-    encoded = encoding.encode(loaded.tokenizer, examples.items, loaded.stop_ids, "assistant", limit, examples.source)
+    encoded = encoding.encode(
+        loaded.tokenizer, examples.items, loaded.stop_ids, "assistant", limit, examples.source, ctx.check
+    )
     ctx.check()
     _measure(ctx, loaded, spec.evaluation, held_out, BEFORE, "base_")
     ctx.keep()

@@ -38,7 +38,9 @@ def run(ctx: Context) -> RunResult:
     ctx.report("Loading", 0, 1, ctx.spec.model.uri)
     loaded = models.load(folder, ctx.spec.model.uri)
     limit = spec.training.max_length
-    encoded = encoding.encode(loaded.tokenizer, training.items, loaded.stop_ids, spec.loss_on, limit, training.source)
+    encoded = encoding.encode(
+        loaded.tokenizer, training.items, loaded.stop_ids, spec.loss_on, limit, training.source, ctx.check
+    )
     ctx.check()
     _measure(ctx, loaded, spec, held_out, BEFORE, "base_")
     model = adapt(loaded.model, spec.lora or Lora(), spec.training.seed) if spec.method == "lora" else loaded.model

@@ -73,16 +73,19 @@ def make(
     return _read(ctx, folder, artifact.uri, manifest)
 
 
-def unfit(loaded: Loaded, prompts: Examples, spec: DistillationJobSpec) -> set[int]:
+def unfit(ctx: "Context", loaded: Loaded, prompts: Examples, spec: DistillationJobSpec) -> set[int]:
     """Positions of the prompts that leave no room for an answer in what is trained on.
 
     Raises RunFailure(BadDataset, UnsupportedModel) for a conversation that the student's chat template cannot take:
-    known now, or after the last answer is paid for.
+    known now, or after the last answer is paid for; and RunFailure(Interrupted).
     """
     limit = min(spec.training.max_length, loaded.tokenizer.model_max_length)
     taught = [instructed(example, spec.data.generation.system_prompt) for example in prompts.items]
-    lengths = [len(encoding.encode_prompt(loaded.tokenizer, example)) for example in taught]
-    found = {index for index, length in enumerate(lengths) if length + ROOM > limit}
+    found: set[int] = set()
+    for index, example in enumerate(taught):
+        ctx.check()
+        if len(encoding.encode_prompt(loaded.tokenizer, example)) + ROOM > limit:
+            found.add(index)
     # Earlier answers in a conversation have to be told apart in it: one of each shape shows whether they can.
     shapes = {tuple(m.role for m in taught[i].messages): taught[i] for i in range(len(taught)) if i not in found}
     for example in shapes.values():
