@@ -129,6 +129,16 @@ def test_the_file_must_be_clear(
         data.load(make_run(), dataset, "training")
 
 
+def test_an_artifact_that_is_refused_is_a_bad_dataset_and_no_model(tmp_path: Path, make_run: Any) -> None:
+    folder = tmp_path / "data/pickled"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text(GOOD)
+    (folder / "rows.pkl").write_bytes(b"x")
+    with pytest.raises(RunFailure, match=r"refused because of rows\.pkl") as caught:
+        data.load(make_run(), Dataset.model_validate({"uri": "pvc://data/pickled"}), "training")
+    assert caught.value.reason == "BadDataset"
+
+
 def test_a_config_map_is_a_dataset(tmp_path: Path, make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "CONFIGMAP_ROOT", str(tmp_path))
     (tmp_path / "rows").mkdir()

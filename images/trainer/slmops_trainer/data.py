@@ -94,7 +94,12 @@ def load(ctx: "Context", dataset: Dataset, role: Role) -> Examples:
     else:
         assert dataset.uri is not None  # the CRD demands one of the two
         secret = dataset.secret_ref.name if dataset.secret_ref else None
-        folder, manifest = ctx.pull(Input(uri=dataset.uri, secret=secret), f"data-{role}", f"Pulling {role} data")
+        try:
+            folder, manifest = ctx.pull(Input(uri=dataset.uri, secret=secret), f"data-{role}", f"Pulling {role} data")
+        except RunFailure as failure:
+            if failure.reason != "UnsupportedModel":
+                raise
+            raise RunFailure("BadDataset", failure.message) from failure
         path = _pick(folder, dataset.file, dataset.uri)
         source, digest, uri = (
             f"{dataset.uri}, file {path.relative_to(folder)}",
