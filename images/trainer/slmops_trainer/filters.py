@@ -14,7 +14,7 @@ from referencing.exceptions import Unresolvable
 
 from slmops.api.distillation import Filters
 from slmops.api.run import CONFIGMAP_ROOT
-from slmops_trainer.data import Example
+from slmops_trainer.data import Example, Message
 from slmops_trainer.failure import RunFailure
 
 NAMES = (
@@ -51,12 +51,12 @@ def apply(
     """
     drops: Counter[str] = Counter()
     kept: list[Example] = []
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[tuple[Message, ...], str]] = set()
     for row in rows:
         answer = after_thoughts(row.text) if thoughts else row.text.strip()
         reason = _reason(row, answer, filters, schema)
         if reason is None and answer is not None:
-            identity = (row.example.key, answer)
+            identity = (row.example.messages, answer)
             if not (filters.dedupe and identity in seen):
                 seen.add(identity)
                 kept.append(replace(row.example, answer=answer))
