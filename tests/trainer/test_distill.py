@@ -215,6 +215,20 @@ def test_an_object_that_corrects_another_asks_nothing_again(
             assert len(fake.requests) == before + 16
 
 
+def test_a_greedy_teacher_is_asked_each_prompt_once(
+    make_run: Callable[..., Context], job: Callable[..., dict[str, Any]], jsonl: Callable[..., str]
+) -> None:
+    """Its requests would be equal, byte for byte."""
+    greedy = {"temperature": 0, "samplesPerPrompt": 4}
+    with FakeTeacher(knows) as fake:
+        spec = job(fake, data={"generation": greedy})
+        leaky = jsonl([{"prompt": question} for question in (*RIGHT, GOLD[0][0])], "leaky")
+        spec["distill"]["data"]["prompts"] = {"uri": leaky}
+        found = distill.run(make_run(**spec)).metrics
+        assert set(fake.asked.values()) == {1}
+    assert (found["answers"], found["kept"], found["dropped_dedupe"], found["dropped_decontaminate"]) == (16, 16, 0, 1)
+
+
 def test_prompts_that_cannot_be_trained_on_are_not_asked(
     make_run: Callable[..., Context], job: Callable[..., dict[str, Any]], jsonl: Callable[..., str]
 ) -> None:

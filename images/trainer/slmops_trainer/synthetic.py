@@ -134,7 +134,7 @@ def _generate(
     asked = [example for index, example in enumerate(prompts.items) if index not in leaked | unfit]
     taught = [instructed(example, settings.system_prompt) for example in asked]
     shown = wire([instructed(example, settings.system_prompt, think=settings.chain_of_thought) for example in asked])
-    samples = settings.samples_per_prompt
+    samples = settings.samples_per_prompt if settings.temperature else 1  # greedy answers to one prompt are equal
     teacher = answers.teacher_key(terms.endpoint)
     questions = generation.questions(shown, samples, teacher, terms.sampling, spec.training.seed)
     outcome = generation.ask_all(ctx, questions, terms, store, GENERATING)
