@@ -27,6 +27,8 @@ FORGETFUL = (
 SILENT = CHATML.replace(
     "message['content'] + '<|im_end|>", "('' if message['role'] == 'assistant' else message['content']) + '<|im_end|>"
 )
+# Has the model think before it answers, and shows no thoughts of earlier answers.
+THINKING = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
 ENDLESS = CHATML.replace("<|im_end|>", "")
 STERN = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
 
@@ -140,6 +142,14 @@ def test_a_template_that_rewrites_the_past_is_refused(tokenizer: Any) -> None:
         trained(tokenizer, TALK)
 
 
+@pytest.mark.parametrize("tokenizer", [THINKING], indirect=True)
+def test_a_template_that_opens_thoughts_is_refused_with_the_cause(tokenizer: Any) -> None:
+    """One question and answer a line would not help: the difference is in what is asked."""
+    with pytest.raises(RunFailure, match=r"puts '<think>\\n' before an answer that is asked for.*turn 2 of line 1\)"):
+        trained(tokenizer, ASK)
+    assert encoding.turn_end(tokenizer) == END  # what is not trained, but measured or converted, is not refused
+
+
 @pytest.mark.parametrize("tokenizer", [STERN], indirect=True)
 def test_what_a_template_refuses_is_said_with_the_line(tokenizer: Any) -> None:
     with pytest.raises(RunFailure, match="refuses the conversation of line 4: System role not supported"):
@@ -193,6 +203,8 @@ def test_a_large_set_is_tokenized_in_parts_and_can_be_broken_off(
 
 @pytest.mark.parametrize("tokenizer", [CHATML], indirect=True)
 def test_the_end_of_a_turn_is_found(tokenizer: Any) -> None:
+    assert encoding.turn_end(tokenizer) == END
+    tokenizer.chat_template = MARKED  # which leaves the end outside of its marks
     assert encoding.turn_end(tokenizer) == END
     tokenizer.chat_template = ENDLESS
     assert encoding.turn_end(tokenizer) is None

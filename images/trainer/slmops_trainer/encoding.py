@@ -62,8 +62,9 @@ def encode(
     """Encode examples with answers. Those above `max_length` or the model's context are left out and counted, not cut.
 
     `stop_ids`: the tokens at which generation ends (models.Loaded.stop_ids); every answer is made to end in one.
-    `source` names the examples to people. `check()` is called before each example and may raise. Raises RunFailure(BadDataset) when all are too long,
-    RunFailure(NothingToTrain) when the loss is on answers and none of them has a token but its end.
+    `source` names the examples to people; `check()` is called before each of them and may raise.
+    Raises RunFailure(BadDataset) when all are too long, RunFailure(NothingToTrain) when the loss is on answers and none
+    of them has a token but its end.
     """
     limit = min(max_length, tokenizer.model_max_length)
     kept: list[Encoded] = []
@@ -148,7 +149,7 @@ def encode_prompt(tokenizer: Any, example: Example) -> list[int]:
 
 
 def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of an answer's ids, without special tokens, to the letter: as it was trained, and as the server gives it.
+    """The text of an answer's ids, without special tokens, to the letter: as it was trained, as the server gives it.
 
     Left to themselves, some tokenizers "clean up" spaces before punctuation, which the model wrote.
     """
@@ -164,7 +165,8 @@ def turn_end(tokenizer: Any) -> int | None:
     if not tokenizer.chat_template:
         return None
     probe = Example((Message("user", "x"),), "y")
-    text = next(text for text, answer in reversed(_pieces(tokenizer, probe)) if answer)
+    # White space after the end of a turn is the template's, and generation never gets that far.
+    text = _render(tokenizer, probe.turns, probe)[0].rstrip()
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return int(ids[-1]) if ids and ids[-1] in special else None
@@ -194,12 +196,21 @@ def _spans(tokenizer: Any, turns: list[dict[str, str]], whole: str, example: Exa
             continue
         before = _render(tokenizer, turns[:index], example, prompt=True)[0]
         through = _render(tokenizer, turns[: index + 1], example)[0]
-        if not (whole.startswith(before) and whole.startswith(through) and len(before) < len(through)):
+        if not whole.startswith(through):
             raise RunFailure(
                 "UnsupportedModel",
                 f"The model's chat template renders turn {index + 1} of line {example.line} differently once more "
                 "turns follow, so the answer's tokens cannot be told from the rest. "
                 "Use a template with {% generation %} marks, or train on one question and answer a line.",
+            )
+        if not through.startswith(before):
+            pairs = enumerate(zip(before, through, strict=False))
+            added = before[next((at for at, (one, other) in pairs if one != other), len(through)) :]
+            raise RunFailure(
+                "UnsupportedModel",
+                f"The model's chat template puts {added!r} before an answer that is asked for, and not before one that "
+                f"is given (turn {index + 1} of line {example.line}): what is trained would not be what is asked. "
+                "Use a model whose template begins both alike.",
             )
         yield len(before), len(through)
 
