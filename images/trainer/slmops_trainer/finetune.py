@@ -1,6 +1,7 @@
 """FineTuneJob: full or LoRA fine-tuning of a causal language model."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,11 @@ def run(ctx: Context) -> RunResult:
         loaded.tokenizer, training.items, loaded.stop_ids, spec.loss_on, limit, training.source, ctx.check
     )
     ctx.check()
-    _measure(ctx, loaded, spec, held_out, BEFORE, "base_")
-    model = adapt(loaded.model, spec.lora or Lora(), spec.training.seed) if spec.method == "lora" else loaded.model
+    # What can be known to fail does so before anything is measured.
     watched = _watched(loaded, spec, held_out)
+    model = adapt(loaded.model, spec.lora or Lora(), spec.training.seed) if spec.method == "lora" else loaded.model
+    with model.disable_adapter() if spec.method == "lora" else nullcontext():
+        _measure(ctx, loaded, spec, held_out, BEFORE, "base_")
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     report = train(ctx, model, loaded.tokenizer, encoded.items, spec.training, evaluation=watched, stage=TRAINING)
     ctx.check()
