@@ -93,6 +93,14 @@ def test_contamination_is_told_whatever_the_case_and_space() -> None:
     assert filters.contaminated(prompts, held_out) == {1}
 
 
+def test_contamination_is_told_in_conversations_and_behind_system_prompts() -> None:
+    """The system prompt of the spec is put before both later; the answers to earlier turns are trained on, too."""
+    user, other = Message("user", "one"), Message("user", "two")
+    prompts = [(user,), (user, Message("assistant", "1"), other), (other,), (Message("system", "t"), user)]
+    held_out = [Example((Message("system", "s"), user), "1")]
+    assert filters.contaminated([Example(turns, None) for turns in prompts], held_out) == {0, 1}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
