@@ -110,6 +110,34 @@ def test_leaks_are_found_over_case_and_white_space() -> None:
 
 
 @pytest.mark.parametrize(
+    ("training", "held_out", "leaked"),
+    [
+        ("u1 a1 u2", "u1", True),  # the answer to an earlier turn is trained on as well
+        ("u1 a1 u2", "U1 A1  U2", True),
+        ("u1 a1 u2", "u1 a2 u2", False),
+        ("u1 a1 u2", "u2", False),
+        ("u1", "u1 a1 u2", False),  # what is held out is the last answer
+        ("u1", "s1 u1", True),
+        ("s1 u1", "u1", True),
+        ("s1 u1", "S1 u1", True),
+        ("s1 u1", "s2 u1", False),  # another system text makes another task of it
+        ("s1 u1 a1 u2", "u1", True),
+        ("s1 u1 a1 u2", "s2 u1", False),
+    ],
+)
+def test_leaks_are_found_in_conversations(training: str, held_out: str, leaked: bool) -> None:
+    roles = {"s": "system", "u": "user", "a": "assistant"}
+
+    def talk(turns: str, line: int) -> Example:
+        return Example(tuple(Message(roles[turn[0].lower()], turn) for turn in turns.split()), "a", line)
+
+    others = talk("u8", 1), talk("s1 u9 a9 u8", 2)
+    rows = [*others, talk(training, 3), talk(training, 4)]
+    asked = [talk("s1 u7", 1), talk(held_out, 2), talk("u6", 3), talk(held_out, 4)]
+    assert data.leaks(rows, asked) == ([(3, 2), (3, 4)] if leaked else [])
+
+
+@pytest.mark.parametrize(
     ("files", "file", "message"),
     [
         (["a.jsonl", "b.jsonl"], None, r"holds 2 .jsonl files: a.jsonl, b.jsonl. Name one in dataset.file"),
@@ -127,6 +155,16 @@ def test_the_file_must_be_clear(
     dataset = Dataset.model_validate({"uri": "pvc://data/several", "file": file})
     with pytest.raises(RunFailure, match=message):
         data.load(make_run(), dataset, "training")
+
+
+def test_an_artifact_that_is_refused_is_a_bad_dataset_and_no_model(tmp_path: Path, make_run: Any) -> None:
+    folder = tmp_path / "data/pickled"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text(GOOD)
+    (folder / "rows.pkl").write_bytes(b"x")
+    with pytest.raises(RunFailure, match=r"refused because of rows\.pkl") as caught:
+        data.load(make_run(), Dataset.model_validate({"uri": "pvc://data/pickled"}), "training")
+    assert caught.value.reason == "BadDataset"
 
 
 def test_a_config_map_is_a_dataset(tmp_path: Path, make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

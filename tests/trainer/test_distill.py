@@ -215,6 +215,20 @@ def test_an_object_that_corrects_another_asks_nothing_again(
             assert len(fake.requests) == before + 16
 
 
+def test_a_greedy_teacher_is_asked_each_prompt_once(
+    make_run: Callable[..., Context], job: Callable[..., dict[str, Any]], jsonl: Callable[..., str]
+) -> None:
+    """Its requests would be equal, byte for byte."""
+    greedy = {"temperature": 0, "samplesPerPrompt": 4}
+    with FakeTeacher(knows) as fake:
+        spec = job(fake, data={"generation": greedy})
+        leaky = jsonl([{"prompt": question} for question in (*RIGHT, GOLD[0][0])], "leaky")
+        spec["distill"]["data"]["prompts"] = {"uri": leaky}
+        found = distill.run(make_run(**spec)).metrics
+        assert set(fake.asked.values()) == {1}
+    assert (found["answers"], found["kept"], found["dropped_dedupe"], found["dropped_decontaminate"]) == (16, 16, 0, 1)
+
+
 def test_prompts_that_cannot_be_trained_on_are_not_asked(
     make_run: Callable[..., Context], job: Callable[..., dict[str, Any]], jsonl: Callable[..., str]
 ) -> None:
@@ -234,12 +248,16 @@ def test_a_conversation_that_the_template_cannot_take_costs_no_request(
     model = write_model(tmp_path / "strict", no_system)
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "the lamp in the lab is broken"}]
     prompts = jsonl([{"messages": [{"role": "user", "content": next(iter(RIGHT))}]}, {"messages": talk}], "some")
+    answered = {"messages": [*talk, {"role": "assistant", "content": "{}"}]}
+    gold = jsonl([chat(*GOLD[0]), answered], "gold-talk")
     with FakeTeacher(knows) as fake:
-        spec = job(fake, data={"prompts": {"uri": prompts}})
-        with pytest.raises(RunFailure, match="refuses the conversation of line 2: no system turns") as caught:
-            distill.run(make_run(model=model, **spec))
+        asked = job(fake, data={"prompts": {"uri": prompts}})
+        held_out = job(fake, evaluation={"dataset": {"uri": gold}})
+        for spec in (asked, held_out):
+            with pytest.raises(RunFailure, match="refuses the conversation of line 2: no system turns") as caught:
+                distill.run(make_run(model=model, **spec))
+            assert caught.value.reason == "BadDataset"
         assert not fake.requests
-    assert caught.value.reason == "BadDataset"
 
 
 def test_faults_of_the_spec_cost_no_request(
@@ -258,6 +276,8 @@ def test_faults_of_the_spec_cost_no_request(
         schema["distill"]["data"]["filters"] = {"jsonSchema": {"name": "none", "key": "schema.json"}}
         prose = job(fake)
         prose["distill"]["evaluation"]["dataset"]["uri"] = jsonl([chat("a", "prose")], "prose")
+        endless = job(fake, training={"earlyStopping": {"patience": 1, "everySteps": 1}, "maxLength": 60})
+        endless["distill"]["evaluation"]["dataset"]["uri"] = jsonl([chat("lamp " * 100, "{}")], "long")
         keyless = job(fake)
         keyless["teacher"] |= {"secret": "absent", "key": "token"}
         for spec, reason, message in (
@@ -265,6 +285,7 @@ def test_faults_of_the_spec_cost_no_request(
             (broken, "UnsupportedModel", "names no architecture"),
             (schema, "SourceNotFound", "ConfigMap none, key schema.json"),
             (prose, "BadDataset", "fieldMatch compares JSON objects"),
+            (endless, "BadDataset", "All 1 examples are longer than 60"),
             (keyless, "BadSpec", "Secret absent is not mounted"),
         ):
             with pytest.raises(RunFailure, match=message) as caught:

@@ -27,6 +27,8 @@ FORGETFUL = (
 SILENT = CHATML.replace(
     "message['content'] + '<|im_end|>", "('' if message['role'] == 'assistant' else message['content']) + '<|im_end|>"
 )
+# Has the model think before it answers, and shows no thoughts of earlier answers.
+THINKING = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
 ENDLESS = CHATML.replace("<|im_end|>", "")
 STERN = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
 
@@ -92,12 +94,12 @@ def test_every_answer_of_a_conversation_is_trained_with_its_end(tokenizer: Any) 
 def test_golden_ids_and_labels(tokenizer: Any) -> None:
     (item,) = encoding.encode(tokenizer, [ASK], [END], "assistant", 64).items
     prompt = encoding.encode_prompt(tokenizer, ASK)
-    assert item.input_ids[: len(prompt)] == tuple(prompt)
-    assert item.labels[: len(prompt)] == (IGNORED,) * len(prompt)
-    answer = tuple(tokenizer('{"room": "lab"}', add_special_tokens=False)["input_ids"])
-    newline = tuple(tokenizer("\n", add_special_tokens=False)["input_ids"])
-    assert item.input_ids[len(prompt) :] == (*answer, END, *newline)
-    assert item.labels[len(prompt) :] == (*answer, END, IGNORED)
+    assert list(item.input_ids[: len(prompt)]) == prompt
+    assert list(item.labels[: len(prompt)]) == [IGNORED] * len(prompt)
+    answer = tokenizer('{"room": "lab"}', add_special_tokens=False)["input_ids"]
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    assert list(item.input_ids[len(prompt) :]) == [*answer, END, *newline]
+    assert list(item.labels[len(prompt) :]) == [*answer, END, IGNORED]
     assert item.trained == len(answer) + 1
 
 
@@ -113,7 +115,7 @@ def test_what_stands_before_an_answer_is_what_inference_gives(tokenizer: Any, an
     example = Example((Message("user", "door?\n"),), answer, 1)
     (item,) = encoding.encode(tokenizer, [example], [END], "assistant", 64).items
     prompt = encoding.encode_prompt(tokenizer, example)
-    assert item.input_ids[: len(prompt)] == tuple(prompt)
+    assert list(item.input_ids[: len(prompt)]) == prompt
     assert item.labels[len(prompt)] != IGNORED
 
 
@@ -140,6 +142,14 @@ def test_a_template_that_rewrites_the_past_is_refused(tokenizer: Any) -> None:
         trained(tokenizer, TALK)
 
 
+@pytest.mark.parametrize("tokenizer", [THINKING], indirect=True)
+def test_a_template_that_opens_thoughts_is_refused_with_the_cause(tokenizer: Any) -> None:
+    """One question and answer a line would not help: the difference is in what is asked."""
+    with pytest.raises(RunFailure, match=r"puts '<think>\\n' before an answer that is asked for.*turn 2 of line 1\)"):
+        trained(tokenizer, ASK)
+    assert encoding.turn_end(tokenizer) == END  # what is not trained, but measured or converted, is not refused
+
+
 @pytest.mark.parametrize("tokenizer", [STERN], indirect=True)
 def test_what_a_template_refuses_is_said_with_the_line(tokenizer: Any) -> None:
     with pytest.raises(RunFailure, match="refuses the conversation of line 4: System role not supported"):
@@ -160,7 +170,41 @@ def test_long_examples_are_left_out_and_counted(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [CHATML], indirect=True)
+def test_a_large_set_is_tokenized_in_parts_and_can_be_broken_off(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [Example((Message("user", f"lamp {number}"),), f"room {number}", number) for number in range(50)]
+    whole = encoding.encode(tokenizer, rows, [END], "assistant", 100)
+    calls: list[int] = []
+    tokenize = type(tokenizer).__call__
+
+    def recording(self: Any, texts: Any, **more: Any) -> Any:
+        calls.append(sum(map(len, texts)))
+        return tokenize(self, texts, **more)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", recording)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 1000)
+    assert encoding.encode(tokenizer, rows, [END], "assistant", 100) == whole
+    assert len(calls) > 3
+    assert max(calls) < 1100  # the last example of a part may go beyond it
+    calls.clear()
+    asked = 0
+
+    def check() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 30:
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        encoding.encode(tokenizer, rows, [END], "assistant", 100, check=check)
+    assert sum(calls) < 30 * 100  # no text of the others was looked at
+
+
+@pytest.mark.parametrize("tokenizer", [CHATML], indirect=True)
 def test_the_end_of_a_turn_is_found(tokenizer: Any) -> None:
+    assert encoding.turn_end(tokenizer) == END
+    tokenizer.chat_template = MARKED  # which leaves the end outside of its marks
     assert encoding.turn_end(tokenizer) == END
     tokenizer.chat_template = ENDLESS
     assert encoding.turn_end(tokenizer) is None

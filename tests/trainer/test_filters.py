@@ -30,7 +30,7 @@ def run(
     [
         ([row(" a \n")], {}, ["a"], {}),
         ([row("a"), row("a "), row("b"), row("a", "other")], {}, ["a", "b", "a"], {"dedupe": 1}),
-        ([row("a"), row("a", "  Q ")], {}, ["a"], {"dedupe": 1}),  # the same question, but for case and space
+        ([row("a"), row("a", "Q"), row("a", "q ")], {}, ["a", "a", "a"], {}),  # case and space may be the question
         ([row("a"), row("a")], {"dedupe": False}, ["a", "a"], {}),
         ([row("ab"), row("a")], {"minCharacters": 2}, ["ab"], {"minCharacters": 1}),
         ([row("ab"), row("abc")], {"maxCharacters": 2}, ["ab"], {"maxCharacters": 1}),
@@ -91,6 +91,14 @@ def test_contamination_is_told_whatever_the_case_and_space() -> None:
     prompts = [Example((Message("user", text),), None) for text in ("one", "Two  words", "three")]
     held_out = [Example((Message("user", "two words"),), "2")]
     assert filters.contaminated(prompts, held_out) == {1}
+
+
+def test_contamination_is_told_in_conversations_and_behind_system_prompts() -> None:
+    """The system prompt of the spec is put before both later; the answers to earlier turns are trained on, too."""
+    user, other = Message("user", "one"), Message("user", "two")
+    prompts = [(user,), (user, Message("assistant", "1"), other), (other,), (Message("system", "t"), user)]
+    held_out = [Example((Message("system", "s"), user), "1")]
+    assert filters.contaminated([Example(turns, None) for turns in prompts], held_out) == {0, 1}
 
 
 @pytest.mark.parametrize(

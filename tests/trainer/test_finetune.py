@@ -11,7 +11,7 @@ from tiny import chat, task
 
 from slmops.api.finetune import Lora
 from slmops_artifacts import ArtifactError, Manifest, push, read_manifest
-from slmops_trainer import context, finetune, models
+from slmops_trainer import context, finetune, generate, models
 from slmops_trainer.context import Context
 from slmops_trainer.failure import RunFailure
 
@@ -139,6 +139,48 @@ def test_unknown_target_modules_are_listed(make_run: Callable[..., Context], set
     with pytest.raises(RunFailure, match=r"c_attn.*it has .*down_proj.*q_proj") as caught:
         finetune.run(make_run(finetune=wrong))
     assert caught.value.reason == "BadSpec"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"method": "lora", "lora": {"targetModules": ["c_attn"]}}, "c_attn fits no module"),
+        ({"method": "lora", "lora": {"targetModules": ["norm"]}}, "cannot be adapted: Target module"),
+        (
+            {"training": {**FULL["training"], "maxLength": 60, "earlyStopping": {"patience": 1, "everySteps": 1}}},
+            "All 1 examples are longer than 60",
+        ),
+    ],
+    ids=["unknown module", "module of another kind", "nothing to stop by"],
+)
+def test_what_is_known_to_fail_does_so_before_anything_is_measured(
+    make_run: Callable[..., Context],
+    jsonl: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: dict[str, Any],
+    message: str,
+) -> None:
+    train = jsonl([chat(*row) for row in task()], "train")
+    held_out = jsonl([chat("lamp " * 100, "{}")], "held-out")
+    answers: list[Any] = []
+    generated = generate._greedy
+    monkeypatch.setattr(generate, "_greedy", lambda *given: (answers.append(given), generated(*given))[1])
+    with pytest.raises(RunFailure, match=message):
+        finetune.run(make_run(finetune=spec(train, held_out, **fault)))
+    assert not answers
+
+
+def test_an_adapter_does_not_change_what_is_measured_of_its_base(
+    make_run: Callable[..., Context], sets: tuple[str, str]
+) -> None:
+    short = {"training": {**FULL["training"], "maxSteps": 1}}
+    full = finetune.run(make_run(finetune=spec(*sets, **short))).metrics
+    lora = {**short, "method": "lora", "lora": {"r": 4, "dropout": 0.5}}
+    adapted = finetune.run(make_run(uid="uid-2", output="pvc://store/lora", finetune=spec(*sets, **lora))).metrics
+    assert {name: value for name, value in adapted.items() if name.startswith("base_")} == {
+        name: value for name, value in full.items() if name.startswith("base_")
+    }
+    assert adapted["perplexity"] != adapted["base_perplexity"]  # and it is trained
 
 
 def test_every_target_module_has_to_mean_something(tiny_model: Path) -> None:

@@ -160,6 +160,17 @@ def test_answers_are_the_argmax_of_the_model_step_by_step(tiny_model: Path) -> N
     assert generate.generate(loaded.model, loaded.tokenizer, [example], 10, 4) == [expected]
 
 
+def test_an_answer_is_measured_to_the_letter(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the server gives it: tokenizers that tidy up the spaces before punctuation change what the model said."""
+    loaded = models.load(tiny_model, "tiny")
+    loaded.tokenizer.clean_up_tokenization_spaces = True
+    texts = ["Ça va ?", "[ 1 , 2 ]", " do n't"]
+    rows = [loaded.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    monkeypatch.setattr(generate, "_greedy", lambda *_: rows)
+    asked = [Example((Message("user", "x"),), text) for text in texts]
+    assert generate.generate(loaded.model, loaded.tokenizer, asked, 20, 3) == texts
+
+
 def test_a_prompt_as_long_as_the_context_gets_no_answer(tiny_model: Path) -> None:
     loaded = models.load(tiny_model, "tiny")
     long = Example((Message("user", "lamp " * 300),), "x")
@@ -168,6 +179,27 @@ def test_a_prompt_as_long_as_the_context_gets_no_answer(tiny_model: Path) -> Non
     answers = generate.generate(loaded.model, loaded.tokenizer, [long, tight, examples()[0]], 30, 8)
     assert answers[0] == ""
     assert answers[2] == generate.generate(loaded.model, loaded.tokenizer, [examples()[0]], 30, 8)[0]
+
+
+def test_prompts_that_fill_the_context_share_batches_and_keep_their_answers(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """maxTokens as large as the context leaves no prompt the room that is asked for; memory is set by batchSize."""
+    loaded = models.load(tiny_model, "tiny")
+    with torch.no_grad():  # a random model repeats one token; this one has more to say
+        for parameter in loaded.model.model.layers.parameters():
+            parameter.mul_(5)
+    asked = [Example((Message("user", "lamp " * (200 + at)),), "x") for at in (0, 0, 3, 5, 20, 30)]
+    rows: list[int] = []
+    greedy = generate._greedy
+    monkeypatch.setattr(generate, "_greedy", lambda *given: (rows.append(len(given[1])), greedy(*given))[1])
+    alone = generate.generate(loaded.model, loaded.tokenizer, asked, 256, 1)
+    room = [256 - len(encoding.encode_prompt(loaded.tokenizer, example)) for example in asked]
+    assert (rows, len(set(alone))) == ([1] * 6, 5)
+    rows.clear()
+    assert generate.generate(loaded.model, loaded.tokenizer, asked, 256, 6) == alone
+    assert rows == [6, 5, 4, 3, 2]  # each leaves when its own room is used
+    assert min(room) < max(room) < 60
 
 
 def test_perplexity_of_a_uniform_model_is_its_vocabulary(tiny_model: Path) -> None:

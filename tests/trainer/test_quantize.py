@@ -5,6 +5,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,10 @@ from tiny import chat, task
 
 from slmops.api.quantized import Gate, QuantizedModelSpec
 from slmops.api.run import RunResult
-from slmops_artifacts import ArtifactError, read_manifest
+from slmops_artifacts import ArtifactError, Parent, read_manifest
 from slmops_trainer import context, generate, models, onnx_build, onnx_graph, quantize
 from slmops_trainer.context import Context
-from slmops_trainer.data import Example, Message
+from slmops_trainer.data import Example, Examples, Message
 from slmops_trainer.failure import RunFailure
 from slmops_trainer.onnx_generate import OnnxModel
 
@@ -61,6 +62,19 @@ def own_answers(lively: Path) -> list[tuple[str, str]]:
     found = [(question, answer) for question, answer in zip(questions, answers, strict=True) if answer.strip()]
     assert len(found) > 6
     return found
+
+
+def test_the_converted_model_is_judged_by_what_it_says_to_the_letter(
+    make_run: Callable[..., Context], tiny_model: Path
+) -> None:
+    loaded = models.load(tiny_model, "tiny")
+    loaded.tokenizer.clean_up_tokenization_spaces = True
+    said = loaded.tokenizer("Ça va ?", add_special_tokens=False)["input_ids"]
+    gate = Gate.model_validate({"dataset": {"uri": "pvc://data/x"}, "metric": "exactMatch", "maxDrop": 0})
+    parent = Parent(kind="dataset", uri="configmap://x/y", digest="sha256:" + "1" * 64)
+    held_out = Examples((Example((Message("user", "x"),), "Ça va ?"),), "prompt-completion", "gold", parent)
+    model: Any = SimpleNamespace(answer=lambda ids, limit: said)
+    assert quantize._answer_all(make_run(), loaded, model, gate, held_out)["exactMatch"] == 1
 
 
 @pytest.fixture

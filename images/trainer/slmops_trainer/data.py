@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 Role = Literal["training", "evaluation", "prompts"]
 Format = Literal["messages", "prompt-completion"]
 
+Question = tuple[str, str]  # a hash of the turns up to it, the system's aside, and the system's text, "" without one
+
 ROLES = ("system", "user", "assistant")
 
 
@@ -53,10 +55,22 @@ class Example:
         return [message.wire() for message in self.messages] + tail
 
     @property
-    def key(self) -> str:
-        """Identity of the question: equal for prompts that differ in case or white space alone."""
-        text = json.dumps([[m.role, " ".join(m.content.casefold().split())] for m in self.messages])
-        return hashlib.sha256(text.encode()).hexdigest()
+    def questions(self) -> list[Question]:
+        """What it teaches answers to, its own question last: of a conversation, every answer is trained on.
+
+        Equal for questions that differ in case or white space alone.
+        """
+        talk, system = hashlib.sha256(), ""
+        found: list[Question] = []
+        for message in self.messages:
+            text = " ".join(message.content.casefold().split())
+            if message.role == "system":
+                system = text
+                continue
+            talk.update(json.dumps([message.role, text]).encode())
+            if message.role == "user":
+                found.append((talk.hexdigest(), system))
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +108,12 @@ def load(ctx: "Context", dataset: Dataset, role: Role) -> Examples:
     else:
         assert dataset.uri is not None  # the CRD demands one of the two
         secret = dataset.secret_ref.name if dataset.secret_ref else None
-        folder, manifest = ctx.pull(Input(uri=dataset.uri, secret=secret), f"data-{role}", f"Pulling {role} data")
+        try:
+            folder, manifest = ctx.pull(Input(uri=dataset.uri, secret=secret), f"data-{role}", f"Pulling {role} data")
+        except RunFailure as failure:
+            if failure.reason != "UnsupportedModel":
+                raise
+            raise RunFailure("BadDataset", failure.message) from failure
         path = _pick(folder, dataset.file, dataset.uri)
         source, digest, uri = (
             f"{dataset.uri}, file {path.relative_to(folder)}",
@@ -126,8 +145,28 @@ def read(path: Path, dataset: Dataset, role: Role, source: str = "") -> tuple[tu
 
 def leaks(training: Sequence[Example], evaluation: Sequence[Example]) -> list[tuple[int, int]]:
     """(line in training, line in evaluation) of every held-out question that also occurs in training."""
-    seen = {item.key: item.line for item in reversed(training)}
-    return [(seen[item.key], item.line) for item in evaluation if item.key in seen]
+    first: dict[Question, int] = {}
+    for at, question in taught(training, evaluation):
+        first.setdefault(question, training[at].line)
+    asked = ((item.questions[-1], item.line) for item in evaluation)
+    return [(first[question], line) for question, line in asked if question in first]
+
+
+def taught(examples: Sequence[Example], held_out: Sequence[Example]) -> Iterator[tuple[int, Question]]:
+    """The position of every example that teaches a held-out question's answer, and that question.
+
+    Two system texts make two tasks of one question; without one on one of the sides it is the same task: the system
+    text may be put before it later, as DistillationJobs do.
+    """
+    known: dict[str, set[str]] = {}
+    for example in held_out:
+        talk, system = example.questions[-1]
+        known.setdefault(talk, set()).add(system)
+    for at, example in enumerate(examples):
+        for talk, system in example.questions:
+            for other in known.get(talk, ()):
+                if not system or not other or system == other:
+                    yield at, (talk, other)
 
 
 def refuse_leaks(training: Examples, evaluation: Examples) -> None:

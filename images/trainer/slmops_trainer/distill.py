@@ -41,7 +41,10 @@ def run(ctx: Context) -> RunResult:
     folder, base = ctx.pull(ctx.spec.model, "student")
     ctx.report("Loading", 0, 1, ctx.spec.model.uri)
     loaded = models.load(folder, ctx.spec.model.uri)
-    unfit = synthetic.unfit(loaded, prompts, spec)
+    unfit = synthetic.unfit(ctx, loaded, prompts, spec)
+    gold = _instructed(held_out, settings.system_prompt)
+    watched = _watched(loaded, spec, gold)
+    _check_held_out(loaded, gold, spec.evaluation)
     ctx.resume()
     store = answers.Answers(ctx.checkpoints.folder / answers.PART)
     shared = answers.shared(ctx)
@@ -49,25 +52,24 @@ def run(ctx: Context) -> RunResult:
         store.recall(shared)
     try:
         made = synthetic.make(ctx, spec, terms, prompts, held_out, schema, store, unfit)
-        examples, system = made.examples, settings.system_prompt
-        if held_out is not None:
-            held_out = replace(held_out, items=tuple(synthetic.instructed(item, system) for item in held_out.items))
-        _measure_teacher(ctx, spec, terms, held_out, store)
+        examples = made.examples
+        _measure_teacher(ctx, spec, terms, gold, store)
     finally:
         store.share(shared)
     limit = spec.training.max_length
-    encoded = encoding.encode(loaded.tokenizer, examples.items, loaded.stop_ids, "assistant", limit, examples.source)
+    encoded = encoding.encode(
+        loaded.tokenizer, examples.items, loaded.stop_ids, "assistant", limit, examples.source, ctx.check
+    )
     ctx.check()
-    _measure(ctx, loaded, spec.evaluation, held_out, BEFORE, "base_")
+    _measure(ctx, loaded, spec.evaluation, gold, BEFORE, "base_")
     ctx.keep()
-    watched = _watched(loaded, spec, held_out)
     report = train(
         ctx, loaded.model, loaded.tokenizer, encoded.items, spec.training, evaluation=watched, stage=TRAINING
     )
     ctx.check()
     student = ctx.work / "trained"
     models.write(loaded, loaded.model, student)
-    _measure(ctx, models.load(student, "the trained student"), spec.evaluation, held_out, AFTER, "")
+    _measure(ctx, models.load(student, "the trained student"), spec.evaluation, gold, AFTER, "")
     _count(ctx, report, encoded, spec.evaluation)
     origin = publish.Origin(
         ctx.spec.model.uri,
@@ -79,7 +81,7 @@ def run(ctx: Context) -> RunResult:
     recipe = {
         **spec.wire(),
         "teacher": {"url": terms.endpoint.url, "model": terms.endpoint.model, "name": terms.endpoint.name},
-        "evaluationDigest": held_out.digest if held_out else None,
+        "evaluationDigest": gold.digest if gold else None,
     }
     title = f"A student of {terms.endpoint.name or terms.endpoint.model}, distilled for {spec.task_type}."
     return publish.publish(ctx, student, origin, spec.evaluation, recipe=recipe, seed=spec.training.seed, title=title)
@@ -117,6 +119,24 @@ def _held_out(ctx: Context, spec: DistillationJobSpec, prompts: Examples) -> Exa
     # A metric that the references do not allow is known before any answer is paid for.
     evaluate.evaluate(found.references, found.references, spec.evaluation.metrics)
     return found
+
+
+def _instructed(held_out: Examples | None, system: str | None) -> Examples | None:
+    """The held-out questions as they are asked: behind the system prompt that the student learns with."""
+    if held_out is None:
+        return None
+    return replace(held_out, items=tuple(synthetic.instructed(item, system) for item in held_out.items))
+
+
+def _check_held_out(loaded: models.Loaded, gold: Examples | None, evaluation: Evaluation | None) -> None:
+    """Raise what the student's evaluation would: its chat template may take the prompts and not what is held out."""
+    if gold is None or evaluation is None:
+        return
+    for item in gold.items:
+        encoding.encode_prompt(loaded.tokenizer, item)
+    if "perplexity" in evaluation.metrics:
+        longest = loaded.tokenizer.model_max_length
+        encoding.encode(loaded.tokenizer, gold.items, loaded.stop_ids, "assistant", longest)
 
 
 def _measure_teacher(

@@ -6,7 +6,8 @@ where the tokenizer would merge characters across the border. Without a chat tem
 simply joined, with the end-of-text token after them.
 """
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,16 +19,22 @@ from slmops_trainer.failure import RunFailure
 
 IGNORED = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
+BATCH_CHARACTERS = 1 << 20  # that are tokenized together: a call takes some 150 bytes a token until it is over
+
 LossOn = Literal["assistant", "all"]
 Piece = tuple[str, bool]  # text, is it an answer
+Ids = tuple[list[int], bool]  # the same, tokenized
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One example. `labels` is `input_ids` where the loss counts, IGNORED elsewhere; both have the same length."""
+    """One example. `labels` is `input_ids` where the loss counts, IGNORED elsewhere; both have the same length.
 
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
+    Arrays of 32 bits ("i"): all examples lie in memory throughout the training.
+    """
+
+    input_ids: "array[int]"
+    labels: "array[int]"
 
     @property
     def trained(self) -> int:
@@ -50,34 +57,68 @@ def encode(
     loss_on: LossOn,
     max_length: int,
     source: str = "the set",
+    check: Callable[[], None] | None = None,
 ) -> EncodedSet:
     """Encode examples with answers. Those above `max_length` or the model's context are left out and counted, not cut.
 
     `stop_ids`: the tokens at which generation ends (models.Loaded.stop_ids); every answer is made to end in one.
-    `source` names the examples to people. Raises RunFailure(BadDataset) when all are too long,
-    RunFailure(NothingToTrain) when the loss is on answers and none of them has a token but its end.
+    `source` names the examples to people; `check()` is called before each of them and may raise.
+    Raises RunFailure(BadDataset) when all are too long, RunFailure(NothingToTrain) when the loss is on answers and none
+    of them has a token but its end.
     """
-    cut = [_pieces(tokenizer, example) for example in examples]
-    texts = [text for parts in cut for text, _ in parts]
-    ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
-    pieces = [[(next(ids), answer) for _, answer in parts] for parts in cut]
-    items = [_join(tokenizer, parts, stop_ids, loss_on) for parts in pieces]
     limit = min(max_length, tokenizer.model_max_length)
-    kept = tuple(item for item in items if len(item.input_ids) <= limit)
-    if items and not kept:
+    kept: list[Encoded] = []
+    shortest: int | None = None  # of those that are too long
+    first: Example | None = None  # of those that fit
+    says = loss_on == "all"
+    for example, parts in _tokenized(tokenizer, examples, check):
+        item = _join(tokenizer, parts, stop_ids, loss_on)
+        length = len(item.input_ids)
+        if length > limit:
+            shortest = length if shortest is None else min(shortest, length)
+            continue
+        kept.append(item)
+        first = first or example
+        says = says or _says(parts, stop_ids)
+    if first is None and shortest is not None:
         raise RunFailure(
             "BadDataset",
-            f"All {len(items)} examples are longer than {limit} tokens, the lesser of training.maxLength and the "
-            f"model's context; the shortest has {min(len(item.input_ids) for item in items)}. "
-            "Raise maxLength, or shorten them.",
+            f"All {len(examples)} examples are longer than {limit} tokens, the lesser of training.maxLength and the "
+            f"model's context; the shortest has {shortest}. Raise maxLength, or shorten them.",
         )
-    fitting = [at for at, item in enumerate(items) if len(item.input_ids) <= limit]
-    if fitting and loss_on == "assistant" and not any(_says(pieces[at], stop_ids) for at in fitting):
-        raise _nothing(tokenizer, examples[fitting[0]], source)
-    return EncodedSet(kept, len(items) - len(kept))
+    if first is not None and not says:
+        raise _nothing(tokenizer, first, source)
+    return EncodedSet(tuple(kept), len(examples) - len(kept))
 
 
-def _says(parts: Sequence[tuple[list[int], bool]], stop_ids: Sequence[int]) -> bool:
+def _tokenized(
+    tokenizer: Any, examples: Sequence[Example], check: Callable[[], None] | None
+) -> Iterator[tuple[Example, list[Ids]]]:
+    """Each example with its pieces' ids. Texts go to the tokenizer many at a time: one by one is slow."""
+    batch: list[tuple[Example, list[Piece]]] = []
+    characters = 0
+    for example in examples:
+        if check is not None:
+            check()
+        pieces = _pieces(tokenizer, example)
+        batch.append((example, pieces))
+        characters += sum(len(text) for text, _ in pieces)
+        if characters >= BATCH_CHARACTERS:
+            yield from _tokenize(tokenizer, batch)
+            batch, characters = [], 0
+    if batch:
+        yield from _tokenize(tokenizer, batch)
+
+
+def _tokenize(tokenizer: Any, batch: Sequence[tuple[Example, list[Piece]]]) -> Iterator[tuple[Example, list[Ids]]]:
+    texts = [text for _, pieces in batch for text, _ in pieces]
+    found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+    ids = iter(found["input_ids"])
+    for example, pieces in batch:
+        yield example, [(next(ids), answer) for _, answer in pieces]
+
+
+def _says(parts: Sequence[Ids], stop_ids: Sequence[int]) -> bool:
     """Whether the example's answers have a token beside those that end them."""
     return any(len(piece) > (piece[-1] in stop_ids) for piece, answer in parts if answer and piece)
 
@@ -107,6 +148,15 @@ def encode_prompt(tokenizer: Any, example: Example) -> list[int]:
     return _begin(tokenizer) + list(tokenizer(_plain(example), add_special_tokens=False)["input_ids"])
 
 
+def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of an answer's ids, without special tokens, to the letter: as it was trained, as the server gives it.
+
+    Left to themselves, some tokenizers "clean up" spaces before punctuation, which the model wrote.
+    """
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
+
+
 def turn_end(tokenizer: Any) -> int | None:
     """The special token with which the chat template ends an answer, if it uses one.
 
@@ -115,7 +165,8 @@ def turn_end(tokenizer: Any) -> int | None:
     if not tokenizer.chat_template:
         return None
     probe = Example((Message("user", "x"),), "y")
-    text = next(text for text, answer in reversed(_pieces(tokenizer, probe)) if answer)
+    # White space after the end of a turn is the template's, and generation never gets that far.
+    text = _render(tokenizer, probe.turns, probe)[0].rstrip()
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return int(ids[-1]) if ids and ids[-1] in special else None
@@ -145,12 +196,21 @@ def _spans(tokenizer: Any, turns: list[dict[str, str]], whole: str, example: Exa
             continue
         before = _render(tokenizer, turns[:index], example, prompt=True)[0]
         through = _render(tokenizer, turns[: index + 1], example)[0]
-        if not (whole.startswith(before) and whole.startswith(through) and len(before) < len(through)):
+        if not whole.startswith(through):
             raise RunFailure(
                 "UnsupportedModel",
                 f"The model's chat template renders turn {index + 1} of line {example.line} differently once more "
                 "turns follow, so the answer's tokens cannot be told from the rest. "
                 "Use a template with {% generation %} marks, or train on one question and answer a line.",
+            )
+        if not through.startswith(before):
+            pairs = enumerate(zip(before, through, strict=False))
+            added = before[next((at for at, (one, other) in pairs if one != other), len(through)) :]
+            raise RunFailure(
+                "UnsupportedModel",
+                f"The model's chat template puts {added!r} before an answer that is asked for, and not before one that "
+                f"is given (turn {index + 1} of line {example.line}): what is trained would not be what is asked. "
+                "Use a model whose template begins both alike.",
             )
         yield len(before), len(through)
 
@@ -175,7 +235,7 @@ def _render(
     return texts[0], [(start, end) for start, end in marks[0]] if marked else []
 
 
-def _join(tokenizer: Any, parts: list[tuple[list[int], bool]], stop_ids: Sequence[int], loss_on: LossOn) -> Encoded:
+def _join(tokenizer: Any, parts: Sequence[Ids], stop_ids: Sequence[int], loss_on: LossOn) -> Encoded:
     begin = [] if tokenizer.chat_template else _begin(tokenizer)
     ids = list(begin)
     labels = [IGNORED] * len(begin) if loss_on == "assistant" else list(begin)
@@ -193,7 +253,7 @@ def _join(tokenizer: Any, parts: list[tuple[list[int], bool]], stop_ids: Sequenc
         # Neither the template nor the text ends the answer: without this the model would learn never to stop.
         ids.append(tokenizer.eos_token_id)
         labels.append(tokenizer.eos_token_id)
-    return Encoded(tuple(ids), tuple(labels))
+    return Encoded(array("i", ids), array("i", labels))
 
 
 def _begin(tokenizer: Any) -> list[int]:

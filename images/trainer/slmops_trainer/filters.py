@@ -14,7 +14,7 @@ from referencing.exceptions import Unresolvable
 
 from slmops.api.distillation import Filters
 from slmops.api.run import CONFIGMAP_ROOT
-from slmops_trainer.data import Example
+from slmops_trainer.data import Example, Message, taught
 from slmops_trainer.failure import RunFailure
 
 NAMES = (
@@ -37,9 +37,8 @@ class Row:
 
 
 def contaminated(prompts: Sequence[Example], held_out: Sequence[Example]) -> set[int]:
-    """Positions of the prompts that also occur in the evaluation set, case and white space aside."""
-    known = {example.key for example in held_out}
-    return {index for index, prompt in enumerate(prompts) if prompt.key in known}
+    """Positions of the prompts that also occur in the evaluation set (see data.taught)."""
+    return {index for index, _ in taught(prompts, held_out)}
 
 
 def apply(
@@ -51,12 +50,12 @@ def apply(
     """
     drops: Counter[str] = Counter()
     kept: list[Example] = []
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[tuple[Message, ...], str]] = set()
     for row in rows:
         answer = after_thoughts(row.text) if thoughts else row.text.strip()
         reason = _reason(row, answer, filters, schema)
         if reason is None and answer is not None:
-            identity = (row.example.key, answer)
+            identity = (row.example.messages, answer)
             if not (filters.dedupe and identity in seen):
                 seen.add(identity)
                 kept.append(replace(row.example, answer=answer))

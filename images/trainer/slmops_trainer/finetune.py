@@ -1,6 +1,7 @@
 """FineTuneJob: full or LoRA fine-tuning of a causal language model."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,15 @@ def run(ctx: Context) -> RunResult:
     ctx.report("Loading", 0, 1, ctx.spec.model.uri)
     loaded = models.load(folder, ctx.spec.model.uri)
     limit = spec.training.max_length
-    encoded = encoding.encode(loaded.tokenizer, training.items, loaded.stop_ids, spec.loss_on, limit, training.source)
+    encoded = encoding.encode(
+        loaded.tokenizer, training.items, loaded.stop_ids, spec.loss_on, limit, training.source, ctx.check
+    )
     ctx.check()
-    _measure(ctx, loaded, spec, held_out, BEFORE, "base_")
-    model = adapt(loaded.model, spec.lora or Lora(), spec.training.seed) if spec.method == "lora" else loaded.model
+    # What can be known to fail does so before anything is measured.
     watched = _watched(loaded, spec, held_out)
+    model = adapt(loaded.model, spec.lora or Lora(), spec.training.seed) if spec.method == "lora" else loaded.model
+    with model.disable_adapter() if spec.method == "lora" else nullcontext():
+        _measure(ctx, loaded, spec, held_out, BEFORE, "base_")
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     report = train(ctx, model, loaded.tokenizer, encoded.items, spec.training, evaluation=watched, stage=TRAINING)
     ctx.check()

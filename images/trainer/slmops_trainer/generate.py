@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria
 
 from slmops_trainer.data import Example
-from slmops_trainer.encoding import Encoded, encode_prompt
+from slmops_trainer.encoding import Encoded, decode_answer, encode_prompt
 from slmops_trainer.loss import collate, loss_sum
 from slmops_trainer.models import context
 
@@ -43,11 +43,12 @@ def generate(
     done = len(prompts) - len(order)
     was_training = model.training
     model.eval()
-    for batch in _batches(order, prompts, batch_size, room - max_tokens):
-        limit = min(max_tokens, room - len(prompts[batch[0]]))
-        rows = _greedy(model, [prompts[index] for index in batch], limit, stops, pad_id(tokenizer), check)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        limits = [min(max_tokens, room - len(prompts[index])) for index in batch]
+        rows = _answers(model, [prompts[index] for index in batch], limits, stops, pad_id(tokenizer), check)
         for index, row in zip(batch, rows, strict=True):
-            answers[index] = tokenizer.decode(row, skip_special_tokens=True)
+            answers[index] = decode_answer(tokenizer, row)
         done += len(batch)
         if on_batch is not None:
             on_batch(done, len(prompts))
@@ -86,11 +87,25 @@ def pad_id(tokenizer: Any) -> int:
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
 
-def _batches(order: Sequence[int], prompts: Sequence[Sequence[int]], size: int, room: int) -> list[list[int]]:
-    """Groups of `size`; a prompt that leaves less than the wanted room goes alone and cuts no neighbour's answer."""
-    tight = [[index] for index in order if len(prompts[index]) > room]
-    free = [index for index in order if len(prompts[index]) <= room]
-    return tight + [free[start : start + size] for start in range(0, len(free), size)]
+def _answers(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    stops: list[int],
+    pad: int,
+    check: Callable[[], None] | None,
+) -> list[list[int]]:
+    """The rows' answers, each up to its own limit: when one is full, the others go on from where they are."""
+    found: list[list[int]] = [[] for _ in prompts]
+    left = list(range(len(prompts)))
+    while left:
+        limit = min(limits[at] - len(found[at]) for at in left)
+        rows = _greedy(model, [[*prompts[at], *found[at]] for at in left], limit, stops, pad, check)
+        for at, row in zip(left, rows, strict=True):
+            found[at] += row
+        # A row that ended is shorter than the limit: its end took a place.
+        left = [at for at, row in zip(left, rows, strict=True) if len(row) == limit and len(found[at]) < limits[at]]
+    return found
 
 
 def _greedy(

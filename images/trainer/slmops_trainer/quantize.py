@@ -197,7 +197,7 @@ def _answer_all(
     began, tokens = time.monotonic(), 0
     for number, example in enumerate(held_out.items, 1):
         ids = model.answer(encoding.encode_prompt(loaded.tokenizer, example), gate.max_tokens)
-        answers.append(loaded.tokenizer.decode(ids, skip_special_tokens=True))
+        answers.append(encoding.decode_answer(loaded.tokenizer, ids))
         tokens += len(ids)
         on_row(number, total)
     speed = tokens / max(1e-9, time.monotonic() - began)  # one stream, prompts included

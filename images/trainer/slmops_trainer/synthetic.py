@@ -73,16 +73,19 @@ def make(
     return _read(ctx, folder, artifact.uri, manifest)
 
 
-def unfit(loaded: Loaded, prompts: Examples, spec: DistillationJobSpec) -> set[int]:
+def unfit(ctx: "Context", loaded: Loaded, prompts: Examples, spec: DistillationJobSpec) -> set[int]:
     """Positions of the prompts that leave no room for an answer in what is trained on.
 
     Raises RunFailure(BadDataset, UnsupportedModel) for a conversation that the student's chat template cannot take:
-    known now, or after the last answer is paid for.
+    known now, or after the last answer is paid for; and RunFailure(Interrupted).
     """
     limit = min(spec.training.max_length, loaded.tokenizer.model_max_length)
     taught = [instructed(example, spec.data.generation.system_prompt) for example in prompts.items]
-    lengths = [len(encoding.encode_prompt(loaded.tokenizer, example)) for example in taught]
-    found = {index for index, length in enumerate(lengths) if length + ROOM > limit}
+    found: set[int] = set()
+    for index, example in enumerate(taught):
+        ctx.check()
+        if len(encoding.encode_prompt(loaded.tokenizer, example)) + ROOM > limit:
+            found.add(index)
     # Earlier answers in a conversation have to be told apart in it: one of each shape shows whether they can.
     shapes = {tuple(m.role for m in taught[i].messages): taught[i] for i in range(len(taught)) if i not in found}
     for example in shapes.values():
@@ -131,7 +134,7 @@ def _generate(
     asked = [example for index, example in enumerate(prompts.items) if index not in leaked | unfit]
     taught = [instructed(example, settings.system_prompt) for example in asked]
     shown = wire([instructed(example, settings.system_prompt, think=settings.chain_of_thought) for example in asked])
-    samples = settings.samples_per_prompt
+    samples = settings.samples_per_prompt if settings.temperature else 1  # greedy answers to one prompt are equal
     teacher = answers.teacher_key(terms.endpoint)
     questions = generation.questions(shown, samples, teacher, terms.sampling, spec.training.seed)
     outcome = generation.ask_all(ctx, questions, terms, store, GENERATING)

@@ -39,7 +39,7 @@ class Teacher(Model):
 class Generation(Model):
     """How the teacher is asked."""
 
-    samples_per_prompt: int = Field(default=1, ge=1, le=64, description="Answers to each prompt.")
+    samples_per_prompt: int = Field(default=1, ge=1, le=64, description="Answers to each prompt; one at temperature 0.")
     temperature: float = Field(default=0.7, ge=0, le=2, description="Sampling temperature; 0 is greedy.")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling.")
     max_tokens: int = Field(default=512, ge=1, le=131072, description="Longest answer, in tokens.")
