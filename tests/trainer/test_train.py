@@ -34,7 +34,7 @@ def recipe(**more: Any) -> Training:
 
 
 def fit(
-    ctx: Context, folder: Path, training: Training, lora: bool = False, watch: int = 0
+    ctx: Context, folder: Path, training: Training, lora: bool = False, watch: int = 0, base: str = "sha256:a"
 ) -> tuple[dict[str, torch.Tensor], TrainReport]:
     """Train in this `pod`; the weights as they are afterwards, whether or not it was stopped."""
     loaded = models.load(folder, "tiny")
@@ -44,7 +44,7 @@ def fit(
         from slmops.api.finetune import Lora
 
         model = finetune.adapt(model, Lora(r=4, dropout=0.3), training.seed)
-    report = train(ctx, model, loaded.tokenizer, encoded.items, training, evaluation=encoded.items[:watch])
+    report = train(ctx, model, loaded.tokenizer, encoded.items, training, base=base, evaluation=encoded.items[:watch])
     return {name: value.detach().clone() for name, value in state.trainable(model).items()}, report
 
 
@@ -235,6 +235,14 @@ def test_a_checkpoint_of_other_data_is_not_used(make_run: Callable[..., Context]
     fit(make_run(finetune=None), tiny_model, recipe(maxSteps=1))
     _, report = fit(make_run(finetune=None), tiny_model, recipe(maxSteps=2))
     assert report.resumed_at is None
+
+
+def test_a_checkpoint_on_another_base_is_not_used(make_run: Callable[..., Context], tiny_model: Path) -> None:
+    fit(make_run(finetune=None), tiny_model, recipe(maxSteps=1), lora=True)
+    _, report = fit(make_run(finetune=None), tiny_model, recipe(maxSteps=1), lora=True, base="sha256:b")
+    assert report.resumed_at is None
+    _, report = fit(make_run(finetune=None), tiny_model, recipe(maxSteps=1), lora=True, base="sha256:b")
+    assert report.resumed_at == 1
 
 
 def test_accumulated_batches_weigh_tokens_not_batches(make_run: Callable[..., Context], tiny_model: Path) -> None:

@@ -58,12 +58,13 @@ def run(ctx: Context) -> RunResult:
     limit = spec.training.max_length
     encoded = encoding.encode(loaded.tokenizer, examples.items, loaded.stop_ids, "assistant", limit, examples.source)
     ctx.check()
-    _measure(ctx, loaded, spec.evaluation, held_out, BEFORE, "base_")
+    _measure(ctx, loaded, spec.evaluation, held_out, BEFORE, "base_", base.digest)
     ctx.keep()
     watched = _watched(loaded, spec, held_out)
     report = train(
-        ctx, loaded.model, loaded.tokenizer, encoded.items, spec.training, evaluation=watched, stage=TRAINING
-    )
+        ctx, loaded.model, loaded.tokenizer, encoded.items, spec.training,
+        base=base.digest, evaluation=watched, stage=TRAINING,
+    )  # fmt: skip
     ctx.check()
     student = ctx.work / "trained"
     models.write(loaded, loaded.model, student)
@@ -151,12 +152,13 @@ def _measure(
     held_out: Examples | None,
     stage: str,
     prefix: str,
+    origin: str = "",
 ) -> None:
-    """Evaluate and put the metrics into the result; what an earlier pod measured of the base stands."""
+    """Evaluate and put the metrics into the result; what an earlier pod measured of the base, `origin`, stands."""
     if held_out is None or evaluation is None:
         return
-    if stage == BEFORE:
-        values = measure.once(ctx, loaded, held_out, evaluation, stage)
+    if origin:
+        values = measure.once(ctx, loaded, held_out, evaluation, stage, origin)
     else:
         _, values = measure.measure(ctx, loaded, held_out, evaluation, stage)
     for name, value in values.items():
