@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from artifact_support import Registry, contents, safetensors, write
 
-from slmops_artifacts import Manifest, push, read_manifest
+from slmops_artifacts import Manifest, push, read_manifest, transfer
 from slmops_trainer import checkpoints
 from slmops_trainer.checkpoints import Checkpoints
 from slmops_trainer.failure import RunFailure
@@ -166,6 +168,33 @@ def test_a_full_store_keeps_what_it_has_and_takes_more_when_there_is_room(
         assert loaded(run.pod()) == 2
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("code", [400, 409, 412, 413])
+def test_a_registry_that_lets_no_tag_be_replaced_fails_no_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch, code: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And keeps what it has: the first checkpoint."""
+    send = transfer.Http.send
+
+    def picky(http: transfer.Http, method: str, url: str, headers: Any, body: Any = None) -> httpx.Response:
+        if method == "PUT" and "/manifests/" in url and read_manifest(run.uri) is not None:
+            text = '{"errors":[{"code":"PRECONDITION","message":"the tag is immutable"}]}'
+            return httpx.Response(code, text=text, request=httpx.Request(method, url))
+        return send(http, method, url, headers, body)
+
+    monkeypatch.setattr(transfer.Http, "send", picky)
+    pod = run.pod()
+    pod.load()
+    save(pod, 1)
+    write(pod.folder, {"training/weights.safetensors": safetensors(64, b"2")})
+    for _ in range(2):
+        assert f"HTTP {code}" in pod.save(patience=5)
+    assert len(caplog.records) == 1
+    assert loaded(run.pod()) == 1
+    monkeypatch.setattr(transfer.Http, "send", send)
+    assert pod.save(patience=5) == ""  # somebody has allowed it
+    assert loaded(run.pod()) == 2
 
 
 def test_a_store_that_is_away_is_no_store_without_a_checkpoint(run: Run, registry: Registry) -> None:

@@ -9,15 +9,17 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ask import ask, context
 from asking import STORE, TEXTS, in_thread, saved, upper, wait_until
 from fake_teacher import FakeTeacher, Fault, answer
 
-from slmops_artifacts import pull
-from slmops_trainer import answers, generation, teacher
+from slmops_artifacts import ArtifactError, pull, push
+from slmops_trainer import answers, checkpoints, generation, teacher
 from slmops_trainer.context import Context
+from slmops_trainer.failure import RunFailure
 
 
 def test_asking_holds_while_the_store_takes_nothing(
@@ -57,6 +59,35 @@ def test_sigterm_saves_what_came_and_lets_requests_in_flight_finish(pod: Callabl
         _, texts = ask(pod(), fake.url, TEXTS)
         assert all(texts)
         assert fake.asked == dict.fromkeys(TEXTS, 1)
+
+
+def test_a_store_that_lets_no_tag_be_replaced_ends_no_asking(
+    pod: Callable[[], Context], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushes = 0
+
+    def picky(*arguments: Any, **more: Any) -> Any:
+        nonlocal pushes
+        pushes += 1
+        if pushes > 1:
+            raise ArtifactError("Refused", "the registry refused the manifest (HTTP 412).")
+        return push(*arguments, **more)
+
+    def script(number: int, *_: object) -> None:
+        if number > 6:
+            wait_until(lambda: saved(tmp_path) > 0)
+
+    monkeypatch.setattr(checkpoints, "push", picky)
+    with FakeTeacher(upper, script) as fake:
+        _, texts = ask(pod(), fake.url, TEXTS)
+        assert texts == [text.upper() for text in TEXTS]
+        assert pushes > 1
+        assert 0 < saved(tmp_path) < len(TEXTS)
+        ctx = pod()
+        ctx.stop.set()
+        with pytest.raises(RunFailure, match="which the store refused: the registry refused") as caught:
+            ask(ctx, fake.url, TEXTS)
+    assert caught.value.reason == "Interrupted"
 
 
 def test_a_killed_pod_has_to_ask_again_only_what_was_not_saved(pod: Callable[[], Context], tmp_path: Path) -> None:

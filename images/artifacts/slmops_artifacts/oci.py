@@ -223,7 +223,7 @@ class _Repository:
         reply = self.http.request(
             "PUT",
             f"{self._base}manifests/{self._ref.tag or 'latest'}",
-            expect=(201, 400, 404),
+            expect=(201, 400, 404, 409, 412),
             body=lambda: document,
             headers={"Content-Type": MANIFEST_TYPE},
         )
@@ -232,8 +232,9 @@ class _Repository:
             if b"BLOB_UNKNOWN" in reply.body:
                 return None
             raise ArtifactError(
-                "UnsupportedFormat",
-                f"{self._ref}: the registry refused the manifest (HTTP {reply.status}). See its log.",
+                "Refused",
+                f"{self._ref}: the registry refused the manifest (HTTP {reply.status}). See its log. If it lets no tag "
+                "be replaced, allow that for this repository: checkpoints are saved under one tag.",
             )
         if reply.headers.get("docker-content-digest", digest) != digest:
             raise ArtifactError("DigestMismatch", f"{self._ref}: the registry changed the manifest. Use another one.")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import httpx
 
-from .errors import ArtifactError, disk_full
+from .errors import ArtifactError, Reason, disk_full
 from .waiting import hold
 
 _SLOW = httpx.Timeout(300.0, connect=10.0)
@@ -136,7 +136,7 @@ class Http:
 
     def failure(self, response: httpx.Response) -> ArtifactError:
         """Name what a bad answer means."""
-        code = response.status_code
+        code, writing = response.status_code, response.request.method not in ("GET", "HEAD")
         try:
             text = response.read()[:65536].decode("utf-8", "replace").lower()
         except httpx.HTTPError:
@@ -157,15 +157,15 @@ class Http:
             return ArtifactError("AccessDenied", f"{self.where} does not allow this (HTTP 405): it is read-only.")
         if code == 413:
             return ArtifactError(
-                "UnsupportedFormat",
-                f"{self.where} refused an upload as too large (HTTP 413). Raise its body limit.",
+                "Refused", f"{self.where} refused an upload as too large (HTTP 413). Raise its body limit."
             )
         if code in _BUSY or code >= 500:
             return ArtifactError(
                 "SourceUnavailable",
                 f"{self.where} does not work now (HTTP {code}). Check the server and its log.",
             )
-        return ArtifactError("UnsupportedFormat", f"{self.where} refused the request (HTTP {code}). See its log.")
+        reason: Reason = "Refused" if writing else "UnsupportedFormat"
+        return ArtifactError(reason, f"{self.where} refused the request (HTTP {code}). See its log.")
 
     def _redirect(self, url: httpx.URL, response: httpx.Response) -> httpx.URL:
         """Where a redirect leads. Never out of TLS: a manifest found by its tag has no digest to be checked with."""

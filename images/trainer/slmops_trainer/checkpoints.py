@@ -39,6 +39,7 @@ class Checkpoints:
         self._found: bool | None = None  # None: not looked for yet
         self._good = ""  # pinned URI of the newest checkpoint that is known to be whole, where the store keeps several
         self._older: list[str] = []  # pinned URIs that the next save makes superfluous
+        self._refused = ""  # why the store took none lately
 
     def load(self) -> Path | None:
         """The folder with the last complete checkpoint, None where there is none yet. Pulls once.
@@ -57,28 +58,35 @@ class Checkpoints:
                 raise from_artifact(error, writing=True) from error
         return self.folder if self._found else None
 
-    def save(self, folder: Path | None = None, patience: float | None = None) -> None:
+    def save(self, folder: Path | None = None, patience: float | None = None) -> str:
         """Publish the folder. Cheap when nothing changed, and files that did not change are not sent again.
 
         `patience`: seconds for which a store that is away is waited for. What was saved before stays until the new
-        one is whole. Raises RunFailure(StoreUnavailable, DiskFull, AccessDenied).
+        one is whole. Returns why a store that works refuses it, such as one that lets no tag be replaced: waiting helps
+        nothing then, and the run goes on without. Raises RunFailure(StoreUnavailable, DiskFull, AccessDenied).
         """
         source = folder or self.folder
         files = list_files(source, str(source))
         digest = folder_digest(hash_file(path)._replace(path=name) for name, path in files.items())
         if not files or digest == self._published:
-            return
+            return ""
         annotations = {ANNOTATION_UID: self._uid, **({PREVIOUS: self._good} if self._good else {})}
         manifest = Manifest(kind="checkpoint", annotations=annotations, created=self._created)
         try:
             uri, _ = push(source, self.uri, manifest, patience=patience)
         except ArtifactError as error:
-            raise from_artifact(error, writing=True) from error
-        self._published = digest
+            if error.reason != "Refused":
+                raise from_artifact(error, writing=True) from error
+            if error.message != self._refused:  # once, not every few seconds
+                log.warning("The store takes no checkpoint, and the run goes on without: %s", error.message)
+            self._refused = error.message
+            return error.message
+        self._published, self._refused = digest, ""
         if isinstance(parse(self.uri), OciRef):
             self._remove([old for old in self._older if old not in (uri, self._good)])
             self._older = [self._good] if self._good else []
             self._good = uri
+        return ""
 
     def discard(self) -> None:
         """Remove the checkpoints of a run whose result is safe. What cannot be removed is left, with a warning."""

@@ -92,18 +92,17 @@ class Context:
             self.checkpoints.load()
 
     def keep(self) -> str:
-        """Save the checkpoint. Returns what prevented it, if the store may mend itself: then the run goes on without.
+        """Save the checkpoint. Returns what prevented it, if the store may be mended: then the run goes on without.
 
         Raises RunFailure(AccessDenied).
         """
         try:
-            self.checkpoints.save(patience=SAVE_PATIENCE)
+            return self.checkpoints.save(patience=SAVE_PATIENCE)
         except RunFailure as failure:
             if failure.reason not in ("StoreUnavailable", "DiskFull"):
                 raise
             log.warning("Did not save the checkpoint: %s", failure.message)
             return failure.message
-        return ""
 
     def push(
         self, folder: Path, manifest: Manifest, uri: str = "", stage: str = "Publishing"

@@ -137,9 +137,10 @@ class _Run:
                 await self._last_save(quiet=True)
                 raise
             await self._wind_up([*workers, keeper])
-            await self._last_save()
+            refused = await self._last_save()
         if self.ctx.stop.is_set():
-            raise interrupted(f"Stopped with {self.done} of {len(self.all)} answers, which are saved.")
+            what = f"which the store refused: {refused}" if refused else "which are saved."
+            raise interrupted(f"Stopped with {self.done} of {len(self.all)} answers, {what}")
         self.outcome.unasked = len(self.all) - self.done - len(self.outcome.rejected)
         self._check_ratio(final=True)
         return self.outcome
@@ -254,22 +255,22 @@ class _Run:
             await asyncio.to_thread(self._publish, seal=False)
             self.saving_since = None
 
-    async def _last_save(self, *, quiet: bool = False) -> None:
-        """After the last answer. `quiet`: the run fails already, and for another reason."""
+    async def _last_save(self, *, quiet: bool = False) -> str:
+        """After the last answer. Returns why the store refused it. `quiet`: the run fails already, of another cause."""
         try:
-            await asyncio.to_thread(self._publish, seal=True)
+            return await asyncio.to_thread(self._publish, seal=True)
         except RunFailure as failure:
             if not quiet:
                 raise
             log.error("The last answers could not be saved: %s", failure.message)  # noqa: TRY400  # no trace: it is named
+            return failure.message
 
-    def _publish(self, *, seal: bool) -> None:
+    def _publish(self, *, seal: bool) -> str:
         # A save whose task was cancelled goes on in its thread: wait for it before touching the chunks it sends.
         with self.saving:
             if seal:
                 self.store.seal()
-            if len(self.store):
-                self.ctx.checkpoints.save()
+            return self.ctx.checkpoints.save() if len(self.store) else ""
 
     @staticmethod
     async def _wind_up(tasks: Sequence["asyncio.Task[None]"]) -> None:
