@@ -145,11 +145,38 @@ def test_a_disk_that_fills_up_spoils_no_answer(tmp_path: Path) -> None:
 
 
 def test_what_another_version_shared_is_ignored(pod: Callable[[], Context], tmp_path: Path) -> None:
-    (tmp_path / "store/out-answers").mkdir(parents=True)
-    (tmp_path / "store/out-answers/answers.jsonl").write_text('{"question": "who?"}\n')
+    other = answers.shared(pod(), "answers")
+    other.folder.mkdir()
+    (other.folder / answers.SHARED).write_text('{"question": "who?"}\n')
+    other.save()
     store = answers.Answers(tmp_path / "answers")
-    store.recall(answers.shared(pod()))
+    store.recall(answers.shared(pod(), "answers"))
     assert store.get("who?") is None
+    store.add("who", teacher.Reply("me", "stop", 1))
+    store.share(answers.shared(pod(), "answers"))
+    later = answers.Answers(tmp_path / "later")
+    later.recall(answers.shared(pod(), "answers"))
+    assert later.get("who") == teacher.Reply("me", "stop", 1)
+
+
+def test_objects_that_ask_at_the_same_time_leave_the_answers_of_all(pod: Callable[[], Context], tmp_path: Path) -> None:
+    stores = [answers.Answers(tmp_path / name) for name in ("one", "two", "three")]
+    for store in stores:
+        store.recall(answers.shared(pod(), "answers"))
+    for number, store in enumerate(stores):
+        store.add("of all", teacher.Reply("same", "stop", 1))
+        store.add(f"of {number}", teacher.Reply(f"text {number}", "stop", 1))
+    for store in stores:
+        store.share(answers.shared(pod(), "answers"))
+    later = answers.Answers(tmp_path / "later")
+    later.recall(answers.shared(pod(), "answers"))
+    assert later.get("of all") == teacher.Reply("same", "stop", 1)
+    assert [later.get(f"of {number}") for number in range(3)] == [
+        teacher.Reply(f"text {number}", "stop", 1) for number in range(3)
+    ]
+    assert later.recalled == 4
+    lines = (tmp_path / "store/out-answers/answers.jsonl").read_text().splitlines()
+    assert len(lines) == 4
 
 
 @pytest.mark.parametrize(
@@ -163,7 +190,7 @@ def test_what_another_version_shared_is_ignored(pod: Callable[[], Context], tmp_
 def test_answers_are_shared_by_the_objects_of_one_output(tmp_path: Path, output: str, uri: str) -> None:
     ctx = context(tmp_path / "pod", STORE)
     ctx.spec = ctx.spec.model_copy(update={"output": output})
-    assert answers.shared(ctx).uri == uri
+    assert answers.shared(ctx, "answers").uri == uri
 
 
 def test_checkpoints_hold_whole_chunks_only(pod: Callable[[], Context], tmp_path: Path) -> None:

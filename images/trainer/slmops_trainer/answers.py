@@ -123,26 +123,41 @@ class Answers:
             log.warning("Ignored answers that another version of this program left")
 
     def share(self, shared: Checkpoints) -> None:
-        """Leave all answers to later objects. This run has its own already: a failure is told, not raised."""
+        """Leave all answers to later objects. This run has its own already: a failure is told, not raised.
+
+        `shared`: not loaded yet, for other objects may have left theirs since this one looked.
+        """
         if self._replies.keys() <= self._earlier.keys():
             return
         try:
+            path = shared.folder / SHARED
+            known = _read(path).keys() if shared.load() is not None and path.is_file() else set()
+        except (ValueError, KeyError, TypeError):
+            path.unlink()  # of another version of this program
+            known = set()
+        except RunFailure as failure:
+            log.warning("The answers were not left for later objects: %s", failure)
+            return
+        fresh = [key for key in self._replies if key not in known]
+        if not fresh:
+            return
+        try:
             shared.folder.mkdir(parents=True, exist_ok=True)
-            with (shared.folder / SHARED).open("wb") as stream:
-                stream.writelines(_line(key, reply) for key, reply in (self._earlier | self._replies).items())
+            with path.open("ab") as stream:
+                stream.writelines(_line(key, self._replies[key]) for key in fresh)
             shared.save()
         except (RunFailure, OSError) as error:
             log.warning("The answers were not left for later objects: %s", error)
 
 
-def shared(ctx: "Context") -> Checkpoints:
-    """Where the answers for one output lie, whatever the object that asks."""
+def shared(ctx: "Context", folder: str) -> Checkpoints:
+    """Where the answers for one output lie, whatever the object that asks; a copy of them is put into `work/folder`."""
     ref = parse(ctx.spec.output)
     if isinstance(ref, OciRef):
         uri = f"oci://{ref.host}/{ref.repository}:{SHARED_TAG}"
     else:
         uri = f"{ctx.spec.output.rstrip('/')}-answers"
-    return Checkpoints(uri, ctx.work / "answers", "", ctx.started)  # of no one run: all of them may read it
+    return Checkpoints(uri, ctx.work / folder, "", ctx.started)  # of no one run: all of them may read it
 
 
 def _line(key: str, reply: Reply) -> bytes:

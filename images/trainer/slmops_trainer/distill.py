@@ -44,9 +44,8 @@ def run(ctx: Context) -> RunResult:
     unfit = synthetic.unfit(loaded, prompts, spec)
     ctx.resume()
     store = answers.Answers(ctx.checkpoints.folder / answers.PART)
-    shared = answers.shared(ctx)
     with ctx.told("Looking for answers", "store"):
-        store.recall(shared)
+        store.recall(answers.shared(ctx, "answers"))
     try:
         made = synthetic.make(ctx, spec, terms, prompts, held_out, schema, store, unfit)
         examples, system = made.examples, settings.system_prompt
@@ -54,7 +53,7 @@ def run(ctx: Context) -> RunResult:
             held_out = replace(held_out, items=tuple(synthetic.instructed(item, system) for item in held_out.items))
         _measure_teacher(ctx, spec, terms, held_out, store)
     finally:
-        store.share(shared)
+        store.share(answers.shared(ctx, "answers-now"))
     limit = spec.training.max_length
     encoded = encoding.encode(loaded.tokenizer, examples.items, loaded.stop_ids, "assistant", limit, examples.source)
     ctx.check()
