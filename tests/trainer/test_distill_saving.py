@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,26 @@ def test_objects_that_ask_at_the_same_time_leave_the_answers_of_all(pod: Callabl
     assert later.recalled == 4
     lines = (tmp_path / "store/out-answers/answers.jsonl").read_text().splitlines()
     assert len(lines) == 4
+
+
+def test_answers_of_earlier_objects_lie_on_the_disk_until_they_are_asked_for(
+    pod: Callable[[], Context], tmp_path: Path
+) -> None:
+    store = answers.Answers(tmp_path / "store")
+    texts = {f"key {number}": f"{number}\u2028ä" * 30_000 for number in range(50)}
+    for key, text in texts.items():
+        store.add(key, teacher.Reply(text, "stop", 1))
+    store.share(answers.shared(pod(), "answers"))
+    later = answers.Answers(tmp_path / "later")
+    tracemalloc.start()
+    try:
+        later.recall(answers.shared(pod(), "answers"))
+        assert tracemalloc.get_traced_memory()[0] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    for key in ("key 7", "key 0", "key 49"):
+        assert later.get(key) == teacher.Reply(texts[key], "stop", 1)
+    assert (len(later), later.recalled) == (3, 3)
 
 
 @pytest.mark.parametrize(

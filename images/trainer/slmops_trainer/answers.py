@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -52,11 +52,13 @@ class Answers:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._replies: dict[str, Reply] = {}
-        self._earlier: dict[str, Reply] = {}
+        # Of earlier objects there may be many more than this run asks for: they stay on the disk.
+        self._earlier: dict[str, int] = {}  # where the line of each begins, in this file:
+        self._earlier_file = folder
         self._open: IO[bytes] | None = None
         self.recalled = 0
         for path in sorted(folder.glob("*.jsonl")) if folder.is_dir() else []:
-            self._replies |= _read(path)
+            self._replies |= {key: reply for key, reply, _ in _rows(path)}
 
     def __len__(self) -> int:
         return len(self._replies)
@@ -64,7 +66,7 @@ class Answers:
     def get(self, key: str) -> Reply | None:
         """The saved answer, if there is one; an earlier object's becomes one of this run."""
         if key not in self._replies and key in self._earlier:
-            self.add(key, self._earlier[key])
+            self.add(key, _parse(_line_at(self._earlier_file, self._earlier[key]))[1])
             self.recalled += 1
         return self._replies.get(key)
 
@@ -117,8 +119,9 @@ class Answers:
         folder = shared.load()
         if folder is None or not (folder / SHARED).is_file():
             return
+        self._earlier_file = folder / SHARED
         try:
-            self._earlier = _read(folder / SHARED)
+            self._earlier = {key: start for key, _, start in _rows(self._earlier_file)}
         except (ValueError, KeyError, TypeError):
             log.warning("Ignored answers that another version of this program left")
 
@@ -130,22 +133,15 @@ class Answers:
         if self._replies.keys() <= self._earlier.keys():
             return
         try:
+            shared.load()
             path = shared.folder / SHARED
-            known = _read(path).keys() if shared.load() is not None and path.is_file() else set()
-        except (ValueError, KeyError, TypeError):
-            path.unlink()  # of another version of this program
-            known = set()
-        except RunFailure as failure:
-            log.warning("The answers were not left for later objects: %s", failure)
-            return
-        fresh = [key for key in self._replies if key not in known]
-        if not fresh:
-            return
-        try:
-            shared.folder.mkdir(parents=True, exist_ok=True)
-            with path.open("ab") as stream:
-                stream.writelines(_line(key, self._replies[key]) for key in fresh)
-            shared.save()
+            known = _keys(path)
+            fresh = [key for key in self._replies if key not in known]
+            if fresh:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("ab" if known else "wb") as stream:
+                    stream.writelines(_line(key, self._replies[key]) for key in fresh)
+                shared.save()
         except (RunFailure, OSError) as error:
             log.warning("The answers were not left for later objects: %s", error)
 
@@ -164,7 +160,29 @@ def _line(key: str, reply: Reply) -> bytes:
     return (json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False) + "\n").encode()
 
 
-def _read(path: Path) -> dict[str, Reply]:
-    with path.open(encoding="utf-8", newline="\n") as stream:
-        rows = [json.loads(line) for line in stream]
-    return {row["key"]: Reply(row["text"], row["finish"], row["tokens"]) for row in rows}
+def _line_at(path: Path, start: int) -> bytes:
+    with path.open("rb") as stream:
+        stream.seek(start)
+        return stream.readline()
+
+
+def _parse(line: bytes) -> tuple[str, Reply]:
+    row = json.loads(line)
+    return row["key"], Reply(row["text"], row["finish"], row["tokens"])
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Reply, int]]:
+    """Key, answer and first byte of each line. Raises ValueError, KeyError or TypeError for what is none of ours."""
+    start = 0
+    with path.open("rb") as stream:
+        for line in stream:
+            yield *_parse(line), start
+            start += len(line)
+
+
+def _keys(path: Path) -> set[str]:
+    """Those in a file; none if it is not there, or of another version of this program."""
+    try:
+        return {key for key, _, _ in _rows(path)}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return set()

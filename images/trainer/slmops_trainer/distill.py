@@ -54,6 +54,7 @@ def run(ctx: Context) -> RunResult:
         _measure_teacher(ctx, spec, terms, held_out, store)
     finally:
         store.share(answers.shared(ctx, "answers-now"))
+    del store, prompts  # training needs their memory
     limit = spec.training.max_length
     encoded = encoding.encode(loaded.tokenizer, examples.items, loaded.stop_ids, "assistant", limit, examples.source)
     ctx.check()
