@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from slmops.api.run import TeacherEndpoint
+from slmops_artifacts import ArtifactError
 from slmops_artifacts.uris import OciRef, parse
-from slmops_trainer.checkpoints import Checkpoints
+from slmops_trainer.checkpoints import DAMAGED, Checkpoints
 from slmops_trainer.failure import RunFailure
 from slmops_trainer.teacher import Reply, Sampling
 
@@ -115,11 +116,13 @@ class Answers:
             path.unlink()
 
     def recall(self, shared: Checkpoints) -> None:
-        """Look among the answers of earlier objects, too. Raises the failures of the store."""
-        folder = shared.load()
-        if folder is None or not (folder / SHARED).is_file():
+        """Look among the answers of earlier objects, too; not if the store has damaged them, for it is a saving only.
+
+        Raises the failures of a store that is away: what lies there has been paid for.
+        """
+        self._earlier_file = shared.folder / SHARED
+        if not _loads(shared) or not self._earlier_file.is_file():
             return
-        self._earlier_file = folder / SHARED
         try:
             self._earlier = {key: start for key, _, start in _rows(self._earlier_file)}
         except (ValueError, KeyError, TypeError):
@@ -133,9 +136,8 @@ class Answers:
         if self._replies.keys() <= self._earlier.keys():
             return
         try:
-            shared.load()
             path = shared.folder / SHARED
-            known = _keys(path)
+            known = _keys(path) if _loads(shared) else set()
             fresh = [key for key in self._replies if key not in known]
             if fresh:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,6 +156,18 @@ def shared(ctx: "Context", folder: str) -> Checkpoints:
     else:
         uri = f"{ctx.spec.output.rstrip('/')}-answers"
     return Checkpoints(uri, ctx.work / folder, "", ctx.started)  # of no one run: all of them may read it
+
+
+def _loads(shared: Checkpoints) -> bool:
+    """Whether there is something, and whole. Raises the failures of a store that is away."""
+    try:
+        return shared.load() is not None
+    except RunFailure as failure:
+        cause = failure.__cause__
+        if not (isinstance(cause, ArtifactError) and cause.reason in DAMAGED):
+            raise
+        log.warning("Ignored the answers of earlier objects: %s", failure.message)
+        return False
 
 
 def _line(key: str, reply: Reply) -> bytes:

@@ -125,8 +125,15 @@ class Checkpoints:
 
 
 def _before(manifest: Manifest) -> Iterator[str]:
-    """The pinned URIs of the checkpoints before this one, newest first: more than one only if a pod was killed."""
+    """The pinned URIs of the checkpoints before this one, newest first: more than one only if a pod was killed.
+
+    They are named to be removed: one that cannot be read ends the list, and no more.
+    """
     found: Manifest | None = manifest
     while found is not None and (previous := found.annotations.get(PREVIOUS)):
         yield previous
-        found = read_manifest(previous, patience=QUICK)
+        try:
+            found = read_manifest(previous, patience=QUICK)
+        except ArtifactError as error:
+            log.warning("Did not look for the checkpoints before %s: %s", previous, error.message)
+            return
