@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,7 @@ def test_asking_holds_while_the_store_takes_nothing(
     down, up = threading.Event(), threading.Event()
     ctx = pod()
     save = ctx.checkpoints.save
-    monkeypatch.setattr(ctx.checkpoints, "save", lambda: (down.set(), up.wait(60), save()))
+    monkeypatch.setattr(ctx.checkpoints, "save", lambda **_: (down.set(), up.wait(60), save())[2])
     slow = lambda number, question, _: Fault(body=answer(upper(question)), wait=down) if number > 20 else None  # noqa: E731
     with FakeTeacher(upper, slow) as fake:
         thread, found = in_thread(lambda: ask(ctx, fake.url, texts))
@@ -60,6 +61,67 @@ def test_sigterm_saves_what_came_and_lets_requests_in_flight_finish(pod: Callabl
         _, texts = ask(pod(), fake.url, TEXTS)
         assert all(texts)
         assert fake.asked == dict.fromkeys(TEXTS, 1)
+
+
+def test_sigterm_ends_the_waiting_for_a_store_that_is_away(
+    pod: Callable[[], Context], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pod has a minute: what is in flight gets its seconds, the last save and the sharing what is left."""
+    monkeypatch.setenv("SLMOPS_PLAIN_HTTP", "127.0.0.1:9")
+    monkeypatch.setattr(generation, "SAVE_PATIENCE", 0.5)
+    away, gate = "oci://127.0.0.1:9/away:tag", threading.Event()
+    ctx = pod()
+    ctx.spec = ctx.spec.model_copy(update={"output": away})
+    waits: list[bool] = []
+    publish = generation._Run._publish
+
+    def counted(run: generation._Run, *, last: bool = False) -> str:
+        ctx.checkpoints.uri = away
+        waits.append(last)
+        return publish(run, last=last)
+
+    def share() -> float:
+        with pytest.raises(RunFailure, match="cannot be reached") as caught:
+            ask(ctx, fake.url, TEXTS)
+        assert caught.value.reason == "StoreUnavailable"
+        store = answers.Answers(ctx.checkpoints.folder / answers.PART)
+        with ctx.told("Leaving answers", "store"):
+            store.share(answers.shared(ctx, "answers"), patience=0.5)
+        return len(store)
+
+    monkeypatch.setattr(generation._Run, "_publish", counted)
+    script = lambda number, *_: Fault(body=answer("late"), wait=gate) if number > 4 else None  # noqa: E731
+    with FakeTeacher(upper, script) as fake:
+        thread, found = in_thread(share)
+        fake.wait_for(8)  # four answered, four in flight
+        wait_until(lambda: len(waits) == 1)
+        stopped = time.monotonic()
+        ctx.stop.set()
+        gate.set()
+        thread.join(60)
+        assert not thread.is_alive()
+        assert time.monotonic() - stopped < 30  # not the five minutes of a run that nobody stops
+    assert found == [8]  # those in flight came, too
+    assert waits == [False, True]
+
+
+def test_sigterm_ends_the_waiting_of_the_last_save(
+    pod: Callable[[], Context], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SLMOPS_PLAIN_HTTP", "127.0.0.1:9")
+    monkeypatch.setattr(generation, "SAVE_SECONDS", 60.0)
+    monkeypatch.setattr(generation, "SAVE_PATIENCE", 0.5)
+    ctx = pod()
+    ctx.checkpoints.load()
+    ctx.checkpoints.uri = "oci://127.0.0.1:9/away:tag"
+    with FakeTeacher(upper) as fake:
+        thread, found = in_thread(lambda: ask(ctx, fake.url, TEXTS))
+        wait_until(lambda: "Waits for the store" in caplog.text)
+        ctx.stop.set()
+        thread.join(30)
+        assert not thread.is_alive()
+    assert found[0].reason == "StoreUnavailable"
+    assert len(answers.Answers(ctx.checkpoints.folder / answers.PART)) == len(TEXTS)
 
 
 def test_a_store_that_lets_no_tag_be_replaced_ends_no_asking(

@@ -128,22 +128,23 @@ class Answers:
         except (ValueError, KeyError, TypeError):
             log.warning("Ignored answers that another version of this program left")
 
-    def share(self, shared: Checkpoints) -> None:
+    def share(self, shared: Checkpoints, patience: float | None = None) -> None:
         """Leave all answers to later objects. This run has its own already: a failure is told, not raised.
 
         `shared`: not loaded yet, for other objects may have left theirs since this one looked.
+        `patience`: seconds for which a store that is away is waited for.
         """
         if self._replies.keys() <= self._earlier.keys():
             return
         try:
             path = shared.folder / SHARED
-            known = _keys(path) if _loads(shared) else set()
+            known = _keys(path) if _loads(shared, patience) else set()
             fresh = [key for key in self._replies if key not in known]
             if fresh:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("ab" if known else "wb") as stream:
                     stream.writelines(_line(key, self._replies[key]) for key in fresh)
-                shared.save()
+                shared.save(patience=patience)
         except (RunFailure, OSError) as error:
             log.warning("The answers were not left for later objects: %s", error)
 
@@ -158,10 +159,10 @@ def shared(ctx: "Context", folder: str) -> Checkpoints:
     return Checkpoints(uri, ctx.work / folder, "", ctx.started)  # of no one run: all of them may read it
 
 
-def _loads(shared: Checkpoints) -> bool:
+def _loads(shared: Checkpoints, patience: float | None = None) -> bool:
     """Whether there is something, and whole. Raises the failures of a store that is away."""
     try:
-        return shared.load() is not None
+        return shared.load(patience) is not None
     except RunFailure as failure:
         cause = failure.__cause__
         if not (isinstance(cause, ArtifactError) and cause.reason in DAMAGED):

@@ -17,7 +17,7 @@ from slmops_trainer.failure import from_artifact
 ANNOTATION_UID = "slmops.dev/run-uid"
 PREVIOUS = "slmops.dev/previous-checkpoint"
 DAMAGED = ("DigestMismatch", "SourceNotFound", "UnsupportedFormat")
-QUICK = 10.0  # seconds of patience for a removal: what stays behind costs room, not results
+QUICK = 10.0  # seconds of patience for what costs no result if it is left: removals, sharing
 
 log = logging.getLogger("slmops")
 
@@ -41,16 +41,17 @@ class Checkpoints:
         self._older: list[str] = []  # pinned URIs that the next save makes superfluous
         self._refused = ""  # why the store took none lately
 
-    def load(self) -> Path | None:
+    def load(self, patience: float | None = None) -> Path | None:
         """The folder with the last complete checkpoint, None where there is none yet. Pulls once.
 
+        `patience`: seconds for which a store that is away is waited for.
         Raises RunFailure when the store cannot be reached: starting over would throw away what was paid for.
         """
         if self._found is None:
             try:
-                manifest = read_manifest(self.uri)
+                manifest = read_manifest(self.uri, patience=patience)
                 if manifest is not None and manifest.annotations.get(ANNOTATION_UID) == self._uid:
-                    self._pull(manifest)
+                    self._pull(manifest, patience)
                     self._found = True
                 else:
                     self._found = False
@@ -99,18 +100,18 @@ class Checkpoints:
         except ArtifactError as error:
             log.warning("Left the checkpoint in the store: %s", error.message)
 
-    def _pull(self, newest: Manifest) -> None:
+    def _pull(self, newest: Manifest, patience: float | None) -> None:
         """Fill the folder from the newest checkpoint; from the one before it, if the store has damaged the newest."""
         uri, previous = pinned(self.uri, newest), newest.annotations.get(PREVIOUS, "")
         before = list(_before(newest))
         try:
-            pull(uri, self.folder)
+            pull(uri, self.folder, patience=patience)
             good = uri
         except ArtifactError as error:
             if error.reason not in DAMAGED or not previous:
                 raise
             log.warning("Went back to the checkpoint before the last one: %s", error.message)
-            pull(previous, self.folder)
+            pull(previous, self.folder, patience=patience)
             good = previous
         if isinstance(parse(self.uri), OciRef):
             self._good, self._older = good, [old for old in (uri, *before) if old != good]

@@ -7,6 +7,7 @@ from slmops.api.batch import Evaluation
 from slmops.api.distillation import DistillationJobSpec
 from slmops.api.run import RunResult
 from slmops_trainer import answers, data, encoding, evaluate, filters, generation, measure, models, publish, synthetic
+from slmops_trainer.checkpoints import QUICK
 from slmops_trainer.context import Context, read_secret
 from slmops_trainer.data import Examples
 from slmops_trainer.failure import RunFailure
@@ -53,7 +54,8 @@ def run(ctx: Context) -> RunResult:
             held_out = replace(held_out, items=tuple(synthetic.instructed(item, system) for item in held_out.items))
         _measure_teacher(ctx, spec, terms, held_out, store)
     finally:
-        store.share(answers.shared(ctx, "answers-now"))
+        with ctx.told("Leaving answers", "store"):  # which ends at once when the pod is asked to stop
+            store.share(answers.shared(ctx, "answers-now"), patience=QUICK if ctx.stop.is_set() else None)
     del store, prompts  # training needs their memory
     limit = spec.training.max_length
     encoded = encoding.encode(loaded.tokenizer, examples.items, loaded.stop_ids, "assistant", limit, examples.source)
