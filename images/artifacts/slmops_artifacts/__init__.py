@@ -5,7 +5,7 @@
 
 Every failure is an `ArtifactError` with a reason for machines and a sentence for people.
 
-`patience` is for how many seconds nothing may move before a store is given up that refuses, fails or is away
+`patience` is for how many seconds a store that refuses, fails or is away is tried again while nothing moves
 (default: SLMOPS_RETRY_SECONDS, 300); one that takes the connection and says nothing gets a minute at most.
 `waiting` tells of it, and can end it.
 """

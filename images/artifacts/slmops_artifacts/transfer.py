@@ -45,7 +45,11 @@ class Reply(NamedTuple):
 
 
 class Patience:
-    """Retries until nothing has moved for `window` seconds."""
+    """Retries until a store has failed for `window` seconds and nothing moved between.
+
+    They count from the first failure, for what went before it may have been a long way through a slow link; those of a
+    server that says nothing from the last thing that moved, for it says nothing before it fails, too.
+    """
 
     def __init__(self, window: float) -> None:
         self._window = window
@@ -53,14 +57,17 @@ class Patience:
 
     def progressed(self) -> None:
         """Something worked: forget the failures before."""
-        self._since = time.monotonic()
+        self._moved = time.monotonic()
+        self._failing: float | None = None
         self._pause = 0.25
 
     def wait(self, failure: ArtifactError, hint: float = 0.0) -> None:
         """Sleep before the next attempt, or raise `failure` when the time is over or trying is useless."""
         pause = max(min(hint, 60.0), self._pause * random.uniform(0.7, 1.3))  # noqa: S311 - jitter, not a secret
-        window = min(self._window, SILENCE) if failure.silent else self._window
-        if not failure.retryable or time.monotonic() - self._since + pause > window:
+        now = time.monotonic()
+        self._failing = now if self._failing is None else self._failing
+        since, window = (self._moved, min(self._window, SILENCE)) if failure.silent else (self._failing, self._window)
+        if not failure.retryable or now - since + pause > window:
             raise failure
         hold(failure, pause)
         self._pause = min(self._pause * 2, 15.0)
