@@ -174,6 +174,17 @@ def test_a_part_of_a_chunk_that_came_through_is_something_that_moved(monkeypatch
     assert (at, now) == (size, 100.0)
 
 
+def test_of_an_artifact_only_what_is_chosen_is_fetched(registry: Registry, model: Path, tmp_path: Path) -> None:
+    uri, pushed = push(model, f"oci://{registry.host}/tiny:v1", FULL)
+    registry.blob(hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()).rename(tmp_path / "away")
+    dest = tmp_path / "out"
+    for name in ("config.json", "sub/tokenizer.json", "config.json"):
+        assert pull(uri, dest, choose=lambda paths, name=name: [path for path in paths if path == name]) == pushed
+        assert contents(dest) == {name: (model / name).read_bytes()}
+    with pytest.raises(ArtifactError):  # a part is not taken for the whole
+        pull(uri, dest)
+
+
 def test_absent_means_none_and_pull_says_so(registry: Registry, tmp_path: Path) -> None:
     uri = f"oci://{registry.host}/nothing:v1"
     assert resolve(uri) is None
