@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from artifact_support import Registry, contents, safetensors, write
 
-from slmops_artifacts import Manifest, push, read_manifest
-from slmops_trainer import checkpoints
+from slmops_artifacts import Manifest, push, read_manifest, transfer
+from slmops_trainer import answers, checkpoints, teacher
 from slmops_trainer.checkpoints import Checkpoints
 from slmops_trainer.failure import RunFailure
 
@@ -92,6 +94,60 @@ def test_a_checkpoint_that_the_store_damaged_costs_one_step_back(run: Run, regis
     assert loaded(run.pod()) == 4
 
 
+@pytest.mark.parametrize("harm", ["changed", "garbled", "lost"])
+def test_a_damaged_older_checkpoint_harms_no_newer_one(
+    run: Run, registry: Registry, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    monkeypatch.setattr(checkpoints, "QUICK", 1.0)
+    pod = run.pod()
+    pod.load()
+    for step in (1, 2):
+        save(pod, step)
+    newest = read_manifest(run.uri)
+    assert newest is not None
+    older = registry.blob(newest.annotations[checkpoints.PREVIOUS].rpartition("sha256:")[2])
+    if harm == "lost":
+        older.unlink()
+    else:
+        older.write_bytes(older.read_bytes().replace(b"uid-1", b"uid-?") if harm == "changed" else b"?")
+    pod = run.pod()
+    assert loaded(pod) == 2
+    save(pod, 3)
+    assert loaded(run.pod()) == 3
+    run.pod().discard()
+    assert read_manifest(run.uri) is None
+
+
+@pytest.mark.parametrize("harm", ["changed", "lost"])
+def test_answers_that_the_store_damaged_are_left_and_replaced(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    run = Run(f"oci://{registry.host}/{REPOSITORY}:slmops-answers", tmp_path, uid="")
+    store = answers.Answers(tmp_path / "store")
+    store.add("key", teacher.Reply("text", "stop", 1))
+    store.share(run.pod())
+    pod = run.pod()
+    folder = pod.load()
+    assert folder is not None
+    blob = registry.blob(hash_of(folder / answers.SHARED))
+    if harm == "changed":
+        blob.write_bytes(b"?" * blob.stat().st_size)
+    else:
+        blob.unlink()
+    later = answers.Answers(tmp_path / "later")
+    later.recall(run.pod())
+    assert later.get("key") is None
+    later.add("key", teacher.Reply("again", "stop", 1))
+    later.share(run.pod())
+    last = answers.Answers(tmp_path / "last")
+    last.recall(run.pod())
+    assert last.get("key") == teacher.Reply("again", "stop", 1)
+    registry.stop()
+    with pytest.raises(RunFailure) as caught:
+        last.recall(run.pod())
+    assert caught.value.reason == "StoreUnavailable"
+
+
 def test_a_pod_killed_before_it_tidied_up(run: Run, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     class PowerCut(BaseException):
         """Nothing gets to run after it."""
@@ -166,6 +222,33 @@ def test_a_full_store_keeps_what_it_has_and_takes_more_when_there_is_room(
         assert loaded(run.pod()) == 2
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("code", [400, 409, 412, 413])
+def test_a_registry_that_lets_no_tag_be_replaced_fails_no_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch, code: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And keeps what it has: the first checkpoint."""
+    send = transfer.Http.send
+
+    def picky(http: transfer.Http, method: str, url: str, headers: Any, body: Any = None) -> httpx.Response:
+        if method == "PUT" and "/manifests/" in url and read_manifest(run.uri) is not None:
+            text = '{"errors":[{"code":"PRECONDITION","message":"the tag is immutable"}]}'
+            return httpx.Response(code, text=text, request=httpx.Request(method, url))
+        return send(http, method, url, headers, body)
+
+    monkeypatch.setattr(transfer.Http, "send", picky)
+    pod = run.pod()
+    pod.load()
+    save(pod, 1)
+    write(pod.folder, {"training/weights.safetensors": safetensors(64, b"2")})
+    for _ in range(2):
+        assert f"HTTP {code}" in pod.save(patience=5)
+    assert len(caplog.records) == 1
+    assert loaded(run.pod()) == 1
+    monkeypatch.setattr(transfer.Http, "send", send)
+    assert pod.save(patience=5) == ""  # somebody has allowed it
+    assert loaded(run.pod()) == 2
 
 
 def test_a_store_that_is_away_is_no_store_without_a_checkpoint(run: Run, registry: Registry) -> None:

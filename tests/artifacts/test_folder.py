@@ -73,6 +73,22 @@ def test_folders_filled_by_hand_and_single_files(claim: Path, model: Path, tmp_p
     assert pull("pvc://store/data", tmp_path / "data2").digest == data.digest
 
 
+def test_of_a_folder_only_what_is_chosen_is_copied(claim: Path, model: Path, tmp_path: Path) -> None:
+    _, pushed = push(model, "pvc://store/a", PLAIN)
+    for dest in (tmp_path / "new", tmp_path / "there"):
+        if dest.name == "there":
+            dest.mkdir()
+        assert pull("pvc://store/a", dest, choose=lambda _: ["config.json"]) == pushed
+        assert set(contents(dest)) == {"config.json"}
+        assert pull("pvc://store/a", dest) == pushed
+        assert contents(dest) == contents(model)
+    file = claim / "a/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(ArtifactError) as caught:
+        pull("pvc://store/a", tmp_path / "last", choose=lambda _: ["config.json"])
+    assert caught.value.reason == "DigestMismatch"
+
+
 def test_a_changed_file_is_noticed(claim: Path, model: Path, tmp_path: Path) -> None:
     push(model, "pvc://store/a", PLAIN)
     file = claim / "a/model.safetensors"

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,40 @@ def test_datasets(hub: Hub, tmp_path: Path) -> None:
     manifest = pull("hf://datasets/org/data", tmp_path / "out")
     assert (manifest.kind, manifest.format) == ("dataset", "jsonl")
     assert set(contents(tmp_path / "out")) == {"data/train.jsonl", "data/test.parquet"}
+
+
+def test_of_a_dataset_only_what_is_chosen_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    files = {"train.jsonl": b'{"a":1}\n', "test.jsonl": b'{"a":2}\n', "all.parquet": b"PAR1xxxxPAR1"}
+    hub.add("org/data", files, kind="dataset")
+    uri, seen = "hf://datasets/org/data", list[str]()
+    digest = resolve(uri)
+    hub.requests.clear()
+
+    def choose(paths: Sequence[str]) -> list[str]:
+        seen[:] = paths
+        return ["train.jsonl"]
+
+    found = pull(uri, tmp_path / "out", choose=choose)
+    assert seen == sorted(files)
+    assert found.digest == digest  # of the whole
+    assert contents(tmp_path / "out") == {"train.jsonl": files["train.jsonl"]}
+    assert not [path for path in hub.gets() if path.endswith("all.parquet")]
+    pull(uri, tmp_path / "out", choose=lambda _: ["all.parquet"])
+    assert contents(tmp_path / "out") == {"all.parquet": files["all.parquet"]}
+    assert pull(uri, tmp_path / "out") == found
+    assert contents(tmp_path / "out") == files
+
+
+def test_what_cannot_be_chosen_is_said_before_anything_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    hub.add("org/data", {"train.jsonl": b'{"a":1}\n'}, kind="dataset")
+
+    def none(paths: Sequence[str]) -> list[str]:
+        raise KeyError(*paths)
+
+    with pytest.raises(KeyError, match=r"train\.jsonl"):
+        pull("hf://datasets/org/data", tmp_path / "out", choose=none)
+    assert len(hub.requests) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_pickles_only_is_refused(hub: Hub, tmp_path: Path) -> None:

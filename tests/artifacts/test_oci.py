@@ -12,12 +12,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from artifact_support import Registry, contents, run_cli, safetensors, wait_for, write
 
-from slmops_artifacts import ArtifactError, Manifest, Parent, pull, push, read_manifest, resolve, upload
+from slmops_artifacts import ArtifactError, Manifest, Parent, pull, push, read_manifest, resolve, transfer, upload
+from slmops_artifacts.files import Entry, Ticker
+from slmops_artifacts.registry_auth import RegistryAuth
 
 FULL = Manifest(
     kind="model",
@@ -107,6 +110,79 @@ def test_large_files_go_in_chunks(registry: Registry, tmp_path: Path, monkeypatc
     assert registry.log().count("http.request.method=PATCH") >= 5
     pull(uri, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(source)
+
+
+def test_a_hiccup_in_a_slow_upload_costs_no_chunk_that_came_through(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk takes longer than the patience: the link is slow, but everything works."""
+    now, sent, faults = 0.0, list[str](), [3, 4]
+    send = transfer.Http.send
+
+    def slow(http: transfer.Http, method: str, url: str, headers: Any, body: Any = None) -> httpx.Response:
+        nonlocal now
+        if method == "PATCH":
+            now += 20.0
+            sent.append(headers["Content-Range"])
+            if len(sent) in faults:
+                return httpx.Response(502, request=httpx.Request(method, url))
+        return send(http, method, url, headers, body)
+
+    source = write(tmp_path / "big", {"model.safetensors": safetensors(5 << 20, bytes(range(256)))})
+    with monkeypatch.context() as patch:
+        patch.setattr(upload, "CHUNK_SIZE", 1 << 20)
+        patch.setattr(transfer.Http, "send", slow)
+        patch.setattr(transfer.time, "monotonic", lambda: now)
+        patch.setattr(transfer.time, "sleep", lambda _: None)
+        with pytest.raises(ArtifactError, match="HTTP 502"):  # the second one in a row is 20 s after the first
+            push(source, f"oci://{registry.host}/big:v1", Manifest(kind="model"), patience=15)
+        faults.pop()
+        sent.clear()
+        uri, _ = push(source, f"oci://{registry.host}/big:v1", Manifest(kind="model"), patience=15)
+    chunks = [f"{start << 20}-{((start + 1) << 20) - 1}" for start in range(5)]
+    assert sent == [*chunks[:3], *chunks[2:]]
+    pull(uri, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(source)
+
+
+def test_a_part_of_a_chunk_that_came_through_is_something_that_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a link that fails more often than a chunk takes, the upload still comes to its end."""
+    now, at, size = 0.0, 0, 3000
+    digest = "a" * 64
+
+    def registry(request: httpx.Request) -> httpx.Response:
+        nonlocal now, at
+        location = {"Location": "/v2/a/blobs/uploads/1"}
+        if request.method == "POST":
+            return httpx.Response(202, headers=location)
+        if request.method == "GET":
+            return httpx.Response(204, headers={**location, "Range": f"0-{at - 1}"})
+        now += 20.0
+        at = min(size, at + 700)  # so many bytes come through before the link breaks
+        return httpx.Response(201 if at == size else 502)
+
+    http = transfer.Http(
+        "registry", RegistryAuth(httpx.URL("https://registry/v2/a/"), "registry", "a", "push", None), 15
+    )
+    http.client = httpx.Client(transport=httpx.MockTransport(registry))
+    monkeypatch.setattr(transfer.time, "monotonic", lambda: now)
+    monkeypatch.setattr(transfer.time, "sleep", lambda _: None)
+    base = httpx.URL("https://registry/v2/a/")
+    upload.upload(
+        http, base, Entry("w", size, digest), lambda start, end: iter([bytes(end - start)]), Ticker(size, None)
+    )
+    assert (at, now) == (size, 100.0)
+
+
+def test_of_an_artifact_only_what_is_chosen_is_fetched(registry: Registry, model: Path, tmp_path: Path) -> None:
+    uri, pushed = push(model, f"oci://{registry.host}/tiny:v1", FULL)
+    registry.blob(hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()).rename(tmp_path / "away")
+    dest = tmp_path / "out"
+    for name in ("config.json", "sub/tokenizer.json", "config.json"):
+        assert pull(uri, dest, choose=lambda paths, name=name: [path for path in paths if path == name]) == pushed
+        assert contents(dest) == {name: (model / name).read_bytes()}
+    with pytest.raises(ArtifactError):  # a part is not taken for the whole
+        pull(uri, dest)
 
 
 def test_absent_means_none_and_pull_says_so(registry: Registry, tmp_path: Path) -> None:

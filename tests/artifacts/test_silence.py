@@ -77,14 +77,21 @@ def test_silence_is_given_a_minute_and_outages_the_whole_patience(monkeypatch: p
     monkeypatch.setattr(transfer.time, "sleep", lambda seconds: None)
     silent = ArtifactError("SourceUnavailable", "silent", silent=True)
     refused = ArtifactError("SourceUnavailable", "refused")
-    for failure, last in ((silent, 59.0), (refused, 299.0)):
+    for failure, last, before in ((silent, 59.0, 0.0), (refused, 299.0, 0.0), (refused, 299.0, 1000.0)):
         now = 0.0
         patience = transfer.Patience(300.0)
-        now = last - 1
+        now = before  # so long it worked, and then it began to fail
         patience.wait(failure)
-        now = last + 1
+        now = before + last - 1
+        patience.wait(failure)
+        now = before + last + 1
         with pytest.raises(ArtifactError):
             patience.wait(failure)
+    now = 0.0
+    patience = transfer.Patience(300.0)
+    now = 61.0  # what says nothing does so from the beginning
+    with pytest.raises(ArtifactError):
+        patience.wait(silent)
 
 
 def test_a_store_that_is_away_is_given_up_after_the_patience_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

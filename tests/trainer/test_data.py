@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from slmops.api.meta import Dataset
-from slmops_artifacts import Manifest
+from slmops_artifacts import Manifest, read_manifest
 from slmops_trainer import data
 from slmops_trainer.context import read_secret
 from slmops_trainer.data import Example, Message
@@ -153,8 +153,23 @@ def test_the_file_must_be_clear(
     for name in files:
         (folder / name).write_text(GOOD)
     dataset = Dataset.model_validate({"uri": "pvc://data/several", "file": file})
+    ctx = make_run()
     with pytest.raises(RunFailure, match=message):
-        data.load(make_run(), dataset, "training")
+        data.load(ctx, dataset, "training")
+    assert not (ctx.work / "data-training").exists()  # it is said before anything is fetched
+
+
+def test_of_several_files_the_one_that_is_read_is_fetched(tmp_path: Path, make_run: Any) -> None:
+    folder = tmp_path / "data/several"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("a.jsonl", "deep/b.jsonl", "c.parquet"):
+        (folder / name).write_text(GOOD)
+    whole = read_manifest("pvc://data/several")
+    assert whole is not None
+    ctx = make_run()
+    found = data.load(ctx, Dataset.model_validate({"uri": "pvc://data/several", "file": "deep/b.jsonl"}), "training")
+    assert found.digest == whole.digest
+    assert [path.name for path in (ctx.work / "data-training").rglob("*.*") if path.name[0] != "."] == ["b.jsonl"]
 
 
 def test_an_artifact_that_is_refused_is_a_bad_dataset_and_no_model(tmp_path: Path, make_run: Any) -> None:
@@ -187,7 +202,7 @@ def test_a_lineage_names_the_commit_and_not_the_branch(
     commit = "hf://datasets/org/rows@" + "0" * 40
     ctx = make_run()
 
-    def pulled(*_: object) -> tuple[Path, Manifest]:
+    def pulled(*_: object, **__: object) -> tuple[Path, Manifest]:
         (tmp_path / "rows.jsonl").write_text(GOOD)
         source = {"dev.slmops.source": commit}
         return tmp_path, Manifest(kind="dataset", digest="sha256:" + "1" * 64, annotations=source)

@@ -1,6 +1,8 @@
 """Whole distillation runs: a real HTTP teacher, a tiny student, the store."""
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from tiny import CHATML, chat, task, write_model
 
 from slmops.api.run import EXIT_INTERRUPTED
 from slmops_artifacts import read_manifest
-from slmops_trainer import distill, train
+from slmops_trainer import answers, distill, train
 from slmops_trainer.context import Context
 from slmops_trainer.failure import RunFailure
 
@@ -135,6 +137,29 @@ def test_a_pod_lost_in_training_goes_on_in_training(
         assert result.metrics["teacher_exactMatch"] > 0.8
         assert distill.run(make_run(**spec)) == result  # a third pod finds the work done
         assert len(fake.requests) == requests
+
+
+def test_training_holds_no_answers_in_memory(
+    make_run: Callable[..., Context], job: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores: list[weakref.ref[answers.Answers]] = []
+    alive: list[bool] = []
+
+    class Watched(answers.Answers):
+        def __init__(self, folder: Path) -> None:
+            super().__init__(folder)
+            stores.append(weakref.ref(self))
+
+    def looking(*arguments: Any, **more: Any) -> train.TrainReport:
+        gc.collect()
+        alive.extend(store() is not None for store in stores)
+        return train.train(*arguments, **more)
+
+    monkeypatch.setattr(answers, "Answers", Watched)
+    monkeypatch.setattr(distill, "train", looking)
+    with FakeTeacher(knows) as fake:
+        assert distill.run(make_run(**job(fake))).succeeded
+    assert alive == [False]
 
 
 def test_the_system_prompt_is_asked_with_and_trained_on_and_thoughts_are_neither(

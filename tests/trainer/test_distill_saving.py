@@ -7,17 +7,21 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ask import ask, context
 from asking import STORE, TEXTS, in_thread, saved, upper, wait_until
 from fake_teacher import FakeTeacher, Fault, answer
 
-from slmops_artifacts import pull
-from slmops_trainer import answers, generation, teacher
+from slmops_artifacts import ArtifactError, pull, push
+from slmops_trainer import answers, checkpoints, generation, teacher
 from slmops_trainer.context import Context
+from slmops_trainer.failure import RunFailure
 
 
 def test_asking_holds_while_the_store_takes_nothing(
@@ -28,7 +32,7 @@ def test_asking_holds_while_the_store_takes_nothing(
     down, up = threading.Event(), threading.Event()
     ctx = pod()
     save = ctx.checkpoints.save
-    monkeypatch.setattr(ctx.checkpoints, "save", lambda: (down.set(), up.wait(60), save()))
+    monkeypatch.setattr(ctx.checkpoints, "save", lambda **_: (down.set(), up.wait(60), save())[2])
     slow = lambda number, question, _: Fault(body=answer(upper(question)), wait=down) if number > 20 else None  # noqa: E731
     with FakeTeacher(upper, slow) as fake:
         thread, found = in_thread(lambda: ask(ctx, fake.url, texts))
@@ -57,6 +61,96 @@ def test_sigterm_saves_what_came_and_lets_requests_in_flight_finish(pod: Callabl
         _, texts = ask(pod(), fake.url, TEXTS)
         assert all(texts)
         assert fake.asked == dict.fromkeys(TEXTS, 1)
+
+
+def test_sigterm_ends_the_waiting_for_a_store_that_is_away(
+    pod: Callable[[], Context], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pod has a minute: what is in flight gets its seconds, the last save and the sharing what is left."""
+    monkeypatch.setenv("SLMOPS_PLAIN_HTTP", "127.0.0.1:9")
+    monkeypatch.setattr(generation, "SAVE_PATIENCE", 0.5)
+    away, gate = "oci://127.0.0.1:9/away:tag", threading.Event()
+    ctx = pod()
+    ctx.spec = ctx.spec.model_copy(update={"output": away})
+    waits: list[bool] = []
+    publish = generation._Run._publish
+
+    def counted(run: generation._Run, *, last: bool = False) -> str:
+        ctx.checkpoints.uri = away
+        waits.append(last)
+        return publish(run, last=last)
+
+    def share() -> float:
+        with pytest.raises(RunFailure, match="cannot be reached") as caught:
+            ask(ctx, fake.url, TEXTS)
+        assert caught.value.reason == "StoreUnavailable"
+        store = answers.Answers(ctx.checkpoints.folder / answers.PART)
+        with ctx.told("Leaving answers", "store"):
+            store.share(answers.shared(ctx, "answers"), patience=0.5)
+        return len(store)
+
+    monkeypatch.setattr(generation._Run, "_publish", counted)
+    script = lambda number, *_: Fault(body=answer("late"), wait=gate) if number > 4 else None  # noqa: E731
+    with FakeTeacher(upper, script) as fake:
+        thread, found = in_thread(share)
+        fake.wait_for(8)  # four answered, four in flight
+        wait_until(lambda: len(waits) == 1)
+        stopped = time.monotonic()
+        ctx.stop.set()
+        gate.set()
+        thread.join(60)
+        assert not thread.is_alive()
+        assert time.monotonic() - stopped < 30  # not the five minutes of a run that nobody stops
+    assert found == [8]  # those in flight came, too
+    assert waits == [False, True]
+
+
+def test_sigterm_ends_the_waiting_of_the_last_save(
+    pod: Callable[[], Context], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SLMOPS_PLAIN_HTTP", "127.0.0.1:9")
+    monkeypatch.setattr(generation, "SAVE_SECONDS", 60.0)
+    monkeypatch.setattr(generation, "SAVE_PATIENCE", 0.5)
+    ctx = pod()
+    ctx.checkpoints.load()
+    ctx.checkpoints.uri = "oci://127.0.0.1:9/away:tag"
+    with FakeTeacher(upper) as fake:
+        thread, found = in_thread(lambda: ask(ctx, fake.url, TEXTS))
+        wait_until(lambda: "Waits for the store" in caplog.text)
+        ctx.stop.set()
+        thread.join(30)
+        assert not thread.is_alive()
+    assert found[0].reason == "StoreUnavailable"
+    assert len(answers.Answers(ctx.checkpoints.folder / answers.PART)) == len(TEXTS)
+
+
+def test_a_store_that_lets_no_tag_be_replaced_ends_no_asking(
+    pod: Callable[[], Context], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushes = 0
+
+    def picky(*arguments: Any, **more: Any) -> Any:
+        nonlocal pushes
+        pushes += 1
+        if pushes > 1:
+            raise ArtifactError("Refused", "the registry refused the manifest (HTTP 412).")
+        return push(*arguments, **more)
+
+    def script(number: int, *_: object) -> None:
+        if number > 6:
+            wait_until(lambda: saved(tmp_path) > 0)
+
+    monkeypatch.setattr(checkpoints, "push", picky)
+    with FakeTeacher(upper, script) as fake:
+        _, texts = ask(pod(), fake.url, TEXTS)
+        assert texts == [text.upper() for text in TEXTS]
+        assert pushes > 1
+        assert 0 < saved(tmp_path) < len(TEXTS)
+        ctx = pod()
+        ctx.stop.set()
+        with pytest.raises(RunFailure, match="which the store refused: the registry refused") as caught:
+            ask(ctx, fake.url, TEXTS)
+    assert caught.value.reason == "Interrupted"
 
 
 def test_a_killed_pod_has_to_ask_again_only_what_was_not_saved(pod: Callable[[], Context], tmp_path: Path) -> None:
@@ -114,11 +208,58 @@ def test_a_disk_that_fills_up_spoils_no_answer(tmp_path: Path) -> None:
 
 
 def test_what_another_version_shared_is_ignored(pod: Callable[[], Context], tmp_path: Path) -> None:
-    (tmp_path / "store/out-answers").mkdir(parents=True)
-    (tmp_path / "store/out-answers/answers.jsonl").write_text('{"question": "who?"}\n')
+    other = answers.shared(pod(), "answers")
+    other.folder.mkdir()
+    (other.folder / answers.SHARED).write_text('{"question": "who?"}\n')
+    other.save()
     store = answers.Answers(tmp_path / "answers")
-    store.recall(answers.shared(pod()))
+    store.recall(answers.shared(pod(), "answers"))
     assert store.get("who?") is None
+    store.add("who", teacher.Reply("me", "stop", 1))
+    store.share(answers.shared(pod(), "answers"))
+    later = answers.Answers(tmp_path / "later")
+    later.recall(answers.shared(pod(), "answers"))
+    assert later.get("who") == teacher.Reply("me", "stop", 1)
+
+
+def test_objects_that_ask_at_the_same_time_leave_the_answers_of_all(pod: Callable[[], Context], tmp_path: Path) -> None:
+    stores = [answers.Answers(tmp_path / name) for name in ("one", "two", "three")]
+    for store in stores:
+        store.recall(answers.shared(pod(), "answers"))
+    for number, store in enumerate(stores):
+        store.add("of all", teacher.Reply("same", "stop", 1))
+        store.add(f"of {number}", teacher.Reply(f"text {number}", "stop", 1))
+    for store in stores:
+        store.share(answers.shared(pod(), "answers"))
+    later = answers.Answers(tmp_path / "later")
+    later.recall(answers.shared(pod(), "answers"))
+    assert later.get("of all") == teacher.Reply("same", "stop", 1)
+    assert [later.get(f"of {number}") for number in range(3)] == [
+        teacher.Reply(f"text {number}", "stop", 1) for number in range(3)
+    ]
+    assert later.recalled == 4
+    lines = (tmp_path / "store/out-answers/answers.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+
+
+def test_answers_of_earlier_objects_lie_on_the_disk_until_they_are_asked_for(
+    pod: Callable[[], Context], tmp_path: Path
+) -> None:
+    store = answers.Answers(tmp_path / "store")
+    texts = {f"key {number}": f"{number}\u2028ä" * 30_000 for number in range(50)}
+    for key, text in texts.items():
+        store.add(key, teacher.Reply(text, "stop", 1))
+    store.share(answers.shared(pod(), "answers"))
+    later = answers.Answers(tmp_path / "later")
+    tracemalloc.start()
+    try:
+        later.recall(answers.shared(pod(), "answers"))
+        assert tracemalloc.get_traced_memory()[0] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    for key in ("key 7", "key 0", "key 49"):
+        assert later.get(key) == teacher.Reply(texts[key], "stop", 1)
+    assert (len(later), later.recalled) == (3, 3)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +273,7 @@ def test_what_another_version_shared_is_ignored(pod: Callable[[], Context], tmp_
 def test_answers_are_shared_by_the_objects_of_one_output(tmp_path: Path, output: str, uri: str) -> None:
     ctx = context(tmp_path / "pod", STORE)
     ctx.spec = ctx.spec.model_copy(update={"output": output})
-    assert answers.shared(ctx).uri == uri
+    assert answers.shared(ctx, "answers").uri == uri
 
 
 def test_checkpoints_hold_whole_chunks_only(pod: Callable[[], Context], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Whole fine-tuning runs on a tiny model, through the store."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,37 @@ def test_lora_merges_into_a_model_that_answers_like_the_adapter(
     manifests = [read_manifest(uri) for uri in ("pvc://store/out", "pvc://store/adapter")]
     sizes = [manifest.recipe["trainableParameters"] for manifest in manifests if manifest]
     assert sizes == [sum(value.numel() for name, value in adapted.named_parameters() if "lora_" in name)] * 2
+
+
+def test_a_tag_that_moves_between_two_pods_leaves_nothing_of_the_old_base(
+    make_run: Callable[..., Context], tiny_model: Path, sets: tuple[str, str], tmp_path: Path
+) -> None:
+    lora = spec(*sets, method="lora", lora={"r": 4, "alpha": 8}, training={"maxSteps": 4, "seed": 7})
+    tag = tmp_path / "tag"
+    shutil.copytree(tiny_model, tag)
+    first = make_run(model=tag, finetune=lora)
+    report = first.report
+
+    def stopping(stage: str, step: int, *rest: Any, **more: Any) -> None:
+        report(stage, step, *rest, **more)
+        if stage == finetune.TRAINING and step == 2:
+            first.stop.set()
+
+    first.report = stopping  # type: ignore[method-assign]
+    with pytest.raises(RunFailure, match="Stopped after step 2 of 4; the checkpoint is written"):
+        finetune.run(first)
+    other = models.load(tiny_model, "tiny")
+    with torch.no_grad():
+        other.model.get_input_embeddings().weight.mul_(3)
+    shutil.rmtree(tag)
+    models.write(other, other.model, tag)
+    found = finetune.run(make_run(model=tag, finetune=lora))
+    fresh = finetune.run(make_run(model=tag, uid="uid-2", output="pvc://store/fresh", finetune=lora))
+    timeless = [{name: result.metrics[name] for name in result.metrics if name != "training_seconds"}
+                for result in (found, fresh)]  # fmt: skip
+    assert timeless[0] == timeless[1]
+    weights = [(tmp_path / f"store/{name}/model.safetensors").read_bytes() for name in ("out", "fresh")]
+    assert weights[0] == weights[1]
 
 
 def test_a_model_below_its_threshold_is_kept_aside(

@@ -24,20 +24,21 @@ def held_out(digit: str) -> Examples:
     return Examples(items, "prompt-completion", "gold", parent)
 
 
-def test_a_base_is_measured_once_by_all_pods_but_anew_on_other_examples(
+def test_a_base_is_measured_once_by_all_pods_but_anew_on_other_examples_and_when_its_tag_has_moved(
     make_run: Callable[..., Context], tiny_model: Path
 ) -> None:
     loaded = models.load(tiny_model, "tiny")
     first = make_run()
-    values = measure.once(first, loaded, held_out("1"), ASKED, "Before")
+    values = measure.once(first, loaded, held_out("1"), ASKED, "Before", "sha256:a")
     assert first.board.progress.total_steps == 3  # perplexity shows how far it is, too
     first.checkpoints.save()
     second = make_run()
     second.stop.set()  # measuring anything would raise
-    assert measure.once(second, loaded, held_out("1"), ASKED, "Before") == values
-    with pytest.raises(RunFailure) as caught:
-        measure.once(second, loaded, held_out("2"), ASKED, "Before")
-    assert caught.value.reason == "Interrupted"
+    assert measure.once(second, loaded, held_out("1"), ASKED, "Before", "sha256:a") == values
+    for examples, model in ((held_out("2"), "sha256:a"), (held_out("1"), "sha256:b")):
+        with pytest.raises(RunFailure) as caught:
+            measure.once(second, loaded, examples, ASKED, "Before", model)
+        assert caught.value.reason == "Interrupted"
 
 
 def test_generation_ends_within_a_batch(tiny_model: Path) -> None:

@@ -11,7 +11,8 @@ import torch
 from tiny import task
 
 from slmops.api.batch import Training
-from slmops_trainer import encoding, finetune, models, state
+from slmops_artifacts import ArtifactError, push
+from slmops_trainer import checkpoints, encoding, finetune, models, state
 from slmops_trainer.context import Context
 from slmops_trainer.data import Example, Message
 from slmops_trainer.failure import RunFailure
@@ -34,7 +35,7 @@ def recipe(**more: Any) -> Training:
 
 
 def fit(
-    ctx: Context, folder: Path, training: Training, lora: bool = False, watch: int = 0
+    ctx: Context, folder: Path, training: Training, lora: bool = False, watch: int = 0, base: str = "sha256:a"
 ) -> tuple[dict[str, torch.Tensor], TrainReport]:
     """Train in this `pod`; the weights as they are afterwards, whether or not it was stopped."""
     loaded = models.load(folder, "tiny")
@@ -44,7 +45,7 @@ def fit(
         from slmops.api.finetune import Lora
 
         model = finetune.adapt(model, Lora(r=4, dropout=0.3), training.seed)
-    report = train(ctx, model, loaded.tokenizer, encoded.items, training, evaluation=encoded.items[:watch])
+    report = train(ctx, model, loaded.tokenizer, encoded.items, training, base=base, evaluation=encoded.items[:watch])
     return {name: value.detach().clone() for name, value in state.trainable(model).items()}, report
 
 
@@ -160,6 +161,30 @@ def test_a_store_that_is_away_or_full_ends_no_training(
     assert all(torch.equal(whole[name], torn[name]) for name in whole)
 
 
+def test_a_store_that_lets_no_tag_be_replaced_ends_no_training(
+    make_run: Callable[..., Context], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushes = 0
+
+    def picky(*arguments: Any, **more: Any) -> Any:
+        nonlocal pushes
+        pushes += 1
+        if pushes > 1:
+            raise ArtifactError("Refused", "the registry refused the manifest (HTTP 412).")
+        return push(*arguments, **more)
+
+    monkeypatch.setattr(checkpoints, "push", picky)
+    clock = iter(float(second) for second in range(0, 100_000, 100))
+    with monkeypatch.context() as patch:
+        patch.setattr("slmops_trainer.train.time.monotonic", lambda: next(clock))
+        _, report = fit(make_run(finetune=None), tiny_model, recipe(checkpoint={"everySeconds": 100}))
+    assert (pushes, report.steps) == (STEPS, STEPS)
+    ctx = make_run(finetune=None)
+    stop_after(ctx, 3)
+    with pytest.raises(RunFailure, match=r"after step 3 of 6; saved up to 1: the registry refused the manifest"):
+        fit(ctx, tiny_model, recipe(checkpoint={"everySeconds": 100}))
+
+
 def test_a_pod_stopped_while_the_store_is_away_says_from_where_the_run_goes_on(
     make_run: Callable[..., Context], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +260,14 @@ def test_a_checkpoint_of_other_data_is_not_used(make_run: Callable[..., Context]
     fit(make_run(finetune=None), tiny_model, recipe(maxSteps=1))
     _, report = fit(make_run(finetune=None), tiny_model, recipe(maxSteps=2))
     assert report.resumed_at is None
+
+
+def test_a_checkpoint_on_another_base_is_not_used(make_run: Callable[..., Context], tiny_model: Path) -> None:
+    fit(make_run(finetune=None), tiny_model, recipe(maxSteps=1), lora=True)
+    _, report = fit(make_run(finetune=None), tiny_model, recipe(maxSteps=1), lora=True, base="sha256:b")
+    assert report.resumed_at is None
+    _, report = fit(make_run(finetune=None), tiny_model, recipe(maxSteps=1), lora=True, base="sha256:b")
+    assert report.resumed_at == 1
 
 
 def test_accumulated_batches_weigh_tokens_not_batches(make_run: Callable[..., Context], tiny_model: Path) -> None:

@@ -5,7 +5,7 @@
 
 Every failure is an `ArtifactError` with a reason for machines and a sentence for people.
 
-`patience` is for how many seconds nothing may move before a store is given up that refuses, fails or is away
+`patience` is for how many seconds a store that refuses, fails or is away is tried again while nothing moves
 (default: SLMOPS_RETRY_SECONDS, 300); one that takes the connection and says nothing gets a minute at most.
 `waiting` tells of it, and can end it.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ArtifactError, Reason
+from .files import Choose
 from .model import Manifest, Parent
 from .uris import FolderRef, HubRef, OciRef, parse
 from .waiting import waiting
@@ -45,25 +46,27 @@ def pull(
     secret: Secret | None = None,
     progress: Callable[[int, int], None] | None = None,
     patience: float | None = None,
+    choose: Choose | None = None,
 ) -> Manifest:
     """Bring the artifact behind `uri` to the folder `dest`, verified and whole.
 
     `dest` is made, or may be an empty folder such as a mount; the file `.slmops-complete` in it comes last.
     A second call finds the work done; a call after a kill goes on where the first one stopped.
+    `choose` is given the paths of all files and returns those to bring; it may raise. The manifest is the whole's.
     """
     match parse(uri):
         case OciRef() as ref:
             from . import oci
 
-            return oci.pull(ref, Path(dest), secret, progress, patience)
+            return oci.pull(ref, Path(dest), secret, progress, patience, choose)
         case HubRef() as ref:
             from . import hub
 
-            return hub.pull(ref, Path(dest), secret, progress, patience)
+            return hub.pull(ref, Path(dest), secret, progress, patience, choose)
         case FolderRef() as ref:
             from . import folder
 
-            return folder.pull(ref, Path(dest), progress)
+            return folder.pull(ref, Path(dest), progress, choose)
 
 
 def push(

@@ -13,6 +13,7 @@ Reason = Literal[
     "DiskFull",
     "DigestMismatch",
     "UnsupportedFormat",
+    "Refused",
     "BadUri",
 ]
 

@@ -18,6 +18,8 @@ PRIVATE = ".slmops-"
 """Files and folders with this prefix are ours: never part of an artifact."""
 
 Progress = Callable[[int, int], None]
+Choose = Callable[[Sequence[str]], Sequence[str]]
+"""Which of an artifact's files are wanted. It may raise: nothing has been fetched by then."""
 
 
 class Entry(NamedTuple):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .errors import ArtifactError, from_os
-from .files import CHUNK, Entry, Progress, Ticker, folder_digest, hash_file, list_files
+from .files import CHUNK, Choose, Entry, Progress, Ticker, folder_digest, hash_file, list_files
 from .formats import FOLDER_MANIFEST, check_content, check_files, detect_format
 from .model import Manifest
 from .staging import Staging, discard, installed
@@ -37,13 +37,13 @@ def read_manifest(ref: FolderRef) -> Manifest | None:
     return _describe(entries, str(ref))
 
 
-def pull(ref: FolderRef, dest: Path, progress: Progress | None) -> Manifest:
-    """Copy the folder to `dest`, hashing on the way."""
+def pull(ref: FolderRef, dest: Path, progress: Progress | None, choose: Choose | None = None) -> Manifest:
+    """Copy the folder, or the files chosen of it, to `dest`; all files are hashed on the way."""
     for attempt in range(_READS):
         _check_root(ref)
         there = installed(ref.path)
         try:
-            return _copy_out(ref, dest, there.manifest if there else None, progress)
+            return _copy_out(ref, dest, there.manifest if there else None, progress, choose)
         except ArtifactError as error:
             now = installed(ref.path)
             moved = now is not None and (there is None or now.manifest.digest != there.manifest.digest)
@@ -52,11 +52,14 @@ def pull(ref: FolderRef, dest: Path, progress: Progress | None) -> Manifest:
     raise AssertionError("the loop above returns or raises")
 
 
-def _copy_out(ref: FolderRef, dest: Path, known: Manifest | None, progress: Progress | None) -> Manifest:
+def _copy_out(
+    ref: FolderRef, dest: Path, known: Manifest | None, progress: Progress | None, choose: Choose | None
+) -> Manifest:
     if not os.path.lexists(ref.path):
         raise ArtifactError("SourceNotFound", f"{ref} does not exist. Check the path, and that its writer has ended.")
     files = list_files(ref.path, str(ref))
     check_files(files, str(ref))
+    chosen = frozenset(files if choose is None else choose(sorted(files)))
     try:
         sizes = {path: file.stat().st_size for path, file in files.items()}
     except OSError as error:
@@ -66,14 +69,19 @@ def _copy_out(ref: FolderRef, dest: Path, known: Manifest | None, progress: Prog
     # A folder without manifest has no digest before it is read: it is staged under a name of its own.
     expected = ref.digest or (known.digest if known else "")
     stage = expected or "sha256:" + hashlib.sha256(f"{ref}|{sorted(sizes.items())}".encode()).hexdigest()
-    with Staging(dest, stage) as staging:
-        if expected and (done := staging.done()) is not None:
+    with Staging(dest, stage) if choose is None else Staging.of_part(dest, stage, chosen) as staging:
+        if choose is None and expected and (done := staging.done()) is not None:
             ticker.add(total)
             return done
-        staging.reserve(total)
-        entries = [_copy(files[path], path, staging, ticker.add) for path in sorted(files)]
-        for entry in entries:
-            check_content(entry.path, staging.folder / entry.path, str(ref))
+        staging.reserve(sum(sizes[path] for path in chosen))
+        entries = [
+            _copy(files[path], path, staging, ticker.add)
+            if path in chosen
+            else hash_file(files[path], ticker.add)._replace(path=path)
+            for path in sorted(files)
+        ]
+        for path in chosen:
+            check_content(path, staging.folder / path, str(ref))
         manifest = known or _describe(entries, str(ref))
         found = folder_digest(entries)
         if found != (expected or found):
@@ -83,7 +91,10 @@ def _copy_out(ref: FolderRef, dest: Path, known: Manifest | None, progress: Prog
                 "damaged. Publish it again, or point to the digest that is meant.",
             )
         manifest = manifest.model_copy(update={"digest": found, "size_bytes": total})
-        staging.publish(manifest, entries)
+        if choose is None:
+            staging.publish(manifest, entries)
+        else:
+            staging.publish_part(manifest.kind, [entry for entry in entries if entry.path in chosen])
     return manifest
 
 

@@ -19,7 +19,7 @@ import httpx
 
 from .download import Wanted, fetch
 from .errors import ArtifactError
-from .files import Entry, Progress, Ticker, check_paths, folder_digest
+from .files import Choose, Entry, Progress, Ticker, check_paths, folder_digest
 from .formats import FORMAT_ORDER, check_content, classify, detect_format, remedy
 from .model import Manifest
 from .registry_auth import secret_text
@@ -85,28 +85,42 @@ def read_manifest(ref: HubRef, secret: Mapping[str, Any] | None, patience: float
 
 
 def pull(
-    ref: HubRef, dest: Path, secret: Mapping[str, Any] | None, progress: Progress | None, patience: float | None
+    ref: HubRef,
+    dest: Path,
+    secret: Mapping[str, Any] | None,
+    progress: Progress | None,
+    patience: float | None,
+    choose: Choose | None = None,
 ) -> Manifest:
-    """Fetch the allowed files of one commit."""
+    """Fetch the allowed files of one commit, or those chosen: of the others small ones are read, for the digest."""
     http = _http(ref, secret, patience)
     snapshot = _snapshot(http, ref)
     if snapshot is None:
         raise _absent(ref, http)
-    total = sum(item.size for item in snapshot.files)
+    paths = [item.path for item in snapshot.files]
+    chosen = frozenset(paths if choose is None else choose(paths))
+    total = sum(item.size for item in snapshot.files if item.path in chosen)
     ticker = Ticker(total, progress)
     stage = "sha256:" + hashlib.sha256(f"{ref.pinned(snapshot.commit)}".encode()).hexdigest()
-    with Staging(dest, stage) as staging:
+    with Staging(dest, stage) if choose is None else Staging.of_part(dest, stage, chosen) as staging:
         there = staging.published()
-        if there is not None and there.annotations.get(SOURCE) == ref.pinned(snapshot.commit):
+        if choose is None and there is not None and there.annotations.get(SOURCE) == ref.pinned(snapshot.commit):
             ticker.add(total)
             return there
         staging.reserve(total)
         entries = []
         for item in snapshot.files:
+            if item.path not in chosen:
+                entries.append(Entry(item.path, item.size, item.sha256 or _hash(http, item)))
+                ticker.add(0)  # the caller may want to end it
+                continue
             entries.append(fetch(http, item, staging, ticker.add))
             check_content(item.path, staging.existing(item.path) or dest, str(ref))
         manifest = _manifest(ref, snapshot, entries)
-        staging.publish(manifest, entries)
+        if choose is None:
+            staging.publish(manifest, entries)
+        else:
+            staging.publish_part(manifest.kind, [entry for entry in entries if entry.path in chosen])
     return manifest
 
 

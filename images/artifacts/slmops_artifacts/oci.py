@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from .download import Wanted, fetch
 from .errors import ArtifactError, from_os
-from .files import CHUNK, Entry, Progress, Ticker, canonical, check_paths, hash_file, list_files
+from .files import CHUNK, Choose, Entry, Progress, Ticker, canonical, check_paths, hash_file, list_files
 from .formats import Role, check_content, check_files, detect_format
 from .model import Manifest
 from .registry_auth import RegistryAuth, plain_http
@@ -61,9 +61,14 @@ def read_manifest(ref: OciRef, secret: Mapping[str, Any] | None, patience: float
 
 
 def pull(
-    ref: OciRef, dest: Path, secret: Mapping[str, Any] | None, progress: Progress | None, patience: float | None
+    ref: OciRef,
+    dest: Path,
+    secret: Mapping[str, Any] | None,
+    progress: Progress | None,
+    patience: float | None,
+    choose: Choose | None = None,
 ) -> Manifest:
-    """Fetch every layer into `dest`."""
+    """Fetch every layer, or those chosen, into `dest`."""
     repository = _Repository(ref, secret, "pull", patience)
     found = repository.manifest()
     if found is None:
@@ -71,18 +76,23 @@ def pull(
     digest, document = found
     layers = _layers(document, str(ref))
     manifest = _manifest(digest, document, layers, str(ref))
-    ticker = Ticker(manifest.size_bytes, progress)
-    with Staging(dest, digest) as staging:
-        if (done := staging.done()) is not None:
+    chosen = None if choose is None else frozenset(choose([layer.path for layer in layers]))
+    layers = [layer for layer in layers if chosen is None or layer.path in chosen]
+    ticker = Ticker(sum(layer.size for layer in layers), progress)
+    with Staging(dest, digest) if chosen is None else Staging.of_part(dest, digest, chosen) as staging:
+        if staging.done() is not None:
             ticker.add(ticker.total)
-            return done
-        staging.reserve(manifest.size_bytes)
+            return manifest
+        staging.reserve(ticker.total)
         entries = []
         for layer in layers:
             wanted = Wanted(layer.path, layer.size, repository.blob(f"sha256:{layer.sha256}"), layer.sha256)
             entries.append(fetch(repository.http, wanted, staging, ticker.add))
             check_content(layer.path, staging.existing(layer.path) or dest, str(ref))
-        staging.publish(manifest, entries)
+        if chosen is None:
+            staging.publish(manifest, entries)
+        else:
+            staging.publish_part(manifest.kind, entries)
     return manifest
 
 
@@ -223,7 +233,7 @@ class _Repository:
         reply = self.http.request(
             "PUT",
             f"{self._base}manifests/{self._ref.tag or 'latest'}",
-            expect=(201, 400, 404),
+            expect=(201, 400, 404, 409, 412),
             body=lambda: document,
             headers={"Content-Type": MANIFEST_TYPE},
         )
@@ -232,8 +242,9 @@ class _Repository:
             if b"BLOB_UNKNOWN" in reply.body:
                 return None
             raise ArtifactError(
-                "UnsupportedFormat",
-                f"{self._ref}: the registry refused the manifest (HTTP {reply.status}). See its log.",
+                "Refused",
+                f"{self._ref}: the registry refused the manifest (HTTP {reply.status}). See its log. If it lets no tag "
+                "be replaced, allow that for this repository: checkpoints are saved under one tag.",
             )
         if reply.headers.get("docker-content-digest", digest) != digest:
             raise ArtifactError("DigestMismatch", f"{self._ref}: the registry changed the manifest. Use another one.")

@@ -10,21 +10,22 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import ValidationError
 
 from .errors import ArtifactError, disk_full, from_os
-from .files import PRIVATE, Entry, fsync_path, is_ours, safe_path
+from .files import PRIVATE, Entry, canonical, fsync_path, is_ours, safe_path
 from .formats import FOLDER_MANIFEST, MARKER
 from .model import Manifest
 
@@ -118,6 +119,15 @@ class Staging:
                 shutil.rmtree(self.folder, ignore_errors=True)
         finally:
             os.close(self._lock)
+
+    @classmethod
+    def of_part(cls, dest: Path, digest: str, paths: Collection[str]) -> Staging:
+        """For some files of the artifact `digest` only, which nobody takes for the whole or for another part."""
+        return cls(dest, "sha256:" + hashlib.sha256(canonical([digest, *sorted(paths)])).hexdigest())
+
+    def publish_part(self, kind: Literal["model", "dataset", "checkpoint"], entries: Sequence[Entry]) -> None:
+        """Make a part visible. The folder does not say that it is the artifact."""
+        self.publish(Manifest(kind=kind, digest=self.digest), entries)
 
     def published(self) -> Manifest | None:
         """Return the manifest of what is at the destination now (perhaps since we waited for the lock)."""

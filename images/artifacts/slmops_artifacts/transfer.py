@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import httpx
 
-from .errors import ArtifactError, disk_full
+from .errors import ArtifactError, Reason, disk_full
 from .waiting import hold
 
 _SLOW = httpx.Timeout(300.0, connect=10.0)
@@ -45,7 +45,11 @@ class Reply(NamedTuple):
 
 
 class Patience:
-    """Retries until nothing has moved for `window` seconds."""
+    """Retries until a store has failed for `window` seconds and nothing moved between.
+
+    They count from the first failure, for what went before it may have been a long way through a slow link; those of a
+    server that says nothing from the last thing that moved, for it says nothing before it fails, too.
+    """
 
     def __init__(self, window: float) -> None:
         self._window = window
@@ -53,14 +57,17 @@ class Patience:
 
     def progressed(self) -> None:
         """Something worked: forget the failures before."""
-        self._since = time.monotonic()
+        self._moved = time.monotonic()
+        self._failing: float | None = None
         self._pause = 0.25
 
     def wait(self, failure: ArtifactError, hint: float = 0.0) -> None:
         """Sleep before the next attempt, or raise `failure` when the time is over or trying is useless."""
         pause = max(min(hint, 60.0), self._pause * random.uniform(0.7, 1.3))  # noqa: S311 - jitter, not a secret
-        window = min(self._window, SILENCE) if failure.silent else self._window
-        if not failure.retryable or time.monotonic() - self._since + pause > window:
+        now = time.monotonic()
+        self._failing = now if self._failing is None else self._failing
+        since, window = (self._moved, min(self._window, SILENCE)) if failure.silent else (self._failing, self._window)
+        if not failure.retryable or now - since + pause > window:
             raise failure
         hold(failure, pause)
         self._pause = min(self._pause * 2, 15.0)
@@ -136,7 +143,7 @@ class Http:
 
     def failure(self, response: httpx.Response) -> ArtifactError:
         """Name what a bad answer means."""
-        code = response.status_code
+        code, writing = response.status_code, response.request.method not in ("GET", "HEAD")
         try:
             text = response.read()[:65536].decode("utf-8", "replace").lower()
         except httpx.HTTPError:
@@ -157,15 +164,15 @@ class Http:
             return ArtifactError("AccessDenied", f"{self.where} does not allow this (HTTP 405): it is read-only.")
         if code == 413:
             return ArtifactError(
-                "UnsupportedFormat",
-                f"{self.where} refused an upload as too large (HTTP 413). Raise its body limit.",
+                "Refused", f"{self.where} refused an upload as too large (HTTP 413). Raise its body limit."
             )
         if code in _BUSY or code >= 500:
             return ArtifactError(
                 "SourceUnavailable",
                 f"{self.where} does not work now (HTTP {code}). Check the server and its log.",
             )
-        return ArtifactError("UnsupportedFormat", f"{self.where} refused the request (HTTP {code}). See its log.")
+        reason: Reason = "Refused" if writing else "UnsupportedFormat"
+        return ArtifactError(reason, f"{self.where} refused the request (HTTP {code}). See its log.")
 
     def _redirect(self, url: httpx.URL, response: httpx.Response) -> httpx.URL:
         """Where a redirect leads. Never out of TLS: a manifest found by its tag has no digest to be checked with."""

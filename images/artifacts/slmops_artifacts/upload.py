@@ -21,7 +21,7 @@ def upload(http: Http, base: httpx.URL, entry: Entry, read: Reader, ticker: Tick
     """Upload until the registry has confirmed the digest. `read(start, end)` yields that part of the content."""
     patience, mark = http.patience(), ticker.done
     location: httpx.URL | None = None
-    offset = 0
+    offset = best = 0
     while True:
         hint = 0.0
         try:
@@ -36,6 +36,7 @@ def upload(http: Http, base: httpx.URL, entry: Entry, read: Reader, ticker: Tick
                     return
                 if not last and response.status_code in (202, 204):
                     location, offset = _location(response, location), end
+                    best = max(best, offset)
                     patience.progressed()
                     continue
                 failure, hint = http.failure(response), retry_after(response)
@@ -57,6 +58,9 @@ def upload(http: Http, base: httpx.URL, entry: Entry, read: Reader, ticker: Tick
                 failure = ArtifactError("SourceUnavailable", f"{http.where}: the registry forgot an upload. Try again.")
             patience.wait(failure, hint)
             location, offset = _continue(http, location)
+            if offset > best:  # a part of the chunk came through
+                best = offset
+                patience.progressed()
         else:
             patience.wait(failure, hint)
 

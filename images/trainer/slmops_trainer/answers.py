@@ -9,14 +9,15 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from slmops.api.run import TeacherEndpoint
+from slmops_artifacts import ArtifactError
 from slmops_artifacts.uris import OciRef, parse
-from slmops_trainer.checkpoints import Checkpoints
+from slmops_trainer.checkpoints import DAMAGED, Checkpoints
 from slmops_trainer.failure import RunFailure
 from slmops_trainer.teacher import Reply, Sampling
 
@@ -52,11 +53,13 @@ class Answers:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._replies: dict[str, Reply] = {}
-        self._earlier: dict[str, Reply] = {}
+        # Of earlier objects there may be many more than this run asks for: they stay on the disk.
+        self._earlier: dict[str, int] = {}  # where the line of each begins, in this file:
+        self._earlier_file = folder
         self._open: IO[bytes] | None = None
         self.recalled = 0
         for path in sorted(folder.glob("*.jsonl")) if folder.is_dir() else []:
-            self._replies |= _read(path)
+            self._replies |= {key: reply for key, reply, _ in _rows(path)}
 
     def __len__(self) -> int:
         return len(self._replies)
@@ -64,7 +67,7 @@ class Answers:
     def get(self, key: str) -> Reply | None:
         """The saved answer, if there is one; an earlier object's becomes one of this run."""
         if key not in self._replies and key in self._earlier:
-            self.add(key, self._earlier[key])
+            self.add(key, _parse(_line_at(self._earlier_file, self._earlier[key]))[1])
             self.recalled += 1
         return self._replies.get(key)
 
@@ -113,43 +116,88 @@ class Answers:
             path.unlink()
 
     def recall(self, shared: Checkpoints) -> None:
-        """Look among the answers of earlier objects, too. Raises the failures of the store."""
-        folder = shared.load()
-        if folder is None or not (folder / SHARED).is_file():
+        """Look among the answers of earlier objects, too; not if the store has damaged them, for it is a saving only.
+
+        Raises the failures of a store that is away: what lies there has been paid for.
+        """
+        self._earlier_file = shared.folder / SHARED
+        if not _loads(shared) or not self._earlier_file.is_file():
             return
         try:
-            self._earlier = _read(folder / SHARED)
+            self._earlier = {key: start for key, _, start in _rows(self._earlier_file)}
         except (ValueError, KeyError, TypeError):
             log.warning("Ignored answers that another version of this program left")
 
-    def share(self, shared: Checkpoints) -> None:
-        """Leave all answers to later objects. This run has its own already: a failure is told, not raised."""
+    def share(self, shared: Checkpoints, patience: float | None = None) -> None:
+        """Leave all answers to later objects. This run has its own already: a failure is told, not raised.
+
+        `shared`: not loaded yet, for other objects may have left theirs since this one looked.
+        `patience`: seconds for which a store that is away is waited for.
+        """
         if self._replies.keys() <= self._earlier.keys():
             return
         try:
-            shared.folder.mkdir(parents=True, exist_ok=True)
-            with (shared.folder / SHARED).open("wb") as stream:
-                stream.writelines(_line(key, reply) for key, reply in (self._earlier | self._replies).items())
-            shared.save()
+            path = shared.folder / SHARED
+            known = _keys(path) if _loads(shared, patience) else set()
+            fresh = [key for key in self._replies if key not in known]
+            if fresh:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("ab" if known else "wb") as stream:
+                    stream.writelines(_line(key, self._replies[key]) for key in fresh)
+                shared.save(patience=patience)
         except (RunFailure, OSError) as error:
             log.warning("The answers were not left for later objects: %s", error)
 
 
-def shared(ctx: "Context") -> Checkpoints:
-    """Where the answers for one output lie, whatever the object that asks."""
+def shared(ctx: "Context", folder: str) -> Checkpoints:
+    """Where the answers for one output lie, whatever the object that asks; a copy of them is put into `work/folder`."""
     ref = parse(ctx.spec.output)
     if isinstance(ref, OciRef):
         uri = f"oci://{ref.host}/{ref.repository}:{SHARED_TAG}"
     else:
         uri = f"{ctx.spec.output.rstrip('/')}-answers"
-    return Checkpoints(uri, ctx.work / "answers", "", ctx.started)  # of no one run: all of them may read it
+    return Checkpoints(uri, ctx.work / folder, "", ctx.started)  # of no one run: all of them may read it
+
+
+def _loads(shared: Checkpoints, patience: float | None = None) -> bool:
+    """Whether there is something, and whole. Raises the failures of a store that is away."""
+    try:
+        return shared.load(patience) is not None
+    except RunFailure as failure:
+        cause = failure.__cause__
+        if not (isinstance(cause, ArtifactError) and cause.reason in DAMAGED):
+            raise
+        log.warning("Ignored the answers of earlier objects: %s", failure.message)
+        return False
 
 
 def _line(key: str, reply: Reply) -> bytes:
     return (json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False) + "\n").encode()
 
 
-def _read(path: Path) -> dict[str, Reply]:
-    with path.open(encoding="utf-8", newline="\n") as stream:
-        rows = [json.loads(line) for line in stream]
-    return {row["key"]: Reply(row["text"], row["finish"], row["tokens"]) for row in rows}
+def _line_at(path: Path, start: int) -> bytes:
+    with path.open("rb") as stream:
+        stream.seek(start)
+        return stream.readline()
+
+
+def _parse(line: bytes) -> tuple[str, Reply]:
+    row = json.loads(line)
+    return row["key"], Reply(row["text"], row["finish"], row["tokens"])
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Reply, int]]:
+    """Key, answer and first byte of each line. Raises ValueError, KeyError or TypeError for what is none of ours."""
+    start = 0
+    with path.open("rb") as stream:
+        for line in stream:
+            yield *_parse(line), start
+            start += len(line)
+
+
+def _keys(path: Path) -> set[str]:
+    """Those in a file; none if it is not there, or of another version of this program."""
+    try:
+        return {key for key, _, _ in _rows(path)}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return set()

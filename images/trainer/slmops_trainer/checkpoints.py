@@ -17,7 +17,7 @@ from slmops_trainer.failure import from_artifact
 ANNOTATION_UID = "slmops.dev/run-uid"
 PREVIOUS = "slmops.dev/previous-checkpoint"
 DAMAGED = ("DigestMismatch", "SourceNotFound", "UnsupportedFormat")
-QUICK = 10.0  # seconds of patience for a removal: what stays behind costs room, not results
+QUICK = 10.0  # seconds of patience for what costs no result if it is left: removals, sharing
 
 log = logging.getLogger("slmops")
 
@@ -39,17 +39,19 @@ class Checkpoints:
         self._found: bool | None = None  # None: not looked for yet
         self._good = ""  # pinned URI of the newest checkpoint that is known to be whole, where the store keeps several
         self._older: list[str] = []  # pinned URIs that the next save makes superfluous
+        self._refused = ""  # why the store took none lately
 
-    def load(self) -> Path | None:
+    def load(self, patience: float | None = None) -> Path | None:
         """The folder with the last complete checkpoint, None where there is none yet. Pulls once.
 
+        `patience`: seconds for which a store that is away is waited for.
         Raises RunFailure when the store cannot be reached: starting over would throw away what was paid for.
         """
         if self._found is None:
             try:
-                manifest = read_manifest(self.uri)
+                manifest = read_manifest(self.uri, patience=patience)
                 if manifest is not None and manifest.annotations.get(ANNOTATION_UID) == self._uid:
-                    self._pull(manifest)
+                    self._pull(manifest, patience)
                     self._found = True
                 else:
                     self._found = False
@@ -57,28 +59,35 @@ class Checkpoints:
                 raise from_artifact(error, writing=True) from error
         return self.folder if self._found else None
 
-    def save(self, folder: Path | None = None, patience: float | None = None) -> None:
+    def save(self, folder: Path | None = None, patience: float | None = None) -> str:
         """Publish the folder. Cheap when nothing changed, and files that did not change are not sent again.
 
         `patience`: seconds for which a store that is away is waited for. What was saved before stays until the new
-        one is whole. Raises RunFailure(StoreUnavailable, DiskFull, AccessDenied).
+        one is whole. Returns why a store that works refuses it, such as one that lets no tag be replaced: waiting helps
+        nothing then, and the run goes on without. Raises RunFailure(StoreUnavailable, DiskFull, AccessDenied).
         """
         source = folder or self.folder
         files = list_files(source, str(source))
         digest = folder_digest(hash_file(path)._replace(path=name) for name, path in files.items())
         if not files or digest == self._published:
-            return
+            return ""
         annotations = {ANNOTATION_UID: self._uid, **({PREVIOUS: self._good} if self._good else {})}
         manifest = Manifest(kind="checkpoint", annotations=annotations, created=self._created)
         try:
             uri, _ = push(source, self.uri, manifest, patience=patience)
         except ArtifactError as error:
-            raise from_artifact(error, writing=True) from error
-        self._published = digest
+            if error.reason != "Refused":
+                raise from_artifact(error, writing=True) from error
+            if error.message != self._refused:  # once, not every few seconds
+                log.warning("The store takes no checkpoint, and the run goes on without: %s", error.message)
+            self._refused = error.message
+            return error.message
+        self._published, self._refused = digest, ""
         if isinstance(parse(self.uri), OciRef):
             self._remove([old for old in self._older if old not in (uri, self._good)])
             self._older = [self._good] if self._good else []
             self._good = uri
+        return ""
 
     def discard(self) -> None:
         """Remove the checkpoints of a run whose result is safe. What cannot be removed is left, with a warning."""
@@ -91,18 +100,18 @@ class Checkpoints:
         except ArtifactError as error:
             log.warning("Left the checkpoint in the store: %s", error.message)
 
-    def _pull(self, newest: Manifest) -> None:
+    def _pull(self, newest: Manifest, patience: float | None) -> None:
         """Fill the folder from the newest checkpoint; from the one before it, if the store has damaged the newest."""
         uri, previous = pinned(self.uri, newest), newest.annotations.get(PREVIOUS, "")
         before = list(_before(newest))
         try:
-            pull(uri, self.folder)
+            pull(uri, self.folder, patience=patience)
             good = uri
         except ArtifactError as error:
             if error.reason not in DAMAGED or not previous:
                 raise
             log.warning("Went back to the checkpoint before the last one: %s", error.message)
-            pull(previous, self.folder)
+            pull(previous, self.folder, patience=patience)
             good = previous
         if isinstance(parse(self.uri), OciRef):
             self._good, self._older = good, [old for old in (uri, *before) if old != good]
@@ -117,8 +126,15 @@ class Checkpoints:
 
 
 def _before(manifest: Manifest) -> Iterator[str]:
-    """The pinned URIs of the checkpoints before this one, newest first: more than one only if a pod was killed."""
+    """The pinned URIs of the checkpoints before this one, newest first: more than one only if a pod was killed.
+
+    They are named to be removed: one that cannot be read ends the list, and no more.
+    """
     found: Manifest | None = manifest
     while found is not None and (previous := found.annotations.get(PREVIOUS)):
         yield previous
-        found = read_manifest(previous, patience=QUICK)
+        try:
+            found = read_manifest(previous, patience=QUICK)
+        except ArtifactError as error:
+            log.warning("Did not look for the checkpoints before %s: %s", previous, error.message)
+            return

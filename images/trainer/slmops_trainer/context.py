@@ -12,6 +12,7 @@ from slmops.api.meta import Artifact
 from slmops.api.run import SECRET_ROOT, WORK_DIR, Input, RunSpec
 from slmops_artifacts import Manifest, pull, push, read_manifest, waiting
 from slmops_artifacts.errors import ArtifactError
+from slmops_artifacts.files import Choose
 from slmops_artifacts.uris import OciRef, parse
 from slmops_trainer.checkpoints import ANNOTATION_UID, Checkpoints
 from slmops_trainer.failure import RunFailure, from_artifact, interrupted
@@ -66,8 +67,12 @@ class Context:
         if self.stop.is_set():
             raise interrupted("The pod was asked to stop; the run goes on from its checkpoint in the next pod.")
 
-    def pull(self, source: Input, folder: str, stage: str = "Pulling") -> tuple[Path, Manifest]:
+    def pull(
+        self, source: Input, folder: str, stage: str = "Pulling", choose: Choose | None = None
+    ) -> tuple[Path, Manifest]:
         """Fetch an artifact into `work/folder`. Returns the folder and the manifest (its digest is the content's).
+
+        `choose` says which of its files are wanted (see slmops_artifacts.pull).
 
         A source that is away is waited for, for some minutes (see slmops_artifacts), and SIGTERM ends the waiting.
         Raises RunFailure(SourceNotFound, SourceUnavailable, AccessDenied, UnsupportedModel, DiskFull, Interrupted).
@@ -80,7 +85,7 @@ class Context:
 
         try:
             with self.told(stage, "source"):
-                manifest = pull(source.uri, target, secret=read_secret(source.secret), progress=progress)
+                manifest = pull(source.uri, target, secret=read_secret(source.secret), progress=progress, choose=choose)
         except ArtifactError as error:
             raise from_artifact(error.from_secret(source.secret)) from error
         log.info("Pulled %s (%s, %d bytes)", source.uri, manifest.digest, manifest.size_bytes)
@@ -92,18 +97,17 @@ class Context:
             self.checkpoints.load()
 
     def keep(self) -> str:
-        """Save the checkpoint. Returns what prevented it, if the store may mend itself: then the run goes on without.
+        """Save the checkpoint. Returns what prevented it, if the store may be mended: then the run goes on without.
 
         Raises RunFailure(AccessDenied).
         """
         try:
-            self.checkpoints.save(patience=SAVE_PATIENCE)
+            return self.checkpoints.save(patience=SAVE_PATIENCE)
         except RunFailure as failure:
             if failure.reason not in ("StoreUnavailable", "DiskFull"):
                 raise
             log.warning("Did not save the checkpoint: %s", failure.message)
             return failure.message
-        return ""
 
     def push(
         self, folder: Path, manifest: Manifest, uri: str = "", stage: str = "Publishing"

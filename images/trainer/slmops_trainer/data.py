@@ -109,12 +109,17 @@ def load(ctx: "Context", dataset: Dataset, role: Role) -> Examples:
         assert dataset.uri is not None  # the CRD demands one of the two
         secret = dataset.secret_ref.name if dataset.secret_ref else None
         try:
-            folder, manifest = ctx.pull(Input(uri=dataset.uri, secret=secret), f"data-{role}", f"Pulling {role} data")
+            folder, manifest = ctx.pull(
+                Input(uri=dataset.uri, secret=secret),
+                f"data-{role}",
+                f"Pulling {role} data",
+                choose=lambda paths: [_pick(paths, dataset.file, dataset.uri or "")],
+            )
         except RunFailure as failure:
             if failure.reason != "UnsupportedModel":
                 raise
             raise RunFailure("BadDataset", failure.message) from failure
-        path = _pick(folder, dataset.file, dataset.uri)
+        [path] = (path for path in folder.rglob("*.jsonl") if path.is_file())
         source, digest, uri = (
             f"{dataset.uri}, file {path.relative_to(folder)}",
             manifest.digest,
@@ -294,13 +299,13 @@ def _text(value: Any, name: str, where: str) -> str:
     return value
 
 
-def _pick(folder: Path, file: str | None, uri: str) -> Path:
-    """The JSONL file of a pulled dataset."""
-    found = sorted(path for path in folder.rglob("*.jsonl") if path.is_file())
-    names = ", ".join(str(path.relative_to(folder)) for path in found[:10]) or "none"
+def _pick(paths: Sequence[str], file: str | None, uri: str) -> str:
+    """The one file of a dataset that is read; nothing else of it is fetched."""
+    found = sorted(path for path in paths if path.endswith(".jsonl"))
+    names = ", ".join(found[:10]) or "none"
     if file is not None:
-        if folder / file in found:
-            return folder / file
+        if file in found:
+            return file
         raise RunFailure("BadDataset", f"{uri} has no file {file!r}. Its .jsonl files: {names}. Correct dataset.file.")
     if len(found) == 1:
         return found[0]

@@ -7,6 +7,7 @@ from slmops.api.batch import Evaluation
 from slmops.api.distillation import DistillationJobSpec
 from slmops.api.run import RunResult
 from slmops_trainer import answers, data, encoding, evaluate, filters, generation, measure, models, publish, synthetic
+from slmops_trainer.checkpoints import QUICK
 from slmops_trainer.context import Context, read_secret
 from slmops_trainer.data import Examples
 from slmops_trainer.failure import RunFailure
@@ -47,25 +48,27 @@ def run(ctx: Context) -> RunResult:
     _check_held_out(loaded, gold, spec.evaluation)
     ctx.resume()
     store = answers.Answers(ctx.checkpoints.folder / answers.PART)
-    shared = answers.shared(ctx)
     with ctx.told("Looking for answers", "store"):
-        store.recall(shared)
+        store.recall(answers.shared(ctx, "answers"))
     try:
         made = synthetic.make(ctx, spec, terms, prompts, held_out, schema, store, unfit)
         examples = made.examples
         _measure_teacher(ctx, spec, terms, gold, store)
     finally:
-        store.share(shared)
+        with ctx.told("Leaving answers", "store"):  # which ends at once when the pod is asked to stop
+            store.share(answers.shared(ctx, "answers-now"), patience=QUICK if ctx.stop.is_set() else None)
+    del store, prompts  # training needs their memory
     limit = spec.training.max_length
     encoded = encoding.encode(
         loaded.tokenizer, examples.items, loaded.stop_ids, "assistant", limit, examples.source, ctx.check
     )
     ctx.check()
-    _measure(ctx, loaded, spec.evaluation, gold, BEFORE, "base_")
+    _measure(ctx, loaded, spec.evaluation, gold, BEFORE, "base_", base.digest)
     ctx.keep()
     report = train(
-        ctx, loaded.model, loaded.tokenizer, encoded.items, spec.training, evaluation=watched, stage=TRAINING
-    )
+        ctx, loaded.model, loaded.tokenizer, encoded.items, spec.training,
+        base=base.digest, evaluation=watched, stage=TRAINING,
+    )  # fmt: skip
     ctx.check()
     student = ctx.work / "trained"
     models.write(loaded, loaded.model, student)
@@ -171,12 +174,13 @@ def _measure(
     held_out: Examples | None,
     stage: str,
     prefix: str,
+    origin: str = "",
 ) -> None:
-    """Evaluate and put the metrics into the result; what an earlier pod measured of the base stands."""
+    """Evaluate and put the metrics into the result; what an earlier pod measured of the base, `origin`, stands."""
     if held_out is None or evaluation is None:
         return
-    if stage == BEFORE:
-        values = measure.once(ctx, loaded, held_out, evaluation, stage)
+    if origin:
+        values = measure.once(ctx, loaded, held_out, evaluation, stage, origin)
     else:
         _, values = measure.measure(ctx, loaded, held_out, evaluation, stage)
     for name, value in values.items():

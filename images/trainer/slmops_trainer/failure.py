@@ -10,6 +10,7 @@ from slmops_artifacts.errors import ArtifactError
 _FROM_ARTIFACT: dict[str, FailureReason] = {
     "DigestMismatch": "SourceUnavailable",
     "UnsupportedFormat": "UnsupportedModel",
+    "Refused": "StoreUnavailable",
     "BadUri": "BadSpec",
 }
 

@@ -47,9 +47,12 @@ def run(ctx: Context) -> RunResult:
     watched = _watched(loaded, spec, held_out)
     model = adapt(loaded.model, spec.lora or Lora(), spec.training.seed) if spec.method == "lora" else loaded.model
     with model.disable_adapter() if spec.method == "lora" else nullcontext():
-        _measure(ctx, loaded, spec, held_out, BEFORE, "base_")
+        _measure(ctx, loaded, spec, held_out, BEFORE, "base_", base.digest)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    report = train(ctx, model, loaded.tokenizer, encoded.items, spec.training, evaluation=watched, stage=TRAINING)
+    report = train(
+        ctx, model, loaded.tokenizer, encoded.items, spec.training,
+        base=base.digest, evaluation=watched, stage=TRAINING,
+    )  # fmt: skip
     ctx.check()
     tuned = ctx.work / "tuned"
     written = write(loaded, model, spec, tuned, ctx.spec.model.uri)
@@ -121,13 +124,19 @@ def write(loaded: models.Loaded, model: Any, spec: FineTuneJobSpec, folder: Path
 
 
 def _measure(
-    ctx: Context, loaded: models.Loaded, spec: FineTuneJobSpec, held_out: data.Examples | None, stage: str, prefix: str
+    ctx: Context,
+    loaded: models.Loaded,
+    spec: FineTuneJobSpec,
+    held_out: data.Examples | None,
+    stage: str,
+    prefix: str,
+    origin: str = "",
 ) -> None:
-    """Evaluate and put the metrics into the result; what an earlier pod measured of the base stands."""
+    """Evaluate and put the metrics into the result; what an earlier pod measured of the base, `origin`, stands."""
     if held_out is None or spec.evaluation is None:
         return
-    if stage == BEFORE:
-        values = measure.once(ctx, loaded, held_out, spec.evaluation, stage)
+    if origin:
+        values = measure.once(ctx, loaded, held_out, spec.evaluation, stage, origin)
     else:
         _, values = measure.measure(ctx, loaded, held_out, spec.evaluation, stage)
     for name, value in values.items():

@@ -8,15 +8,14 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from slmops.api.run import TeacherEndpoint
+from slmops_artifacts import ArtifactError, waiting
 from slmops_trainer.answers import Answers, answer_key
+from slmops_trainer.context import SAVE_PATIENCE, Context
 from slmops_trainer.failure import RunFailure, interrupted
 from slmops_trainer.teacher import Rejected, Sampling, Silent, Teacher
-
-if TYPE_CHECKING:
-    from slmops_trainer.context import Context
 
 SAVE_SECONDS = 5.0  # between two checkpoints: what a killed pod has to pay twice at most
 HOLD_SECONDS = 15.0  # of a save that does not come to its end, after which nothing more is asked
@@ -83,7 +82,7 @@ def questions(
     return found
 
 
-def ask_all(ctx: "Context", asked: Sequence[Question], terms: Terms, store: Answers, stage: str) -> Outcome:
+def ask_all(ctx: Context, asked: Sequence[Question], terms: Terms, store: Answers, stage: str) -> Outcome:
     """Ask what the store does not hold, and keep each answer as it comes.
 
     Raises RunFailure(TeacherUnavailable, TeacherAnswersRejected, AccessDenied, BadSpec, Interrupted) and those of the
@@ -95,7 +94,7 @@ def ask_all(ctx: "Context", asked: Sequence[Question], terms: Terms, store: Answ
 class _Run:
     """The variables of one ask_all."""
 
-    def __init__(self, ctx: "Context", asked: Sequence[Question], terms: Terms, store: Answers, stage: str) -> None:
+    def __init__(self, ctx: Context, asked: Sequence[Question], terms: Terms, store: Answers, stage: str) -> None:
         self.ctx, self.terms, self.store, self.stage = ctx, terms, store, stage
         unique = {question.key: question for question in asked}
         self.all = list(unique.values())
@@ -137,9 +136,10 @@ class _Run:
                 await self._last_save(quiet=True)
                 raise
             await self._wind_up([*workers, keeper])
-            await self._last_save()
+            refused = await self._last_save()
         if self.ctx.stop.is_set():
-            raise interrupted(f"Stopped with {self.done} of {len(self.all)} answers, which are saved.")
+            what = f"which the store refused: {refused}" if refused else "which are saved."
+            raise interrupted(f"Stopped with {self.done} of {len(self.all)} answers, {what}")
         self.outcome.unasked = len(self.all) - self.done - len(self.outcome.rejected)
         self._check_ratio(final=True)
         return self.outcome
@@ -251,25 +251,40 @@ class _Run:
         """Publish what is new. In a thread: requests go on meanwhile, into the next chunk."""
         if self.store.seal():
             self.saving_since = time.monotonic()
-            await asyncio.to_thread(self._publish, seal=False)
+            await asyncio.to_thread(self._publish)
             self.saving_since = None
 
-    async def _last_save(self, *, quiet: bool = False) -> None:
-        """After the last answer. `quiet`: the run fails already, and for another reason."""
+    async def _last_save(self, *, quiet: bool = False) -> str:
+        """After the last answer. Returns why the store refused it. `quiet`: the run fails already, of another cause."""
         try:
-            await asyncio.to_thread(self._publish, seal=True)
+            return await asyncio.to_thread(self._publish, last=True)
         except RunFailure as failure:
             if not quiet:
                 raise
             log.error("The last answers could not be saved: %s", failure.message)  # noqa: TRY400  # no trace: it is named
+            return failure.message
 
-    def _publish(self, *, seal: bool) -> None:
+    def _publish(self, *, last: bool = False) -> str:
+        """Save what is sealed, at last all. A pod that is asked to stop has patience for the last save alone."""
         # A save whose task was cancelled goes on in its thread: wait for it before touching the chunks it sends.
         with self.saving:
-            if seal:
+            if last:
                 self.store.seal()
-            if len(self.store):
-                self.ctx.checkpoints.save()
+            if not len(self.store):
+                return ""
+            if not self.ctx.stop.is_set():
+                try:
+                    with waiting(self._wait):
+                        return self.ctx.checkpoints.save()
+                except RunFailure:
+                    if not self.ctx.stop.is_set():
+                        raise
+            return self.ctx.checkpoints.save(patience=SAVE_PATIENCE) if last else ""
+
+    def _wait(self, error: ArtifactError, seconds: float) -> None:
+        log.warning("Waits for the store: %s", error.message)
+        if self.ctx.stop.wait(seconds):
+            raise interrupted(f"The pod was asked to stop while it waited for the store: {error.message}")
 
     @staticmethod
     async def _wind_up(tasks: Sequence["asyncio.Task[None]"]) -> None:

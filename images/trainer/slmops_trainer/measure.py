@@ -43,18 +43,22 @@ def measure(
     return answers, {name: values[name] for name in evaluation.metrics}
 
 
-def once(ctx: "Context", loaded: Loaded, examples: Examples, evaluation: Evaluation, stage: str) -> dict[str, float]:
+def once(
+    ctx: "Context", loaded: Loaded, examples: Examples, evaluation: Evaluation, stage: str, origin: str
+) -> dict[str, float]:
     """The metrics of a model that the run did not make: what an earlier pod measured is not measured again.
 
-    Only on the same examples is it the same: a ConfigMap may have been edited since. The measurement goes into the
-    checkpoint's folder; the next save publishes it. Raises the failures of `measure` and of the store.
+    `origin`: the model's digest. Only of the same model and on the same examples is it the same: a tag may have moved
+    and a ConfigMap been edited since. The measurement goes into the checkpoint's folder; the next save publishes it.
+    Raises the failures of `measure` and of the store.
     """
     ctx.resume()
     path = ctx.checkpoints.folder / PART / f"{stage}.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    if found.get("examples") != examples.digest:
+    of = {"examples": examples.digest, "model": origin}
+    if {name: found.get(name) for name in of} != of:
         _, values = measure(ctx, loaded, examples, evaluation, stage)
-        found = {"examples": examples.digest, "metrics": values}
+        found = {**of, "metrics": values}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found))
     metrics: dict[str, float] = found["metrics"]

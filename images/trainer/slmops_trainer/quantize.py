@@ -69,7 +69,7 @@ def run(ctx: Context) -> RunResult:
         onnx_graph.check(facts, spec, parameters)
         finish(loaded, fresh)
     out = made or conversion.keep(ctx, fresh, origin)
-    _measure_source(ctx, loaded, spec.gate, held_out)
+    _measure_source(ctx, loaded, spec.gate, held_out, source.digest)
     # What the source says is known: its memory is needed by now, its tokenizer goes on being used.
     loaded = replace(loaded, model=None)
     gc.collect()
@@ -155,12 +155,14 @@ def _held_out(ctx: Context, gate: Gate | None) -> Examples | None:
     return found
 
 
-def _measure_source(ctx: Context, loaded: models.Loaded, gate: Gate | None, held_out: Examples | None) -> None:
-    """The source's score; what an earlier pod measured is not measured again."""
+def _measure_source(
+    ctx: Context, loaded: models.Loaded, gate: Gate | None, held_out: Examples | None, origin: str
+) -> None:
+    """The score of the source, `origin`; what an earlier pod measured is not measured again."""
     if gate is None or held_out is None:
         return
     asked = Evaluation(dataset=gate.dataset, metrics=[gate.metric], max_tokens=gate.max_tokens)
-    values = measure.once(ctx, loaded, held_out, asked, BEFORE)
+    values = measure.once(ctx, loaded, held_out, asked, BEFORE, origin)
     ctx.keep()
     ctx.metric(f"source_{gate.metric}", values[gate.metric])
 

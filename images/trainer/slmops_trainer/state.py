@@ -42,9 +42,12 @@ class Counters:
     done: bool = False
 
 
-def fingerprint(model: Any, encoded: Sequence[Encoded], training: Training) -> str:
-    """Changes with everything that a resumed run must have in common with the run that was saved."""
-    digest = hashlib.sha256(json.dumps(training.wire(), sort_keys=True).encode())
+def fingerprint(model: Any, encoded: Sequence[Encoded], training: Training, base: str) -> str:
+    """Changes with everything that a resumed run must have in common with the run that was saved.
+
+    `base`: the digest of what the model was before training, for shapes alone do not tell one from another.
+    """
+    digest = hashlib.sha256(json.dumps([training.wire(), base], sort_keys=True).encode())
     for name, parameter in trainable(model).items():
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
     for row in encoded:

@@ -54,16 +54,18 @@ def train(
     encoded: Sequence[Encoded],
     training: Training,
     *,
+    base: str,
     evaluation: Sequence[Encoded] = (),
     stage: str = "Training",
 ) -> TrainReport:
     """Train the model's trainable parameters in place, going on from the run's checkpoint if there is one.
 
-    The model is on its device, its trainable weights in fp32. `evaluation` is needed for early stopping only.
+    The model is on its device, its trainable weights in fp32; `base` is the digest of what it was before.
+    `evaluation` is needed for early stopping only.
     Equal inputs give equal weights, bit for bit on a CPU, however often the run was stopped and resumed.
     Raises RunFailure(LossDiverged, NothingToTrain, Interrupted) and those of the checkpoint store.
     """
-    run = _Run(ctx, model, tokenizer, encoded, training, evaluation, stage)
+    run = _Run(ctx, model, tokenizer, encoded, training, base, evaluation, stage)
     run.begin()
     while run.counters.step < run.total and not run.counters.done:
         run.one_step()
@@ -86,6 +88,7 @@ class _Run:
         tokenizer: Any,
         encoded: Sequence[Encoded],
         training: Training,
+        base: str,
         evaluation: Sequence[Encoded],
         stage: str,
     ) -> None:
@@ -97,7 +100,7 @@ class _Run:
         self.per_epoch = schedule.steps_per_epoch(len(encoded), training)
         self.lengths = [len(row.input_ids) for row in encoded]
         self.batches: tuple[int, list[list[int]]] = (-1, [])
-        self.counters = state.Counters(state.fingerprint(model, encoded, training))
+        self.counters = state.Counters(state.fingerprint(model, encoded, training, base))
         self.resumed_at: int | None = None
         self.stored = 0
         self.parameters = list(state.trainable(model).values())
@@ -121,7 +124,7 @@ class _Run:
             self.counters, self.resumed_at, self.stored = saved, saved.step, saved.step
             log.info("Resumed at step %d of %d", saved.step, self.total)
         elif saved is not None:
-            log.warning("Ignored a checkpoint of another recipe or other data")
+            log.warning("Ignored a checkpoint of another recipe, another base or other data")
         self.saved_at = self.logged_at = time.monotonic()
         began = f"Training began, in {'bf16' if self.bf16 else 'fp32'}"
         self.ctx.report(self.stage, self.counters.step, self.total, began)

@@ -34,8 +34,10 @@ class Engine(Model):
     model_config = cel(
         (
             f"!has(self.args) || self.args.all(arg, !arg.matches('{_OWN_OPTIONS}'))",
-            "args: model, served-name, host, port, metrics-port and api-keys-dir are set by the operator, "
-            "engine by name",
+            (
+                "args: model, served-name, host, port, metrics-port and api-keys-dir are set by the operator, "
+                "engine by name"
+            ),
         ),
     )
 
