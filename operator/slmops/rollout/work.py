@@ -73,6 +73,8 @@ class Work:
     def roll_back(self, why: Problem) -> None:
         """Give the candidate up: weight 0 now, its pods once the routers have obeyed."""
         assert self.candidate is not None
+        if self.roll.routed_at is not None:
+            self.set(samples=max(self.samples(), self.roll.samples or 0))  # a router may be silent by now
         self.weight = 0
         self.set(outcome=f"{why.reason}: {why.message}"[:512])
         self.enter(ROLLING_BACK)
@@ -103,6 +105,15 @@ class Work:
         """Requests that the candidate answered at this weight of this step."""
         epoch = self.epoch()
         return sum(r.answered.get(self.name, 0) for r in self.seen.routers if r.epoch == epoch)
+
+    def told(self) -> int:
+        """What is told of them: the last number until they are a tenth more, so that requests alone hardly write."""
+        new, old = self.samples(), self.roll.samples
+        analysis = self.spec.rollout.analysis
+        least = analysis.min_samples if analysis else 0
+        if old is None or not old <= new < old * 1.1 or (old < least) != (new < least):
+            return new
+        return old
 
     def left(self, since: str | None, seconds: float) -> float:
         """Seconds until `seconds` after that time; 0 or less where it is past."""
