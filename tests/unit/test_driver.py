@@ -75,6 +75,31 @@ def test_children_routes_status_events_in_this_order() -> None:
     assert cluster.posted == [(key, "Did", "it")]
 
 
+def test_what_is_given_up_is_said_before_the_routers_hear_of_it() -> None:
+    done: list[str] = []
+
+    def push(routes: Routes) -> None:
+        done.extend([*(verb for verb, _ in cluster.writes), "routes"])
+
+    plan = Plan(status={"phase": "X"}, routes=(Routes("http://r", {"a": 100}),), events=(Event("Did", "it"),))
+    plan = replace(plan, apply=(CHILD,), keep_going=True, status_first=True)
+    cluster, driver, key = setting(plan, push)
+    driver.run(key)
+    assert done == ["patch_status", "apply", "routes"]
+    assert [verb for verb, _ in cluster.writes] == ["patch_status", "apply"]
+    assert cluster.posted == [(key, "Did", "it")]
+
+
+def test_what_is_given_up_reaches_the_routers_though_no_status_can_be_written_before() -> None:
+    done: list[str] = []
+    plan = Plan(status={"phase": "X"}, routes=(Routes("http://r", {"a": 100}),), keep_going=True, status_first=True)
+    cluster, driver, key = setting(plan, lambda routes: done.append(routes.url))
+    cluster.refuse["FineTuneJob"] = ClusterError(500, "InternalError", "no space")  # once
+    driver.run(key)
+    assert done == ["http://r"]
+    assert cluster.objects[key]["status"]["phase"] == "X"
+
+
 def test_a_second_pass_writes_nothing() -> None:
     cluster, driver, key = setting(Plan(status={"phase": "X"}))
     child = owned(cluster, key)

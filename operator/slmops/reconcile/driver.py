@@ -3,6 +3,9 @@
 Level-triggered: a pass asks nobody what changed. Running it twice does no more than running it once, so it may be
 killed anywhere and started again; the status is written last and says only what has been done.
 
+Where a rollout is given up, it is written first as well (Plan.status_first). What a measurement found is known to this
+pass alone: killed between the routers and the status, the next one would give the requests back and measure anew.
+
 Errors, and what becomes of them:
   Retry             Ready=False and Reconciling=True with its reason; the pass comes again
   Terminal          Stalled=True with its reason; nothing more happens until an event or the resync
@@ -82,6 +85,7 @@ class Driver:
         try:
             observed = reconciler.observe(obj, World(self.cluster, self.settings, now, self.circular))
             plan = reconciler.decide(obj, observed, now)
+            stored = self._said_first(obj, plan) if plan.status_first else obj
             refused = self._carry_out(obj, plan)
         except (Retry, Terminal, ClusterError, RemoteError, ValidationError) as error:
             match _outcome(error):
@@ -92,9 +96,9 @@ class Driver:
                     return None
             raise
         if refused is not None:
-            return self._in_spite(obj, plan, refused, now)
+            return self._in_spite(stored, plan, refused, now)
         try:
-            written = self.cluster.patch_status(obj, plan.status)
+            written = self.cluster.patch_status(stored, plan.status)
         except ClusterError as error:
             if error.retryable:
                 raise
@@ -113,6 +117,14 @@ class Driver:
         began, ended = status.get("startTime"), status.get("completionTime")
         if began and ended:
             self.on_end(obj["kind"], status["phase"], max(0.0, (parse(ended) - parse(began)).total_seconds()))
+
+    def _said_first(self, obj: Object, plan: Plan) -> Object:
+        """The object, with the plan's status where it could be written: what is given up needs no leave for that."""
+        try:
+            return self.cluster.patch_status(obj, plan.status)
+        except ClusterError as error:  # the write at the end tells what becomes of it
+            log.warning("Could not write status first", extra={"error": error.message})
+            return obj
 
     def _carry_out(self, obj: Object, plan: Plan) -> Exception | None:
         """Carry the plan out. Returns the first refusal past which it went on; raises it where the plan stops there."""

@@ -35,6 +35,7 @@ class Work:
         self.remove: list[str] = []
         self.notes: list[Note] = []
         self.verdicts: tuple[Verdict, ...] = ()
+        self.given_up = False
         self.wakes: list[float] = []
 
     # Words.
@@ -75,7 +76,7 @@ class Work:
         assert self.candidate is not None
         if self.roll.routed_at is not None:
             self.set(samples=max(self.samples(), self.roll.samples or 0))  # a router may be silent by now
-        self.weight = 0
+        self.weight, self.given_up = 0, True
         self.set(outcome=f"{why.reason}: {why.message}"[:512])
         self.enter(ROLLING_BACK)
         self.note("RollingBack", f"Revision {self.name}: {why.message}", warning=True)
@@ -262,6 +263,7 @@ class Work:
             remove=tuple(self.remove),
             notes=tuple(self.notes),
             verdicts=self.verdicts,
+            given_up=self.given_up,
             requeue=min(self.wakes, default=None),
         )
 
