@@ -142,6 +142,37 @@ def test_a_router_that_refuses_its_routes_keeps_no_other_from_them():
         assert world.status["phase"] == "RolledBack"
 
 
+SERVICE = Key("Service", "ns", "chat")
+
+
+def test_it_is_not_ready_while_its_address_is_somebody_elses():
+    """Who waits for Ready would send its requests there."""
+    world = Kubernetes()
+    foreign = {"kind": "Service", "metadata": {"name": "chat", "namespace": "ns"}, "spec": {"mine": True}}
+    world.cluster.put(foreign)
+    world.passes()
+    assert world.condition("Ready")[:2] == ("False", "NameConflict")
+    assert world.cluster.objects[SERVICE]["spec"] == {"mine": True}
+    world.cluster.delete(SERVICE)
+    world.passes()
+    assert world.condition("Ready")[:2] == ("True", "Serving")
+
+
+def test_it_is_not_ready_before_its_address_may_be_made_but_stays_so_while_that_may_not_be_changed():
+    world = Kubernetes()
+    world.cluster.refusing["Service"] = QUOTA
+    world.passes()
+    assert world.condition("Ready")[:2] == ("False", "QuotaExceeded")
+    world.cluster.refusing.clear()
+    world.passes()
+    assert world.condition("Ready")[:2] == ("True", "Serving")
+    world.cluster.tamper("Service")
+    world.cluster.refusing["Service"] = QUOTA
+    world.passes()
+    assert world.condition("Ready")[:2] == ("True", "QuotaExceeded")
+    assert world.condition("Reconciling")[0] == "True"
+
+
 def test_failures_are_counted_while_a_child_is_refused():
     world = rolling()
     world.cluster.tamper("PodDisruptionBudget")

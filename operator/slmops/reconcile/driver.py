@@ -32,7 +32,7 @@ from slmops.api.meta import Condition, Status
 from slmops.api.times import parse
 from slmops.cluster.port import Cluster, ClusterError, Key, Object
 from slmops.reconcile import conditions
-from slmops.reconcile.ownership import check_ours
+from slmops.reconcile.ownership import check_ours, is_ours
 from slmops.reconcile.protocol import Reconciler, World
 from slmops.reconcile.state import Count, Event, Plan, Retry, Routes, Terminal
 from slmops.remote.errors import RemoteError
@@ -158,7 +158,9 @@ class Driver:
     def _in_spite(self, obj: Object, plan: Plan, refused: Exception, now: datetime) -> float | None:
         """Write the plan's status with the outcome of what was refused. Raises ClusterError where that backs off."""
         outcome = _outcome(refused)
-        status = plan.status if outcome is None else _told(obj, plan.status, outcome, now)
+        status = plan.status
+        if outcome is not None:
+            status = _told(obj, status, outcome, now, reached=self._reached(obj, plan))
         written = self.cluster.patch_status(obj, status)
         self._tell(written, plan)
         match outcome:
@@ -169,8 +171,13 @@ class Driver:
                 return plan.requeue
         raise refused
 
+    def _reached(self, owner: Object, plan: Plan) -> bool:
+        """Whether clients can reach what serves: what was refused is no Service, or one that is there and ours."""
+        services = (self.cluster.get(_key(child)) for child in plan.apply if child["kind"] == "Service")
+        return all(found is not None and is_ours(owner, found) for found in services)
+
     def _apply(self, owner: Object, child: Object) -> None:
-        key = Key(child["kind"], child["metadata"]["namespace"], child["metadata"]["name"])
+        key = _key(child)
         current = self.cluster.get(key)
         if current is not None:
             check_ours(owner, current)
@@ -268,7 +275,11 @@ def _outcome(error: Exception) -> Retry | Terminal | None:
     return None
 
 
-def _told(obj: Object, status: Object, outcome: Retry | Terminal, now: datetime) -> Object:
+def _key(child: Object) -> Key:
+    return Key(child["kind"], child["metadata"]["namespace"], child["metadata"]["name"])
+
+
+def _told(obj: Object, status: Object, outcome: Retry | Terminal, now: datetime, *, reached: bool) -> Object:
     """The wanted status with a refusal in its conditions. A failure that it tells itself is the more important one."""
     wanted = Status.model_validate(status).conditions
     if conditions.is_true(wanted, conditions.STALLED):
@@ -283,7 +294,7 @@ def _told(obj: Object, status: Object, outcome: Retry | Terminal, now: datetime)
         outcome.message,
         generation=generation,
         now=now,
-        still_ready=conditions.is_true(wanted, conditions.READY),
+        still_ready=reached and conditions.is_true(wanted, conditions.READY),
     )
     return {**status, "conditions": [c.wire() for c in (*marked, *conditions.without(wanted, *ours))]}
 
