@@ -173,6 +173,22 @@ def test_it_is_not_ready_before_its_address_may_be_made_but_stays_so_while_that_
     assert world.condition("Reconciling")[0] == "True"
 
 
+@pytest.mark.parametrize("role", ["servers", "routers"])
+def test_a_foreign_budget_of_a_name_that_is_not_needed_hinders_nothing(role):
+    world = Kubernetes(replicas=1)
+    budget = Key("PodDisruptionBudget", "ns", f"chat-{role}")
+    metadata = {"name": budget.name, "namespace": "ns"}
+    world.cluster.put({"kind": budget.kind, "metadata": metadata, "spec": {"mine": True}})
+    world.passes()
+    assert world.condition("Ready")[:2] == ("True", "Serving")
+    assert world.condition("Reconciling") == ("", "", "")
+    assert world.cluster.objects[budget]["spec"] == {"mine": True}
+    world.edit(replicas=2)
+    world.passes()
+    assert world.condition("Reconciling")[:2] == ("True", "NameConflict")
+    assert world.cluster.objects[budget]["spec"] == {"mine": True}
+
+
 def test_failures_are_counted_while_a_child_is_refused():
     world = rolling()
     world.cluster.tamper("PodDisruptionBudget")

@@ -190,9 +190,8 @@ class Driver:
 
     def _delete(self, owner: Object, key: Key) -> None:
         current = self.cluster.get(key)
-        if current is None or current["metadata"].get("deletionTimestamp"):
-            return
-        check_ours(owner, current)
+        if current is None or current["metadata"].get("deletionTimestamp") or not is_ours(owner, current):
+            return  # what merely has the name is in nobody's way: nothing of ours shall be there
         self.cluster.delete(key, uid=current["metadata"]["uid"])
 
     def _not_yet(self, obj: Object, retry: Retry, now: datetime) -> float:
