@@ -173,8 +173,10 @@ class Work:
         return False
 
     def await_routers(self) -> None:
-        """Ask again soon; hold where that will not help by itself."""
+        """Ask again soon; hold where that will not help by itself, unless something else holds already."""
         self.wakes.append(ROUTER_SECONDS)
+        if self.roll.hold:
+            return
         silent = sum(router.weights is None for router in self.seen.routers)
         if not self.seen.routers:
             problem = self.seen.router_problem or Problem("RouterNotReady", "No router pod is ready.")
@@ -227,7 +229,7 @@ class Work:
                 del self.retiring[revision]
             elif not self.rid_of(revision):
                 self.retiring[revision] = ""
-                self.wakes.append(ROUTER_SECONDS)
+                self.await_routers()
             else:
                 since = self.retiring[revision] = when or stamp(self.now)
                 left = self.left(since, self.spec.rollout.scale_down_delay_seconds)
