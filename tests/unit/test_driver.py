@@ -232,6 +232,42 @@ def test_a_status_that_does_not_fit_is_told_and_no_endless_error() -> None:
     assert [reason for _, reason, _ in cluster.posted] == ["InternalError"]
 
 
+def of_a_suspended_run(*, suspend: bool, trouble: Exception) -> Object:
+    """What the object looks like after a pass with this trouble."""
+    cluster, driver, key = setting(trouble)  # type: ignore[arg-type]  # the scripted ones are Exceptions
+    cluster.put(finetune(suspend=suspend))
+    said = {"reason": "Suspended", "message": "", "lastTransitionTime": at(0)}
+    words = {"Ready": "False", "Reconciling": "True", "Suspended": "True"}
+    conditions = [{**said, "type": kind, "status": word} for kind, word in words.items()]
+    cluster.set_status(key, {"conditions": conditions, "phase": "Suspended"})
+    driver.run(key)
+    return cluster.objects[key]
+
+
+def test_a_resumed_run_that_cannot_start_is_not_called_suspended() -> None:
+    waits = of_a_suspended_run(suspend=False, trouble=Retry("QuotaExceeded", "no room"))
+    assert of(waits, "Suspended") is None
+    assert (of(waits, "Reconciling") or {})["reason"] == "QuotaExceeded"
+    assert waits["status"]["phase"] == "Waiting"
+    given_up = of_a_suspended_run(suspend=False, trouble=Terminal("NoStore", "Give spec.output."))
+    assert of(given_up, "Suspended") is None
+    assert given_up["status"]["phase"] == "Failed"
+
+
+def test_a_suspended_run_with_trouble_is_still_suspended() -> None:
+    waits = of_a_suspended_run(suspend=True, trouble=Retry("Forbidden", "may not delete"))
+    assert (of(waits, "Suspended") or {})["status"] == "True"
+    assert waits["status"]["phase"] == "Suspended"
+
+
+def test_what_was_given_up_and_goes_on_has_not_failed() -> None:
+    cluster, driver, key = setting(Terminal("NoStore", "Give spec.output."))
+    driver.run(key)
+    assert cluster.objects[key]["status"]["phase"] == "Failed"
+    replace(driver, reconcilers={"FineTuneJob": Scripted(Retry("QuotaExceeded", "no room"))}).run(key)
+    assert cluster.objects[key]["status"]["phase"] == "Waiting"
+
+
 def test_a_new_object_that_must_wait_has_a_phase() -> None:
     cluster, driver, key = setting(Retry("NameConflict", "Job x exists."))
     driver.run(key)

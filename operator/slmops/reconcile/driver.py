@@ -196,27 +196,31 @@ class Driver:
 
     def _not_yet(self, obj: Object, retry: Retry, now: datetime) -> float:
         generation = obj["metadata"].get("generation", 0)
-        status = Status.model_validate(obj.get("status") or {})
-        if _over(status.conditions):
+        before = _stands(obj)
+        if _over(before):
             log.warning("Could not look after finished object", extra={"reason": retry.reason, "error": str(retry)})
             return retry.after  # what has been reached is not taken back
         marked = conditions.reconciling(
-            status.conditions,
+            before,
             retry.reason,
             retry.message,
             generation=generation,
             now=now,
-            still_ready=conditions.is_true(status.conditions, conditions.READY) and _serves(obj),
+            still_ready=conditions.is_true(before, conditions.READY) and _serves(obj),
         )
-        status_now = _merged(obj, marked, generation)
-        if not _serves(obj):
-            status_now = {"phase": "Waiting"} | status_now  # of a first pass: later ones keep what they have reached
-        self.cluster.patch_status(obj, status_now)
-        return retry.after if _serves(obj) else conditions.patiently(retry.after, status.conditions, now)
+        status = _merged(obj, marked, generation)
+        if _serves(obj):
+            self.cluster.patch_status(obj, status)
+            return retry.after
+        reached = status.get("phase")
+        if reached in (None, "Failed") or (reached == "Suspended" and not _suspended(obj)):
+            status["phase"] = "Waiting"  # else what earlier passes have reached is kept
+        self.cluster.patch_status(obj, status)
+        return conditions.patiently(retry.after, before, now)
 
     def _give_up(self, obj: Object, terminal: Terminal, now: datetime) -> None:
         generation = obj["metadata"].get("generation", 0)
-        before = Status.model_validate(obj.get("status") or {}).conditions
+        before = _stands(obj)
         if _over(before):
             log.warning("Could not look after finished object", extra={"reason": terminal.reason})
             return
@@ -305,6 +309,16 @@ def _merged(obj: Object, marked: list[Condition], generation: int) -> Object:
         "observedGeneration": generation,
         "conditions": [condition.wire() for condition in marked],
     }
+
+
+def _stands(obj: Object) -> list[Condition]:
+    """The conditions of before, as far as they still hold: a run is suspended while its spec says so."""
+    said = Status.model_validate(obj.get("status") or {}).conditions
+    return said if _serves(obj) or _suspended(obj) else conditions.without(said, conditions.SUSPENDED)
+
+
+def _suspended(obj: Object) -> bool:
+    return bool(obj["spec"].get("suspend"))
 
 
 def _over(said: list[Condition]) -> bool:
