@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 from tests.kube.api import Api, ApiError, Object, wait_for
@@ -30,11 +31,15 @@ def helm() -> str:
 
 def rights(helm: str, *namespaces: str) -> list[Object]:
     """The operator's roles and bindings, as the chart renders them for these namespaces, or for all."""
+    return [obj for obj in rendered(helm, *namespaces) if obj["metadata"]["name"].endswith("-operator")]
+
+
+def rendered(helm: str, *namespaces: str) -> list[Object]:
+    """All of the chart's roles and bindings."""
     flags = ["--set", f"watchNamespaces={{{','.join(namespaces)}}}"] if namespaces else []
     command = [helm, "template", "slmops", str(ROOT / "charts/slmops"), "--namespace", RELEASE, *flags]
     done = subprocess.run([*command, "--show-only", "templates/rbac.yaml"], capture_output=True, text=True, check=True)
-    found = [obj for obj in yaml.safe_load_all(done.stdout) if obj]
-    return [obj for obj in found if obj["metadata"]["name"].endswith("-operator")]
+    return [obj for obj in yaml.safe_load_all(done.stdout) if obj]
 
 
 class Granted:
@@ -150,6 +155,32 @@ def test_a_secret_that_may_not_be_read_is_said(
     status = api.until_reason("FineTuneJob", "tune", "Forbidden")
     assert "secrets" in str(status["conditions"])
     assert api.get("Job", JOB) is None
+
+
+@pytest.mark.parametrize(("roles", "changes"), [(["view"], 403), (["view", "edit"], 200)])
+def test_users_scale_who_may_edit(
+    api: Api, proxy: Proxy, granted: Granted, helm: str, roles: list[str], changes: int
+) -> None:
+    """Nobody puts the chart's roles into Kubernetes' own here: edit has what view has."""
+    names = [f"{RELEASE}-slmops-{role}" for role in roles]
+    granted.give([obj for obj in rendered(helm) if obj["metadata"]["name"] in names])
+    for name in names:
+        metadata = {"name": name, "namespace": api.namespace}
+        role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": name}
+        subject = {"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "somebody"}
+        binding = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding", "metadata": metadata}
+        granted.give([{**binding, "roleRef": role, "subjects": [subject]}])
+    api.create("ModelDeployment", "m", spec={"model": {"uri": "oci://r/m:1"}})
+    proxy.user = "somebody"
+    url = proxy.url + api.path("ModelDeployment", "m", "scale")
+    wait_for("the rights", lambda: httpx.get(url, trust_env=False).status_code == 200)
+    merge = {"Content-Type": "application/merge-patch+json"}
+
+    def scaled() -> int:
+        return httpx.patch(url, json={"spec": {"replicas": 3}}, headers=merge, trust_env=False).status_code
+
+    wait_for(f"the answer {changes}", lambda: scaled() == changes)
+    assert api.need("ModelDeployment", "m")["spec"]["replicas"] == (3 if changes == 200 else 1)
 
 
 Right = tuple[str, str, str]  # group, resource, verb

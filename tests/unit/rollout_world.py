@@ -130,7 +130,8 @@ class World:
         before = self.status
         decision = decide(self.spec, before, seen, self.now)
         self.check_decision(before, seen, decision)
-        actions = [lambda: self._route_map(decision)]
+        actions = [lambda: self._write(decision)] if decision.given_up else []
+        actions.append(lambda: self._route_map(decision))
         actions += [lambda r=r, n=n: self._scale(r, n) for r, n in sorted(decision.replicas.items())]
         actions += [lambda p=p: self._push(p, decision) for p in self.routers if not p.silent]
         actions += [lambda r=r: self._remove(r) for r in decision.remove]

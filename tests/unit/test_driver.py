@@ -75,6 +75,31 @@ def test_children_routes_status_events_in_this_order() -> None:
     assert cluster.posted == [(key, "Did", "it")]
 
 
+def test_what_is_given_up_is_said_before_the_routers_hear_of_it() -> None:
+    done: list[str] = []
+
+    def push(routes: Routes) -> None:
+        done.extend([*(verb for verb, _ in cluster.writes), "routes"])
+
+    plan = Plan(status={"phase": "X"}, routes=(Routes("http://r", {"a": 100}),), events=(Event("Did", "it"),))
+    plan = replace(plan, apply=(CHILD,), keep_going=True, status_first=True)
+    cluster, driver, key = setting(plan, push)
+    driver.run(key)
+    assert done == ["patch_status", "apply", "routes"]
+    assert [verb for verb, _ in cluster.writes] == ["patch_status", "apply"]
+    assert cluster.posted == [(key, "Did", "it")]
+
+
+def test_what_is_given_up_reaches_the_routers_though_no_status_can_be_written_before() -> None:
+    done: list[str] = []
+    plan = Plan(status={"phase": "X"}, routes=(Routes("http://r", {"a": 100}),), keep_going=True, status_first=True)
+    cluster, driver, key = setting(plan, lambda routes: done.append(routes.url))
+    cluster.refuse["FineTuneJob"] = ClusterError(500, "InternalError", "no space")  # once
+    driver.run(key)
+    assert done == ["http://r"]
+    assert cluster.objects[key]["status"]["phase"] == "X"
+
+
 def test_a_second_pass_writes_nothing() -> None:
     cluster, driver, key = setting(Plan(status={"phase": "X"}))
     child = owned(cluster, key)
@@ -205,6 +230,42 @@ def test_a_status_that_does_not_fit_is_told_and_no_endless_error() -> None:
     assert stalled is not None
     assert "sizeBytes" in stalled["message"]
     assert [reason for _, reason, _ in cluster.posted] == ["InternalError"]
+
+
+def of_a_suspended_run(*, suspend: bool, trouble: Exception) -> Object:
+    """What the object looks like after a pass with this trouble."""
+    cluster, driver, key = setting(trouble)  # type: ignore[arg-type]  # the scripted ones are Exceptions
+    cluster.put(finetune(suspend=suspend))
+    said = {"reason": "Suspended", "message": "", "lastTransitionTime": at(0)}
+    words = {"Ready": "False", "Reconciling": "True", "Suspended": "True"}
+    conditions = [{**said, "type": kind, "status": word} for kind, word in words.items()]
+    cluster.set_status(key, {"conditions": conditions, "phase": "Suspended"})
+    driver.run(key)
+    return cluster.objects[key]
+
+
+def test_a_resumed_run_that_cannot_start_is_not_called_suspended() -> None:
+    waits = of_a_suspended_run(suspend=False, trouble=Retry("QuotaExceeded", "no room"))
+    assert of(waits, "Suspended") is None
+    assert (of(waits, "Reconciling") or {})["reason"] == "QuotaExceeded"
+    assert waits["status"]["phase"] == "Waiting"
+    given_up = of_a_suspended_run(suspend=False, trouble=Terminal("NoStore", "Give spec.output."))
+    assert of(given_up, "Suspended") is None
+    assert given_up["status"]["phase"] == "Failed"
+
+
+def test_a_suspended_run_with_trouble_is_still_suspended() -> None:
+    waits = of_a_suspended_run(suspend=True, trouble=Retry("Forbidden", "may not delete"))
+    assert (of(waits, "Suspended") or {})["status"] == "True"
+    assert waits["status"]["phase"] == "Suspended"
+
+
+def test_what_was_given_up_and_goes_on_has_not_failed() -> None:
+    cluster, driver, key = setting(Terminal("NoStore", "Give spec.output."))
+    driver.run(key)
+    assert cluster.objects[key]["status"]["phase"] == "Failed"
+    replace(driver, reconcilers={"FineTuneJob": Scripted(Retry("QuotaExceeded", "no room"))}).run(key)
+    assert cluster.objects[key]["status"]["phase"] == "Waiting"
 
 
 def test_a_new_object_that_must_wait_has_a_phase() -> None:

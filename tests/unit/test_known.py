@@ -53,7 +53,7 @@ def test_dependents_are_woken_by_news_alone() -> None:
     assert known.concerned(event(done, "DELETED")) == {TUNE, NEXT}
 
 
-def test_its_own_status_does_not_wake_a_run_but_what_users_change_does() -> None:
+def test_its_own_status_does_not_wake_an_object_but_what_users_change_does() -> None:
     known = Known()
     assert known.concerned(event(finetune(), None)) == {TUNE}
     assert known.concerned(event(finetune(ready()))) == set()
@@ -65,7 +65,7 @@ def test_its_own_status_does_not_wake_a_run_but_what_users_change_does() -> None
     deployment = ours("ModelDeployment", {}, name="d")
     key = Key("ModelDeployment", "ns", "d")
     assert known.concerned(event(deployment, None)) == {key}
-    assert known.concerned(event({**deployment, "status": ready()})) == {key}
+    assert known.concerned(event({**deployment, "status": ready()})) == set()
 
 
 def test_a_new_object_of_the_same_name_is_news() -> None:

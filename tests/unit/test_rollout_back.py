@@ -1,7 +1,10 @@
 """The ways back: a failure, an abort, a revert, another revision in between, and trying again."""
 
+import contextlib
+from datetime import timedelta
+
 import pytest
-from tests.unit.rollout_world import KilledError, analysis, revision, serving, steps
+from tests.unit.rollout_world import KilledError, RouterPod, analysis, revision, serving, steps
 
 from slmops.api import keys
 from slmops.rollout.seen import Problem
@@ -24,6 +27,22 @@ def test_one_failure_more_than_tolerated_rolls_back_weight_first_pods_later():
     assert world.deployments == {"aaa": 2}
     world.after(86400)
     assert (world.phase, world.deployments) == ("RolledBack", {"aaa": 2})
+
+
+@pytest.mark.parametrize("actions", range(1, 8))
+def test_what_a_measurement_took_away_is_not_given_back_by_a_kill(actions):
+    world = serving(steps=steps(50, pause=600), analysis=analysis(failure_limit=0))
+    world.routers.append(RouterPod(*world.config_map))
+    world.deploy("bbb")
+    world.serve(300)
+    world.measured = ["Fail"]
+    world.now += timedelta(seconds=10)
+    with contextlib.suppress(KilledError):
+        world.run(crash_after=actions)
+    for _ in range(3):
+        world.run()
+        assert [router.weights["bbb"] for router in world.routers] == [0, 0]
+    assert (world.phase, world.status.rollout.outcome[:14]) == ("RolledBack", "AnalysisFailed")
 
 
 def test_rolling_back_does_not_wait_for_a_silent_router_but_pods_do():

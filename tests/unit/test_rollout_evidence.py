@@ -123,7 +123,7 @@ def test_a_router_that_does_not_do_what_it_says_holds():
     world.routers[0].turns, world.routers[0].chosen = 400, {"bbb": 8}
     decision = world.after(11)
     assert decision.requeue is not None  # requests come without an event
-    assert world.hold == "SplitMismatch: The routers gave 8 of 400 requests to bbb, not 10 %."
+    assert world.hold == "SplitMismatch: The routers gave 2 % of the requests to bbb, not 10 %."
     world.routers[0].chosen = {"bbb": 41}
     world.passes()
     assert world.stable == "bbb"

@@ -81,6 +81,31 @@ def test_a_step_must_be_seen_at_every_router_before_its_time_counts():
     assert world.status.rollout.step == 1
 
 
+def test_old_pods_that_stay_because_a_router_is_silent_say_so():
+    world = serving(steps=[])
+    world.routers.append(type(world.routers[0])(*world.config_map))
+    world.deploy("bbb")
+    assert (world.phase, world.stable) == ("Draining", "bbb")
+    world.routers[1].silent = True
+    world.after(100)
+    assert world.hold.startswith("RouterUnreachable: 1 of 2 routers")
+    assert set(world.deployments) == {"aaa", "bbb"}
+    world.routers[1].silent = False
+    world.passes()
+    assert (world.phase, world.hold) == ("Draining", "")
+    world.after(31)
+    assert (world.phase, world.deployments) == ("Stable", {"bbb": 2})
+
+
+def test_what_a_candidate_waits_for_is_said_before_what_old_pods_wait_for():
+    world = serving(steps=[])
+    world.deploy("bbb")
+    world.broken["ccc"] = Problem("SourceNotFound", "There is nothing there.")
+    world.routers[0].silent = True
+    world.deploy("ccc")
+    assert (world.phase, world.hold.split(":")[0]) == ("Preparing", "SourceNotFound")
+
+
 def test_pods_that_no_router_reaches_get_no_requests():
     world = serving(progress_deadline_seconds=300)
     world.unreached = {"bbb"}

@@ -3,9 +3,12 @@
 from datetime import timedelta
 
 import pytest
-from tests.unit.serving_world import CANARY, Kubernetes, uri
+from tests.unit.rollout_world import KilledError
+from tests.unit.serving_world import CANARY, KEY, Kubernetes, uri
 
 from slmops.cluster.port import ClusterError, Key
+from slmops.reconcile.state import Routes
+from slmops.remote import prometheus
 
 INVALID = ClusterError(422, "Invalid", "cpu: must be less than or equal to cpu limit")
 QUOTA = ClusterError(403, "Forbidden", "exceeded quota: small")
@@ -87,6 +90,40 @@ def test_rolling_back_takes_the_weight_away_whatever_else_is_refused(kind, error
     assert world.status["phase"] == "RolledBack"
 
 
+def failing() -> Kubernetes:
+    """The next measurement fails revision b."""
+    world = rolling()
+    world.requests, world.answers = 100, [prometheus.Value(0.2)]
+    world.now += timedelta(seconds=10)
+    return world
+
+
+@pytest.mark.parametrize("error", [INVALID, QUOTA, HOOK, AWAY], ids=lambda error: error.reason)
+def test_rolling_back_takes_the_weight_away_though_no_status_can_be_written(error):
+    world = failing()
+    world.cluster.refusing["ModelDeployment"] = error
+    world.try_pass()
+    assert weights(world)[world.status["candidate"]["revision"]] == 0
+
+
+def test_a_kill_between_the_routers_and_the_end_of_the_pass_gives_nothing_back(monkeypatch):
+    world = failing()
+
+    def push(routes: Routes) -> None:
+        world.agents[routes.url] = routes.body
+        raise KilledError
+
+    monkeypatch.setattr(world, "push", push)
+    with pytest.raises(KilledError):
+        world.driver().run(KEY)
+    monkeypatch.undo()
+    for _ in range(3):
+        world.try_pass()
+        assert weights(world)[world.status["candidate"]["revision"]] == 0
+    assert world.status["phase"] == "RolledBack"
+    assert "Metric errors" in world.condition("Stalled")[2]
+
+
 def test_a_router_that_refuses_its_routes_keeps_no_other_from_them():
     world = rolling()
     second = world.status["candidate"]["revision"]
@@ -105,6 +142,53 @@ def test_a_router_that_refuses_its_routes_keeps_no_other_from_them():
         assert world.status["phase"] == "RolledBack"
 
 
+SERVICE = Key("Service", "ns", "chat")
+
+
+def test_it_is_not_ready_while_its_address_is_somebody_elses():
+    """Who waits for Ready would send its requests there."""
+    world = Kubernetes()
+    foreign = {"kind": "Service", "metadata": {"name": "chat", "namespace": "ns"}, "spec": {"mine": True}}
+    world.cluster.put(foreign)
+    world.passes()
+    assert world.condition("Ready")[:2] == ("False", "NameConflict")
+    assert world.cluster.objects[SERVICE]["spec"] == {"mine": True}
+    world.cluster.delete(SERVICE)
+    world.passes()
+    assert world.condition("Ready")[:2] == ("True", "Serving")
+
+
+def test_it_is_not_ready_before_its_address_may_be_made_but_stays_so_while_that_may_not_be_changed():
+    world = Kubernetes()
+    world.cluster.refusing["Service"] = QUOTA
+    world.passes()
+    assert world.condition("Ready")[:2] == ("False", "QuotaExceeded")
+    world.cluster.refusing.clear()
+    world.passes()
+    assert world.condition("Ready")[:2] == ("True", "Serving")
+    world.cluster.tamper("Service")
+    world.cluster.refusing["Service"] = QUOTA
+    world.passes()
+    assert world.condition("Ready")[:2] == ("True", "QuotaExceeded")
+    assert world.condition("Reconciling")[0] == "True"
+
+
+@pytest.mark.parametrize("role", ["servers", "routers"])
+def test_a_foreign_budget_of_a_name_that_is_not_needed_hinders_nothing(role):
+    world = Kubernetes(replicas=1)
+    budget = Key("PodDisruptionBudget", "ns", f"chat-{role}")
+    metadata = {"name": budget.name, "namespace": "ns"}
+    world.cluster.put({"kind": budget.kind, "metadata": metadata, "spec": {"mine": True}})
+    world.passes()
+    assert world.condition("Ready")[:2] == ("True", "Serving")
+    assert world.condition("Reconciling") == ("", "", "")
+    assert world.cluster.objects[budget]["spec"] == {"mine": True}
+    world.edit(replicas=2)
+    world.passes()
+    assert world.condition("Reconciling")[:2] == ("True", "NameConflict")
+    assert world.cluster.objects[budget]["spec"] == {"mine": True}
+
+
 def test_failures_are_counted_while_a_child_is_refused():
     world = rolling()
     world.cluster.tamper("PodDisruptionBudget")
@@ -115,13 +199,14 @@ def test_failures_are_counted_while_a_child_is_refused():
     assert world.status["rollout"]["passes"] == 1 or world.status["rollout"]["phase"] == "Draining"
 
 
-def test_an_object_that_cannot_be_read_costs_nothing():
+def test_a_status_that_cannot_be_written_costs_nothing():
     world = rolling()
     before = world.status
-    world.cluster.refuse["ModelDeployment"] = AWAY
+    world.cluster.refusing["ModelDeployment"] = AWAY
     world.annotate(abort="*")
     world.try_pass()
     assert world.status["rollout"] == before["rollout"]
+    world.cluster.refusing.clear()
     world.passes()
     assert world.status["phase"] == "RolledBack"
 

@@ -243,7 +243,10 @@ class RolloutStatus(Model):
     losses: int = Field(
         default=0, description="How often the candidate lost all its pods while it got requests; the fourth rolls back."
     )
-    samples: int | None = Field(default=None, description="Requests the candidate answered in this step.")
+    samples: int | None = Field(
+        default=None,
+        description="Requests the candidate answered in this step; while it runs, told anew for each tenth more.",
+    )
     verdicts: list[Verdict] = Field(default_factory=list, max_length=16, description="Last measurement by metric.")
     hold: str = Field(default="", max_length=512, description="Why it does not move on, if it holds.")
     outcome: str = Field(default="", max_length=512, description="How the last rollout ended.")

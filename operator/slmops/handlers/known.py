@@ -14,9 +14,6 @@ from slmops.cluster.kinds import OURS
 from slmops.cluster.port import Key, Object
 from slmops.reconcile.sources import references
 
-# Their passes say when they want the next one, so that their own status writes need not wake them.
-BATCH = frozenset(OURS) - {"ModelDeployment"}
-
 
 @dataclass(frozen=True)
 class Note:
@@ -72,7 +69,11 @@ class Known:
         self._named_by: dict[Key, set[Key]] = {}
 
     def concerned(self, note: Note) -> set[Key]:
-        """Take a note; returns the objects of ours that are to be looked at."""
+        """Take a note; returns the objects of ours that are to be looked at.
+
+        Its own status wakes no object: each pass says when it wants the next one. Else a status that tells of the
+        world (how many requests were answered) would be written as fast as passes can follow each other.
+        """
         if note.key.kind not in OURS:
             found = self._by_uid.get(note.owner_uid) or note.owner
             return {found} if found else set()
@@ -81,7 +82,7 @@ class Known:
         if before is None or before.uid != note.uid or note.deleted:
             return {note.key, *self._named_by.get(note.key, ())}
         woken: set[Key] = set()
-        if before.asked != note.asked or note.key.kind not in BATCH:
+        if before.asked != note.asked:
             woken.add(note.key)
         if before.news != note.news or before.names != note.names:
             woken |= self._named_by.get(note.key, set())

@@ -164,6 +164,7 @@ class DeploymentReconciler:
             counts=_counts(obj, decision),
             requeue=_requeue(observed, decision),
             keep_going=True,
+            status_first=decision.given_up,
         )
 
     def _agent(self, obj: Object, pod: Object, settings: Settings) -> Agent:

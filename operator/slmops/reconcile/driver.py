@@ -3,6 +3,9 @@
 Level-triggered: a pass asks nobody what changed. Running it twice does no more than running it once, so it may be
 killed anywhere and started again; the status is written last and says only what has been done.
 
+Where a rollout is given up, it is written first as well (Plan.status_first). What a measurement found is known to this
+pass alone: killed between the routers and the status, the next one would give the requests back and measure anew.
+
 Errors, and what becomes of them:
   Retry             Ready=False and Reconciling=True with its reason; the pass comes again
   Terminal          Stalled=True with its reason; nothing more happens until an event or the resync
@@ -29,7 +32,7 @@ from slmops.api.meta import Condition, Status
 from slmops.api.times import parse
 from slmops.cluster.port import Cluster, ClusterError, Key, Object
 from slmops.reconcile import conditions
-from slmops.reconcile.ownership import check_ours
+from slmops.reconcile.ownership import check_ours, is_ours
 from slmops.reconcile.protocol import Reconciler, World
 from slmops.reconcile.state import Count, Event, Plan, Retry, Routes, Terminal
 from slmops.remote.errors import RemoteError
@@ -82,6 +85,7 @@ class Driver:
         try:
             observed = reconciler.observe(obj, World(self.cluster, self.settings, now, self.circular))
             plan = reconciler.decide(obj, observed, now)
+            stored = self._said_first(obj, plan) if plan.status_first else obj
             refused = self._carry_out(obj, plan)
         except (Retry, Terminal, ClusterError, RemoteError, ValidationError) as error:
             match _outcome(error):
@@ -92,9 +96,9 @@ class Driver:
                     return None
             raise
         if refused is not None:
-            return self._in_spite(obj, plan, refused, now)
+            return self._in_spite(stored, plan, refused, now)
         try:
-            written = self.cluster.patch_status(obj, plan.status)
+            written = self.cluster.patch_status(stored, plan.status)
         except ClusterError as error:
             if error.retryable:
                 raise
@@ -113,6 +117,14 @@ class Driver:
         began, ended = status.get("startTime"), status.get("completionTime")
         if began and ended:
             self.on_end(obj["kind"], status["phase"], max(0.0, (parse(ended) - parse(began)).total_seconds()))
+
+    def _said_first(self, obj: Object, plan: Plan) -> Object:
+        """The object, with the plan's status where it could be written: what is given up needs no leave for that."""
+        try:
+            return self.cluster.patch_status(obj, plan.status)
+        except ClusterError as error:  # the write at the end tells what becomes of it
+            log.warning("Could not write status first", extra={"error": error.message})
+            return obj
 
     def _carry_out(self, obj: Object, plan: Plan) -> Exception | None:
         """Carry the plan out. Returns the first refusal past which it went on; raises it where the plan stops there."""
@@ -146,7 +158,9 @@ class Driver:
     def _in_spite(self, obj: Object, plan: Plan, refused: Exception, now: datetime) -> float | None:
         """Write the plan's status with the outcome of what was refused. Raises ClusterError where that backs off."""
         outcome = _outcome(refused)
-        status = plan.status if outcome is None else _told(obj, plan.status, outcome, now)
+        status = plan.status
+        if outcome is not None:
+            status = _told(obj, status, outcome, now, reached=self._reached(obj, plan))
         written = self.cluster.patch_status(obj, status)
         self._tell(written, plan)
         match outcome:
@@ -157,8 +171,13 @@ class Driver:
                 return plan.requeue
         raise refused
 
+    def _reached(self, owner: Object, plan: Plan) -> bool:
+        """Whether clients can reach what serves: what was refused is no Service, or one that is there and ours."""
+        services = (self.cluster.get(_key(child)) for child in plan.apply if child["kind"] == "Service")
+        return all(found is not None and is_ours(owner, found) for found in services)
+
     def _apply(self, owner: Object, child: Object) -> None:
-        key = Key(child["kind"], child["metadata"]["namespace"], child["metadata"]["name"])
+        key = _key(child)
         current = self.cluster.get(key)
         if current is not None:
             check_ours(owner, current)
@@ -171,34 +190,37 @@ class Driver:
 
     def _delete(self, owner: Object, key: Key) -> None:
         current = self.cluster.get(key)
-        if current is None or current["metadata"].get("deletionTimestamp"):
-            return
-        check_ours(owner, current)
+        if current is None or current["metadata"].get("deletionTimestamp") or not is_ours(owner, current):
+            return  # what merely has the name is in nobody's way: nothing of ours shall be there
         self.cluster.delete(key, uid=current["metadata"]["uid"])
 
     def _not_yet(self, obj: Object, retry: Retry, now: datetime) -> float:
         generation = obj["metadata"].get("generation", 0)
-        status = Status.model_validate(obj.get("status") or {})
-        if _over(status.conditions):
+        before = _stands(obj)
+        if _over(before):
             log.warning("Could not look after finished object", extra={"reason": retry.reason, "error": str(retry)})
             return retry.after  # what has been reached is not taken back
         marked = conditions.reconciling(
-            status.conditions,
+            before,
             retry.reason,
             retry.message,
             generation=generation,
             now=now,
-            still_ready=conditions.is_true(status.conditions, conditions.READY) and _serves(obj),
+            still_ready=conditions.is_true(before, conditions.READY) and _serves(obj),
         )
-        status_now = _merged(obj, marked, generation)
-        if not _serves(obj):
-            status_now = {"phase": "Waiting"} | status_now  # of a first pass: later ones keep what they have reached
-        self.cluster.patch_status(obj, status_now)
-        return retry.after if _serves(obj) else conditions.patiently(retry.after, status.conditions, now)
+        status = _merged(obj, marked, generation)
+        if _serves(obj):
+            self.cluster.patch_status(obj, status)
+            return retry.after
+        reached = status.get("phase")
+        if reached in (None, "Failed") or (reached == "Suspended" and not _suspended(obj)):
+            status["phase"] = "Waiting"  # else what earlier passes have reached is kept
+        self.cluster.patch_status(obj, status)
+        return conditions.patiently(retry.after, before, now)
 
     def _give_up(self, obj: Object, terminal: Terminal, now: datetime) -> None:
         generation = obj["metadata"].get("generation", 0)
-        before = Status.model_validate(obj.get("status") or {}).conditions
+        before = _stands(obj)
         if _over(before):
             log.warning("Could not look after finished object", extra={"reason": terminal.reason})
             return
@@ -256,7 +278,11 @@ def _outcome(error: Exception) -> Retry | Terminal | None:
     return None
 
 
-def _told(obj: Object, status: Object, outcome: Retry | Terminal, now: datetime) -> Object:
+def _key(child: Object) -> Key:
+    return Key(child["kind"], child["metadata"]["namespace"], child["metadata"]["name"])
+
+
+def _told(obj: Object, status: Object, outcome: Retry | Terminal, now: datetime, *, reached: bool) -> Object:
     """The wanted status with a refusal in its conditions. A failure that it tells itself is the more important one."""
     wanted = Status.model_validate(status).conditions
     if conditions.is_true(wanted, conditions.STALLED):
@@ -271,7 +297,7 @@ def _told(obj: Object, status: Object, outcome: Retry | Terminal, now: datetime)
         outcome.message,
         generation=generation,
         now=now,
-        still_ready=conditions.is_true(wanted, conditions.READY),
+        still_ready=reached and conditions.is_true(wanted, conditions.READY),
     )
     return {**status, "conditions": [c.wire() for c in (*marked, *conditions.without(wanted, *ours))]}
 
@@ -283,6 +309,16 @@ def _merged(obj: Object, marked: list[Condition], generation: int) -> Object:
         "observedGeneration": generation,
         "conditions": [condition.wire() for condition in marked],
     }
+
+
+def _stands(obj: Object) -> list[Condition]:
+    """The conditions of before, as far as they still hold: a run is suspended while its spec says so."""
+    said = Status.model_validate(obj.get("status") or {}).conditions
+    return said if _serves(obj) or _suspended(obj) else conditions.without(said, conditions.SUSPENDED)
+
+
+def _suspended(obj: Object) -> bool:
+    return bool(obj["spec"].get("suspend"))
 
 
 def _over(said: list[Condition]) -> bool:

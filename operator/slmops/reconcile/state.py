@@ -40,6 +40,7 @@ class Plan:
 
     `status` is the whole wanted status; it is written only where it differs. `requeue` is in seconds: None waits for
     an event. `keep_going`: what is refused does not stop the rest, for there is something that serves to look after.
+    `status_first`, with `keep_going` alone: the status is written before all else, at the end only where that failed.
     """
 
     status: Object
@@ -50,6 +51,7 @@ class Plan:
     counts: tuple[Count, ...] = ()
     requeue: float | None = None
     keep_going: bool = False
+    status_first: bool = False
 
 
 class Retry(Exception):  # noqa: N818  # an outcome, not an error

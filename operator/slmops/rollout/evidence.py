@@ -81,10 +81,10 @@ def judged(work: Work) -> bool:
 
 
 def _enough(work: Work, min_samples: int, passes: int) -> bool:
-    analysis, samples = work.spec.rollout.analysis, work.samples()
+    analysis = work.spec.rollout.analysis
     assert analysis is not None
-    if samples < min_samples:
-        short = too_few(analysis.metrics, samples, min_samples)
+    if work.samples() < min_samples:
+        short = too_few(analysis.metrics, work.told(), min_samples)
         work.set(verdicts=list(short))
         work.hold("TooFewSamples", f"Revision {work.name}: {short[0].message}.")
         return False
@@ -136,5 +136,6 @@ def _split_is_off(work: Work, step: Step) -> bool:
     if turns < SPLIT_TURNS or abs(chosen / turns * 100 - step.weight) <= SPLIT_POINTS:
         return False
     work.wakes.append(SAMPLES_SECONDS)
-    work.hold("SplitMismatch", f"The routers gave {chosen} of {turns} requests to {work.name}, not {step.weight} %.")
+    share = round(chosen / turns * 100)  # not the numbers: with each request they would be another text to write
+    work.hold("SplitMismatch", f"The routers gave {share} % of the requests to {work.name}, not {step.weight} %.")
     return True

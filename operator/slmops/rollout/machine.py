@@ -19,7 +19,16 @@ from datetime import datetime
 from slmops.api.deployment import ModelDeploymentSpec, ModelDeploymentStatus
 from slmops.api.times import stamp
 from slmops.rollout import evidence
-from slmops.rollout.phases import DRAINING, LOSSES_MAX, PROMOTING, ROLLED_BACK, ROLLING_OUT, ROUTER_SECONDS, STEP
+from slmops.rollout.phases import (
+    DRAINING,
+    LOSSES_MAX,
+    PROMOTING,
+    ROLLED_BACK,
+    ROLLING_OUT,
+    ROUTER_SECONDS,
+    STEP,
+    TOLD_SECONDS,
+)
 from slmops.rollout.seen import Decision, Problem, Seen
 from slmops.rollout.verbs import Verb, obey
 from slmops.rollout.work import Work
@@ -124,9 +133,10 @@ def _step(work: Work) -> None:
     if work.roll.routed_at is None:
         work.set(routed_at=stamp(work.now))
         work.note("StepRouted", f"Revision {work.name} gets {step.weight} % of the requests.")
-    work.set(samples=work.samples())
+    work.set(samples=work.told())
+    work.wakes.append(TOLD_SECONDS)
     if evidence.earned(work, step):
-        work.set(step=work.roll.step + 1)
+        work.set(step=work.roll.step + 1, samples=work.samples())
         work.enter(STEP)
 
 

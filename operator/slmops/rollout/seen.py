@@ -71,4 +71,5 @@ class Decision:
     remove: tuple[str, ...]
     notes: tuple[Note, ...]
     verdicts: tuple[Verdict, ...]  # those of Seen, where this pass took them into account
+    given_up: bool  # in this pass the candidate was: the status has to say so before a router hears of it
     requeue: float | None  # seconds

@@ -35,6 +35,7 @@ class Work:
         self.remove: list[str] = []
         self.notes: list[Note] = []
         self.verdicts: tuple[Verdict, ...] = ()
+        self.given_up = False
         self.wakes: list[float] = []
 
     # Words.
@@ -73,7 +74,9 @@ class Work:
     def roll_back(self, why: Problem) -> None:
         """Give the candidate up: weight 0 now, its pods once the routers have obeyed."""
         assert self.candidate is not None
-        self.weight = 0
+        if self.roll.routed_at is not None:
+            self.set(samples=max(self.samples(), self.roll.samples or 0))  # a router may be silent by now
+        self.weight, self.given_up = 0, True
         self.set(outcome=f"{why.reason}: {why.message}"[:512])
         self.enter(ROLLING_BACK)
         self.note("RollingBack", f"Revision {self.name}: {why.message}", warning=True)
@@ -103,6 +106,15 @@ class Work:
         """Requests that the candidate answered at this weight of this step."""
         epoch = self.epoch()
         return sum(r.answered.get(self.name, 0) for r in self.seen.routers if r.epoch == epoch)
+
+    def told(self) -> int:
+        """What is told of them: the last number until they are a tenth more, so that requests alone hardly write."""
+        new, old = self.samples(), self.roll.samples
+        analysis = self.spec.rollout.analysis
+        least = analysis.min_samples if analysis else 0
+        if old is None or not old <= new < old * 1.1 or (old < least) != (new < least):
+            return new
+        return old
 
     def left(self, since: str | None, seconds: float) -> float:
         """Seconds until `seconds` after that time; 0 or less where it is past."""
@@ -161,8 +173,10 @@ class Work:
         return False
 
     def await_routers(self) -> None:
-        """Ask again soon; hold where that will not help by itself."""
+        """Ask again soon; hold where that will not help by itself, unless something else holds already."""
         self.wakes.append(ROUTER_SECONDS)
+        if self.roll.hold:
+            return
         silent = sum(router.weights is None for router in self.seen.routers)
         if not self.seen.routers:
             problem = self.seen.router_problem or Problem("RouterNotReady", "No router pod is ready.")
@@ -215,7 +229,7 @@ class Work:
                 del self.retiring[revision]
             elif not self.rid_of(revision):
                 self.retiring[revision] = ""
-                self.wakes.append(ROUTER_SECONDS)
+                self.await_routers()
             else:
                 since = self.retiring[revision] = when or stamp(self.now)
                 left = self.left(since, self.spec.rollout.scale_down_delay_seconds)
@@ -251,6 +265,7 @@ class Work:
             remove=tuple(self.remove),
             notes=tuple(self.notes),
             verdicts=self.verdicts,
+            given_up=self.given_up,
             requeue=min(self.wakes, default=None),
         )
 
