@@ -185,7 +185,19 @@ def test_the_hash_follows_contents() -> None:
     second = needs.check(cluster, "ns", needed(**SPEC))
     cluster.put(secret("hub", token="y"))
     third = needs.check(cluster, "ns", needed(**SPEC))
-    assert len({first, second, third}) == 3
+    maps, secrets = zip(*(found.split(".") for found in (first, second, third)), strict=True)
+    assert [len(set(maps)), len(set(secrets))] == [2, 2]
+    assert maps[1] == maps[2]  # a Secret's change shows in its own part alone
+    assert secrets[0] == secrets[1]
+
+
+def test_what_is_not_needed_has_no_hash() -> None:
+    cluster = MemoryCluster()
+    cluster.put(secret("hub", token="x"))
+    cluster.put(config_map("data", train=GOOD))
+    assert needs.check(cluster, "ns", needed()) == ""
+    assert needs.check(cluster, "ns", needed(base=SPEC["base"])).startswith(".")
+    assert needs.check(cluster, "ns", needed(dataset=SPEC["dataset"])).endswith(".")
 
 
 def test_lines_end_with_newlines_alone() -> None:

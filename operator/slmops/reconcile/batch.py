@@ -11,8 +11,8 @@ What becomes of a Job that failed, by the reason that its last pod gave:
       outage of a day costs some thirty Jobs of one pod each, which waits itself for some minutes before it gives up
   anything else
       the object is failed: Failed=True, Stalled=True. It goes on from its checkpoint when something that could help
-      was changed: a ConfigMap or a Secret it names, a backoffLimit above the attempts so far (unless the worker said
-      that trying again is useless), an activeDeadlineSeconds longer than the run was or none
+      was changed: a ConfigMap it names, a backoffLimit above the attempts so far (unless the worker said that trying
+      again is useless), an activeDeadlineSeconds longer than the run was or none
 """
 
 from collections.abc import Callable
