@@ -126,7 +126,10 @@ def test_killed_between_making_the_new_job_and_saying_so() -> None:
 def test_a_changed_secret_ends_the_wait_at_once() -> None:
     obj, plan = world_failed()
     plan = run(after(obj, plan), job=job(obj, **FAILED_JOB), inputs="m1.s2")
-    assert [key.kind for key in plan.delete] == ["Job"]
+    assert (plan.status["nextRetryTime"], plan.delete, plan.apply, plan.requeue) == (at(0), (), (), 0.0)
+    removing = run(after(obj, plan), job=job(obj, **FAILED_JOB), inputs="m1.s2")
+    assert [key.kind for key in removing.delete] == ["Job"]
+    assert removing.status == plan.status  # said already: no write
     assert run(after(obj, plan), job=job(obj, deleting=True, **FAILED_JOB), inputs="m1.s2").delete == ()
     made = run(after(obj, plan), wanted=WANTED, inputs="m1.s2")
     assert made.apply == (WANTED,)
@@ -189,11 +192,14 @@ def test_a_change_that_could_help_lets_a_failed_object_go_on(name: str) -> None:
     state, jobs, before, change, goes_on = AGAIN[name]
     obj = edited(failed_for_good(state, jobs, **before), **change)
     plan = run(obj, job=job(obj, **jobs), inputs="m1.s1")
-    assert bool(plan.delete) == goes_on
+    assert plan.apply == plan.delete == ()
     assert (kstatus(plan) == "InProgress") == goes_on
     assert plan.status["observedGeneration"] == 2
+    removing = run(after(obj, plan), job=job(obj, **jobs), inputs="m1.s1")
+    assert bool(removing.delete) == goes_on
+    assert removing.status == plan.status
     if goes_on:
-        made = run(after(obj, plan), wanted=WANTED, inputs="m1.s1")
+        made = run(after(obj, removing), wanted=WANTED, inputs="m1.s1")
         assert made.apply == (WANTED,)
         assert of({"status": made.status}, "Failed") is None
 
@@ -217,4 +223,14 @@ def test_a_failed_run_without_configmaps_is_not_looked_at_every_minute() -> None
 def test_a_mended_configmap_lets_a_failed_object_go_on() -> None:
     obj = failed_for_good(said("BadDataset", "line 3", 3), FATAL_JOB)
     plan = run(obj, job=job(obj, **FATAL_JOB), inputs="m2.s1")
-    assert [key.kind for key in plan.delete] == ["Job"]
+    assert (ready(plan), plan.delete, plan.requeue) == (("False", "Retrying"), (), 0.0)
+    removing = run(after(obj, plan), job=job(obj, **FATAL_JOB), inputs="m2.s1")
+    assert [key.kind for key in removing.delete] == ["Job"]
+
+
+def test_a_failed_run_that_is_to_be_suspended_is_suspended() -> None:
+    obj = edited(failed_for_good(exited(1), FAILED_JOB), backoffLimit=9, suspend=True)
+    plan = run(obj, job=job(obj, **FAILED_JOB))
+    suspended = run(after(obj, plan), job=job(obj, **FAILED_JOB))
+    assert suspended.status["phase"] == "Suspended"
+    assert [key.kind for key in suspended.delete] == ["Job"]

@@ -160,9 +160,9 @@ def test_the_deadline_that_was_missed_is_the_jobs_and_not_the_whole_runs() -> No
     assert failed["status"]["phase"] == "Failed"
     metadata = {**failed["metadata"], "generation": 2}
     longer = {**failed, "metadata": metadata, "spec": {**failed["spec"], "activeDeadlineSeconds": 120}}
-    assert run(longer, job=late).delete
+    assert kstatus(run(longer, job=late)) == "InProgress"
     shorter = {**longer, "spec": {**failed["spec"], "activeDeadlineSeconds": 50}}
-    assert not run(shorter, job=late).delete
+    assert kstatus(run(shorter, job=late)) == "Failed"
 
 
 def test_bad_exit_of_the_users_own_image_keeps_its_last_words() -> None:

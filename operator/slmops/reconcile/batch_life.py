@@ -17,6 +17,7 @@ POLL_RUNNING = 3.0  # seconds between two looks at a run's progress
 POLL_STARTING = 15.0  # at a pod that does not start: some causes are told by Events alone
 _POD_FORBIDDEN = re.compile(r'^pods "[^"]*" is forbidden: ')
 POLL_PODLESS = 5.0  # and at the Job's events while it has no pod: nothing else tells why
+_TRIED_AGAIN = "It is tried again; the Job of the last try is removed first."
 
 
 def decide(p: Pass) -> Plan:
@@ -24,12 +25,19 @@ def decide(p: Pass) -> Plan:
     if conditions.is_true(p.status.conditions, conditions.COMPLETE):
         return collected(p)
     if conditions.is_true(p.status.conditions, conditions.FAILED):
-        if not worth_again(p):
-            return collected(p)
-        p = Pass(p.obj, p.spec, p.status.model_copy(update={"next_retry_time": p.stamp()}), p.seen, p.now)
+        return _again(p) if worth_again(p) else collected(p)
     if p.seen.job is None or _stale(p, p.seen.job):
         return _between_jobs(p)
     return _with_job(p, p.seen.job)
+
+
+def _again(p: Pass) -> Plan:
+    """Decide on another try and do no more: the pass after this one acts on what the status says by then.
+
+    Nothing else tells of that decision once the old Job is gone, nor which Job is the new one. A pass that acts first
+    and is killed before its status leaves a Job behind that the next pass removes, as its own decision's old one.
+    """
+    return plan(going_on(p, "Waiting", "Retrying", _TRIED_AGAIN, next_retry_time=p.stamp()), requeue=0.0)
 
 
 def _stale(p: Pass, job: Object) -> bool:
@@ -42,13 +50,13 @@ def _between_jobs(p: Pass) -> Plan:
     if p.spec.suspend:
         return _suspended(p, delete=old is not None)
     retry_at, failure = p.status.next_retry_time, p.status.last_failure
-    if retry_at and failure and p.until(retry_at) and not _changed(p):
+    if retry_at and failure and p.until(retry_at):
+        if _changed(p):
+            return _again(p)
         status = going_on(p, "Waiting", failure.reason, f"{failure.message} The next try starts at {retry_at}.")
         return plan(status, requeue=retry_requeue(p, retry_at))
     if old is not None:
-        # A retry whose time was brought forward: the old Job has to be older than it in the next pass, too.
-        due = retry_at if retry_at and not p.until(retry_at) else p.stamp()
-        status = going_on(p, "Waiting", "Retrying", "The Job of the last try is removed.", next_retry_time=due)
+        status = going_on(p, "Waiting", "Retrying", _TRIED_AGAIN)
         gone = () if old["metadata"].get("deletionTimestamp") else (p.job_key,)
         return plan(status, delete=gone, requeue=POLL_PODLESS)
     if seen.former:
