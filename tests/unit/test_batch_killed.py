@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from tests.unit.objects import NOW, RUNNING, Object, condition, exited, finetune, pod, said
+from tests.unit.objects import NOW, RUNNING, Object, condition, exited, finetune, pod, said, waiting
 from tests.unit.test_batch_life import FAILED_JOB, FATAL_JOB
 
 from slmops.api.times import stamp
@@ -70,6 +70,7 @@ class World:
 
     def __init__(self, **spec: Any) -> None:
         self.cluster, self.first = Mortal(), ""
+        self.settings = Settings(store="oci://s", trainer_image="trainer:1")
         self.config_map("{}")
         self.secret("old")
         self.cluster.put(finetune(**{**SPEC, **spec}))
@@ -105,7 +106,7 @@ class World:
             self.cluster.now += timedelta(seconds=2)
             driver = Driver(
                 self.cluster,
-                Settings(store="oci://s"),
+                self.settings,
                 reconcilers(lambda address: None),
                 lambda routes: None,
                 clock=lambda: self.cluster.now,
@@ -176,6 +177,15 @@ def new_secret_without_a_job() -> World:
     return world
 
 
+def mended_image() -> World:
+    world = World()
+    world.pod("first", world.first, phase="Pending", state=waiting("ErrImagePull", "not found"))
+    world.passes(2)
+    assert ("Ready", "False", "ImagePullBackOff") in [one[:3] for one in world.told()["conditions"]]
+    world.settings = world.settings.model_copy(update={"trainer_image": "trainer:2"})
+    return world
+
+
 STORIES = (
     mended_dataset,
     mended_dataset_without_a_job,
@@ -183,6 +193,7 @@ STORIES = (
     longer_deadline,
     new_secret,
     new_secret_without_a_job,
+    mended_image,
 )
 
 

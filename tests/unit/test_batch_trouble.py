@@ -19,6 +19,7 @@ from tests.unit.objects import (
     pod,
     said,
     succeeded,
+    waiting,
 )
 from tests.unit.test_batch_life import FAILED_JOB, FATAL_JOB, WANTED, after, kstatus, ready, run
 
@@ -69,6 +70,26 @@ def test_a_pod_on_a_dead_node_is_named_with_its_remedy(of_this_job: bool) -> Non
     assert [event.reason for event in lost.events] == ["NodeLost"]
     assert plan_of(after(obj, lost), TOO_LATE).events == ()
     assert kstatus(lost) == "InProgress"
+
+
+def test_the_charts_mended_image_reaches_a_job_whose_pod_cannot_pull() -> None:
+    obj = finetune()
+    stuck = pod(obj, phase="Pending", state=waiting("ErrImagePull", "not found"))
+    same = run(obj, job=job(obj, image="trainer:1"), pods=(stuck,), image="trainer:1")
+    assert (ready(same)[1], same.delete) == ("ImagePullBackOff", ())
+    mended = run(after(obj, same), job=job(obj, image="trainer:1"), pods=(stuck,), image="trainer:2")
+    assert (ready(mended)[1], mended.status["nextRetryTime"], mended.delete) == ("Retrying", at(0), ())
+    assert run(after(obj, mended), job=job(obj, image="trainer:1"), pods=(stuck,), image="trainer:2").delete
+    own = run(obj, job=job(obj), pods=(stuck,), image="trainer:2")  # spec.pod.image
+    assert ready(own)[1] == "ImagePullBackOff"
+
+
+@pytest.mark.parametrize("state", [RUNNING, waiting("ContainerCreating"), waiting("CreateContainerConfigError", "x")])
+def test_another_image_of_the_chart_stops_no_pod_that_has_its_image(state: Object) -> None:
+    obj = finetune()
+    plan = run(obj, job=job(obj, image="trainer:1"), pods=(pod(obj, state=state),), image="trainer:2")
+    assert "nextRetryTime" not in plan.status
+    assert plan.delete == ()
 
 
 def test_a_missing_claim_is_named() -> None:

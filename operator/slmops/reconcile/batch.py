@@ -29,7 +29,7 @@ from slmops.build.job import job, job_name, run_secrets
 from slmops.cluster.port import Key, Object
 from slmops.reconcile import conditions, needs, sources
 from slmops.reconcile.batch_life import decide
-from slmops.reconcile.batch_pass import ANNOTATION_INPUTS, Blocked, Pass, Seen
+from slmops.reconcile.batch_pass import ANNOTATION_IMAGE, ANNOTATION_INPUTS, Blocked, Pass, Seen
 from slmops.reconcile.ownership import check_ours
 from slmops.reconcile.pods import created, ended, running, trouble_of
 from slmops.reconcile.protocol import World
@@ -99,6 +99,7 @@ class BatchReconciler:
             inputs=digest,
             events=self._events(found, mine, world),
             progress=self._progress(mine),
+            image=world.settings.trainer_image,
         )
 
     def decide(self, obj: Object, observed: Seen, now: datetime) -> Plan:
@@ -117,9 +118,9 @@ class BatchReconciler:
         needed = inputs(spec, extra_secrets=run_secrets(run, world.settings))
         digest = needs.check(world.cluster, obj["metadata"]["namespace"], needed)
         made = job(obj, spec, run, world.settings)
-        if digest:
-            made = {**made, "metadata": {**made["metadata"], "annotations": {ANNOTATION_INPUTS: digest}}}
-        return made, digest
+        image = "" if spec.pod and spec.pod.image else world.settings.trainer_image
+        notes = {name: value for name, value in ((ANNOTATION_INPUTS, digest), (ANNOTATION_IMAGE, image)) if value}
+        return {**made, "metadata": {**made["metadata"], "annotations": notes}}, digest
 
     def _run(self, obj: Object, spec: BatchSpec, world: World) -> RunSpec:
         metadata = obj["metadata"]

@@ -9,8 +9,8 @@ from slmops.build.job import revised
 from slmops.cluster.port import Object
 from slmops.reconcile import conditions
 from slmops.reconcile.batch_end import collected, conclude, retry_requeue, worth_again
-from slmops.reconcile.batch_pass import ANNOTATION_INPUTS, Pass, going_on, plan, progress
-from slmops.reconcile.pods import INTERRUPTED, Trouble, created, ended, failure_of, lost, running, trouble_of
+from slmops.reconcile.batch_pass import ANNOTATION_IMAGE, ANNOTATION_INPUTS, Pass, going_on, plan, progress
+from slmops.reconcile.pods import INTERRUPTED, NO_IMAGE, Trouble, created, ended, failure_of, lost, running, trouble_of
 from slmops.reconcile.state import Event, Plan
 
 POLL_RUNNING = 3.0  # seconds between two looks at a run's progress
@@ -145,6 +145,8 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
         return plan(going_on(p, "Queued", "Queued", message, last_failure=failure), *news, apply=apply)
     trouble = (trouble_of(pod) or _told(p, pod)) if pod is not None else _refused(p, job)
     if trouble is not None:
+        if trouble.reason in NO_IMAGE and _image_changed(p, job):
+            return _again(p)
         message = trouble.message
         known = conditions.find(p.status.conditions, conditions.READY)
         if trouble.reason == "ImagePullBackOff" and known and known.reason == trouble.reason:
@@ -157,6 +159,12 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
         message = f"Attempt {p.status.attempts + 1} of {p.spec.backoff_limit + 1} starts; before: {failure.message}"
     status = going_on(p, "Pending", reason, message, last_failure=failure)
     return plan(status, *news, apply=apply, requeue=POLL_STARTING if pod else POLL_PODLESS)
+
+
+def _image_changed(p: Pass, job: Object) -> bool:
+    """Whether the operator has another image by now: a Job keeps the one that it was made with."""
+    before = (job["metadata"].get("annotations") or {}).get(ANNOTATION_IMAGE)
+    return before is not None and before != p.seen.image
 
 
 def _first(p: Pass, trouble: Trouble) -> tuple[Event, ...]:

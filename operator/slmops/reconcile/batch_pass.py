@@ -13,6 +13,7 @@ from slmops.reconcile import conditions
 from slmops.reconcile.state import Event, Plan
 
 ANNOTATION_INPUTS = "slmops.dev/inputs"  # on the Job: hashes of the ConfigMaps and Secrets it was made with
+ANNOTATION_IMAGE = "slmops.dev/image"  # on the Job: the operator's image it was made with; webhooks may rewrite its own
 
 PROGRESS_PERCENT = 5  # a smaller move is not worth a write
 PROGRESS_AGE = timedelta(seconds=30)  # unless the last write is older than this
@@ -39,6 +40,7 @@ class Seen:
     inputs: str = ""  # hashes of the inputs as they are now (needs.check); empty where they were not looked at
     events: tuple[Object, ...] = ()  # about the Job, oldest first, where it has no pod
     progress: Progress | None = None
+    image: str = ""  # the operator's, for pods whose spec names none
 
 
 @dataclass(frozen=True)
