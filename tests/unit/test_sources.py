@@ -100,6 +100,20 @@ def test_a_deployment_gives_its_service_its_key_and_its_lineage() -> None:
     assert [(a.digest, a.name) for a in found.lineage] == [("sha256:mm", "QuantizedModel/q"), ("sha256:bb", "")]
 
 
+@pytest.mark.parametrize("reason", ["ScaledToZero", "QuotaExceeded"])
+def test_a_teacher_that_is_scaled_to_zero_is_waited_for(reason: str) -> None:
+    """It is Ready, as wanted: but a pod that asks it would wait for its answers in vain."""
+    cluster = MemoryCluster()
+    status = {"conditions": conditions(Ready=f"True {reason}"), "endpoint": "http://t.ns.svc:8000/v1"}
+    deployment = ours("ModelDeployment", {"model": {"uri": "oci://r/m"}, "replicas": 0}, name="t", status=status)
+    cluster.put(deployment)
+    with pytest.raises(Retry, match="ModelDeployment/t, which is scaled to zero") as caught:
+        sources.resolve_teacher(cluster, "ns", teacher(deploymentRef={"name": "t"}))
+    assert (caught.value.reason, caught.value.after) == ("SourceNotReady", 0)  # its change tells
+    cluster.put({**deployment, "spec": {**deployment["spec"], "replicas": 1}})
+    assert sources.resolve_teacher(cluster, "ns", teacher(deploymentRef={"name": "t"})).model == "t"
+
+
 OUTPUTS = [
     (None, "oci://s:5000/ns/finetunejob-tune:11111111", "oci://s:5000/ns/finetunejob-tune:ckpt-11111111"),
     ("oci://r:5000/a/b", "oci://r:5000/a/b:11111111", "oci://r:5000/a/b:ckpt-11111111"),
