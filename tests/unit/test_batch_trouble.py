@@ -102,6 +102,17 @@ def test_a_missing_claim_is_named() -> None:
     assert "create it" in message(plan)
 
 
+def test_an_output_that_is_a_whole_claim_costs_no_pod() -> None:
+    """Stored under an older CRD: its checkpoints would go to another claim, and its model nowhere."""
+    cluster = MemoryCluster()
+    key = key_of(cluster.put(finetune(output="pvc://models")))
+    Driver(cluster, Settings(), reconcilers(lambda address: None), lambda routes: None).run(key)
+    stalled = of(cluster.objects[key], "Stalled")
+    assert stalled is not None
+    assert (stalled["reason"], stalled["message"].startswith("output: ")) == ("InvalidSpec", True)
+    assert Key("Job", "ns", "tune-finetune") not in cluster.objects
+
+
 def test_a_missing_service_account_is_named() -> None:
     obj = finetune()
     text = (
