@@ -185,6 +185,14 @@ EXAMPLES: dict[str, list[Object]] = {
 }
 
 
+OUTPUTS = ("pvc://models/a", "pvc://models//a/b/", "oci://host:5000/a:v1", "oci://r/a/b", "oci://r/a")
+# A whole claim, beside which there is no place for checkpoints; a registry alone, whose port would be taken for a tag.
+NO_OUTPUTS = (
+    "pvc://models", "pvc://models/", "pvc://models//", "pvc:///models", "pvc://", "oci://host:5000", "oci://host/",
+    "oci:///host", "oci://r/a@sha256:aa", "oci://user@r/a", "hf://org/model", "/models/a", "oci://r/a b",
+)  # fmt: skip
+
+
 def put(spec: Object, path: str, value: Any) -> Object:
     """A copy of `spec` with the field at `path` (dots; numbers index lists) set, or taken away where value is None."""
     head, _, rest = path.partition(".")

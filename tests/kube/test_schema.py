@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from tests.kube.api import Api, ApiError, Object
-from tests.kube.specs import EXAMPLES, REJECTED, put
+from tests.kube.specs import EXAMPLES, NO_OUTPUTS, OUTPUTS, REJECTED, put
 
 from slmops import crdgen
 from slmops.api.batch import MUTABLE
@@ -218,6 +218,14 @@ def test_every_rule_rejects_and_says_why(api: Api, kind: str, message: str) -> N
         for path, value in change.items():
             spec = put(spec, path, value)
         assert message in tried(api, kind, spec), change
+
+
+@pytest.mark.parametrize("kind", [kind.name for kind in crdgen.KINDS if kind.batch])
+def test_an_output_is_a_place_with_room_beside_it(api: Api, kind: str) -> None:
+    for output in OUTPUTS:
+        assert tried(api, kind, put(EXAMPLES[kind][0], "output", output)) == ""
+    for output in NO_OUTPUTS:
+        assert "spec.output" in tried(api, kind, put(EXAMPLES[kind][0], "output", output)), output
 
 
 RECIPES = [

@@ -27,7 +27,7 @@ def test_to_a_good_end_with_few_writes_and_no_trace_of_kopf(api: Api, start: Sta
     assert {entry["manager"] for entry in metadata["managedFields"]} == {"user", "slmops"}
     job = api.need("Job", JOB)["metadata"]
     assert "finalizers" not in job
-    assert set(job["annotations"]) == {"slmops.dev/applied"}
+    assert set(job["annotations"]) == {"slmops.dev/applied", "slmops.dev/image"}
     assert {entry["manager"] for entry in job["managedFields"] if entry["operation"] == "Apply"} == {"slmops"}
 
 

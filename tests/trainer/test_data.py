@@ -218,7 +218,7 @@ def test_a_secret_that_is_no_text_is_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("slmops_trainer.context.SECRET_ROOT", str(tmp_path))
     with pytest.raises(RunFailure, match="Secret keys holds a value that is not text") as caught:
         read_secret("keys")
-    assert caught.value.reason == "BadSpec"
+    assert caught.value.reason == "AccessDenied"
 
 
 def test_an_artifact_is_a_dataset(make_run: Any, jsonl: Any) -> None:

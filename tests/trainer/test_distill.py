@@ -286,8 +286,15 @@ def test_a_conversation_that_the_template_cannot_take_costs_no_request(
 
 
 def test_faults_of_the_spec_cost_no_request(
-    make_run: Callable[..., Context], job: Callable[..., dict[str, Any]], jsonl: Callable[..., str], tmp_path: Path
+    make_run: Callable[..., Context],
+    job: Callable[..., dict[str, Any]],
+    jsonl: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    (tmp_path / "secrets/blank").mkdir(parents=True)
+    (tmp_path / "secrets/blank/token").write_text(" \n")
+    monkeypatch.setattr("slmops_trainer.context.SECRET_ROOT", str(tmp_path / "secrets"))
     with FakeTeacher(knows) as fake:
         leaky = job(fake)
         leaky["distill"]["data"] |= {
@@ -305,6 +312,8 @@ def test_faults_of_the_spec_cost_no_request(
         endless["distill"]["evaluation"]["dataset"]["uri"] = jsonl([chat("lamp " * 100, "{}")], "long")
         keyless = job(fake)
         keyless["teacher"] |= {"secret": "absent", "key": "token"}
+        blank = job(fake)
+        blank["teacher"] |= {"secret": "blank", "key": "token"}
         for spec, reason, message in (
             (leaky, "BadDataset", "1 of 16 held-out examples also occur"),
             (broken, "UnsupportedModel", "names no architecture"),
@@ -312,6 +321,7 @@ def test_faults_of_the_spec_cost_no_request(
             (prose, "BadDataset", "fieldMatch compares JSON objects"),
             (endless, "BadDataset", "All 1 examples are longer than 60"),
             (keyless, "BadSpec", "Secret absent is not mounted"),
+            (blank, "AccessDenied", "Secret blank, key token, holds no usable API key"),
         ):
             with pytest.raises(RunFailure, match=message) as caught:
                 distill.run(make_run(**spec))

@@ -94,7 +94,7 @@ def test_a_try_that_got_on_begins_the_delays_anew(code: int) -> None:
 
 def test_until_then_nothing_happens() -> None:
     obj, plan = world_failed()
-    again = run(after(obj, plan), job=job(obj, **FAILED_JOB), inputs="i1")
+    again = run(after(obj, plan), job=job(obj, **FAILED_JOB), inputs="m1.s1")
     assert again.status == plan.status
     assert again.delete == again.apply == ()
     assert again.requeue == 5.0
@@ -107,7 +107,7 @@ def test_then_the_old_job_goes_and_a_new_one_follows() -> None:
     removing = run(obj, job=job(obj, **FAILED_JOB))
     assert [key.name for key in removing.delete] == ["tune-finetune"]
     assert removing.apply == ()
-    made = run(after(obj, removing), wanted=WANTED, inputs="i1")
+    made = run(after(obj, removing), wanted=WANTED, inputs="m1.s1")
     assert made.apply == (WANTED,)
     assert made.status["retries"] == 1
     assert "nextRetryTime" not in made.status
@@ -125,12 +125,15 @@ def test_killed_between_making_the_new_job_and_saying_so() -> None:
 
 def test_a_changed_secret_ends_the_wait_at_once() -> None:
     obj, plan = world_failed()
-    plan = run(after(obj, plan), job=job(obj, **FAILED_JOB), inputs="i2")
-    assert [key.kind for key in plan.delete] == ["Job"]
-    assert run(after(obj, plan), job=job(obj, deleting=True, **FAILED_JOB), inputs="i2").delete == ()
-    made = run(after(obj, plan), wanted=WANTED, inputs="i2")
+    plan = run(after(obj, plan), job=job(obj, **FAILED_JOB), inputs="m1.s2")
+    assert (plan.status["nextRetryTime"], plan.delete, plan.apply, plan.requeue) == (at(0), (), (), 0.0)
+    removing = run(after(obj, plan), job=job(obj, **FAILED_JOB), inputs="m1.s2")
+    assert [key.kind for key in removing.delete] == ["Job"]
+    assert removing.status == plan.status  # said already: no write
+    assert run(after(obj, plan), job=job(obj, deleting=True, **FAILED_JOB), inputs="m1.s2").delete == ()
+    made = run(after(obj, plan), wanted=WANTED, inputs="m1.s2")
     assert made.apply == (WANTED,)
-    assert made.status["inputs"] == "i2"
+    assert made.status["inputs"] == "m1.s2"
 
 
 def failed_for_good(state: Object, jobs: dict[str, Any], **spec: Any) -> Object:
@@ -147,10 +150,10 @@ def edited(obj: Object, **spec: Any) -> Object:
 
 def test_failed_stays_failed() -> None:
     obj = failed_for_good(exited(1), FAILED_JOB)
-    plan = run(obj, job=job(obj, **FAILED_JOB), inputs="i1")
+    plan = run(obj, job=job(obj, **FAILED_JOB), inputs="m1.s1")
     assert (plan.status, plan.apply, plan.delete, plan.events) == (obj["status"], (), (), ())
     assert plan.requeue == 60.0  # its inputs are looked at from time to time
-    gone = run(obj, wanted=WANTED, inputs="i1")
+    gone = run(obj, wanted=WANTED, inputs="m1.s1")
     assert (gone.status, gone.apply) == (obj["status"], ())  # its Job was removed: still failed
 
 
@@ -188,17 +191,46 @@ AGAIN: dict[str, tuple[Object, dict[str, Any], dict[str, Any], dict[str, Any], b
 def test_a_change_that_could_help_lets_a_failed_object_go_on(name: str) -> None:
     state, jobs, before, change, goes_on = AGAIN[name]
     obj = edited(failed_for_good(state, jobs, **before), **change)
-    plan = run(obj, job=job(obj, **jobs), inputs="i1")
-    assert bool(plan.delete) == goes_on
+    plan = run(obj, job=job(obj, **jobs), inputs="m1.s1")
+    assert plan.apply == plan.delete == ()
     assert (kstatus(plan) == "InProgress") == goes_on
     assert plan.status["observedGeneration"] == 2
+    removing = run(after(obj, plan), job=job(obj, **jobs), inputs="m1.s1")
+    assert bool(removing.delete) == goes_on
+    assert removing.status == plan.status
     if goes_on:
-        made = run(after(obj, plan), wanted=WANTED, inputs="i1")
+        made = run(after(obj, removing), wanted=WANTED, inputs="m1.s1")
         assert made.apply == (WANTED,)
         assert of({"status": made.status}, "Failed") is None
 
 
+@pytest.mark.parametrize("inputs", ["m1.s2", "m1."])
+def test_a_renewed_token_does_not_pay_for_a_failed_run_again(inputs: str) -> None:
+    """Registry tokens last an hour: no Secret mends a loss that diverged, nor does a Secret of the chart's store."""
+    obj = failed_for_good(said("LossDiverged", "the loss is not a number", 3), FATAL_JOB)
+    plan = run(obj, job=job(obj, **FATAL_JOB), inputs=inputs)
+    assert (plan.status, plan.apply, plan.delete) == (obj["status"], (), ())
+
+
+def test_a_failed_run_without_configmaps_is_not_looked_at_every_minute() -> None:
+    obj = finetune()
+    jobs = {"job": job(obj, inputs=".s1", **FATAL_JOB)}
+    bad = pod(obj, phase="Failed", state=said("LossDiverged", "x", 3))
+    failed = after(obj, run(obj, pods=(bad,), **jobs))
+    assert run(failed, inputs=".s2", **jobs).requeue is None
+
+
 def test_a_mended_configmap_lets_a_failed_object_go_on() -> None:
     obj = failed_for_good(said("BadDataset", "line 3", 3), FATAL_JOB)
-    plan = run(obj, job=job(obj, **FATAL_JOB), inputs="i2")
-    assert [key.kind for key in plan.delete] == ["Job"]
+    plan = run(obj, job=job(obj, **FATAL_JOB), inputs="m2.s1")
+    assert (ready(plan), plan.delete, plan.requeue) == (("False", "Retrying"), (), 0.0)
+    removing = run(after(obj, plan), job=job(obj, **FATAL_JOB), inputs="m2.s1")
+    assert [key.kind for key in removing.delete] == ["Job"]
+
+
+def test_a_failed_run_that_is_to_be_suspended_is_suspended() -> None:
+    obj = edited(failed_for_good(exited(1), FAILED_JOB), backoffLimit=9, suspend=True)
+    plan = run(obj, job=job(obj, **FAILED_JOB))
+    suspended = run(after(obj, plan), job=job(obj, **FAILED_JOB))
+    assert suspended.status["phase"] == "Suspended"
+    assert [key.kind for key in suspended.delete] == ["Job"]

@@ -351,7 +351,7 @@ def test_writes_of_a_quiet_life_are_few() -> None:
     obj = finetune()
     steps: list[dict[str, Any]] = [
         {"blocked": Blocked("SourceNotReady", "Waits.", None)},
-        {"wanted": WANTED, "inputs": "i1"},
+        {"wanted": WANTED, "inputs": "m1.s1"},
         {"job": job(obj)},
         {"job": job(obj), "pods": (pod(obj, phase="Pending", state=waiting("ContainerCreating")),)},
         {"job": job(obj), "pods": (pod(obj, state=RUNNING),)},

@@ -19,6 +19,7 @@ from tests.unit.objects import (
     pod,
     said,
     succeeded,
+    waiting,
 )
 from tests.unit.test_batch_life import FAILED_JOB, FATAL_JOB, WANTED, after, kstatus, ready, run
 
@@ -71,6 +72,26 @@ def test_a_pod_on_a_dead_node_is_named_with_its_remedy(of_this_job: bool) -> Non
     assert kstatus(lost) == "InProgress"
 
 
+def test_the_charts_mended_image_reaches_a_job_whose_pod_cannot_pull() -> None:
+    obj = finetune()
+    stuck = pod(obj, phase="Pending", state=waiting("ErrImagePull", "not found"))
+    same = run(obj, job=job(obj, image="trainer:1"), pods=(stuck,), image="trainer:1")
+    assert (ready(same)[1], same.delete) == ("ImagePullBackOff", ())
+    mended = run(after(obj, same), job=job(obj, image="trainer:1"), pods=(stuck,), image="trainer:2")
+    assert (ready(mended)[1], mended.status["nextRetryTime"], mended.delete) == ("Retrying", at(0), ())
+    assert run(after(obj, mended), job=job(obj, image="trainer:1"), pods=(stuck,), image="trainer:2").delete
+    own = run(obj, job=job(obj), pods=(stuck,), image="trainer:2")  # spec.pod.image
+    assert ready(own)[1] == "ImagePullBackOff"
+
+
+@pytest.mark.parametrize("state", [RUNNING, waiting("ContainerCreating"), waiting("CreateContainerConfigError", "x")])
+def test_another_image_of_the_chart_stops_no_pod_that_has_its_image(state: Object) -> None:
+    obj = finetune()
+    plan = run(obj, job=job(obj, image="trainer:1"), pods=(pod(obj, state=state),), image="trainer:2")
+    assert "nextRetryTime" not in plan.status
+    assert plan.delete == ()
+
+
 def test_a_missing_claim_is_named() -> None:
     obj = finetune()
     text = '0/1 nodes are available: persistentvolumeclaim "models" not found.'
@@ -79,6 +100,17 @@ def test_a_missing_claim_is_named() -> None:
     assert ready(plan)[1] == "ClaimNotFound"
     assert '"models"' in message(plan)
     assert "create it" in message(plan)
+
+
+def test_an_output_that_is_a_whole_claim_costs_no_pod() -> None:
+    """Stored under an older CRD: its checkpoints would go to another claim, and its model nowhere."""
+    cluster = MemoryCluster()
+    key = key_of(cluster.put(finetune(output="pvc://models")))
+    Driver(cluster, Settings(), reconcilers(lambda address: None), lambda routes: None).run(key)
+    stalled = of(cluster.objects[key], "Stalled")
+    assert stalled is not None
+    assert (stalled["reason"], stalled["message"].startswith("output: ")) == ("InvalidSpec", True)
+    assert Key("Job", "ns", "tune-finetune") not in cluster.objects
 
 
 def test_a_missing_service_account_is_named() -> None:
@@ -160,9 +192,9 @@ def test_the_deadline_that_was_missed_is_the_jobs_and_not_the_whole_runs() -> No
     assert failed["status"]["phase"] == "Failed"
     metadata = {**failed["metadata"], "generation": 2}
     longer = {**failed, "metadata": metadata, "spec": {**failed["spec"], "activeDeadlineSeconds": 120}}
-    assert run(longer, job=late).delete
+    assert kstatus(run(longer, job=late)) == "InProgress"
     shorter = {**longer, "spec": {**failed["spec"], "activeDeadlineSeconds": 50}}
-    assert not run(shorter, job=late).delete
+    assert kstatus(run(shorter, job=late)) == "Failed"
 
 
 def test_bad_exit_of_the_users_own_image_keeps_its_last_words() -> None:

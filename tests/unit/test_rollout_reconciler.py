@@ -2,10 +2,11 @@
 
 from datetime import timedelta
 
+from tests.unit.objects import Object
 from tests.unit.serving_world import CANARY, SETTINGS, Kubernetes, source, uri
 
 from slmops.build import router as router_parts
-from slmops.cluster.port import Key
+from slmops.cluster.port import ClusterError, Key
 from slmops.remote import prometheus
 
 
@@ -124,6 +125,95 @@ def test_an_upgraded_operator_touches_no_pod_of_a_revision_that_exists():
     world.passes()
     new = world.cluster.objects[Key("Deployment", "ns", f"chat-{world.status['stable']['revision']}")]
     assert new["spec"]["template"]["spec"]["containers"][0]["image"] == "server:2"
+
+
+NOT_PULLED = {
+    "containerStatuses": [
+        {"name": "server", "image": "server:1", "state": {"waiting": {"reason": "ImagePullBackOff", "message": "none"}}}
+    ]
+}
+
+
+def deployment_of(world: Kubernetes, revision: str) -> Object:
+    return world.cluster.objects[Key("Deployment", "ns", f"chat-{revision}")]
+
+
+def image_of(world: Kubernetes, revision: str) -> str:
+    containers = deployment_of(world, revision)["spec"]["template"]["spec"]["containers"]
+    return str(containers[0]["image"])
+
+
+def test_a_mended_image_reaches_a_first_revision_and_no_later_one_does():
+    pod = {"resources": {"limits": {"cpu": 2, "nvidia.com/gpu": 1}}, "env": [{"name": "A", "value": "\u20ac"}],
+           "tolerations": [{"key": "gpu", "operator": "Exists"}], "imagePullSecrets": [{"name": "s"}]}  # fmt: skip
+    world = Kubernetes(pod=pod, endpoint={"apiKeysSecretRef": {"name": "keys"}}, engine={"args": ["--slots=4"]})
+    world.cluster.put({"kind": "Secret", "metadata": {"name": "keys", "namespace": "ns"}, "data": {"a": "b"}})
+    world.passes(1)
+    name = world.status["candidate"]["revision"]
+    world.broken[name] = NOT_PULLED
+    world.passes()
+    assert world.condition("Ready")[1] == "ImagePullFailed"
+    first = deployment_of(world, name)["metadata"]["uid"]
+    world.settings = SETTINGS.model_copy(update={"server_image": "server:2"})
+    world.passes()
+    assert image_of(world, name) == "server:2"
+    assert deployment_of(world, name)["metadata"]["uid"] != first  # its pods hold no GPU any more
+    world.cluster.writes.clear()
+    world.passes()
+    assert world.cluster.writes == []
+    world.broken.clear()
+    world.passes()
+    assert world.condition("Ready")[:2] == ("True", "Serving")
+    world.settings = SETTINGS.model_copy(update={"server_image": "server:3"})
+    world.broken[name] = NOT_PULLED  # a node that has lost the image
+    world.passes()
+    assert image_of(world, name) == "server:2"
+
+
+def test_a_first_revision_whose_pods_take_their_time_is_left_alone():
+    world = Kubernetes()
+    world.passes(1)
+    name = world.status["candidate"]["revision"]
+    world.broken[name] = {"containerStatuses": []}  # not ready, and nothing says why
+    world.passes()
+    before = deployment_of(world, name)["metadata"]["uid"]
+    world.settings = SETTINGS.model_copy(update={"server_image": "server:2"})
+    world.passes()
+    assert (image_of(world, name), deployment_of(world, name)["metadata"]["uid"]) == ("server:1", before)
+
+
+def test_a_retry_after_a_wrong_image_takes_the_mended_one():
+    world = Kubernetes(rollout={"steps": [{"weight": 50, "pauseSeconds": 1}], "progressDeadlineSeconds": 60})
+    world.passes()
+    old = world.status["stable"]["revision"]
+    world.edit(model=uri("b"))
+    world.passes(1)
+    new = world.status["candidate"]["revision"]
+    world.broken[new] = NOT_PULLED
+    world.passes()
+    world.passes(seconds=61)
+    assert world.status["phase"] == "RolledBack"
+    world.settings = SETTINGS.model_copy(update={"server_image": "server:2"})
+    world.annotate(retry=new)
+    world.passes()
+    assert (image_of(world, new), image_of(world, old)) == ("server:2", "server:1")
+    assert world.status["rollout"]["phase"] == "Preparing"
+
+
+def test_a_mended_image_survives_a_kill_between_the_record_and_the_deployment():
+    world = Kubernetes()
+    world.passes(1)
+    name = world.status["candidate"]["revision"]
+    world.broken[name] = NOT_PULLED
+    world.passes()
+    world.settings = SETTINGS.model_copy(update={"server_image": "server:2"})
+    world.passes(1)
+    assert name not in world.deployments()
+    world.cluster.refusing_new["Deployment"] = ClusterError(503, "ServiceUnavailable", "")
+    world.try_pass()
+    world.cluster.refusing_new.clear()
+    world.passes()
+    assert image_of(world, name) == "server:2"
 
 
 def test_the_stable_revision_is_made_again_from_its_record_while_the_spec_has_moved_on():

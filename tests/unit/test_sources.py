@@ -100,6 +100,20 @@ def test_a_deployment_gives_its_service_its_key_and_its_lineage() -> None:
     assert [(a.digest, a.name) for a in found.lineage] == [("sha256:mm", "QuantizedModel/q"), ("sha256:bb", "")]
 
 
+@pytest.mark.parametrize("reason", ["ScaledToZero", "QuotaExceeded"])
+def test_a_teacher_that_is_scaled_to_zero_is_waited_for(reason: str) -> None:
+    """It is Ready, as wanted: but a pod that asks it would wait for its answers in vain."""
+    cluster = MemoryCluster()
+    status = {"conditions": conditions(Ready=f"True {reason}"), "endpoint": "http://t.ns.svc:8000/v1"}
+    deployment = ours("ModelDeployment", {"model": {"uri": "oci://r/m"}, "replicas": 0}, name="t", status=status)
+    cluster.put(deployment)
+    with pytest.raises(Retry, match="ModelDeployment/t, which is scaled to zero") as caught:
+        sources.resolve_teacher(cluster, "ns", teacher(deploymentRef={"name": "t"}))
+    assert (caught.value.reason, caught.value.after) == ("SourceNotReady", 0)  # its change tells
+    cluster.put({**deployment, "spec": {**deployment["spec"], "replicas": 1}})
+    assert sources.resolve_teacher(cluster, "ns", teacher(deploymentRef={"name": "t"})).model == "t"
+
+
 OUTPUTS = [
     (None, "oci://s:5000/ns/finetunejob-tune:11111111", "oci://s:5000/ns/finetunejob-tune:ckpt-11111111"),
     ("oci://r:5000/a/b", "oci://r:5000/a/b:11111111", "oci://r:5000/a/b:ckpt-11111111"),
@@ -185,7 +199,19 @@ def test_the_hash_follows_contents() -> None:
     second = needs.check(cluster, "ns", needed(**SPEC))
     cluster.put(secret("hub", token="y"))
     third = needs.check(cluster, "ns", needed(**SPEC))
-    assert len({first, second, third}) == 3
+    maps, secrets = zip(*(found.split(".") for found in (first, second, third)), strict=True)
+    assert [len(set(maps)), len(set(secrets))] == [2, 2]
+    assert maps[1] == maps[2]  # a Secret's change shows in its own part alone
+    assert secrets[0] == secrets[1]
+
+
+def test_what_is_not_needed_has_no_hash() -> None:
+    cluster = MemoryCluster()
+    cluster.put(secret("hub", token="x"))
+    cluster.put(config_map("data", train=GOOD))
+    assert needs.check(cluster, "ns", needed()) == ""
+    assert needs.check(cluster, "ns", needed(base=SPEC["base"])).startswith(".")
+    assert needs.check(cluster, "ns", needed(dataset=SPEC["dataset"])).endswith(".")
 
 
 def test_lines_end_with_newlines_alone() -> None:

@@ -170,7 +170,10 @@ class Context:
 
 
 def read_secret(name: str | None) -> dict[str, str] | None:
-    """The keys of the mounted Secret `name`. Raises RunFailure(BadSpec) when it is not mounted."""
+    """The keys of the mounted Secret `name`. Raises RunFailure(BadSpec) when it is not mounted.
+
+    Raises RunFailure(AccessDenied) when it is no text: by that reason the operator tries again when a Secret changes.
+    """
     if not name:
         return None
     folder = Path(SECRET_ROOT) / name
@@ -181,5 +184,5 @@ def read_secret(name: str | None) -> dict[str, str] | None:
         return {path.name: path.read_text() for path in sorted(folder.iterdir()) if path.is_file()}
     except UnicodeDecodeError as error:
         raise RunFailure(
-            "BadSpec", f"Secret {name} holds a value that is not text. Put its keys there as text."
+            "AccessDenied", f"Secret {name} holds a value that is not text. Put its keys there as text."
         ) from error

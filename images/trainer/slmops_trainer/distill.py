@@ -91,7 +91,7 @@ def run(ctx: Context) -> RunResult:
 
 
 def _terms(ctx: Context, spec: DistillationJobSpec) -> generation.Terms:
-    """How training answers are asked for. Raises RunFailure(BadSpec) for a missing teacher or key."""
+    """How training answers are asked for. Raises RunFailure(BadSpec) without a teacher, AccessDenied without a key."""
     endpoint, settings = ctx.spec.teacher, spec.data.generation
     if endpoint is None:
         raise RunFailure("BadSpec", "The run names no teacher.")
@@ -100,7 +100,7 @@ def _terms(ctx: Context, spec: DistillationJobSpec) -> generation.Terms:
         key = (read_secret(endpoint.secret) or {}).get(endpoint.key or "", "").strip()
         if not key or not key.isascii() or not key.isprintable():
             where = f"Secret {endpoint.secret}, key {endpoint.key},"
-            raise RunFailure("BadSpec", f"{where} holds no usable API key. Put the teacher's key there.")
+            raise RunFailure("AccessDenied", f"{where} holds no usable API key. Put the teacher's key there.")
     return generation.Terms(
         endpoint=endpoint,
         key=key,

@@ -119,8 +119,9 @@ class BatchSpec(Model):
     output: str | None = Field(
         default=None,
         max_length=1024,
-        pattern=r"^(oci|pvc)://[^\s@]+$",
-        description="Where to write the artifact; default: the operator's store, <namespace>/<kind>-<name>.",
+        pattern=r"^(oci|pvc)://[^\s@/]+/+[^\s@/][^\s@]*$",  # beside it stand the checkpoints: never a whole claim
+        description="Where to write the artifact: oci://registry/repo:tag, or pvc://claim/folder; default: the "
+        "operator's store, <namespace>/<kind>-<name>.",
     )
 
 

@@ -289,7 +289,9 @@ class BatchStatus(Status):
         default=None, description="When the next of these starts.", json_schema_extra={"format": "date-time"}
     )
     inputs: str | None = Field(
-        default=None, max_length=64, description="Hash of the ConfigMaps and Secrets that the run was started with."
+        default=None,
+        max_length=64,
+        description="Hashes of the ConfigMaps and of the Secrets that the run was started with.",
     )
     progress: Progress | None = Field(default=None, description="Where the run stands.")
     metrics: dict[str, float] | None = Field(default=None, description="What was measured, by name.")

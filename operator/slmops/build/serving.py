@@ -1,8 +1,9 @@
 """A revision of a ModelDeployment -> its Deployment and headless Service; the pods' disruption budget.
 
-A Deployment is built once, when its revision is new, and kept on record beside the router's routes (build/router.py).
-From then on its record is applied, with the wanted replicas: neither an edited spec nor an upgraded operator, with
-another default image or another template, touches the pods of a revision that exists.
+A Deployment is built when its revision is new, and kept on record beside the router's routes (build/router.py). From
+then on its record is applied, with the wanted replicas: neither an edited spec nor an upgraded operator, with another
+default image or another template, touches the pods of a revision. One whose pods have failed to become ready is built
+anew as long as it has not begun to serve, so that it gets what was mended.
 """
 
 from typing import Any

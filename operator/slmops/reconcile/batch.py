@@ -11,8 +11,8 @@ What becomes of a Job that failed, by the reason that its last pod gave:
       outage of a day costs some thirty Jobs of one pod each, which waits itself for some minutes before it gives up
   anything else
       the object is failed: Failed=True, Stalled=True. It goes on from its checkpoint when something that could help
-      was changed: a ConfigMap or a Secret it names, a backoffLimit above the attempts so far (unless the worker said
-      that trying again is useless), an activeDeadlineSeconds longer than the run was or none
+      was changed: a ConfigMap it names, a backoffLimit above the attempts so far (unless the worker said that trying
+      again is useless), an activeDeadlineSeconds longer than the run was or none
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from slmops.build.job import job, job_name, run_secrets
 from slmops.cluster.port import Key, Object
 from slmops.reconcile import conditions, needs, sources
 from slmops.reconcile.batch_life import decide
-from slmops.reconcile.batch_pass import ANNOTATION_INPUTS, Blocked, Pass, Seen
+from slmops.reconcile.batch_pass import ANNOTATION_IMAGE, ANNOTATION_INPUTS, Blocked, Pass, Seen
 from slmops.reconcile.ownership import check_ours
 from slmops.reconcile.pods import created, ended, running, trouble_of
 from slmops.reconcile.protocol import World
@@ -99,6 +99,7 @@ class BatchReconciler:
             inputs=digest,
             events=self._events(found, mine, world),
             progress=self._progress(mine),
+            image=world.settings.trainer_image,
         )
 
     def decide(self, obj: Object, observed: Seen, now: datetime) -> Plan:
@@ -117,9 +118,9 @@ class BatchReconciler:
         needed = inputs(spec, extra_secrets=run_secrets(run, world.settings))
         digest = needs.check(world.cluster, obj["metadata"]["namespace"], needed)
         made = job(obj, spec, run, world.settings)
-        if digest:
-            made = {**made, "metadata": {**made["metadata"], "annotations": {ANNOTATION_INPUTS: digest}}}
-        return made, digest
+        image = "" if spec.pod and spec.pod.image else world.settings.trainer_image
+        notes = {name: value for name, value in ((ANNOTATION_INPUTS, digest), (ANNOTATION_IMAGE, image)) if value}
+        return {**made, "metadata": {**made["metadata"], "annotations": notes}}, digest
 
     def _run(self, obj: Object, spec: BatchSpec, world: World) -> RunSpec:
         metadata = obj["metadata"]

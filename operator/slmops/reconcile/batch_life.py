@@ -9,14 +9,15 @@ from slmops.build.job import revised
 from slmops.cluster.port import Object
 from slmops.reconcile import conditions
 from slmops.reconcile.batch_end import collected, conclude, retry_requeue, worth_again
-from slmops.reconcile.batch_pass import ANNOTATION_INPUTS, Pass, going_on, plan, progress
-from slmops.reconcile.pods import INTERRUPTED, Trouble, created, ended, failure_of, lost, running, trouble_of
+from slmops.reconcile.batch_pass import ANNOTATION_IMAGE, ANNOTATION_INPUTS, Pass, going_on, plan, progress
+from slmops.reconcile.pods import INTERRUPTED, NO_IMAGE, Trouble, created, ended, failure_of, lost, running, trouble_of
 from slmops.reconcile.state import Event, Plan
 
 POLL_RUNNING = 3.0  # seconds between two looks at a run's progress
 POLL_STARTING = 15.0  # at a pod that does not start: some causes are told by Events alone
 _POD_FORBIDDEN = re.compile(r'^pods "[^"]*" is forbidden: ')
 POLL_PODLESS = 5.0  # and at the Job's events while it has no pod: nothing else tells why
+_TRIED_AGAIN = "It is tried again; the Job of the last try is removed first."
 
 
 def decide(p: Pass) -> Plan:
@@ -24,12 +25,19 @@ def decide(p: Pass) -> Plan:
     if conditions.is_true(p.status.conditions, conditions.COMPLETE):
         return collected(p)
     if conditions.is_true(p.status.conditions, conditions.FAILED):
-        if not worth_again(p):
-            return collected(p)
-        p = Pass(p.obj, p.spec, p.status.model_copy(update={"next_retry_time": p.stamp()}), p.seen, p.now)
+        return _again(p) if worth_again(p) else collected(p)
     if p.seen.job is None or _stale(p, p.seen.job):
         return _between_jobs(p)
     return _with_job(p, p.seen.job)
+
+
+def _again(p: Pass) -> Plan:
+    """Decide on another try and do no more: the pass after this one acts on what the status says by then.
+
+    Nothing else tells of that decision once the old Job is gone, nor which Job is the new one. A pass that acts first
+    and is killed before its status leaves a Job behind that the next pass removes, as its own decision's old one.
+    """
+    return plan(going_on(p, "Waiting", "Retrying", _TRIED_AGAIN, next_retry_time=p.stamp()), requeue=0.0)
 
 
 def _stale(p: Pass, job: Object) -> bool:
@@ -42,13 +50,13 @@ def _between_jobs(p: Pass) -> Plan:
     if p.spec.suspend:
         return _suspended(p, delete=old is not None)
     retry_at, failure = p.status.next_retry_time, p.status.last_failure
-    if retry_at and failure and p.until(retry_at) and not _changed(p):
+    if retry_at and failure and p.until(retry_at):
+        if _changed(p):
+            return _again(p)
         status = going_on(p, "Waiting", failure.reason, f"{failure.message} The next try starts at {retry_at}.")
         return plan(status, requeue=retry_requeue(p, retry_at))
     if old is not None:
-        # A retry whose time was brought forward: the old Job has to be older than it in the next pass, too.
-        due = retry_at if retry_at and not p.until(retry_at) else p.stamp()
-        status = going_on(p, "Waiting", "Retrying", "The Job of the last try is removed.", next_retry_time=due)
+        status = going_on(p, "Waiting", "Retrying", _TRIED_AGAIN)
         gone = () if old["metadata"].get("deletionTimestamp") else (p.job_key,)
         return plan(status, delete=gone, requeue=POLL_PODLESS)
     if seen.former:
@@ -137,6 +145,8 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
         return plan(going_on(p, "Queued", "Queued", message, last_failure=failure), *news, apply=apply)
     trouble = (trouble_of(pod) or _told(p, pod)) if pod is not None else _refused(p, job)
     if trouble is not None:
+        if trouble.reason in NO_IMAGE and _image_changed(p, job):
+            return _again(p)
         message = trouble.message
         known = conditions.find(p.status.conditions, conditions.READY)
         if trouble.reason == "ImagePullBackOff" and known and known.reason == trouble.reason:
@@ -149,6 +159,12 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
         message = f"Attempt {p.status.attempts + 1} of {p.spec.backoff_limit + 1} starts; before: {failure.message}"
     status = going_on(p, "Pending", reason, message, last_failure=failure)
     return plan(status, *news, apply=apply, requeue=POLL_STARTING if pod else POLL_PODLESS)
+
+
+def _image_changed(p: Pass, job: Object) -> bool:
+    """Whether the operator has another image by now: a Job keeps the one that it was made with."""
+    before = (job["metadata"].get("annotations") or {}).get(ANNOTATION_IMAGE)
+    return before is not None and before != p.seen.image
 
 
 def _first(p: Pass, trouble: Trouble) -> tuple[Event, ...]:

@@ -12,7 +12,8 @@ from slmops.cluster.port import Key, Object
 from slmops.reconcile import conditions
 from slmops.reconcile.state import Event, Plan
 
-ANNOTATION_INPUTS = "slmops.dev/inputs"  # on the Job: hash of the ConfigMaps and Secrets it was made with
+ANNOTATION_INPUTS = "slmops.dev/inputs"  # on the Job: hashes of the ConfigMaps and Secrets it was made with
+ANNOTATION_IMAGE = "slmops.dev/image"  # on the Job: the operator's image it was made with; webhooks may rewrite its own
 
 PROGRESS_PERCENT = 5  # a smaller move is not worth a write
 PROGRESS_AGE = timedelta(seconds=30)  # unless the last write is older than this
@@ -36,9 +37,10 @@ class Seen:
     former: tuple[Object, ...] = ()  # pods of earlier Jobs that have not ended
     wanted: Object | None = None  # the Job as it would be made now, where one may be wanted
     blocked: Blocked | None = None  # why `wanted` is None
-    inputs: str = ""  # hash of the inputs as they are now; empty where they were not looked at
+    inputs: str = ""  # hashes of the inputs as they are now (needs.check); empty where they were not looked at
     events: tuple[Object, ...] = ()  # about the Job, oldest first, where it has no pod
     progress: Progress | None = None
+    image: str = ""  # the operator's, for pods whose spec names none
 
 
 @dataclass(frozen=True)

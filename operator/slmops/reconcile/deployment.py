@@ -25,6 +25,7 @@ from slmops.remote import prometheus, router
 from slmops.remote.errors import RemoteError
 from slmops.remote.router import Report
 from slmops.rollout.machine import decide, measurement_due
+from slmops.rollout.phases import PREPARING
 from slmops.rollout.revision import identify
 from slmops.rollout.seen import Decision, Pods, Problem, Router, Seen
 from slmops.settings import Settings
@@ -302,14 +303,16 @@ def _children(
 
 
 def _records(obj: Object, spec: ModelDeploymentSpec, observed: Observed, decision: Decision) -> dict[str, Object]:
-    """The manifest of each wanted revision: as recorded, else as it stands in the cluster, else built anew.
+    """The manifest of each wanted revision: as recorded, else as it stands in the cluster, else built.
 
     The record of one that is not wanted is kept as long as its Service is there: nothing else tells of it.
     """
     records = {revision: observed.records[revision] for revision in observed.strays}
-    wanted = observed.wanted
+    wanted, anew = observed.wanted, _anew(obj, spec, observed, decision)
     for revision in decision.replicas:
-        if revision in observed.records:
+        if revision in anew and revision not in observed.live:
+            records[revision] = anew[revision]
+        elif revision in observed.records:
             records[revision] = observed.records[revision]
         elif revision in observed.live:
             records[revision] = serving.record_of(observed.live[revision])
@@ -318,8 +321,28 @@ def _records(obj: Object, spec: ModelDeploymentSpec, observed: Observed, decisio
     return records
 
 
+def _anew(obj: Object, spec: ModelDeploymentSpec, observed: Observed, decision: Decision) -> dict[str, Object]:
+    """A revision that has not begun to serve, as it would be built now; empty while its pods may just need time.
+
+    By this a mended setting of the operator, the image first of all, reaches the pods that fail for want of it.
+    """
+    wanted, candidate = observed.wanted, decision.candidate
+    if candidate is None or decision.rollout.phase != PREPARING or wanted.revision is None or wanted.model is None:
+        return {}
+    name, pods = candidate.revision, observed.seen.pods.get(candidate.revision)
+    if name != wanted.revision.revision or (pods is not None and (pods.ready or pods.problem is None)):
+        return {}
+    return {name: serving.deployment(obj, spec, name, wanted.model, observed.settings)}
+
+
 def _removed(obj: Object, spec: ModelDeploymentSpec, observed: Observed, decision: Decision) -> tuple[Key, ...]:
     namespace = obj["metadata"]["namespace"]
+    # Not changed but made anew: a pod that waits for its image keeps the GPU that its successor would wait for.
+    outdated = [
+        Key("Deployment", namespace, serving.revision_name(obj, revision))
+        for revision, manifest in _anew(obj, spec, observed, decision).items()
+        if revision in observed.live and observed.records.get(revision, manifest) != manifest
+    ]
     gone = [
         Key(kind, namespace, serving.revision_name(obj, revision))
         for revision in decision.remove
@@ -331,7 +354,7 @@ def _removed(obj: Object, spec: ModelDeploymentSpec, observed: Observed, decisio
     ]
     if spec.replicas <= 1:
         gone += [Key("PodDisruptionBudget", namespace, name) for name in sorted(observed.budgets)]
-    return tuple(gone)
+    return (*gone, *outdated)
 
 
 def _counts(obj: Object, decision: Decision) -> tuple[Count, ...]:

@@ -15,23 +15,23 @@ RECHECK_SECONDS = 5.0
 
 
 def check(cluster: Cluster, namespace: str, needed: Inputs) -> str:
-    """Return the hash of all that is needed. Raises Retry(SecretNotFound, ConfigMapNotFound, BadDataset), ClusterError.
+    """Return the hashes of all that is needed: of the ConfigMaps, a dot, of the Secrets; empty where nothing is.
 
-    The hash is of contents, not of versions: what touches a Secret without changing it must not start a failed run
-    again. A Secret's uid goes into it: who may not read the Secret does not know that, and can guess nothing from the
-    hash. Where nothing is needed it is empty.
+    Two, for a new Secret cannot mend what a new dataset can. They are of contents, not of versions: to touch a Secret
+    is not to change it. A Secret's uid goes into its hash: who may not read the Secret does not know that, and can
+    guess nothing from it. Raises Retry(SecretNotFound, ConfigMapNotFound, BadDataset), ClusterError.
     """
     if not needed.secrets and not needed.config_maps:
         return ""
-    digest = sha256()
+    maps, secrets = sha256(), sha256()
     for name, wanted in sorted(needed.secrets.items()):
         secret = cluster.get(Key("Secret", namespace, name))
         if secret is None:
             raise Retry("SecretNotFound", f"Secret {name} does not exist: create it.", after=RECHECK_SECONDS)
         _keys("SecretNotFound", f"Secret {name}", wanted, secret.get("data") or {})
-        digest.update(f"{secret['metadata']['uid']};".encode())
+        secrets.update(f"{secret['metadata']['uid']};".encode())
         for key, value in sorted((secret.get("data") or {}).items()):
-            digest.update(f"{name}/{key}/{value};".encode())
+            secrets.update(f"{name}/{key}/{value};".encode())
     for name, wanted in sorted(needed.config_maps.items()):
         config_map = cluster.get(Key("ConfigMap", namespace, name))
         if config_map is None:
@@ -39,10 +39,11 @@ def check(cluster: Cluster, namespace: str, needed: Inputs) -> str:
         data: Object = {**(config_map.get("data") or {}), **(config_map.get("binaryData") or {})}
         _keys("ConfigMapNotFound", f"ConfigMap {name}", wanted, data)
         for key in sorted(wanted):
-            digest.update(f"{name}/{key}/{data[key]};".encode())
+            maps.update(f"{name}/{key}/{data[key]};".encode())
             if (name, key) in needed.jsonl and key in (config_map.get("data") or {}):
                 _jsonl(f"ConfigMap {name}, key {key}", data[key])
-    return digest.hexdigest()[:16]
+    of_maps = maps.hexdigest()[:16] if needed.config_maps else ""
+    return f"{of_maps}.{secrets.hexdigest()[:16] if needed.secrets else ''}"
 
 
 def _keys(reason: str, what: str, wanted: set[str], data: Object) -> None:

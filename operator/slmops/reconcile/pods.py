@@ -14,6 +14,7 @@ from slmops.cluster.port import Object
 from slmops.reconcile.conditions import cut
 
 INTERRUPTED = "Interrupted"
+NO_IMAGE = ("ImagePullBackOff", "InvalidImageName")
 LOST_AFTER = timedelta(seconds=60)  # beyond the time by which a deleted pod has to be gone
 
 # Why a container waits, as the kubelet says it -> our reason. Two words for one thing would make the status flap.
@@ -105,7 +106,7 @@ def trouble_of(pod: Object) -> Trouble | None:
     if reason is None:
         return None
     said = waiting.get("message") or waiting["reason"]
-    if reason in ("ImagePullBackOff", "InvalidImageName"):
+    if reason in NO_IMAGE:
         image = pod["spec"]["containers"][0]["image"]
         return Trouble(reason, f"Image {image} cannot be pulled: {said}")
     return Trouble(reason, f"The container cannot start: {said}")

@@ -52,6 +52,8 @@ def resolve_teacher(cluster: Cluster, namespace: str, teacher: Teacher) -> Teach
         )
     name = teacher.deployment_ref.name if teacher.deployment_ref else ""
     found = ready_object(cluster, Key("ModelDeployment", namespace, name))
+    if found["spec"].get("replicas") == 0:  # Ready, as wanted, and answers nobody
+        raise not_ready(f"Waits for ModelDeployment/{name}, which is scaled to zero.")
     url = (found.get("status") or {}).get("endpoint")
     if not url:
         raise not_ready(f"ModelDeployment/{name} is Ready but names no endpoint.")
