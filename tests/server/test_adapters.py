@@ -124,6 +124,21 @@ def test_adapters_fit_into_the_memory_that_is_left(data: Path) -> None:
     shelf.load("again", data / "all")
 
 
+def test_all_decode_calls_share_one_buffer_of_logits(data: Path) -> None:
+    """However many rows there are, and adapters: nobody counts more of them against the memory limit."""
+    engine = load(data, slots=8, adapters=[*((name, str(data / name)) for name in NAMES), ("again", str(data / "all"))])
+    forward = engine._forward  # type: ignore[attr-defined]
+    seen = []
+    for name in ("", "again", *NAMES):
+        adapter = engine.adapters.get(name)
+        for rows in range(1, 9):
+            for first in range(9 - rows):
+                seen.append(forward.decode(first, [5] * rows, [0] * rows, adapter))
+                assert seen[-1].shape == (rows, 512)
+    assert len(seen) == 4 * 36
+    assert all(np.shares_memory(logits, seen[0]) for logits in seen)
+
+
 def rewritten(source: Path, folder: Path, change: Change) -> Path:
     held = ort.AdapterFormat.read_adapter(str(source))
     tensors = {name: value.numpy().copy() for name, value in held.get_parameters().items()}

@@ -120,6 +120,8 @@ class OrtForward:
         self.scored = max(SMALLEST_CHUNK, min(chunk, LOGITS_BYTES // (4 * self.vocab)))
         self.chunk = max(SMALLEST_CHUNK, chunk) if self._has_from else self.scored
         self._prompt_logits = np.empty((1, self.vocab), self._logits_type)
+        # one for all calls: a buffer for each (first, rows) of each adapter would be up to 112 rows of the vocabulary
+        self._decode_logits = np.empty((min(self.rows, MAX_ROWS), self.vocab), self._logits_type)
         self._first, self._begin = np.zeros(1, np.int64), np.zeros(1, np.int64)
         optional = {i.name: (i.type, i.shape) for i in session.get_overridable_initializers()}
         self.lora = adapters.inputs(
@@ -212,7 +214,7 @@ class OrtForward:
     def _bind_decode(self, first: int, rows: int, adapter: Adapter) -> _Decode:
         binding = self._bind_fixed(first, rows, adapter)
         ids, positions = np.zeros((rows, 1), np.int64), np.zeros((rows, 1), np.int64)
-        logits = np.empty((rows, self.vocab), self._logits_type)
+        logits = self._decode_logits[:rows]
         self._bind(binding, self._ids, ids, (rows, 1))
         if self._has_positions:
             self._bind(binding, self._positions, positions, (rows, 1))
