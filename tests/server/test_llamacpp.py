@@ -245,6 +245,21 @@ def test_the_cache_that_does_not_fit_is_refused_with_the_numbers(gguf: Maker, mo
         choose.load(model_folder.read(gguf("qwen2", "q4_0")), choose.EngineOptions(threads=1, slots=200))
 
 
+@pytest.mark.parametrize("slots", [0, 1])
+def test_the_second_row_of_a_lone_slot_is_planned_too(
+    gguf: Maker, monkeypatch: pytest.MonkeyPatch, slots: int
+) -> None:
+    """It is filled at start like the others: a pod that was planned with one row is killed there."""
+    folder = model_folder.read(gguf("qwen2", "q4_0"))
+    base, row = folder.model_bytes + llamacpp.RUNTIME_BYTES, folder.kv_bytes(512, llamacpp.KV_BYTES)
+    options = choose.EngineOptions(threads=1, slots=slots)
+    monkeypatch.setattr(choose.cgroup, "memory_limit", lambda: base + 2 * row - 1)
+    with pytest.raises(choose.DoesNotFitError, match=r"2 rows \(the engine has no fewer\) x 512 tokens"):
+        choose.load(folder, options)
+    monkeypatch.setattr(choose.cgroup, "memory_limit", lambda: base + 2 * row)
+    assert choose.load(folder, options).info.slots == (slots or 2)
+
+
 def test_a_server_on_it_does_what_the_others_do(start: Callable[..., Server], gguf: Maker) -> None:
     server = start("--slots", "2", "--max-queue", "64", model=gguf("qwen2", "q4_0"))
     check_sampling_formats_and_leaving(server)

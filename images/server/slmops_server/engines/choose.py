@@ -47,18 +47,26 @@ class DoesNotFitError(Exception):
 
 
 def plan_slots(
-    folder: ModelFolder, max_len: int, wanted: int, memory: int, item_bytes: int = 0, runtime: int = RUNTIME_BYTES
+    folder: ModelFolder,
+    max_len: int,
+    wanted: int,
+    memory: int,
+    item_bytes: int = 0,
+    runtime: int = RUNTIME_BYTES,
+    least_rows: int = 1,
 ) -> int:
     """Slots that fit into `memory` bytes beside the model and `runtime`. DoesNotFitError when it does not fit.
 
-    `item_bytes`: of one number in the KV cache, 0 for what the graph has.
+    `item_bytes`: of one number in the KV cache, 0 for what the graph has. `least_rows`: of the cache, however few slots.
     """
     row = folder.kv_bytes(max_len, item_bytes or _item_bytes(folder))
     left = memory - folder.model_bytes - runtime
     slots = wanted or max(1, min(DEFAULT_SLOTS, left // row))
-    if slots * row > left:
+    rows = max(slots, least_rows)
+    if rows * row > left:
+        what = f"{slots} slots" if rows == slots else f"{rows} rows (the engine has no fewer)"
         raise DoesNotFitError(
-            f"{slots} slots x {max_len} tokens need {slots * row >> 20} MiB of KV cache; of {memory >> 20} MiB "
+            f"{what} x {max_len} tokens need {rows * row >> 20} MiB of KV cache; of {memory >> 20} MiB "
             f"the model ({folder.model_bytes >> 20} MiB) and the runtime leave {max(0, left) >> 20} MiB. "
             "Raise the memory limit or lower --slots or --max-model-len"
         )
@@ -166,7 +174,9 @@ def _llamacpp(folder: ModelFolder, options: EngineOptions, max_len: int, limit: 
     from slmops_server.engines import llamacpp
 
     memory, row = cgroup.memory_limit(), llamacpp.cells(max_len)
-    slots = plan_slots(folder, row, options.slots, memory, llamacpp.KV_BYTES, llamacpp.RUNTIME_BYTES)
+    slots = plan_slots(
+        folder, row, options.slots, memory, llamacpp.KV_BYTES, llamacpp.RUNTIME_BYTES, llamacpp.LEAST_ROWS
+    )
     threads = options.threads or limit
     forward, notes = llamacpp.load(folder, slots, max_len, options.prefill_chunk, threads)
     return SlotEngine(forward, EngineInfo("llamacpp", slots, max_len, threads, notes), folder.eos_ids, options.guesses)

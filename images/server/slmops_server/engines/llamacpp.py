@@ -25,6 +25,7 @@ KV_BYTES = 2  # of an item of the cache
 # two Python processes, llama.cpp's code, its buffers for a step; the weights are counted once: they are not mapped
 RUNTIME_BYTES = 260 << 20
 PAGE = 256  # cells; a row has whole ones
+LEAST_ROWS = 2  # a lone row may need company; llama.cpp fills all rows with zeros, so each takes its memory at once
 MOST_ROWS = 256  # llama.cpp's
 MAX_ROWS = 16  # in one call
 MOST_SCORES = 1 << 19  # tokens of a chunk x cells: attention's scores are float32, one for each of these and each head
@@ -40,7 +41,7 @@ class LlamacppForward:
     keeps = True
 
     def __init__(self, folder: ModelFolder, slots: int, max_len: int, chunk: int, threads: int) -> None:
-        self.rows = max(2, slots)  # a lone row may need company
+        self.rows = max(LEAST_ROWS, slots)
         if self.rows > MOST_ROWS:
             raise EngineRefusedError(f"llama.cpp has {MOST_ROWS} slots at most, not {slots}")
         self._library = llama_library.load()
