@@ -86,6 +86,14 @@ def test_more_than_a_page_of_cells_changes_no_logit(gguf: Maker, kind: str) -> N
     assert all(np.array_equal(row, rows[0]) for row in rows)
 
 
+def test_a_long_context_makes_every_call_shorter_but_those_over_guesses(gguf: Maker) -> None:
+    """Attention's scores are as many as tokens x cells, for each head: 32 tokens of 131,072 would be hundreds of MB."""
+    forward = llamacpp.LlamacppForward(model_folder.read(gguf("qwen2", "q4_0")), 2, 1 << 16, 256, 1, guesses=16)
+    assert (forward.chunk, forward.scored) == (8, 8)
+    wanted = [forward.prefill(0, PROMPT[: size + 1], 0).copy() for size in range(17)]
+    assert np.array_equal(forward.score(0, PROMPT[:17], 0), np.stack(wanted))
+
+
 def test_a_copied_row_goes_on_like_its_source(gguf: Maker) -> None:
     forward = load(gguf("qwen2", "q4_0"))
     forward.prefill(0, PROMPT[:64], 0)

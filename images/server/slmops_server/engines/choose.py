@@ -178,7 +178,7 @@ def _llamacpp(folder: ModelFolder, options: EngineOptions, max_len: int, limit: 
         folder, row, options.slots, memory, llamacpp.KV_BYTES, llamacpp.RUNTIME_BYTES, llamacpp.LEAST_ROWS
     )
     threads = options.threads or limit
-    forward, notes = llamacpp.load(folder, slots, max_len, options.prefill_chunk, threads)
+    forward, notes = llamacpp.load(folder, slots, max_len, options.prefill_chunk, threads, options.guesses)
     return SlotEngine(forward, EngineInfo("llamacpp", slots, max_len, threads, notes), folder.eos_ids, options.guesses)
 
 

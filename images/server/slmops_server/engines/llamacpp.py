@@ -40,24 +40,29 @@ class LlamacppForward:
 
     keeps = True
 
-    def __init__(self, folder: ModelFolder, slots: int, max_len: int, chunk: int, threads: int) -> None:
+    def __init__(
+        self, folder: ModelFolder, slots: int, max_len: int, chunk: int, threads: int, guesses: int = 0
+    ) -> None:
+        """guesses: `score` may be called for as many tokens and one more."""
         self.rows = max(LEAST_ROWS, slots)
         if self.rows > MOST_ROWS:
             raise EngineRefusedError(f"llama.cpp has {MOST_ROWS} slots at most, not {slots}")
         self._library = llama_library.load()
         self.vocab = folder.vocab_size
-        self.chunk = max(SMALLEST_CHUNK, min(chunk, max_len, MOST_SCORES // cells(max_len)))
-        self.scored = max(SMALLEST_CHUNK, min(SCORED, max_len))
+        longest = min(max_len, MOST_SCORES // cells(max_len))
+        self.chunk = max(SMALLEST_CHUNK, min(chunk, longest))
+        self.scored = max(SMALLEST_CHUNK, min(SCORED, longest))
         self.decode_seconds: Sequence[float] = ()
         self.prefill_seconds: Mapping[int, float] = {}
         self._max_len = max_len
         self._held = [0] * self.rows  # tokens in each row
         self._model = _read(self._library, folder)
-        most = max(self.chunk, self.scored, self.rows)
+        outputs = max(self.scored, guesses + 1, self.rows)
+        most = max(self.chunk, outputs)
         params = self._library.call("llama_context_default_params")
         params.n_ctx, params.n_seq_max = cells(max_len) * self.rows, self.rows
         params.n_batch = params.n_ubatch = most
-        params.n_outputs_max = params.n_outputs_max_per_seq = max(self.scored, self.rows)
+        params.n_outputs_max = params.n_outputs_max_per_seq = outputs
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = NO_FLASH
         self._context = self._library.call("llama_init_from_model", self._model, params)
@@ -182,10 +187,10 @@ def _batch(most: int) -> Batch:
 
 
 def load(
-    folder: ModelFolder, slots: int, max_len: int, chunk: int, threads: int
+    folder: ModelFolder, slots: int, max_len: int, chunk: int, threads: int, guesses: int
 ) -> tuple[LlamacppForward, dict[str, str]]:
     """A loaded and measured model, and the measurements."""
-    forward = LlamacppForward(folder, slots, max_len, chunk, threads)
+    forward = LlamacppForward(folder, slots, max_len, chunk, threads, guesses)
     forward.measure()
     notes = timing.notes(forward.decode_seconds, forward.prefill_seconds)
     notes["xllamacpp"] = llama_library.VERSION
