@@ -254,9 +254,7 @@ def test_the_cache_that_does_not_fit_is_refused_with_the_numbers(gguf: Maker, mo
 
 
 @pytest.mark.parametrize("slots", [0, 1])
-def test_the_second_row_of_a_lone_slot_is_planned_too(
-    gguf: Maker, monkeypatch: pytest.MonkeyPatch, slots: int
-) -> None:
+def test_the_second_row_of_a_lone_slot_is_planned_too(gguf: Maker, monkeypatch: pytest.MonkeyPatch, slots: int) -> None:
     """It is filled at start like the others: a pod that was planned with one row is killed there."""
     folder = model_folder.read(gguf("qwen2", "q4_0"))
     base, row = folder.model_bytes + llamacpp.RUNTIME_BYTES, folder.kv_bytes(512, llamacpp.KV_BYTES)

@@ -57,7 +57,7 @@ def plan_slots(
 ) -> int:
     """Slots that fit into `memory` bytes beside the model and `runtime`. DoesNotFitError when it does not fit.
 
-    `item_bytes`: of one number in the KV cache, 0 for what the graph has. `least_rows`: of the cache, however few slots.
+    `item_bytes`: of one number in the KV cache, 0 for what the graph has. `least_rows`: what the engine has at least.
     """
     row = folder.kv_bytes(max_len, item_bytes or _item_bytes(folder))
     left = memory - folder.model_bytes - runtime
@@ -157,7 +157,9 @@ def _onnxruntime(folder: ModelFolder, options: EngineOptions, slots: int, max_le
         except BadAdapterError as error:  # it was loaded while the engine before this one ran
             log.error("Lost an adapter name=%r problem=%s", name, error)  # noqa: TRY400 - the message has it all
     info = EngineInfo("onnxruntime", slots, max_len, threads, notes)
-    return SlotEngine(forward, info, folder.eos_ids, options.guesses, adapters=shelf)
+    return SlotEngine(
+        forward, info, folder.eos_ids, options.guesses, adapters=shelf if options.wants_adapters else None
+    )
 
 
 def _openvino(folder: ModelFolder, options: EngineOptions, max_len: int, limit: int) -> Engine:

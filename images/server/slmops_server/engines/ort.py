@@ -261,7 +261,8 @@ class OrtForward:
             first.append(self.decode(0, tokens[:count], [length] * count)[0].copy())
             times.append(min(time.perf_counter() - start, self.time_decode(count, 1)[0]))
         self.decode_seconds = [
-            seconds if np.array_equal(row, first[1]) else math.inf for seconds, row in zip(times, first, strict=True)
+            seconds if np.array_equal(row, first[1], equal_nan=True) else math.inf
+            for seconds, row in zip(times, first, strict=True)
         ]
 
 
