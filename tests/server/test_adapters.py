@@ -3,6 +3,7 @@
 import gc
 import json
 import random
+import tracemalloc
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -214,6 +215,60 @@ def test_an_adapter_in_half_precision_is_taken(data: Path, tmp_path: Path) -> No
     made = engine.adapters.get("half")
     assert made is not None
     assert {tensor.dtype for tensor in made.tensors.values()} == {np.dtype(np.float32)}
+
+
+def of_ranks(data: Path, folder: Path, rank: int, first: int) -> Path:
+    """An adapter of all modules with that rank, the first one with another."""
+
+    def change(tensors: Tensors) -> None:
+        for name, tensor in tensors.items():
+            count = first if name in (Q_A, Q_B) else rank
+            shape = (tensor.shape[0], count) if ".lora_A." in name else (count, tensor.shape[1])
+            tensors[name] = np.full(shape, 0.01, np.float32)
+
+    return rewritten(data / "all" / "weights.onnx_adapter", folder, change)
+
+
+def test_what_an_adapter_would_take_is_known_before_it_is_taken(data: Path, tmp_path: Path) -> None:
+    """A small file may become large, because all of its modules get the largest rank."""
+    shelf = Shelf(load(data)._forward.lora, 4 << 20)  # type: ignore[attr-defined]
+    folder = of_ranks(data, tmp_path / "mixed", 1, 4096)
+    tracemalloc.start()
+    with pytest.raises(BadAdapterError, match=r"needs 32\.0 MiB; the memory limit leaves 4\.0 MiB"):
+        shelf.load("mixed", folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * (folder / "weights.onnx_adapter").stat().st_size
+
+
+def test_an_adapter_is_not_there_twice_while_it_is_loaded(data: Path, tmp_path: Path) -> None:
+    shelf = Shelf(load(data)._forward.lora, 1 << 30)  # type: ignore[attr-defined]
+    folder = of_ranks(data, tmp_path / "large", 512, 512)
+    tracemalloc.start()
+    shelf.load("large", folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    made = shelf.get("large")
+    assert made is not None
+    assert peak < 1.4 * made.bytes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_memory_of_an_adapter_is_told_to_the_byte(data: Path, tmp_path: Path, name: str) -> None:
+    """In half precision, which the graph wants in twice as many bytes."""
+    wanted = load(data)._forward.lora  # type: ignore[attr-defined]
+    half = rewritten(
+        data / name / "weights.onnx_adapter",
+        tmp_path / "half",
+        lambda t: t.update({tensor: value.astype(np.float16) for tensor, value in t.items()}),
+    )
+    shelf = Shelf(wanted, 1 << 20)
+    shelf.load("half", half)
+    made = shelf.get("half")
+    assert made is not None
+    Shelf(wanted, made.bytes).load("half", half)
+    with pytest.raises(BadAdapterError, match="memory limit leaves"):
+        Shelf(wanted, made.bytes - 1).load("half", half)
 
 
 def test_damaged_files_are_refused(data: Path, tmp_path: Path) -> None:
