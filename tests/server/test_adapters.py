@@ -271,6 +271,65 @@ def test_the_memory_of_an_adapter_is_told_to_the_byte(data: Path, tmp_path: Path
         Shelf(wanted, made.bytes - 1).load("half", half)
 
 
+Limit = Callable[[int], None]
+
+
+@pytest.fixture
+def memory(data: Path, monkeypatch: pytest.MonkeyPatch) -> Limit:
+    """Sets the memory limit: bytes beside the model and the runtime."""
+    base = model_folder.read(data / "fp32").model_bytes + choose.RUNTIME_BYTES
+
+    def limit(left: int) -> None:
+        monkeypatch.setattr(choose.cgroup, "memory_limit", lambda: base + left)
+
+    return limit
+
+
+def test_an_adapter_that_grew_since_it_was_loaded_is_lost_and_does_not_keep_the_engine_from_starting(
+    data: Path, tmp_path: Path, memory: Limit, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = model_folder.read(data / "fp32")
+    grown = of_ranks(data, tmp_path / "grown", 512, 512)
+    memory(3 * folder.kv_bytes(folder.context_length, 4) + (1 << 20))
+    loaded = [("grown", str(grown)), ("kept", str(data / "all"))]
+    engine = load(data, adapters=[("few", str(data / "few"))], loaded=loaded)
+    assert (engine.info.slots, engine.adapters.names) == (3, ["few", "kept"])
+    assert "Lost an adapter name='grown' problem=" in caplog.text
+    with pytest.raises(EngineRefusedError, match=r"--adapter grown: .*memory limit leaves"):
+        load(data, adapters=[("grown", str(grown))])
+
+
+@pytest.mark.parametrize("how", ["adapters", "loaded"])
+def test_slots_that_are_not_asked_for_leave_the_adapters_their_place(
+    data: Path, tmp_path: Path, memory: Limit, how: str
+) -> None:
+    """By what they take when they are served; all but the first slot make room."""
+    half = rewritten(
+        data / "all" / "weights.onnx_adapter",
+        tmp_path / "half",
+        lambda t: t.update({name: value.astype(np.float16) for name, value in t.items()}),
+    )
+    options = {"slots": 0, "max_model_len": 16, "adapters": [], "loaded": [], how: [("half", str(half))]}
+    wide = load(data, **options)
+    made = wide.adapters.get("half")
+    assert made is not None
+    row = model_folder.read(data / "fp32").kv_bytes(16, 4)
+    for slots, left in ((8, 99 * row), (3, 3 * row), (2, 3 * row - 1), (1, row)):
+        memory(made.bytes + left)
+        engine = load(data, **options)
+        assert (engine.info.slots, engine.adapters.names) == (slots, ["half"])
+        assert engine.adapters.room - engine.adapters.used == left - slots * row
+        jobs = [("half" if number % 2 else "", number) for number in range(5)]
+        told = [run(one, [job(one, n, [5, 6, n], name, 9) for name, n in jobs]) for one in (engine, wide)]
+        assert told[0] == told[1]
+    memory(made.bytes + row - 1)
+    if how == "loaded":
+        assert load(data, **options).adapters.names == []
+    else:
+        with pytest.raises(EngineRefusedError, match=r"--adapter half: .*memory limit leaves"):
+            load(data, **options)
+
+
 def test_damaged_files_are_refused(data: Path, tmp_path: Path) -> None:
     """Any damage is told or does no harm: the engine process is not the one to find out."""
     shelf = Shelf(load(data)._forward.lora, 1 << 30)  # type: ignore[attr-defined]

@@ -198,7 +198,7 @@ class Shelf:
     """The adapters of a model by name. `room`: bytes for all that are in use, those included that lost their name."""
 
     def __init__(self, wanted: Mapping[Place, Input], room: int) -> None:
-        self._wanted, self._room = wanted, room
+        self._wanted, self.room = wanted, room
         self._named: dict[str, Adapter] = {"": BASE}
         self._alive: weakref.WeakSet[Adapter] = weakref.WeakSet()
 
@@ -206,6 +206,11 @@ class Shelf:
     def names(self) -> list[str]:
         """Of the adapters, without the base."""
         return [name for name in self._named if name]
+
+    @property
+    def used(self) -> int:
+        """Bytes of those in use."""
+        return sum(adapter.bytes for adapter in self._alive)
 
     def get(self, name: str) -> Adapter | None:
         """The adapter of that name; the empty one is the base's."""
@@ -223,10 +228,10 @@ class Shelf:
         self._named[name] = adapter
 
     def _check_room(self, path: Path, need: int) -> None:
-        used = sum(adapter.bytes for adapter in self._alive)
-        if used + need > self._room:
+        used = self.used
+        if used + need > self.room:
             raise BadAdapterError(
-                f"{path} needs {need / 2**20:.1f} MiB; the memory limit leaves {self._room / 2**20:.1f} MiB for "
+                f"{path} needs {need / 2**20:.1f} MiB; the memory limit leaves {self.room / 2**20:.1f} MiB for "
                 f"adapters, of which {used / 2**20:.1f} MiB are in use. Raise the limit, or lower --slots or "
                 "--max-model-len"
             )

@@ -73,18 +73,6 @@ def plan_slots(
     return slots
 
 
-def _size(folder: str) -> int:
-    """Bytes of an adapter; of what is none 0, for its loading tells why."""
-    try:
-        return adapters.file(Path(folder)).stat().st_size
-    except BadAdapterError:
-        return 0
-
-
-def _row_bytes(folder: ModelFolder, max_len: int) -> int:
-    return folder.kv_bytes(max_len, _item_bytes(folder))
-
-
 def _item_bytes(folder: ModelFolder) -> int:
     """Bytes of one number in the KV cache; of a damaged or unusual graph the most that it may be."""
     try:
@@ -111,9 +99,7 @@ def load(folder: ModelFolder, options: EngineOptions) -> Engine:
         return _openvino(folder, options, max_len, limit)
     if engine == "llamacpp":
         return _llamacpp(folder, options, max_len, limit)
-    shelved = sum(_size(where) for _, where in [*options.adapters, *(options.loaded or ())])
-    memory = cgroup.memory_limit()
-    slots = plan_slots(folder, max_len, options.slots, memory, runtime=RUNTIME_BYTES + shelved)
+    slots = plan_slots(folder, max_len, options.slots, cgroup.memory_limit())
     reason = ""
     if options.engine in ("auto", "onnxruntime"):
         try:
@@ -144,8 +130,9 @@ def _onnxruntime(folder: ModelFolder, options: EngineOptions, slots: int, max_le
             f"{folder.graph} takes no adapters: the weights of adapters are no inputs of it. "
             "Build it anew with Olive's ExtractAdapters pass"
         )
-    room = cgroup.memory_limit() - folder.model_bytes - RUNTIME_BYTES - slots * _row_bytes(folder, max_len)
-    shelf = adapters.Shelf(forward.lora, room)
+    row = folder.kv_bytes(max_len, _item_bytes(folder))
+    left = cgroup.memory_limit() - folder.model_bytes - RUNTIME_BYTES
+    shelf = adapters.Shelf(forward.lora, left - (options.slots or 1) * row)
     for name, where in options.adapters:
         try:
             shelf.load(name, Path(where))
@@ -156,6 +143,9 @@ def _onnxruntime(folder: ModelFolder, options: EngineOptions, slots: int, max_le
             shelf.load(name, Path(where))
         except BadAdapterError as error:  # it was loaded while the engine before this one ran
             log.error("Lost an adapter name=%r problem=%s", name, error)  # noqa: TRY400 - the message has it all
+    # fewer slots for the adapters' sake where none were asked for; a row without a slot is never filled
+    slots = min(slots, (left - shelf.used) // row)
+    shelf.room = left - slots * row
     info = EngineInfo("onnxruntime", slots, max_len, threads, notes)
     return SlotEngine(
         forward, info, folder.eos_ids, options.guesses, adapters=shelf if options.wants_adapters else None
