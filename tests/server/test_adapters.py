@@ -3,6 +3,7 @@
 import gc
 import json
 import random
+import resource
 import tracemalloc
 import weakref
 from collections.abc import Callable
@@ -269,6 +270,27 @@ def test_the_memory_of_an_adapter_is_told_to_the_byte(data: Path, tmp_path: Path
     Shelf(wanted, made.bytes).load("half", half)
     with pytest.raises(BadAdapterError, match="memory limit leaves"):
         Shelf(wanted, made.bytes - 1).load("half", half)
+
+
+def test_what_was_bound_for_one_adapter_makes_room_for_the_next(data: Path) -> None:
+    """Half a KB for each input of each group of rows: without an end it is more than the adapters themselves."""
+    forward = load(data, slots=8)._forward  # type: ignore[attr-defined]
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    def decode_all(adapter: adapters.Adapter) -> None:
+        for rows in range(1, 9):
+            for first in range(9 - rows):
+                forward.decode(first, [5] * rows, [0] * rows, adapter)
+
+    many = [adapters.Adapter({one.name: zero(one, 1) for one in forward.lora.values()}) for _ in range(25)]
+    for adapter in many[:5]:
+        decode_all(adapter)
+    before = resident()
+    for adapter in many[5:]:
+        decode_all(adapter)
+    assert resident() - before < 5 << 20
 
 
 Limit = Callable[[int], None]
