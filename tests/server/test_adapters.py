@@ -3,6 +3,8 @@
 import gc
 import json
 import random
+import resource
+import tracemalloc
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -124,6 +126,21 @@ def test_adapters_fit_into_the_memory_that_is_left(data: Path) -> None:
     shelf.load("again", data / "all")
 
 
+def test_all_decode_calls_share_one_buffer_of_logits(data: Path) -> None:
+    """However many rows there are, and adapters: nobody counts more of them against the memory limit."""
+    engine = load(data, slots=8, adapters=[*((name, str(data / name)) for name in NAMES), ("again", str(data / "all"))])
+    forward = engine._forward  # type: ignore[attr-defined]
+    seen = []
+    for name in ("", "again", *NAMES):
+        adapter = engine.adapters.get(name)
+        for rows in range(1, 9):
+            for first in range(9 - rows):
+                seen.append(forward.decode(first, [5] * rows, [0] * rows, adapter))
+                assert seen[-1].shape == (rows, 512)
+    assert len(seen) == 4 * 36
+    assert all(np.shares_memory(logits, seen[0]) for logits in seen)
+
+
 def rewritten(source: Path, folder: Path, change: Change) -> Path:
     held = ort.AdapterFormat.read_adapter(str(source))
     tensors = {name: value.numpy().copy() for name, value in held.get_parameters().items()}
@@ -199,6 +216,140 @@ def test_an_adapter_in_half_precision_is_taken(data: Path, tmp_path: Path) -> No
     made = engine.adapters.get("half")
     assert made is not None
     assert {tensor.dtype for tensor in made.tensors.values()} == {np.dtype(np.float32)}
+
+
+def of_ranks(data: Path, folder: Path, rank: int, first: int) -> Path:
+    """An adapter of all modules with that rank, the first one with another."""
+
+    def change(tensors: Tensors) -> None:
+        for name, tensor in tensors.items():
+            count = first if name in (Q_A, Q_B) else rank
+            shape = (tensor.shape[0], count) if ".lora_A." in name else (count, tensor.shape[1])
+            tensors[name] = np.full(shape, 0.01, np.float32)
+
+    return rewritten(data / "all" / "weights.onnx_adapter", folder, change)
+
+
+def test_what_an_adapter_would_take_is_known_before_it_is_taken(data: Path, tmp_path: Path) -> None:
+    """A small file may become large, because all of its modules get the largest rank."""
+    shelf = Shelf(load(data)._forward.lora, 4 << 20)  # type: ignore[attr-defined]
+    folder = of_ranks(data, tmp_path / "mixed", 1, 4096)
+    tracemalloc.start()
+    with pytest.raises(BadAdapterError, match=r"needs 32\.0 MiB; the memory limit leaves 4\.0 MiB"):
+        shelf.load("mixed", folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * (folder / "weights.onnx_adapter").stat().st_size
+
+
+def test_an_adapter_is_not_there_twice_while_it_is_loaded(data: Path, tmp_path: Path) -> None:
+    shelf = Shelf(load(data)._forward.lora, 1 << 30)  # type: ignore[attr-defined]
+    folder = of_ranks(data, tmp_path / "large", 512, 512)
+    tracemalloc.start()
+    shelf.load("large", folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    made = shelf.get("large")
+    assert made is not None
+    assert peak < 1.4 * made.bytes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_memory_of_an_adapter_is_told_to_the_byte(data: Path, tmp_path: Path, name: str) -> None:
+    """In half precision, which the graph wants in twice as many bytes."""
+    wanted = load(data)._forward.lora  # type: ignore[attr-defined]
+    half = rewritten(
+        data / name / "weights.onnx_adapter",
+        tmp_path / "half",
+        lambda t: t.update({tensor: value.astype(np.float16) for tensor, value in t.items()}),
+    )
+    shelf = Shelf(wanted, 1 << 20)
+    shelf.load("half", half)
+    made = shelf.get("half")
+    assert made is not None
+    Shelf(wanted, made.bytes).load("half", half)
+    with pytest.raises(BadAdapterError, match="memory limit leaves"):
+        Shelf(wanted, made.bytes - 1).load("half", half)
+
+
+def test_what_was_bound_for_one_adapter_makes_room_for_the_next(data: Path) -> None:
+    """Half a KB for each input of each group of rows: without an end it is more than the adapters themselves."""
+    forward = load(data, slots=8)._forward  # type: ignore[attr-defined]
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    def decode_all(adapter: adapters.Adapter) -> None:
+        for rows in range(1, 9):
+            for first in range(9 - rows):
+                forward.decode(first, [5] * rows, [0] * rows, adapter)
+
+    many = [adapters.Adapter({one.name: zero(one, 1) for one in forward.lora.values()}) for _ in range(25)]
+    for adapter in many[:5]:
+        decode_all(adapter)
+    before = resident()
+    for adapter in many[5:]:
+        decode_all(adapter)
+    assert resident() - before < 5 << 20
+
+
+Limit = Callable[[int], None]
+
+
+@pytest.fixture
+def memory(data: Path, monkeypatch: pytest.MonkeyPatch) -> Limit:
+    """Sets the memory limit: bytes beside the model and the runtime."""
+    base = model_folder.read(data / "fp32").model_bytes + choose.RUNTIME_BYTES
+
+    def limit(left: int) -> None:
+        monkeypatch.setattr(choose.cgroup, "memory_limit", lambda: base + left)
+
+    return limit
+
+
+def test_an_adapter_that_grew_since_it_was_loaded_is_lost_and_does_not_keep_the_engine_from_starting(
+    data: Path, tmp_path: Path, memory: Limit, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = model_folder.read(data / "fp32")
+    grown = of_ranks(data, tmp_path / "grown", 512, 512)
+    memory(3 * folder.kv_bytes(folder.context_length, 4) + (1 << 20))
+    loaded = [("grown", str(grown)), ("kept", str(data / "all"))]
+    engine = load(data, adapters=[("few", str(data / "few"))], loaded=loaded)
+    assert (engine.info.slots, engine.adapters.names) == (3, ["few", "kept"])
+    assert "Lost an adapter name='grown' problem=" in caplog.text
+    with pytest.raises(EngineRefusedError, match=r"--adapter grown: .*memory limit leaves"):
+        load(data, adapters=[("grown", str(grown))])
+
+
+@pytest.mark.parametrize("how", ["adapters", "loaded"])
+def test_slots_that_are_not_asked_for_leave_the_adapters_their_place(
+    data: Path, tmp_path: Path, memory: Limit, how: str
+) -> None:
+    """By what they take when they are served; all but the first slot make room."""
+    half = rewritten(
+        data / "all" / "weights.onnx_adapter",
+        tmp_path / "half",
+        lambda t: t.update({name: value.astype(np.float16) for name, value in t.items()}),
+    )
+    options = {"slots": 0, "max_model_len": 16, "adapters": [], "loaded": [], how: [("half", str(half))]}
+    wide = load(data, **options)
+    made = wide.adapters.get("half")
+    assert made is not None
+    row = model_folder.read(data / "fp32").kv_bytes(16, 4)
+    for slots, left in ((8, 99 * row), (3, 3 * row), (2, 3 * row - 1), (1, row)):
+        memory(made.bytes + left)
+        engine = load(data, **options)
+        assert (engine.info.slots, engine.adapters.names) == (slots, ["half"])
+        assert engine.adapters.room - engine.adapters.used == left - slots * row
+        jobs = [("half" if number % 2 else "", number) for number in range(5)]
+        told = [run(one, [job(one, n, [5, 6, n], name, 9) for name, n in jobs]) for one in (engine, wide)]
+        assert told[0] == told[1]
+    memory(made.bytes + row - 1)
+    if how == "loaded":
+        assert load(data, **options).adapters.names == []
+    else:
+        with pytest.raises(EngineRefusedError, match=r"--adapter half: .*memory limit leaves"):
+            load(data, **options)
 
 
 def test_damaged_files_are_refused(data: Path, tmp_path: Path) -> None:

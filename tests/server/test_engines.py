@@ -1,13 +1,17 @@
 """The engines on a real model: the same tokens alone and in any company, and from engines with the same arithmetic."""
 
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+import make_gguf
+import numpy as np
 import pytest
+import random_decoder
 
 from slmops_server import model_folder
 from slmops_server.engines import choose, slots
@@ -224,6 +228,25 @@ def test_a_model_that_the_slot_engine_refuses_goes_to_genai(tiny: Path) -> None:
         choose.load(folder, choose.EngineOptions(engine="onnxruntime", threads=1))
     fallen_back = choose.load(folder, choose.EngineOptions(threads=1, slots=1))
     assert (fallen_back.info.name, "shared" in fallen_back.info.notes["reason"]) == ("genai", True)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino", "llamacpp"])
+def test_of_a_model_that_computes_no_numbers_the_warm_up_tells(
+    tiny: Path, tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are not taken for different ones because NaN differs from itself."""
+    if engine == "llamacpp":
+        weights = {name: array * np.float32("nan") for name, array in random_decoder.weights("qwen2").items()}
+        monkeypatch.setattr(random_decoder, "weights", lambda _: weights)
+        damaged = tmp_path / "damaged"
+        make_gguf.export(random_decoder.write(tmp_path / "source", "qwen2", tiny), damaged, "f32")
+    else:
+        damaged = shutil.copytree(tiny, tmp_path / "damaged")
+        data = damaged / "model.onnx.data"
+        data.write_bytes(b"\xff" * data.stat().st_size)
+    loaded = load(damaged, engine, slots=3)
+    with pytest.raises(RuntimeError, match=r"no answer at warm-up \(error\)"):
+        choose.warm(loaded, [5, 6, 7])
 
 
 class Recorder(slots.Sampler):

@@ -86,6 +86,14 @@ def test_more_than_a_page_of_cells_changes_no_logit(gguf: Maker, kind: str) -> N
     assert all(np.array_equal(row, rows[0]) for row in rows)
 
 
+def test_a_long_context_makes_every_call_shorter_but_those_over_guesses(gguf: Maker) -> None:
+    """Attention's scores are as many as tokens x cells, for each head: 32 tokens of 131,072 would be hundreds of MB."""
+    forward = llamacpp.LlamacppForward(model_folder.read(gguf("qwen2", "q4_0")), 2, 1 << 16, 256, 1, guesses=16)
+    assert (forward.chunk, forward.scored) == (8, 8)
+    wanted = [forward.prefill(0, PROMPT[: size + 1], 0).copy() for size in range(17)]
+    assert np.array_equal(forward.score(0, PROMPT[:17], 0), np.stack(wanted))
+
+
 def test_a_copied_row_goes_on_like_its_source(gguf: Maker) -> None:
     forward = load(gguf("qwen2", "q4_0"))
     forward.prefill(0, PROMPT[:64], 0)
@@ -243,6 +251,19 @@ def test_the_cache_that_does_not_fit_is_refused_with_the_numbers(gguf: Maker, mo
     monkeypatch.setattr(choose.cgroup, "memory_limit", lambda: llamacpp.RUNTIME_BYTES + (1 << 20))
     with pytest.raises(choose.DoesNotFitError, match="200 slots x 512 tokens"):
         choose.load(model_folder.read(gguf("qwen2", "q4_0")), choose.EngineOptions(threads=1, slots=200))
+
+
+@pytest.mark.parametrize("slots", [0, 1])
+def test_the_second_row_of_a_lone_slot_is_planned_too(gguf: Maker, monkeypatch: pytest.MonkeyPatch, slots: int) -> None:
+    """It is filled at start like the others: a pod that was planned with one row is killed there."""
+    folder = model_folder.read(gguf("qwen2", "q4_0"))
+    base, row = folder.model_bytes + llamacpp.RUNTIME_BYTES, folder.kv_bytes(512, llamacpp.KV_BYTES)
+    options = choose.EngineOptions(threads=1, slots=slots)
+    monkeypatch.setattr(choose.cgroup, "memory_limit", lambda: base + 2 * row - 1)
+    with pytest.raises(choose.DoesNotFitError, match=r"2 rows \(the engine has no fewer\) x 512 tokens"):
+        choose.load(folder, options)
+    monkeypatch.setattr(choose.cgroup, "memory_limit", lambda: base + 2 * row)
+    assert choose.load(folder, options).info.slots == (slots or 2)
 
 
 def test_a_server_on_it_does_what_the_others_do(start: Callable[..., Server], gguf: Maker) -> None:

@@ -58,7 +58,7 @@ def test_no_grouping_is_cheaper(seed: int) -> None:
         assert {row for row, wanted in enumerate(active) if wanted} <= set(covered)
 
 
-@pytest.mark.parametrize("largest", [4, 7, 33, 256])
+@pytest.mark.parametrize("largest", [4, 7, 33, 34, 130, 256])
 @pytest.mark.parametrize("budget", [0.0, 0.05, INF])
 def test_prompts_are_cut_without_lone_tokens(largest: int, budget: float) -> None:
     pace = Pace(largest, {4: 0.01, 16: 0.04})
@@ -70,6 +70,17 @@ def test_prompts_are_cut_without_lone_tokens(largest: int, budget: float) -> Non
         assert sum(sizes) == prompt
         assert max(sizes) <= largest
         assert prompt == 1 or not [size for size in sizes if size % TILE == 1]
+
+
+def test_of_no_rest_and_no_largest_chunk_a_lone_token_comes() -> None:
+    """Neither in the chunk nor behind it; and no chunk is shorter than that takes."""
+    for largest in range(4, 200):
+        pace = Pace(largest, {})
+        for left in range(2, 300):
+            size = pace.chunk(left, INF)
+            assert size % TILE != 1, (left, largest)
+            assert left - size != 1, (left, largest)
+            assert min(left, largest) - 3 <= size <= min(left, largest), (left, largest)
 
 
 def test_chunks_are_as_long_as_the_budget_bears() -> None:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from slmops_server.engines.adapters import Adapter
-from slmops_server.engines.base import EngineInfo, Job, Sampling
+from slmops_server.engines.adapters import BASE, Adapter, Shelf
+from slmops_server.engines.base import EngineInfo, EngineRefusedError, Job, Sampling
 from slmops_server.engines.sampler import Logits
 from slmops_server.engines.slots import IDLE, SlotEngine
 
@@ -89,6 +89,40 @@ def test_eight_streams_are_faster_than_one_after_the_other() -> None:
         slots.submit(one)
         gaps(forward, slots, set())
     assert together < 0.9 * forward.now
+
+
+@pytest.mark.parametrize(
+    ("rows", "seconds", "plain", "with_adapters"),
+    [
+        (3, (math.inf, 0.02, math.inf), False, False),
+        (3, (0.02, 0.02, math.inf), True, False),  # an adapter's lone rows always get company
+        (3, (math.inf, 0.02, 0.03), True, True),
+        (4, (math.inf, 0.02, math.inf, math.inf), True, True),
+        (5, (math.inf, 0.02, 0.03, math.inf, math.inf), True, True),
+        (4, (1.0,), True, True),
+    ],
+)
+def test_rows_that_no_calls_add_up_to_are_refused_at_load(
+    rows: int, seconds: tuple[float, ...], plain: bool, with_adapters: bool
+) -> None:
+    """Else an answer in the last row would wait for ever, and the engine spin."""
+    forward = Timed()
+    forward.rows, forward.decode_seconds = rows, seconds
+    for adapters, served in ((None, plain), (Shelf({}, 0), with_adapters)):
+        info = EngineInfo("timed", rows, 1024, 2, {})
+        if not served:
+            with pytest.raises(EngineRefusedError, match=rf"2 rows at a time .* {rows} slots. Set --slots to an even"):
+                SlotEngine(forward, info, frozenset(), adapters=adapters)
+            continue
+        slots = SlotEngine(forward, info, frozenset(), adapters=adapters)
+        for number in range(rows):
+            adapter = Adapter({}) if adapters else BASE
+            slots.submit(Job(number, [1] * 4, 9, Sampling(temperature=0.0), ignore_eos=True, adapter=adapter))
+        steps = 0
+        while slots.busy and steps < 100:
+            slots.step()
+            steps += 1
+        assert not slots.busy
 
 
 class Noting(Timed):

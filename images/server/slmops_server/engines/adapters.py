@@ -9,7 +9,7 @@ An adapter is a folder with one .onnx_adapter file: tensors by name.
 import re
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -116,9 +116,9 @@ def _bytes(kind: str, shape: list[int]) -> int:
 ITEM_BYTES = {"tensor(float)": 4, "tensor(float16)": 2, "tensor(double)": 8, "tensor(int64)": 8, "tensor(int32)": 4}
 
 
-def fit(tensors: Tensors, wanted: Mapping[Place, Input]) -> Adapter:
-    """The adapter with the names, types and the one rank that the graph wants. BadAdapterError when it cannot be."""
-    found: dict[Place, NDArray[np.generic]] = {}
+def arrange(tensors: Tensors, wanted: Mapping[Place, Input]) -> tuple[dict[Place, str], int]:
+    """The tensor for each place by its name, and the largest rank. BadAdapterError when the graph cannot take them."""
+    found: dict[Place, str] = {}
     ranks: dict[tuple[int, str], int] = {}
     sides: Counter[tuple[int, str]] = Counter()
     for name, tensor in tensors.items():
@@ -144,46 +144,61 @@ def fit(tensors: Tensors, wanted: Mapping[Place, Input]) -> Adapter:
         rank = ranks.setdefault((layer, module), tensor.shape[axis])
         if rank != tensor.shape[axis] or rank == 0:
             raise BadAdapterError(f"layer {layer} {module}: lora_A and lora_B are of different ranks, or of rank 0")
-        floats = np.issubdtype(tensor.dtype, np.floating)
-        with np.errstate(over="ignore"):
-            tensor = tensor.astype(put.kind)  # what is too large for the graph is found below
-        if not floats or not np.isfinite(tensor).all():
+        if not np.issubdtype(tensor.dtype, np.floating):
             raise BadAdapterError(f"{name} has values that are no finite numbers")
         if at in found:
             raise BadAdapterError(f"{name} is there twice, by two names")
         sides[layer, module] += 1
-        found[at] = tensor
+        found[at] = name
     half = next((key for key, count in sides.items() if count != 2), None)
     if half is not None:
         raise BadAdapterError(f"layer {half[0]} {half[1]} has only one of lora_A and lora_B")
     if not found:
         raise BadAdapterError("it holds no weights at all")
-    return Adapter(_of_one_rank(found, wanted, max(ranks.values())))
+    return found, max(ranks.values())
 
 
-def _of_one_rank(
-    found: Mapping[Place, NDArray[np.generic]], wanted: Mapping[Place, Input], rank: int
-) -> dict[str, NDArray[np.generic]]:
-    """All tensors of the graph: those found, with zeros up to the rank, and zeros for the others, which share them."""
+def size(found: Collection[Place], wanted: Mapping[Place, Input], rank: int) -> int:
+    """Bytes of the adapter that `fit` makes of tensors for these places."""
+    own = sum(wanted[at].size * np.dtype(wanted[at].kind).itemsize for at in found)
+    others = {put.kind for at, put in wanted.items() if at not in found}
+    return rank * (own + _largest(wanted) * sum(np.dtype(kind).itemsize for kind in others))
+
+
+def fit(tensors: Tensors, found: Mapping[Place, str], wanted: Mapping[Place, Input], rank: int) -> Adapter:
+    """All tensors that the graph wants, of one rank: those found, with zeros up to it, and zeros for the others.
+
+    The others share their zeros. Each tensor is taken out of `tensors` when it is copied, or both would be there as a
+    whole. BadAdapterError where a value is no finite number of the graph's type.
+    """
     zeros: dict[type[np.generic], NDArray[np.generic]] = {}
     made: dict[str, NDArray[np.generic]] = {}
     for at, (name, kind, size) in wanted.items():
         shape = (size, rank) if at[2] == "A" else (rank, size)
-        if (tensor := found.get(at)) is not None:
-            made[name] = full = np.zeros(shape, kind)
-            full[: tensor.shape[0], : tensor.shape[1]] = tensor
+        if at in found:
+            tensor = tensors.pop(found[at])
+            made[name] = np.zeros(shape, kind)
+            part = made[name][: tensor.shape[0], : tensor.shape[1]]
+            with np.errstate(over="ignore"):
+                part[...] = tensor
+            if not np.isfinite(part).all():
+                raise BadAdapterError(f"{found[at]} has values that are no finite numbers")
         else:
             if kind not in zeros:
-                zeros[kind] = np.zeros(rank * max(one.size for one in wanted.values()), kind)
+                zeros[kind] = np.zeros(rank * _largest(wanted), kind)
             made[name] = zeros[kind][: rank * size].reshape(shape)
-    return made
+    return Adapter(made)
+
+
+def _largest(wanted: Mapping[Place, Input]) -> int:
+    return max(one.size for one in wanted.values())
 
 
 class Shelf:
     """The adapters of a model by name. `room`: bytes for all that are in use, those included that lost their name."""
 
     def __init__(self, wanted: Mapping[Place, Input], room: int) -> None:
-        self._wanted, self._room = wanted, room
+        self._wanted, self.room = wanted, room
         self._named: dict[str, Adapter] = {"": BASE}
         self._alive: weakref.WeakSet[Adapter] = weakref.WeakSet()
 
@@ -191,6 +206,11 @@ class Shelf:
     def names(self) -> list[str]:
         """Of the adapters, without the base."""
         return [name for name in self._named if name]
+
+    @property
+    def used(self) -> int:
+        """Bytes of those in use."""
+        return sum(adapter.bytes for adapter in self._alive)
 
     def get(self, name: str) -> Adapter | None:
         """The adapter of that name; the empty one is the base's."""
@@ -200,16 +220,18 @@ class Shelf:
         """Read an adapter and give it the name, which another one then loses. BadAdapterError when it does not fit."""
         path = file(folder)
         self._check_room(path, path.stat().st_size)
-        adapter = fit(read(path), self._wanted)
-        self._check_room(path, adapter.bytes)
+        tensors = read(path)
+        found, rank = arrange(tensors, self._wanted)
+        self._check_room(path, size(found, self._wanted, rank))
+        adapter = fit(tensors, found, self._wanted, rank)
         self._alive.add(adapter)
         self._named[name] = adapter
 
     def _check_room(self, path: Path, need: int) -> None:
-        used = sum(adapter.bytes for adapter in self._alive)
-        if used + need > self._room:
+        used = self.used
+        if used + need > self.room:
             raise BadAdapterError(
-                f"{path} needs {need / 2**20:.1f} MiB; the memory limit leaves {self._room / 2**20:.1f} MiB for "
+                f"{path} needs {need / 2**20:.1f} MiB; the memory limit leaves {self.room / 2**20:.1f} MiB for "
                 f"adapters, of which {used / 2**20:.1f} MiB are in use. Raise the limit, or lower --slots or "
                 "--max-model-len"
             )

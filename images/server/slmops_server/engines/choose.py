@@ -47,34 +47,30 @@ class DoesNotFitError(Exception):
 
 
 def plan_slots(
-    folder: ModelFolder, max_len: int, wanted: int, memory: int, item_bytes: int = 0, runtime: int = RUNTIME_BYTES
+    folder: ModelFolder,
+    max_len: int,
+    wanted: int,
+    memory: int,
+    item_bytes: int = 0,
+    runtime: int = RUNTIME_BYTES,
+    least_rows: int = 1,
 ) -> int:
     """Slots that fit into `memory` bytes beside the model and `runtime`. DoesNotFitError when it does not fit.
 
-    `item_bytes`: of one number in the KV cache, 0 for what the graph has.
+    `item_bytes`: of one number in the KV cache, 0 for what the graph has. `least_rows`: what the engine has at least.
     """
     row = folder.kv_bytes(max_len, item_bytes or _item_bytes(folder))
     left = memory - folder.model_bytes - runtime
     slots = wanted or max(1, min(DEFAULT_SLOTS, left // row))
-    if slots * row > left:
+    rows = max(slots, least_rows)
+    if rows * row > left:
+        what = f"{slots} slots" if rows == slots else f"{rows} rows (the engine has no fewer)"
         raise DoesNotFitError(
-            f"{slots} slots x {max_len} tokens need {slots * row >> 20} MiB of KV cache; of {memory >> 20} MiB "
+            f"{what} x {max_len} tokens need {rows * row >> 20} MiB of KV cache; of {memory >> 20} MiB "
             f"the model ({folder.model_bytes >> 20} MiB) and the runtime leave {max(0, left) >> 20} MiB. "
             "Raise the memory limit or lower --slots or --max-model-len"
         )
     return slots
-
-
-def _size(folder: str) -> int:
-    """Bytes of an adapter; of what is none 0, for its loading tells why."""
-    try:
-        return adapters.file(Path(folder)).stat().st_size
-    except BadAdapterError:
-        return 0
-
-
-def _row_bytes(folder: ModelFolder, max_len: int) -> int:
-    return folder.kv_bytes(max_len, _item_bytes(folder))
 
 
 def _item_bytes(folder: ModelFolder) -> int:
@@ -103,9 +99,7 @@ def load(folder: ModelFolder, options: EngineOptions) -> Engine:
         return _openvino(folder, options, max_len, limit)
     if engine == "llamacpp":
         return _llamacpp(folder, options, max_len, limit)
-    shelved = sum(_size(where) for _, where in [*options.adapters, *(options.loaded or ())])
-    memory = cgroup.memory_limit()
-    slots = plan_slots(folder, max_len, options.slots, memory, runtime=RUNTIME_BYTES + shelved)
+    slots = plan_slots(folder, max_len, options.slots, cgroup.memory_limit())
     reason = ""
     if options.engine in ("auto", "onnxruntime"):
         try:
@@ -136,8 +130,9 @@ def _onnxruntime(folder: ModelFolder, options: EngineOptions, slots: int, max_le
             f"{folder.graph} takes no adapters: the weights of adapters are no inputs of it. "
             "Build it anew with Olive's ExtractAdapters pass"
         )
-    room = cgroup.memory_limit() - folder.model_bytes - RUNTIME_BYTES - slots * _row_bytes(folder, max_len)
-    shelf = adapters.Shelf(forward.lora, room)
+    row = folder.kv_bytes(max_len, _item_bytes(folder))
+    left = cgroup.memory_limit() - folder.model_bytes - RUNTIME_BYTES
+    shelf = adapters.Shelf(forward.lora, left - (options.slots or 1) * row)
     for name, where in options.adapters:
         try:
             shelf.load(name, Path(where))
@@ -148,8 +143,13 @@ def _onnxruntime(folder: ModelFolder, options: EngineOptions, slots: int, max_le
             shelf.load(name, Path(where))
         except BadAdapterError as error:  # it was loaded while the engine before this one ran
             log.error("Lost an adapter name=%r problem=%s", name, error)  # noqa: TRY400 - the message has it all
+    # fewer slots for the adapters' sake where none were asked for; a row without a slot is never filled
+    slots = min(slots, (left - shelf.used) // row)
+    shelf.room = left - slots * row
     info = EngineInfo("onnxruntime", slots, max_len, threads, notes)
-    return SlotEngine(forward, info, folder.eos_ids, options.guesses, adapters=shelf)
+    return SlotEngine(
+        forward, info, folder.eos_ids, options.guesses, adapters=shelf if options.wants_adapters else None
+    )
 
 
 def _openvino(folder: ModelFolder, options: EngineOptions, max_len: int, limit: int) -> Engine:
@@ -166,9 +166,11 @@ def _llamacpp(folder: ModelFolder, options: EngineOptions, max_len: int, limit: 
     from slmops_server.engines import llamacpp
 
     memory, row = cgroup.memory_limit(), llamacpp.cells(max_len)
-    slots = plan_slots(folder, row, options.slots, memory, llamacpp.KV_BYTES, llamacpp.RUNTIME_BYTES)
+    slots = plan_slots(
+        folder, row, options.slots, memory, llamacpp.KV_BYTES, llamacpp.RUNTIME_BYTES, llamacpp.LEAST_ROWS
+    )
     threads = options.threads or limit
-    forward, notes = llamacpp.load(folder, slots, max_len, options.prefill_chunk, threads)
+    forward, notes = llamacpp.load(folder, slots, max_len, options.prefill_chunk, threads, options.guesses)
     return SlotEngine(forward, EngineInfo("llamacpp", slots, max_len, threads, notes), folder.eos_ids, options.guesses)
 
 

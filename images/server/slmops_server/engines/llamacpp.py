@@ -25,6 +25,7 @@ KV_BYTES = 2  # of an item of the cache
 # two Python processes, llama.cpp's code, its buffers for a step; the weights are counted once: they are not mapped
 RUNTIME_BYTES = 260 << 20
 PAGE = 256  # cells; a row has whole ones
+LEAST_ROWS = 2  # a lone row may need company; llama.cpp fills all rows with zeros, so each takes its memory at once
 MOST_ROWS = 256  # llama.cpp's
 MAX_ROWS = 16  # in one call
 MOST_SCORES = 1 << 19  # tokens of a chunk x cells: attention's scores are float32, one for each of these and each head
@@ -39,24 +40,29 @@ class LlamacppForward:
 
     keeps = True
 
-    def __init__(self, folder: ModelFolder, slots: int, max_len: int, chunk: int, threads: int) -> None:
-        self.rows = max(2, slots)  # a lone row may need company
+    def __init__(
+        self, folder: ModelFolder, slots: int, max_len: int, chunk: int, threads: int, guesses: int = 0
+    ) -> None:
+        """guesses: `score` may be called for as many tokens and one more."""
+        self.rows = max(LEAST_ROWS, slots)
         if self.rows > MOST_ROWS:
             raise EngineRefusedError(f"llama.cpp has {MOST_ROWS} slots at most, not {slots}")
         self._library = llama_library.load()
         self.vocab = folder.vocab_size
-        self.chunk = max(SMALLEST_CHUNK, min(chunk, max_len, MOST_SCORES // cells(max_len)))
-        self.scored = max(SMALLEST_CHUNK, min(SCORED, max_len))
+        longest = min(max_len, MOST_SCORES // cells(max_len))
+        self.chunk = max(SMALLEST_CHUNK, min(chunk, longest))
+        self.scored = max(SMALLEST_CHUNK, min(SCORED, longest))
         self.decode_seconds: Sequence[float] = ()
         self.prefill_seconds: Mapping[int, float] = {}
         self._max_len = max_len
         self._held = [0] * self.rows  # tokens in each row
         self._model = _read(self._library, folder)
-        most = max(self.chunk, self.scored, self.rows)
+        outputs = max(self.scored, guesses + 1, self.rows)
+        most = max(self.chunk, outputs)
         params = self._library.call("llama_context_default_params")
         params.n_ctx, params.n_seq_max = cells(max_len) * self.rows, self.rows
         params.n_batch = params.n_ubatch = most
-        params.n_outputs_max = params.n_outputs_max_per_seq = max(self.scored, self.rows)
+        params.n_outputs_max = params.n_outputs_max_per_seq = outputs
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = NO_FLASH
         self._context = self._library.call("llama_init_from_model", self._model, params)
@@ -140,7 +146,10 @@ class LlamacppForward:
             partial(self.decode, 0, tokens[:1] * count, [length] * count)
             for count in range(1, min(self.rows, MAX_ROWS) + 1)
         ]
-        self.decode_seconds = [timing.best(call) if (call() == wanted).all() else math.inf for call in calls]
+        self.decode_seconds = [
+            timing.best(call) if all(np.array_equal(row, wanted, equal_nan=True) for row in call()) else math.inf
+            for call in calls
+        ]
 
 
 def cells(max_len: int) -> int:
@@ -181,10 +190,10 @@ def _batch(most: int) -> Batch:
 
 
 def load(
-    folder: ModelFolder, slots: int, max_len: int, chunk: int, threads: int
+    folder: ModelFolder, slots: int, max_len: int, chunk: int, threads: int, guesses: int
 ) -> tuple[LlamacppForward, dict[str, str]]:
     """A loaded and measured model, and the measurements."""
-    forward = LlamacppForward(folder, slots, max_len, chunk, threads)
+    forward = LlamacppForward(folder, slots, max_len, chunk, threads, guesses)
     forward.measure()
     notes = timing.notes(forward.decode_seconds, forward.prefill_seconds)
     notes["xllamacpp"] = llama_library.VERSION

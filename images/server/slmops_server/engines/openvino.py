@@ -158,7 +158,7 @@ class OpenvinoForward:
         ]
         rows = [call()[0].copy() for call in calls]
         self.decode_seconds = [
-            timing.best(call) if np.array_equal(row, rows[1]) else math.inf
+            timing.best(call) if np.array_equal(row, rows[1], equal_nan=True) else math.inf
             for call, row in zip(calls, rows, strict=True)
         ]
 

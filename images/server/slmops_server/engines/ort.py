@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]  # it ships no types
@@ -38,16 +39,12 @@ GAIN = 0.7  # more threads must take at most this share of the time of one, or o
 MAX_ROWS = 8  # in one call; beyond, the kernels gain nothing more
 MEASURED_CHUNKS = (4, 32)  # tokens
 MEASURED_LENGTH = 64  # tokens in a row while it is measured
+# Bindings kept for prompts, and as many for decode calls: half a KB for each input, of which an adapter has hundreds.
+MOST_BOUND = 48
 
+Made = TypeVar("Made")
 _Decode = tuple[ort.IOBinding, NDArray[np.int64], NDArray[np.int64], Logits]
-
-
-class _Bindings:
-    """Of one adapter: by slot, and by first row and number of rows."""
-
-    def __init__(self) -> None:
-        self.prefills: dict[int, ort.IOBinding] = {}
-        self.decodes: dict[tuple[int, int], _Decode] = {}
+_Rows = tuple[weakref.ref[Adapter], int, int]  # the adapter, which is not kept alive, first row and number of rows
 
 
 def _session(folder: ModelFolder, model: str | bytes, threads: int) -> ort.InferenceSession:
@@ -120,12 +117,15 @@ class OrtForward:
         self.scored = max(SMALLEST_CHUNK, min(chunk, LOGITS_BYTES // (4 * self.vocab)))
         self.chunk = max(SMALLEST_CHUNK, chunk) if self._has_from else self.scored
         self._prompt_logits = np.empty((1, self.vocab), self._logits_type)
+        # one for all calls: a buffer for each (first, rows) of each adapter would be up to 112 rows of the vocabulary
+        self._decode_logits = np.empty((min(self.rows, MAX_ROWS), self.vocab), self._logits_type)
         self._first, self._begin = np.zeros(1, np.int64), np.zeros(1, np.int64)
         optional = {i.name: (i.type, i.shape) for i in session.get_overridable_initializers()}
         self.lora = adapters.inputs(
             {name: (TYPES[kind], shape) for name, (kind, shape) in optional.items() if kind in TYPES}
         )
-        self._bound: weakref.WeakKeyDictionary[Adapter, _Bindings] = weakref.WeakKeyDictionary()
+        self._prefills: dict[_Rows, ort.IOBinding] = {}
+        self._decodes: dict[_Rows, _Decode] = {}
 
     def prefill(self, slot: int, tokens: Sequence[int], past: int, adapter: Adapter = BASE) -> Logits:
         """See Forward."""
@@ -140,10 +140,7 @@ class OrtForward:
         """Append tokens; logits from the token `begin` on, or of all where the graph cannot choose."""
         size = len(tokens)
         self._give_back(slot)
-        prefills = self._bindings(adapter).prefills
-        binding = prefills.get(slot)
-        if binding is None:
-            binding = prefills[slot] = self._bind_fixed(slot, 1, adapter)
+        binding = _recent(self._prefills, slot, 1, adapter, self._bind_fixed)
         ids = np.asarray(tokens, np.int64)
         positions = np.arange(past, past + size, dtype=np.int64)
         self._bind(binding, self._ids, ids, (1, size))
@@ -165,10 +162,7 @@ class OrtForward:
     def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int], adapter: Adapter = BASE) -> Logits:
         """See Forward."""
         rows = len(tokens)
-        decodes = self._bindings(adapter).decodes
-        if (first, rows) not in decodes:
-            decodes[first, rows] = self._bind_decode(first, rows, adapter)
-        binding, ids, positions, logits = decodes[first, rows]
+        binding, ids, positions, logits = _recent(self._decodes, first, rows, adapter, self._bind_decode)
         for slot, length in enumerate(lengths, first):
             if length == IDLE:
                 self._lend(slot)
@@ -206,13 +200,10 @@ class OrtForward:
         if token is not None:
             self._cache[:, slot, :, 0] = token
 
-    def _bindings(self, adapter: Adapter) -> _Bindings:
-        return self._bound.get(adapter) or self._bound.setdefault(adapter, _Bindings())
-
     def _bind_decode(self, first: int, rows: int, adapter: Adapter) -> _Decode:
         binding = self._bind_fixed(first, rows, adapter)
         ids, positions = np.zeros((rows, 1), np.int64), np.zeros((rows, 1), np.int64)
-        logits = np.empty((rows, self.vocab), self._logits_type)
+        logits = self._decode_logits[:rows]
         self._bind(binding, self._ids, ids, (rows, 1))
         if self._has_positions:
             self._bind(binding, self._positions, positions, (rows, 1))
@@ -259,8 +250,21 @@ class OrtForward:
             first.append(self.decode(0, tokens[:count], [length] * count)[0].copy())
             times.append(min(time.perf_counter() - start, self.time_decode(count, 1)[0]))
         self.decode_seconds = [
-            seconds if np.array_equal(row, first[1]) else math.inf for seconds, row in zip(times, first, strict=True)
+            seconds if np.array_equal(row, first[1], equal_nan=True) else math.inf
+            for seconds, row in zip(times, first, strict=True)
         ]
+
+
+def _recent(
+    kept: dict[_Rows, Made], first: int, rows: int, adapter: Adapter, make: Callable[[int, int, Adapter], Made]
+) -> Made:
+    """What was made for these rows, made again when others took its place: those that were used last are kept."""
+    key = weakref.ref(adapter), first, rows
+    found = kept.pop(key, None) or make(first, rows, adapter)
+    kept[key] = found
+    if len(kept) > MOST_BOUND:
+        del kept[next(iter(kept))]
+    return found
 
 
 def _seconds(call: Callable[[], object]) -> float:

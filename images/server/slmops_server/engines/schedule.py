@@ -53,13 +53,16 @@ class Pace:
         """Tokens of the next chunk of a prompt of which `left` are left: the most that fit into `budget` seconds.
 
         The int4 kernel works on blocks of TILE tokens and rounds a lone token in the last block differently. An answer
-        must not depend on how its prompt was cut, so no chunk leaves one (a prompt of one token aside).
+        must not depend on how its prompt was cut, so no chunk has one and none is left for the next (a prompt of one
+        token aside).
         """
         fitting = [size for size in self._sizes if self._expected(size) <= budget]
         size = min(left, fitting[-1] if fitting else self._sizes[0])
-        if size % TILE == 1 and size > 1:
+        if left - size == 1:
+            size -= 1
+        if size % TILE == 1 and size > 1:  # two: one alone may leave a lone token behind
             size -= 2
-        return size - 1 if left - size == 1 else size
+        return size
 
     def note(self, size: int, seconds: float) -> None:
         """A chunk of `size` tokens took that long."""

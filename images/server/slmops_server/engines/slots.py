@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, cast
 
 from slmops_server.engines.adapters import BASE, Adapter, Shelf
-from slmops_server.engines.base import Drafted, EngineInfo, Job, Scores, Token
+from slmops_server.engines.base import Drafted, EngineInfo, EngineRefusedError, Job, Scores, Token
 from slmops_server.engines.drafts import Drafts
 from slmops_server.engines.sampler import Logits, Sampler, scores
 from slmops_server.engines.schedule import WEIGHT, Pace, common, cover
@@ -112,7 +112,10 @@ class SlotEngine:
         clock: Callable[[], float] = time.perf_counter,
         adapters: Shelf | None = None,
     ) -> None:
-        """guesses: tokens that an answer may be ahead of itself where its text repeats; needs rows that are kept."""
+        """guesses: tokens that an answer may be ahead of itself where its text repeats; needs rows that are kept.
+
+        EngineRefusedError when rows are left over that no call computes exactly.
+        """
         self.info = info
         self.drafted = Drafted()
         self._guesses = guesses
@@ -127,6 +130,17 @@ class SlotEngine:
         self._pace = Pace(forward.chunk, forward.prefill_seconds)
         self._score_pace = Pace(forward.scored, {})
         self._step_seconds = 0.0  # moving average of a step's decode calls
+        for adapter in (BASE,) if adapters is None else (BASE, Adapter({})):
+            self._check_cover(self._seconds(adapter))
+
+    def _check_cover(self, seconds: Sequence[float]) -> None:
+        """What advances all rows advances any of them. Pairs are always exact: an odd number of rows is refused."""
+        if cover([True] * self._forward.rows, seconds)[0] == math.inf:
+            exact = " or ".join(str(rows) for rows, taken in enumerate(seconds, 1) if taken < math.inf)
+            raise EngineRefusedError(
+                f"an answer would depend on others: on this CPU {exact} rows at a time are rounded as a pair is, which "
+                f"do not add up to {self._forward.rows} slots. Set --slots to an even number"
+            )
 
     @property
     def busy(self) -> bool:
