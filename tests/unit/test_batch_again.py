@@ -234,3 +234,11 @@ def test_a_failed_run_that_is_to_be_suspended_is_suspended() -> None:
     suspended = run(after(obj, plan), job=job(obj, **FAILED_JOB))
     assert suspended.status["phase"] == "Suspended"
     assert [key.kind for key in suspended.delete] == ["Job"]
+
+
+@pytest.mark.parametrize(("age", "due"), [(60, 0), (1, 0), (0, 1)])
+def test_a_job_is_older_than_the_retry_that_replaces_it_in_whole_seconds_too(age: float, due: float) -> None:
+    obj = failed_for_good(said("LossDiverged", "nan", 3), FATAL_JOB)
+    plan = run(obj, job=job(obj, age=age, **FATAL_JOB), inputs="m2.s1")
+    assert (plan.status["nextRetryTime"], plan.requeue) == (at(due), due)
+    assert plan.delete == plan.apply == ()

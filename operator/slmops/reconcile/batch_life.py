@@ -37,7 +37,11 @@ def _again(p: Pass) -> Plan:
     Nothing else tells of that decision once the old Job is gone, nor which Job is the new one. A pass that acts first
     and is killed before its status leaves a Job behind that the next pass removes, as its own decision's old one.
     """
-    return plan(going_on(p, "Waiting", "Retrying", _TRIED_AGAIN, next_retry_time=p.stamp()), requeue=0.0)
+    due, old = p.now, p.seen.job
+    if old is not None:  # it has to be older than the retry's time, which is told in whole seconds
+        due = max(due, created(old) + timedelta(seconds=1))
+    status = going_on(p, "Waiting", "Retrying", _TRIED_AGAIN, next_retry_time=stamp(due))
+    return plan(status, requeue=(due - p.now).total_seconds())
 
 
 def _stale(p: Pass, job: Object) -> bool:
