@@ -113,7 +113,7 @@ def test_stores(space: Kubectl, seeded: str, images: dict[str, str]) -> None:
     space.apply(obj("ModelDeployment", "gguf", {"model": {"uri": "pvc://models/gguf"}}))
     gguf = space.wait_ready("modeldeployment", "gguf", 180)
     assert answered(space, "gguf") > 0
-    assert '"engine":"llamacpp"' in space.run("logs", "-l", gguf["status"]["selector"], "--tail=-1")
+    assert '"name":"llamacpp"' in space.run("logs", "-l", gguf["status"]["selector"], "--tail=-1")
     space.apply(obj("ModelDeployment", "gguf", {"model": {"uri": "pvc://models/gguf"}, "engine": {"name": "genai"}}))
 
     def told() -> bool:

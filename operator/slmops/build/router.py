@@ -18,7 +18,7 @@ ROUTER = "router"
 AGENT_PORT = 9091
 ROUTES_KEY = "routes.json"
 RECORD_PREFIX, RECORD_SUFFIX = "deployment-", ".json"
-GRACE_SECONDS = serving.GRACE_SECONDS + 60  # for answers that run: no router goes before the server that gives them
+GRACE_SECONDS = serving.GRACE_SECONDS + 30  # for answers that run: no router goes before the server that gives them
 
 
 def service_name(owner: Object) -> str:
