@@ -319,10 +319,10 @@ def test_the_token_is_in_no_pod_spec_and_no_config_map():
     assert router.token_secret(OWNER, "s3cret")["data"] == {"token": "czNjcmV0"}
 
 
-def test_answers_that_run_have_ten_minutes_and_routers_outlive_the_servers():
+def test_answers_that_run_have_three_minutes_and_routers_outlive_the_servers():
     (server,) = pods_of(serving.deployment(OWNER, spec(), "rev", MODEL, SETTINGS))
     (front,) = pods_of(router.deployment(OWNER, spec(), "token", SETTINGS))
-    assert server["terminationGracePeriodSeconds"] == 600
+    assert server["terminationGracePeriodSeconds"] == 180
     assert front["terminationGracePeriodSeconds"] > server["terminationGracePeriodSeconds"]
 
 

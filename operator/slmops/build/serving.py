@@ -18,8 +18,8 @@ from slmops.settings import Settings
 
 SERVER, PULL = "server", "pull"
 MODEL_DIR = "/model"
-# For answers that run when a pod is stopped; without any, it ends by itself. Not more: a namespace that is deleted looks
-# for pods again only after half of the longest grace in it, however soon they end.
+# For answers that run when a pod is stopped; without any, it ends by itself. Not more: a namespace that is deleted
+# looks for pods again only after half of the longest grace in it, however soon they end.
 GRACE_SECONDS = 180
 LOAD_SECONDS = 3600  # longest load of a model before the kubelet starts the container again
 
