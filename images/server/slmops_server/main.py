@@ -86,28 +86,31 @@ async def serve(settings: Settings) -> int:
     log.info("Started model=%s port=%d", settings.served_names[0], settings.port)
     await asyncio.wait([stop, failed, supervising, *listening], return_when=asyncio.FIRST_COMPLETED)
 
-    code = 0
+    problem = ""
     if stop.done():
         await _drain(service, told)
     else:
-        code = 1
-        log.error("Gave up problem=%s", service.supervisor.problem or "the port cannot be opened")
+        problem = service.supervisor.problem or "the port cannot be opened"
     for listener in listeners:
         for sockets in listener.servers if listener.started else ():
             sockets.close()
-    if code == 0:
+    if not problem:
         await asyncio.sleep(LINGER)
     for listener in listeners:
         listener.should_exit = True
     results = await asyncio.gather(*listening, return_exceptions=True)  # waits for what runs
-    code = code or int(any(isinstance(r, BaseException) for r in results))
+    broken = next((result for result in results if isinstance(result, BaseException)), None)
+    problem = problem or (repr(broken) if broken else "")
     await service.supervisor.close()
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(supervising, 5)
     for task in (stop, failed):
         task.cancel()
-    log.info("Ended code=%d", code)
-    return code
+    if problem:
+        log.error("Gave up problem=%s", problem)  # the last line: it is what Kubernetes tells of a container that ended
+        return 1
+    log.info("Ended")
+    return 0
 
 
 async def _listen(listener: _Listener) -> None:
