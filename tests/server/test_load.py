@@ -174,7 +174,7 @@ def resident(server: Server) -> int:
 
 @pytest.mark.usefixtures("many_files")
 def test_a_storm_leaves_everybody_else_and_the_server_as_they_were(start: Callable[..., Server]) -> None:
-    server = start("--slots", "4", "--receive-timeout", "3", "--send-timeout", "3")
+    server = start("--slots", "4", "--receive-timeout", "10", "--send-timeout", "3")  # the storm delays the witness too
     expected = server.complete(prompt=[7, 8, 9], max_tokens=100).json()["choices"][0]["text"]
     files = server.open_files
 
