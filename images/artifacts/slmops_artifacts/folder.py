@@ -59,7 +59,8 @@ def _copy_out(
         raise ArtifactError("SourceNotFound", f"{ref} does not exist. Check the path, and that its writer has ended.")
     files = list_files(ref.path, str(ref))
     check_files(files, str(ref))
-    chosen = frozenset(files if choose is None else choose(sorted(files)))
+    part = None if choose is None else frozenset(choose(sorted(files)))
+    chosen = files.keys() if part is None else part
     try:
         sizes = {path: file.stat().st_size for path, file in files.items()}
     except OSError as error:
@@ -69,8 +70,8 @@ def _copy_out(
     # A folder without manifest has no digest before it is read: it is staged under a name of its own.
     expected = ref.digest or (known.digest if known else "")
     stage = expected or "sha256:" + hashlib.sha256(f"{ref}|{sorted(sizes.items())}".encode()).hexdigest()
-    with Staging(dest, stage) if choose is None else Staging.of_part(dest, stage, chosen) as staging:
-        if choose is None and expected and (done := staging.done()) is not None:
+    with Staging(dest, stage, part=part) as staging:
+        if part is None and expected and (done := staging.done()) is not None:
             ticker.add(total)
             return done
         staging.reserve(sum(sizes[path] for path in chosen))
@@ -91,10 +92,7 @@ def _copy_out(
                 "damaged. Publish it again, or point to the digest that is meant.",
             )
         manifest = manifest.model_copy(update={"digest": found, "size_bytes": total})
-        if choose is None:
-            staging.publish(manifest, entries)
-        else:
-            staging.publish_part(manifest.kind, [entry for entry in entries if entry.path in chosen])
+        staging.publish(manifest, entries)
     return manifest
 
 

@@ -98,13 +98,14 @@ def pull(
     if snapshot is None:
         raise _absent(ref, http)
     paths = [item.path for item in snapshot.files]
-    chosen = frozenset(paths if choose is None else choose(paths))
+    part = None if choose is None else frozenset(choose(paths))
+    chosen = frozenset(paths) if part is None else part
     total = sum(item.size for item in snapshot.files if item.path in chosen)
     ticker = Ticker(total, progress)
     stage = "sha256:" + hashlib.sha256(f"{ref.pinned(snapshot.commit)}".encode()).hexdigest()
-    with Staging(dest, stage) if choose is None else Staging.of_part(dest, stage, chosen) as staging:
+    with Staging(dest, stage, part=part) as staging:
         there = staging.published()
-        if choose is None and there is not None and there.annotations.get(SOURCE) == ref.pinned(snapshot.commit):
+        if part is None and there is not None and there.annotations.get(SOURCE) == ref.pinned(snapshot.commit):
             ticker.add(total)
             return there
         staging.reserve(total)
@@ -117,10 +118,7 @@ def pull(
             entries.append(fetch(http, item, staging, ticker.add))
             check_content(item.path, staging.existing(item.path) or dest, str(ref))
         manifest = _manifest(ref, snapshot, entries)
-        if choose is None:
-            staging.publish(manifest, entries)
-        else:
-            staging.publish_part(manifest.kind, [entry for entry in entries if entry.path in chosen])
+        staging.publish(manifest, entries)
     return manifest
 
 

@@ -76,10 +76,10 @@ def pull(
     digest, document = found
     layers = _layers(document, str(ref))
     manifest = _manifest(digest, document, layers, str(ref))
-    chosen = None if choose is None else frozenset(choose([layer.path for layer in layers]))
-    layers = [layer for layer in layers if chosen is None or layer.path in chosen]
+    part = None if choose is None else frozenset(choose([layer.path for layer in layers]))
+    layers = [layer for layer in layers if part is None or layer.path in part]
     ticker = Ticker(sum(layer.size for layer in layers), progress)
-    with Staging(dest, digest) if chosen is None else Staging.of_part(dest, digest, chosen) as staging:
+    with Staging(dest, digest, part=part) as staging:
         if staging.done() is not None:
             ticker.add(ticker.total)
             return manifest
@@ -89,10 +89,7 @@ def pull(
             wanted = Wanted(layer.path, layer.size, repository.blob(f"sha256:{layer.sha256}"), layer.sha256)
             entries.append(fetch(repository.http, wanted, staging, ticker.add))
             check_content(layer.path, staging.existing(layer.path) or dest, str(ref))
-        if chosen is None:
-            staging.publish(manifest, entries)
-        else:
-            staging.publish_part(manifest.kind, entries)
+        staging.publish(manifest, entries)
     return manifest
 
 

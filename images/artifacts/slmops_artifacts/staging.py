@@ -17,10 +17,10 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from pydantic import ValidationError
 
@@ -90,11 +90,17 @@ def discard(folder: Path, digest: str) -> None:
 
 
 class Staging:
-    """The writer's side. Use as a context manager: entering waits for other writers of the same content."""
+    """The writer's side. Use as a context manager: entering waits for other writers of the same content.
 
-    def __init__(self, dest: Path, digest: str, marker: str = MARKER) -> None:
+    `part`: some files of the artifact `digest` only, which nobody takes for the whole or for another part.
+    """
+
+    def __init__(self, dest: Path, digest: str, marker: str = MARKER, part: frozenset[str] | None = None) -> None:
         self.dest = dest
+        if part is not None:
+            digest = "sha256:" + hashlib.sha256(canonical([digest, *sorted(part)])).hexdigest()
         self.digest = digest
+        self._part = part
         self._marker = marker
         self._in_place = marker == MARKER and dest.exists()
         self._base = dest if self._in_place else dest.parent
@@ -119,15 +125,6 @@ class Staging:
                 shutil.rmtree(self.folder, ignore_errors=True)
         finally:
             os.close(self._lock)
-
-    @classmethod
-    def of_part(cls, dest: Path, digest: str, paths: Collection[str]) -> Staging:
-        """For some files of the artifact `digest` only, which nobody takes for the whole or for another part."""
-        return cls(dest, "sha256:" + hashlib.sha256(canonical([digest, *sorted(paths)])).hexdigest())
-
-    def publish_part(self, kind: Literal["model", "dataset", "checkpoint"], entries: Sequence[Entry]) -> None:
-        """Make a part visible. The folder does not say that it is the artifact."""
-        self.publish(Manifest(kind=kind, digest=self.digest), entries)
 
     def published(self) -> Manifest | None:
         """Return the manifest of what is at the destination now (perhaps since we waited for the lock)."""
@@ -165,7 +162,10 @@ class Staging:
         return None
 
     def publish(self, manifest: Manifest, entries: Sequence[Entry]) -> None:
-        """Make the folder visible with exactly these files."""
+        """Make the folder visible with exactly these files, or with a part of them: it then does not say more."""
+        if self._part is not None:
+            manifest = Manifest(kind=manifest.kind, digest=self.digest)
+            entries = [entry for entry in entries if entry.path in self._part]
         try:
             self._write_marker(manifest, entries)
             if self._in_place:
