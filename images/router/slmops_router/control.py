@@ -68,7 +68,7 @@ class Haproxy:
                 [self._program, "-W", "-db", "-S", f"{self.place.master},mode,600", "-f", str(self._config)],
                 cwd=self.place.folder,
             )
-            self._await(fingerprint(routes))
+            self._await(routes)
             self._routes = routes
 
     def set(self, routes: Routes) -> None:
@@ -199,7 +199,7 @@ class Haproxy:
         self._write(routes)
         self._late[fingerprint(routes)] = routes
         self._process.send_signal(signal.SIGUSR2)
-        self._await(fingerprint(routes))
+        self._await(routes)
         self._late = {}
         return counted
 
@@ -224,11 +224,11 @@ class Haproxy:
             raise BadRoutesError(f"HAProxy refuses the configuration: {done.stderr.strip()}")
         os.replace(fresh, self._config)  # noqa: PTH105
 
-    def _await(self, wanted: str) -> None:
+    def _await(self, routes: Routes) -> None:
         end = self._clock() + START_SECONDS
         while True:
             try:
-                if runtime.running(self.place.socket).fingerprint == wanted:
+                if self._runs(routes):
                     return
                 problem = "it still runs the old configuration"
             except RuntimeApiError as error:
