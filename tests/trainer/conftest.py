@@ -18,7 +18,8 @@ from asking import STORE  # noqa: E402
 from tiny import CHATML, write_model  # noqa: E402
 
 from slmops.api.run import Input, RunSpec  # noqa: E402
-from slmops_trainer import generation, teacher  # noqa: E402
+from slmops_artifacts import ArtifactError, push  # noqa: E402
+from slmops_trainer import checkpoints, generation, teacher  # noqa: E402
 from slmops_trainer.context import Context  # noqa: E402
 
 
@@ -93,3 +94,18 @@ def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Context
         return context(tmp_path / f"pod-{count}", STORE)
 
     return make
+
+
+@pytest.fixture
+def fixed_tags(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """The store lets no tag be replaced: it takes the first checkpoint alone. One item for each that was pushed."""
+    pushes: list[None] = []
+
+    def picky(*arguments: Any, **more: Any) -> Any:
+        pushes.append(None)
+        if len(pushes) > 1:
+            raise ArtifactError("Refused", "the registry refused the manifest (HTTP 412).")
+        return push(*arguments, **more)
+
+    monkeypatch.setattr(checkpoints, "push", picky)
+    return pushes
