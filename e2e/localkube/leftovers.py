@@ -102,9 +102,9 @@ def _cgroup_roots() -> list[Path]:
 def _cgroup_pids() -> set[int]:
     found: set[int] = set()
     for root in _cgroup_roots():
-        for procs in root.rglob("cgroup.procs"):
+        for group, _, _ in os.walk(root):  # `rglob` fails on a group that goes while it is read
             try:
-                found.update(int(line) for line in procs.read_text().split())
+                found.update(int(line) for line in Path(group, "cgroup.procs").read_text().split())
             except OSError:
                 continue
     return found - {0}

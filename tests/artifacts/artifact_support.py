@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -92,6 +93,19 @@ def contents(folder: Path) -> dict[str, bytes]:
         for file in sorted(folder.rglob("*"))
         if file.is_file() and not file.name.startswith(".slmops") and file.name != "slmops-manifest.json"
     }
+
+
+def growing(folder: Path, pattern: str) -> dict[Path, int]:
+    """The files below a folder that somebody writes to right now, with their bytes: what goes in between is left out
+    (`Path.rglob` fails on a folder that goes while it is read).
+    """
+    found = {}
+    for parent, _, names in os.walk(folder):
+        for file in (Path(parent, name) for name in names):
+            with contextlib.suppress(FileNotFoundError):
+                if file.match(pattern):
+                    found[file] = file.stat().st_size
+    return found
 
 
 def run_cli(*args: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from artifact_support import contents, run_cli, safetensors, wait_for, write
+from artifact_support import contents, growing, run_cli, safetensors, wait_for, write
 
 from slmops_artifacts import ArtifactError, Manifest, pull, push, read_manifest, resolve, staging
 
@@ -149,7 +149,7 @@ def test_a_claim_that_is_not_mounted(claim: Path, model: Path, tmp_path: Path) -
 def test_kill_in_mid_push_then_again(claim: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "big", {f"m{n}.safetensors": safetensors(12 << 20, b"%d" % n) for n in range(8)})
     pusher = run_cli("push", str(source), "pvc://store/deep/big")
-    wait_for(lambda: len(list(claim.rglob("m*.safetensors"))) >= 2)
+    wait_for(lambda: len(growing(claim, "m*.safetensors")) >= 2)
     pusher.send_signal(signal.SIGKILL)
     pusher.communicate()
     assert resolve("pvc://store/deep/big") is None

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from artifact_support import ROOT, Registry, contents, safetensors, wait_for, write
+from artifact_support import ROOT, Registry, contents, growing, safetensors, wait_for, write
 
 from slmops_artifacts import ArtifactError, Manifest, delete, pull, push, read_manifest
 
@@ -37,7 +37,7 @@ class Kept(Registry):
             self.process = None
 
     def used(self) -> int:
-        return sum(file.stat().st_size for file in self.storage.rglob("blobs/*/*/*/data"))
+        return sum(growing(self.storage, "blobs/*/*/*/data").values())
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from artifact_support import Registry, contents, run_cli, safetensors, wait_for, write
+from artifact_support import Registry, contents, growing, run_cli, safetensors, wait_for, write
 
 from slmops_artifacts import ArtifactError, Manifest, Parent, pull, push, read_manifest, resolve, transfer, upload
 from slmops_artifacts.files import Entry, Ticker
@@ -339,7 +339,7 @@ def test_kill_in_mid_push_and_mid_pull_then_again(registry: Registry, tmp_path: 
     source = write(tmp_path / "big", files)
     uri = f"oci://{registry.host}/big:v1"
     pusher = run_cli("push", str(source), uri)
-    wait_for(lambda: len(list(registry.storage.rglob("sha256/*/*/data"))) >= 3)
+    wait_for(lambda: len(growing(registry.storage, "sha256/*/*/data")) >= 3)
     pusher.send_signal(signal.SIGKILL)
     pusher.communicate()
     assert resolve(uri) is None, "nothing may be visible before the end"
@@ -349,7 +349,7 @@ def test_kill_in_mid_push_and_mid_pull_then_again(registry: Registry, tmp_path: 
     if mount:
         dest.mkdir(parents=True)
     puller = run_cli("pull", uri, str(dest))
-    wait_for(lambda: len(list((tmp_path / "models").rglob("model-*.safetensors"))) >= 3)
+    wait_for(lambda: len(growing(tmp_path / "models", "model-*.safetensors")) >= 3)
     puller.send_signal(signal.SIGKILL)
     puller.communicate()
     assert not (dest / ".slmops-complete").exists()
