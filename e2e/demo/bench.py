@@ -1,10 +1,10 @@
-"""Runs in the server image: serves each model alone on this pod's CPUs, asks all of them the same, and counts.
+"""Runs in the server image: serves the models on this pod's CPUs, asks all of them the same, and counts.
 
     python3 -m demo.bench '{"teacher": "oci://...", "int4": "oci://..."}'
 
 Every model is pulled from the registry and served by the image's own slmops-server on the loopback; answers come over
-HTTP, greedily. Latency is measured one request at a time on the same held-out messages, in ROUNDS rounds whose order
-alternates; the last line printed is the result as JSON.
+HTTP, greedily. Latency is measured one request at a time on the same held-out messages, in ROUNDS rounds through all
+models whose order alternates; the last line printed is the result as JSON.
 """
 
 import http.client
@@ -16,14 +16,15 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from demo import task
 
 SEED = 7
-ROUNDS = 3
-TIMED = 40  # requests of one round
+ROUNDS = 10
+TIMED = 20  # messages of one round, of each model
 CLIENTS = 4  # for accuracy, where time does not count
 MAX_TOKENS = 48
 FLOAT_BYTES = 4  # the KV cache is fp32 on a CPU, whatever the weights are
@@ -134,35 +135,40 @@ def sizes(folder: Path, tokens: float) -> dict[str, float]:
 
 
 def measure(models: dict[str, Path], sets: task.Sets) -> dict[str, dict[str, Any]]:
-    """All figures by model."""
-    asked = [
-        example.text for example in (sets.known + sets.new)[:: max(1, (len(sets.known) + len(sets.new)) // TIMED)]
-    ][:TIMED]
+    """All figures by model. The servers stand side by side and one of them is asked at a time: a round is over in
+    seconds, so that what disturbs the machine for longer disturbs all models alike.
+    """
+    held_out = sets.known + sets.new
     graded = {name: getattr(sets, name) for name in ("known", "new", "security_known", "security_new")}
     found: dict[str, dict[str, Any]] = {name: {"rounds": []} for name in models}
-    for turn in range(ROUNDS):
-        for name in list(models) if turn % 2 == 0 else list(reversed(models)):
-            print(f"round {turn + 1} of {ROUNDS}: {name}", file=sys.stderr, flush=True)
-            with Server(models[name]) as server:
-                client = Client(server)
-                for text in asked[:5]:
-                    client.ask(text)  # warm
-                answers = [client.ask(text) for text in asked]
-                shortest = [client.ask(text, max_tokens=1) for text in asked]
-                if turn == 0:
-                    found[name]["accuracy"] = accuracy(server, graded)
-            found[name]["rounds"].append(
-                {
-                    "latency_seconds": statistics.median(seconds for _, _, seconds in answers),
-                    "one_token_seconds": statistics.median(seconds for _, _, seconds in shortest),
-                    "tokens_per_second": sum(usage["completion_tokens"] for _, usage, _ in answers)
-                    / sum(seconds for _, _, seconds in answers),
-                }
-            )
-            found[name]["tokens"] = statistics.mean(usage["total_tokens"] for _, usage, _ in answers)
+    tokens: dict[str, list[int]] = {name: [] for name in models}
+    with ExitStack() as stack:
+        servers = {name: stack.enter_context(Server(folder)) for name, folder in models.items()}
+        for name, server in servers.items():
+            print(f"accuracy: {name}", file=sys.stderr, flush=True)
+            found[name]["accuracy"] = accuracy(server, graded)
+        clients = {name: Client(server) for name, server in servers.items()}
+        for turn in range(ROUNDS):
+            print(f"latency: round {turn + 1} of {ROUNDS}", file=sys.stderr, flush=True)
+            texts = [example.text for example in held_out[turn :: len(held_out) // TIMED][:TIMED]]
+            for name in list(models) if turn % 2 == 0 else list(reversed(models)):
+                client = clients[name]
+                client.ask(texts[0])  # warm
+                answers = [client.ask(text) for text in texts]
+                shortest = [client.ask(text, max_tokens=1) for text in texts]
+                found[name]["rounds"].append(
+                    {
+                        "latency_seconds": statistics.median(seconds for _, _, seconds in answers),
+                        "one_token_seconds": statistics.median(seconds for _, _, seconds in shortest),
+                        "tokens_per_second": sum(usage["completion_tokens"] for _, usage, _ in answers)
+                        / sum(seconds for _, _, seconds in answers),
+                    }
+                )
+                tokens[name] += [usage["total_tokens"] for _, usage, _ in answers]
     for name, folder in models.items():
         rounds = found[name]["rounds"]
         found[name] |= {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
+        found[name]["tokens"] = statistics.mean(tokens[name])
         found[name] |= sizes(folder, found[name]["tokens"])
     return found
 

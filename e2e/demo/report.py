@@ -1,5 +1,6 @@
 """The closing table, its bars, and the same as JSON."""
 
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,13 +147,14 @@ def table(bench: Figures, found: dict[str, dict[str, float]]) -> list[str]:
             )
         )
     latencies = [[each["latency_seconds"] for each in model["rounds"]] for model in bench["models"].values()]
-    spread = max(max(each) / min(each) - 1 for each in latencies)
+    quartiles = [statistics.quantiles(each, n=4) for each in latencies]
+    spread = max(upper / lower - 1 for lower, _, upper in quartiles)
     return [
         "",
         *(f"{first:9}" + "".join(f"{cell:>11}" for cell in rest) for first, *rest in rows),
         "",
         "Held-out messages only; exact match: of known and new phrasings together. Time: median of one request at a",
-        f"time, over HTTP, every model on the same CPUs; the rounds of one model lay at most {spread:.0%} apart.",
+        f"time, over HTTP, every model on the same CPUs; half of a model's rounds lay within {spread:.0%}.",
         "Model memory: weights and the KV cache of one answer.",
         "",
     ]
