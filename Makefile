@@ -65,6 +65,7 @@ components: venv debs ## slow operator tests, artifacts, router and chart on thi
 	@$(PY) -m pytest -q tests/artifacts
 	@$(PY) -m pytest -q tests/router
 	@$(MAKE) --no-print-directory up images
+	@PYTHONPATH=e2e $(PY) -m kit.earlier
 	@$(PY) -m pytest -q tests/chart
 	@PYTHONPATH=e2e $(PY) -m kit.imagetests server
 	@PYTHONPATH=e2e $(PY) -m kit.imagetests trainer
@@ -72,6 +73,7 @@ components: venv debs ## slow operator tests, artifacts, router and chart on thi
 e2e: venv ## the scenarios on a real node with real pods
 ifneq ($(CLUSTER),current)
 	@$(MAKE) --no-print-directory up images
+	@PYTHONPATH=e2e $(PY) -m kit.earlier
 endif
 	@$(PY) -m pytest -q -x --timeout=1500 e2e/scenarios
 ifneq ($(CLUSTER),current)

@@ -15,9 +15,11 @@ from demo import report
 from demo.phrases import KNOWN
 from demo.show import CHAIN, Board, Row, clock, condition, row
 from demo.task import Writer
-from kit import chart, pods
-from kit.kubectl import CURRENT, LOCAL, Kubectl, KubectlError, Object, TimedOut
+from kit import chart, earlier, pods
+from kit.alone import BusyError, alone
+from kit.kubectl import CURRENT, LOCAL, Kubectl, KubectlError, Object, TimedOut, shell
 from kit.load import Count, Load
+from localkube.say import heartbeat
 
 NAMESPACE = "slmops-demo"
 STORE = "oci://slmops-registry.slmops-system.svc:5000"  # in the YAML too
@@ -27,6 +29,7 @@ CANARY_TIMEOUT = 15 * 60.0
 BENCH = {"teacher": "teacher-fp32", "student": "student-fp32", "tuned": "student-tuned-fp32", "int4": "student-int4"}
 FIGURES, DETAILS = LOCAL / "demo.json", LOCAL / "demo-details.json"
 HEARTBEAT = 5.0  # seconds
+GONE = f"was removed while the demo ran: somebody else works in namespace {NAMESPACE}, another `make demo` perhaps."
 
 
 class DemoError(Exception):
@@ -56,13 +59,16 @@ def operator_settings(kube: Kubectl) -> dict[str, str]:
 
 def seed(kube: Kubectl, board: Board, settings: dict[str, str]) -> None:
     """An empty namespace, the demo's code, and the artifacts that the chain starts from."""
+    if not CURRENT and (names := earlier.remove(kube)):
+        board.say(f"Removed what earlier runs left to work on beside this one: {', '.join(names)}")
     board.say(f"Preparing namespace {NAMESPACE}; a demo of an earlier run in it is removed")
-    chart.fresh_namespace(kube)
+    with heartbeat(f"namespace {NAMESPACE}", tell=board.say):
+        chart.fresh_namespace(kube)
     kube.apply(demo_pods.code())
     kube.apply(
         demo_pods.pod("seed", settings["SLMOPS_TRAINER_IMAGE"], "demo.seed", f"{STORE}/demo", env=_store_env(settings))
     )
-    for line in pods.finish(kube, "seed", 300):
+    for line in pods.finish(kube, "seed", 300, tell=board.say):
         board.say(line)
 
 
@@ -83,10 +89,10 @@ def run_chain(kube: Kubectl, board: Board) -> list[Row]:
     names = " ".join(path.name for path in sorted(MANIFESTS.glob("*.yaml")))
     board.say(f"kubectl apply -f e2e/demo/manifests/  ({names})")
     kube.run("apply", "-f", str(MANIFESTS))
-    began, heart = time.monotonic(), Heart(kube)
+    began, heart, known = time.monotonic(), Heart(kube), dict[str, str]()
     while True:
         try:
-            rows = [heart.beat(each) for each in read_rows(kube)]
+            rows = [heart.beat(each) for each in same(known, read_rows(kube))]
         except KubectlError as error:
             board.say(f"Could not look: {error}")
             rows = []
@@ -107,6 +113,15 @@ def run_chain(kube: Kubectl, board: Board) -> list[Row]:
                 f"Not ready within {clock(CHAIN_TIMEOUT)}: {late}. Look: kubectl -n {NAMESPACE} get slm,pods,events"
             )
         time.sleep(1)
+
+
+def same(known: dict[str, str], rows: list[Row]) -> list[Row]:
+    """The rows. `known`: uids by kind/name, added to. Raises DemoError when an object is gone or is another by now."""
+    for each in rows:
+        name = f"{each.kind}/{each.name}"
+        if each.uid != (known.setdefault(name, each.uid) if each.uid else known.get(name, "")):
+            raise DemoError(f"{name} {GONE}")
+    return rows
 
 
 class Heart:
@@ -142,10 +157,11 @@ def canary(kube: Kubectl, board: Board, image: str) -> Count:
     load = Load(kube)
     writer = Writer(KNOWN, "traffic")
     prompts = [writer.example().text for _ in range(500)]
-    load.start(image, _status(kube)["endpoint"], "assistant", prompts, clients=3, max_tokens=48)
+    endpoint = _status(kube, "modeldeployment", "assistant")["endpoint"]
+    load.start(image, endpoint, "assistant", prompts, clients=3, max_tokens=48)
     load.flows(20, timeout=120)
     board.say("Traffic runs. Next: kubectl patch modeldeployment assistant, spec.model -> QuantizedModel/student-int4")
-    wanted = _digest(kube, "student-int4")
+    wanted = str(_status(kube, "quantizedmodel", "student-int4")["artifact"]["digest"])
     kube.patch(
         "modeldeployment", "assistant", {"spec": {"model": {"ref": {"kind": "QuantizedModel", "name": "student-int4"}}}}
     )
@@ -153,7 +169,8 @@ def canary(kube: Kubectl, board: Board, image: str) -> Count:
     while not promoted(kube, board, load, wanted):
         if time.monotonic() - began > CANARY_TIMEOUT:
             raise DemoError(
-                f"The canary was not promoted within {clock(CANARY_TIMEOUT)}: {describe(_status(kube))}\n"
+                f"The canary was not promoted within {clock(CANARY_TIMEOUT)}: "
+                f"{describe(_status(kube, 'modeldeployment', 'assistant'))}\n"
                 f"Look: kubectl -n {NAMESPACE} describe modeldeployment assistant"
             )
         time.sleep(1)
@@ -165,10 +182,12 @@ def canary(kube: Kubectl, board: Board, image: str) -> Count:
 def promoted(kube: Kubectl, board: Board, load: Load, wanted: str) -> bool:
     """Show where the canary stands; whether the wanted model serves everything. Raises DemoError on a rollback."""
     try:
-        found = kube.get("modeldeployment", "assistant") or {}
+        found = kube.get("modeldeployment", "assistant")
     except KubectlError as error:
         board.say(f"Could not look: {error}")
         return False
+    if found is None:
+        raise DemoError(f"ModelDeployment/assistant {GONE}")
     status, count = found.get("status") or {}, load.count()
     rollout, stalled = status.get("rollout") or {}, condition(found, "Stalled")
     if rollout.get("phase") in ("RollingBack", "RolledBack") or stalled.get("status") == "True":
@@ -191,31 +210,28 @@ def describe(status: Object) -> str:
     return f"{where}; {verdicts}" if verdicts else where
 
 
-def _status(kube: Kubectl) -> Object:
-    status: Object = (kube.get("modeldeployment", "assistant") or {}).get("status") or {}
+def _status(kube: Kubectl, kind: str, name: str) -> Object:
+    found = kube.get(kind, name)
+    if found is None:
+        raise DemoError(f"{kind}/{name} {GONE}")
+    status: Object = found.get("status") or {}
     return status
-
-
-def _digest(kube: Kubectl, name: str) -> str:
-    return str((kube.get("quantizedmodel", name) or {})["status"]["artifact"]["digest"])
 
 
 def bench(kube: Kubectl, board: Board, settings: dict[str, str]) -> Object:
     """Every model measured in the same way, in one pod of the server image."""
     board.say("Measuring: each model alone on the same CPUs, the same held-out messages")
-    uris = {
-        name: (kube.get("quantizedmodel", source) or {})["status"]["artifact"]["uri"] for name, source in BENCH.items()
-    }
+    uris = {name: _status(kube, "quantizedmodel", source)["artifact"]["uri"] for name, source in BENCH.items()}
     kube.apply(
         demo_pods.pod(
             "bench", settings["SLMOPS_SERVER_IMAGE"], "demo.bench", json.dumps(uris), env=_store_env(settings)
         )
     )
-    return pods.last_json(pods.finish(kube, "bench", 900))
+    return pods.last_json(pods.finish(kube, "bench", 900, tell=board.say))
 
 
 def close(board: Board, measured: Object, count: Count, rows: list[Row]) -> None:
-    """Write the results, print the table."""
+    """Print the table, write the results. Raises DemoError where they cannot be written."""
     found = report.figures(measured, count.sent, count.lost)
     bars = report.bars(measured, found, count.reasons)
     details: Object = {
@@ -225,10 +241,13 @@ def close(board: Board, measured: Object, count: Count, rows: list[Row]) -> None
         "seconds": {f"{each.kind}/{each.name}": each.seconds for each in rows if each.seconds is not None},
         "total_seconds": time.monotonic() - board.began,
     }
-    write(DETAILS, details)
-    write(FIGURES, found)
     for line in [*report.table(measured, found), *report.verdicts(bars), ""]:
-        print(line)
+        print(line)  # first of all: no full disk may take what was measured
+    try:
+        write(DETAILS, details)
+        write(FIGURES, found)
+    except OSError as problem:
+        raise DemoError(f"The figures above are not in {LOCAL}: {problem}. Look: df -h {LOCAL}") from None
     print(
         "The figures: .local/demo.json, more of them: .local/demo-details.json. "
         f"It took {clock(details['total_seconds'])}."
@@ -249,11 +268,6 @@ def tidy(kube: Kubectl) -> None:
             kube.delete("pod", name, wait=False)
 
 
-def shell() -> str:
-    """What a shell needs first, as a line; empty with the user's own context."""
-    return "" if CURRENT else "export KUBECONFIG=$PWD/.local/kubeconfig PATH=$PWD/.local/bin:$PATH\n  "
-
-
 def hints() -> str:
     """How to go on by hand after it worked."""
     return (
@@ -271,17 +285,26 @@ def look() -> str:
 
 def main() -> int:
     """Run it; returns the exit code."""
-    kube, board = Kubectl(NAMESPACE), Board()
-    for file in (FIGURES, DETAILS):  # never the figures of another run
-        file.unlink(missing_ok=True)
     try:
+        with alone("make demo"):
+            return demonstrate(Kubectl(NAMESPACE), Board())
+    except (BusyError, OSError) as problem:
+        print(f"The demo did not start. {problem}", file=sys.stderr)
+        return 1
+
+
+def demonstrate(kube: Kubectl, board: Board) -> int:
+    """From an empty namespace to the table; returns the exit code."""
+    try:
+        for file in (FIGURES, DETAILS):  # never the figures of another run
+            file.unlink(missing_ok=True)
         settings = operator_settings(kube)
         seed(kube, board, settings)
         rows = run_chain(kube, board)
         count = canary(kube, board, settings["SLMOPS_SERVER_IMAGE"])
         measured = bench(kube, board, settings)
         close(board, measured, count, rows)
-    except (DemoError, KubectlError, TimedOut) as error:
+    except (DemoError, KubectlError, TimedOut, OSError) as error:
         tidy(kube)
         print(f"\nThe demo failed.\n{error}\n{look()}", file=sys.stderr)
         return 1

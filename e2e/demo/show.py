@@ -48,6 +48,7 @@ class Row:
     phase: str
     detail: str
     seconds: float | None
+    uid: str = ""
 
     @property
     def moving(self) -> bool:
@@ -83,6 +84,7 @@ def row(kind: str, name: str, what: str, found: Object | None, now: float) -> Ro
         phase=status.get("phase") or "Pending",
         detail=_detail(kind, status, ready, stalled),
         seconds=None if began is None else (ended or now) - began,
+        uid=found["metadata"].get("uid", ""),
     )
 
 
@@ -107,6 +109,12 @@ def _detail(kind: str, status: Object, ready: Object, stalled: Object) -> str:
     return f"{progress['percent']} % {progress.get('stage', '')}{steps}{rest}  {progress.get('message', '')}".rstrip()
 
 
+def holding(rows: list[Row]) -> list[Row]:
+    """Those that the others wait for; the first of the unready ones if all wait."""
+    unready = [each for each in rows if not each.ready]
+    return [each for each in unready if each.phase != "Waiting"] or unready[:1]
+
+
 class Board:
     """Shows rows: `show(rows, footer)` as often as you like."""
 
@@ -114,13 +122,13 @@ class Board:
         self.stream = stream
         self.live = stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
         self.lines = 0
-        self.began = time.monotonic()
+        self.began = self.said = time.monotonic()
         self.told: dict[str, tuple[str, float]] = {}
         self.footer = ""
 
     def say(self, text: str) -> None:
         """One line that stays."""
-        self.lines = 0
+        self.lines, self.said = 0, time.monotonic()
         print(f"[{clock(time.monotonic() - self.began)}] {flat(text)}", file=self.stream, flush=True)
 
     def show(self, rows: list[Row], footer: str = "", key: str = "") -> None:
@@ -151,10 +159,11 @@ class Board:
         if footer and key != self.footer:
             self.say(footer)
         self.footer = key
+        held = holding(rows) if now - self.said >= PLAIN_SECONDS else []
         for each in rows:
             name, state = f"{each.kind}/{each.name}", each.phase + str(each.ready)
             before, at = self.told.get(name, ("", 0.0))
-            if state == before and not (each.moving and now - at >= PLAIN_SECONDS):
+            if state == before and each not in held and not (each.moving and now - at >= PLAIN_SECONDS):
                 continue
             self.told[name] = (state, now)
             spent = f" ({clock(each.seconds)})" if each.seconds is not None else ""

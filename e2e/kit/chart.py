@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kit.kubectl import CURRENT, LOCAL, ROOT, Kubectl, KubectlError
+from kit.alone import BusyError, alone
+from kit.kubectl import CURRENT, LOCAL, ROOT, Kubectl, KubectlError, shell
+from localkube.say import heartbeat
 
 RELEASE = "slmops"
 NAMESPACE = "slmops-system"
@@ -40,9 +42,10 @@ def _helm(kube: Kubectl, *args: str, timeout: float = 300.0) -> str:
     own = LOCAL / "bin" / "helm"
     program = str(own) if own.exists() else "helm"
     try:
-        done = subprocess.run(
-            [program, *args], env=kube.env, capture_output=True, text=True, timeout=timeout, check=False
-        )
+        with heartbeat(f"helm {args[0]}"):
+            done = subprocess.run(
+                [program, *args], env=kube.env, capture_output=True, text=True, timeout=timeout, check=False
+            )
     except subprocess.TimeoutExpired:
         raise KubectlError(f"helm {args[0]}: no answer within {timeout:.0f} s") from None
     except FileNotFoundError:
@@ -145,19 +148,23 @@ def main() -> int:
     """`python -m kit.chart install|uninstall`; CLUSTER=current takes the user's kube context.
 
     There a release that runs is left alone: it has the user's images and values. Without one, published images are
-    taken.
+    taken. While a demo of this clone runs, nothing is done.
     """
-    kube = Kubectl(NAMESPACE)
+    kube, removing = Kubectl(NAMESPACE), sys.argv[1:] == ["uninstall"]
     try:
-        if sys.argv[1:] == ["uninstall"]:
-            print(uninstall(kube) if state(kube) else f"SLMOps is not installed in namespace {NAMESPACE}\n", end="")
-        elif CURRENT and not values_flags() and state(kube) == "deployed":
-            print(f"SLMOps is installed in namespace {NAMESPACE} already; it stays as it is")
-        else:
-            install(kube, images=None if CURRENT else local_images())
-            print(f"SLMOps runs in namespace {NAMESPACE}")
+        with alone("make uninstall" if removing else "make install"):
+            if removing:
+                print(uninstall(kube) if state(kube) else f"SLMOps is not installed in namespace {NAMESPACE}\n", end="")
+            elif CURRENT and not values_flags() and state(kube) == "deployed":
+                print(f"SLMOps is installed in namespace {NAMESPACE} already; it stays as it is")
+            else:
+                install(kube, images=None if CURRENT else local_images())
+                print(f"SLMOps runs in namespace {NAMESPACE}")
+    except (BusyError, OSError) as problem:
+        print(f"Failed: {problem}", file=sys.stderr)
+        return 1
     except KubectlError as error:
-        print(f"Failed: {error}\nSee: {Path(kube.program).name} -n {NAMESPACE} get pods,events", file=sys.stderr)
+        print(f"Failed: {error}\nSee:\n  {shell()}kubectl -n {NAMESPACE} get pods,events", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nInterrupted; the same command goes on from here.", file=sys.stderr)

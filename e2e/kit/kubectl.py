@@ -46,6 +46,11 @@ def wait_for(what: str, probe: Callable[[], T | None], timeout: float = 60.0, ev
 CURRENT = os.environ.get("CLUSTER") == "current"  # the user's own kube context, not the local node
 
 
+def shell() -> str:
+    """What a shell needs before its kubectl asks the local node, as a line; empty with the user's own context."""
+    return "" if CURRENT else "export KUBECONFIG=$PWD/.local/kubeconfig PATH=$PWD/.local/bin:$PATH\n  "
+
+
 class Kubectl:
     """kubectl in one namespace of one cluster: the local node's, or with `current` that of the user's kube context."""
 

@@ -1,6 +1,8 @@
 """Pods that are admitted under Pod Security `restricted`: the kit's own, the scenarios' and the demo's."""
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from kit.kubectl import ROOT, Kubectl, KubectlError, Object, TimedOut, wait_for
@@ -14,6 +16,7 @@ CONTAINER_SECURITY: Object = {
     "seccompProfile": {"type": "RuntimeDefault"},
 }
 TMP = "/tmp"
+TELL_SECONDS = 20.0
 
 
 def spec(
@@ -100,21 +103,42 @@ def phase(kube: Kubectl, name: str) -> str:
     return str(((kube.get("pod", name) or {}).get("status") or {}).get("phase", ""))
 
 
-def finish(kube: Kubectl, name: str, timeout: float) -> list[str]:
-    """The log's lines once the pod has succeeded. Raises TimedOut with the end of its log if it failed or hangs."""
+def finish(kube: Kubectl, name: str, timeout: float, tell: Callable[[str], None] | None = None) -> list[str]:
+    """The log's lines once the pod has succeeded. Raises TimedOut with the end of its log if it failed, hangs or goes.
+
+    What kubectl could not ask is asked again until the time is over. `tell` gets the pod's newest line every
+    TELL_SECONDS.
+    """
+    seen, told = "", time.monotonic()
+
+    def ended() -> tuple[str, list[str]] | None:
+        nonlocal seen, told
+        if tell and time.monotonic() - told >= TELL_SECONDS:
+            told = time.monotonic()
+            tell(f"pod/{name} {seen}: {tail(kube, name, 1)}")
+        try:
+            before, seen = seen, phase(kube, name)
+            if before and not seen:
+                raise TimedOut(f"pod/{name} was removed before its end")
+            if seen == "Succeeded":
+                return seen, kube.run("logs", name).splitlines()
+        except KubectlError:  # an API server that is busy or starts again: its next answer counts
+            return None
+        return (seen, []) if seen == "Failed" else None
+
     try:
-        end = wait_for(f"pod/{name} ends", lambda: (p := phase(kube, name)) in ("Succeeded", "Failed") and p, timeout)
+        end, lines = wait_for(f"pod/{name} ends", ended, timeout)
     except TimedOut as error:
         raise TimedOut(f"{error}\n{tail(kube, name)}") from None
     if end == "Failed":
         raise TimedOut(f"pod/{name} failed. The end of its log:\n{tail(kube, name)}")
-    return kube.run("logs", name).splitlines()
+    return lines
 
 
-def tail(kube: Kubectl, name: str) -> str:
+def tail(kube: Kubectl, name: str, lines: int = 25) -> str:
     """The last lines of a pod's log, or why there are none."""
     try:
-        return kube.run("logs", name, "--tail=25")
+        return kube.run("logs", name, f"--tail={lines}")
     except KubectlError as error:
         return str(error)
 

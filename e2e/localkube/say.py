@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from localkube import paths
+
 _started = time.monotonic()
 BEAT_SECONDS = 10.0
+FULL = "No space left on device"
+GO_ON = "mend that and run the same command again"
 
 
 class Failure(Exception):  # noqa: N818 - read by people, and it is what it says
@@ -27,9 +32,19 @@ class Failure(Exception):  # noqa: N818 - read by people, and it is what it says
         if self.log is not None:
             lines += [f"  | {line}" for line in tail(self.log, 12)]
             lines.append(f"  log: {self.log}")
-        if self.hint:
-            lines.append(f"  next: {self.hint}")
+        if any(FULL in line for line in lines):
+            lines.append(f"  free: {free_space()}")
+        lines.append(f"  next: {self.hint or GO_ON}")
         return "\n".join(lines)
+
+
+def free_space() -> str:
+    """How much room there is where we write."""
+    found = []
+    for place in (paths.CACHE, paths.LOCAL, paths.RUN.parent):
+        there = next(path for path in (place, *place.parents) if path.exists())
+        found.append(f"{place} {shutil.disk_usage(there).free / 1e9:.1f} GB")
+    return ", ".join(found)
 
 
 def elapsed() -> float:
@@ -41,14 +56,14 @@ def step(message: str) -> None:
 
 
 @contextmanager
-def heartbeat(what: str, log: Path | None = None) -> Iterator[None]:
+def heartbeat(what: str, log: Path | None = None, tell: Callable[[str], None] = step) -> Iterator[None]:
     """While the block runs, a line every ten seconds: how long it takes already, and the last words of its log."""
     began, over = time.monotonic(), threading.Event()
 
     def beat() -> None:
         while not over.wait(BEAT_SECONDS):
             words = "".join(tail(log, 1)).strip() if log else ""
-            step(f"{what}: {time.monotonic() - began:.0f} s so far{f' ({words[:70]})' if words else ''}")
+            tell(f"{what}: {time.monotonic() - began:.0f} s so far{f' ({words[:70]})' if words else ''}")
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kit import chart
+from kit import alone, chart, kubectl
 from kit.kubectl import Kubectl, KubectlError, Object
 
 
@@ -44,6 +44,7 @@ def helm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     program.write_text(HELM.format(log=tmp_path / "calls", status=tmp_path / "status"))
     program.chmod(0o755)
     monkeypatch.setattr(chart, "LOCAL", tmp_path)
+    monkeypatch.setattr(alone, "LOCK", tmp_path / "demo.lock")
     return tmp_path
 
 
@@ -71,6 +72,19 @@ def test_uninstalling_twice_is_fine(
     monkeypatch.setattr(sys, "argv", ["chart", "uninstall"])
     assert chart.main() == 0
     assert "not installed" in capsys.readouterr().out
+
+
+def test_a_failure_says_how_to_look(
+    helm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (helm / "bin" / "helm").write_text("#!/bin/sh\necho 'Error: deadline exceeded' >&2; exit 1\n")
+    monkeypatch.setattr(sys, "argv", ["chart", "uninstall"])
+    monkeypatch.setattr(kubectl, "CURRENT", False)
+    assert chart.main() == 1
+    said = capsys.readouterr().err
+    assert "deadline exceeded" in said
+    assert "export KUBECONFIG=$PWD/.local/kubeconfig PATH=$PWD/.local/bin:$PATH" in said
+    assert "kubectl -n slmops-system get pods,events" in said
 
 
 class Cluster(Kubectl):

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from demo import pods, report, run
+from demo import pods, report, run, show
 from demo.bench import sizes
-from demo.show import Board, row
+from demo.show import CHAIN, Board, row
 from kit.kubectl import Kubectl
+from kit.load import Count, Load
 
 
 def bench(**changes: dict[str, Any]) -> dict[str, Any]:
@@ -224,3 +225,59 @@ def test_results_are_written_whole(tmp_path: Path) -> None:
         run.write(file, {"a": object()})
     assert json.loads(file.read_text()) == {"a": 1}
     assert [each.name for each in tmp_path.iterdir()] == ["demo.json"]
+
+
+def test_what_was_measured_is_shown_also_when_it_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "demo-details.part")
+
+    monkeypatch.setattr(run, "write", full)
+    with pytest.raises(run.DemoError, match="No space left on device"):
+        run.close(Board(), bench(), Count(300, 0, 9.0, (), final=True), [])
+    assert "no request lost in the canary" in capsys.readouterr().out
+
+
+def test_off_a_terminal_what_holds_all_up_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    board = Board(stream)
+    crashing = row("ModelDeployment", "teacher", "", job(phase="Preparing"), 0)
+    waiting = row("FineTuneJob", "student", "", job(phase="Waiting"), 0)
+    board.show([crashing, waiting])
+    board.show([crashing, waiting])
+    assert stream.getvalue().count("ModelDeployment/teacher") == 1, "not before it was quiet for long"
+    monkeypatch.setattr(show, "PLAIN_SECONDS", 0.0)
+    board.show([crashing, waiting])
+    assert stream.getvalue().count("ModelDeployment/teacher") == 2
+    assert stream.getvalue().count("FineTuneJob/student") == 1
+    board.show([waiting])
+    assert stream.getvalue().count("FineTuneJob/student") == 2, "it waits for nothing that is shown"
+
+
+class Emptied(Kubectl):
+    """A cluster with the chain's objects by uid; they are others, or gone, at the second look."""
+
+    def __init__(self, *uids: str) -> None:
+        super().__init__("slmops-demo", current=True)
+        self.uids = list(uids)
+
+    def run(self, *args: str, stdin: str | None = None, timeout: float = 60.0) -> str:
+        if args[0] != "get" or not self.uids:
+            return ""
+        uid = self.uids.pop(0)
+        found = [{"kind": kind, "metadata": {"name": name, "uid": uid}} for kind, name, _ in CHAIN if uid]
+        return json.dumps({"items": found})
+
+
+@pytest.mark.parametrize("later", ["", "2"])
+def test_a_chain_that_somebody_removes_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, later: str) -> None:
+    monkeypatch.setattr(run.time, "sleep", lambda _seconds: None)
+    with pytest.raises(run.DemoError, match="FineTuneJob/teacher was removed"):
+        run.run_chain(Emptied("", "1", "1", later), Board(io.StringIO()))
+
+
+def test_a_deployment_that_somebody_removes_ends_the_canary() -> None:
+    kube = Emptied()
+    with pytest.raises(run.DemoError, match="ModelDeployment/assistant was removed"):
+        run.promoted(kube, Board(io.StringIO()), Load(kube), "sha256:x")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kit import load, pods, watching
+from kit import earlier, load, pods, watching
 from kit.bench import gaps
 from kit.kubectl import Kubectl, KubectlError, TimedOut, wait_for
 from kit.traffic import Tally, Traffic
@@ -192,3 +192,88 @@ def test_gaps_are_measured_between_the_first_events_that_tell() -> None:
     told = [("a", "Pending"), ("a", "Succeeded"), ("a", "Succeeded"), ("b", "Pending"), ("b", "Succeeded")]
     events = [(float(at), pod(*each)) for at, each in enumerate([*told, ("c", "Pending"), ("c", "Running")])]
     assert gaps(events) == [2.0, 1.0]
+
+
+class Pod(Kubectl):
+    """A pod whose phases come one after the other, one for each look; None: no answer. Its log is `lines`."""
+
+    def __init__(self, phases: list[str | None], lines: list[str]) -> None:
+        super().__init__("shop", current=True)
+        self.phases, self.lines = phases, lines
+
+    def run(self, *args: str, stdin: str | None = None, timeout: float = 60.0) -> str:
+        if args[0] == "logs":
+            return "\n".join(self.lines)
+        if args[0] == "exec":
+            raise KubectlError("command terminated with exit code 137")
+        phase = self.phases.pop(0) if len(self.phases) > 1 else self.phases[0]
+        if phase is None:
+            raise KubectlError("connection refused")
+        return json.dumps({"status": {"phase": phase}}) if phase else ""
+
+
+@pytest.fixture
+def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pods, "wait_for", lambda what, probe, timeout: wait_for(what, probe, timeout, every=0.001))
+
+
+@pytest.mark.usefixtures("_fast")
+def test_a_pod_is_waited_for_through_questions_that_nobody_answers() -> None:
+    assert pods.finish(Pod([None, "Running", None, "Succeeded"], ["a", "b"]), "seed", 10) == ["a", "b"]
+
+
+@pytest.mark.usefixtures("_fast")
+def test_a_pod_that_nobody_can_ask_about_is_given_up_in_time() -> None:
+    with pytest.raises(TimedOut, match="pod/seed ends"):
+        pods.finish(Pod([None], []), "seed", 0.05)
+
+
+@pytest.mark.usefixtures("_fast")
+def test_a_pod_that_somebody_removes_is_not_waited_for() -> None:
+    with pytest.raises(TimedOut, match="pod/seed was removed"):
+        pods.finish(Pod(["", "Running", None, ""], []), "seed", 60)
+
+
+@pytest.mark.usefixtures("_fast")
+def test_a_pod_that_takes_long_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pods, "TELL_SECONDS", 0)
+    heard = list[str]()
+    pods.finish(Pod(["Running", "Running", "Succeeded"], ["round 3"]), "bench", 10, tell=heard.append)
+    assert "pod/bench Running: round 3" in heard
+
+
+@pytest.mark.usefixtures("_fast")
+def test_traffic_that_ends_before_its_end_is_confirmed_is_counted() -> None:
+    line = Tally(sent=5, lost=0, reasons=[], latencies=[0.1]).line(final=True)
+    assert load.Load(Pod(["Succeeded"], [line])).stop().sent == 5
+
+
+def test_what_earlier_runs_left_is_told_from_the_users_own() -> None:
+    names = ["default", "slmops-system", "slmops-image-tests", "slmops-demo", "e2e-chain", "bench-bare-1"]
+    assert earlier.left(names) == ["slmops-demo", "e2e-chain", "bench-bare-1"]
+
+
+class Node(Kubectl):
+    """The local node by its namespaces; `done` is what was asked of it, whatever the namespace."""
+
+    def __init__(self, names: list[str], done: list[str], namespace: str = "default") -> None:
+        super().__init__(namespace, current=True)
+        self.names, self.done = names, done
+
+    def within(self, namespace: str) -> "Node":
+        return Node(self.names, self.done, namespace)
+
+    def run(self, *args: str, stdin: str | None = None, timeout: float = 60.0) -> str:
+        if args[0] == "get":
+            return json.dumps({"items": [{"metadata": {"name": name}} for name in self.names]})
+        self.done.append(" ".join([self.namespace, *args]))
+        return ""
+
+
+@pytest.mark.parametrize("names", [["default"], ["default", "e2e-x", "slmops-demo"]])
+def test_pods_of_earlier_runs_end_and_a_namespace_that_is_needed_stays(names: list[str]) -> None:
+    done = list[str]()
+    assert earlier.remove(Node(names, done)) == names[1:]
+    pods_only = ["slmops-image-tests delete pods --all --wait=false"]
+    gone = ["default delete namespace e2e-x slmops-demo --ignore-not-found --wait=false"] if names[1:] else []
+    assert done == gone + pods_only

@@ -50,3 +50,14 @@ def test_help_tells_of_every_target_that_is_for_people() -> None:
     command = ["make", "--no-print-directory", "help"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
     assert {line.split()[0] for line in listed.splitlines()} == targets - {"debs"}
+
+
+@pytest.mark.parametrize("target", ["e2e", "components"])
+def test_tests_run_beside_nothing_that_earlier_runs_left(target: str) -> None:
+    lines = make(target, "CLUSTER=local").stdout.splitlines()
+    removed = next(number for number, line in enumerate(lines) if "kit.earlier" in line)
+    assert removed < next(number for number, line in enumerate(lines) if re.search(r"scenarios|kit\.imagetests", line))
+
+
+def test_your_own_cluster_keeps_its_namespaces() -> None:
+    assert "kit.earlier" not in make("e2e", "CLUSTER=current").stdout

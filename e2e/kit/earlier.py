@@ -1,0 +1,44 @@
+"""What earlier runs left on the local node: interrupted or failed, they would go on beside the next one.
+
+python -m kit.earlier        removes it; refuses while a demo runs
+"""
+
+import sys
+from collections.abc import Iterable
+
+from kit.alone import BusyError, alone
+from kit.imagetests import NAMESPACE as IMAGE_TESTS
+from kit.kubectl import Kubectl, KubectlError
+
+DEMO = "slmops-demo"
+PREFIXES = ("e2e-", "bench-")  # of the scenarios and of `make bench`
+
+
+def left(names: Iterable[str]) -> list[str]:
+    """Of these namespaces those that a run makes for itself."""
+    return [name for name in names if name == DEMO or name.startswith(PREFIXES)]
+
+
+def remove(kube: Kubectl) -> list[str]:
+    """End it without waiting; returns the namespaces. Raises KubectlError."""
+    found = left(item["metadata"]["name"] for item in kube.list("namespaces"))
+    if found:
+        kube.run("delete", "namespace", *found, "--ignore-not-found", "--wait=false")
+    # That namespace stays: nothing could be made in it before it is gone.
+    kube.within(IMAGE_TESTS).run("delete", "pods", "--all", "--wait=false")
+    return found
+
+
+def main() -> int:
+    """The exit code."""
+    try:
+        with alone("make test"):
+            remove(Kubectl())
+    except (BusyError, KubectlError, OSError) as problem:
+        print(f"failed: {problem}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
