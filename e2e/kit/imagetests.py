@@ -6,7 +6,9 @@ The image holds no test tools: tests and pytest are put beside it by mounts. Pac
 win over those that come with pytest.
 """
 
+import contextlib
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -31,7 +33,7 @@ OPTIONS = [
 def pytest_folder() -> Path:
     """A folder with pytest for the images' Python, made once per requirements file. Raises CalledProcessError."""
     requirements = ROOT / "requirements/pytest.txt"
-    folder = LOCAL / f"pytest-{hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]}"
+    folder = LOCAL / f"image-pytest-{hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]}"
     if not folder.exists():
         part = folder.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)
@@ -78,15 +80,22 @@ def run(name: str, arguments: list[str]) -> bool:
     kube, made = Kubectl(NAMESPACE), f"{name}-tests"
     kube.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
     kube.delete("pod", made)
-    with readable_tests(name) as tests:
-        folders = {"/tests": tests, "/opt/pytest": pytest_folder()}
-        kube.apply(pod(made, local_images()[name], folders, arguments or [f"/tests/{name}"]))
-        wait_for("the test pod runs", lambda: pods.phase(kube, made) not in ("", "Pending"), timeout=120)
-        subprocess.run([kube.program, "-n", NAMESPACE, "logs", "-f", made], env=kube.env, check=False)
-        end = wait_for(
-            "the test pod ends", lambda: (p := pods.phase(kube, made)) in ("Succeeded", "Failed") and p, timeout=60
-        )
-    kube.delete("pod", made, wait=False)
+    try:
+        with readable_tests(name) as tests:
+            return _succeeds(kube, made, tests, name, arguments)
+    finally:  # also when interrupted: it would go on beside whatever comes next
+        with contextlib.suppress(KubectlError, KeyboardInterrupt):  # a second Ctrl-C hurries
+            kube.delete("pod", made, wait=False)
+
+
+def _succeeds(kube: Kubectl, made: str, tests: Path, name: str, arguments: list[str]) -> bool:
+    folders = {"/tests": tests, "/opt/pytest": pytest_folder()}
+    kube.apply(pod(made, local_images()[name], folders, arguments or [f"/tests/{name}"]))
+    wait_for("the test pod runs", lambda: pods.phase(kube, made) not in ("", "Pending"), timeout=120)
+    subprocess.run([kube.program, "-n", NAMESPACE, "logs", "-f", made], env=kube.env, check=False)
+    end = wait_for(
+        "the test pod ends", lambda: (p := pods.phase(kube, made)) in ("Succeeded", "Failed") and p, timeout=60
+    )
     return end == "Succeeded"
 
 
@@ -95,11 +104,15 @@ def main() -> int:
     if sys.argv[1:2] == [] or sys.argv[1] not in IMAGES:
         print(f"usage: python -m kit.imagetests {'|'.join(IMAGES)} [pytest arguments]", file=sys.stderr)
         return 2
+    os.umask(0o022)  # the pod is another user than who made the folders
     try:
         return 0 if run(sys.argv[1], sys.argv[2:]) else 1
     except (KubectlError, TimedOut, FileNotFoundError, subprocess.CalledProcessError) as error:
         print(f"failed: the tests in the image {sys.argv[1]}: {error}\n  next: see `make status`", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; the test pod is removed", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from kit import imagetests
+from kit.kubectl import Kubectl, Object
 
 
 def test_the_tests_are_readable_whatever_the_clones_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,3 +30,47 @@ def test_an_image_without_tests_is_refused(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr("sys.argv", ["imagetests", "sever"])
     assert imagetests.main() == 2
     assert "trainer|server" in capsys.readouterr().err
+
+
+def test_what_the_pods_user_has_to_read_does_not_hang_on_the_shells_umask(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = os.umask(0o077), list[int]()
+    try:
+        monkeypatch.setattr("sys.argv", ["imagetests", "server"])
+        monkeypatch.setattr(imagetests, "run", lambda *_: seen.append(os.umask(0o022)) is None)
+        assert imagetests.main() == 0
+        assert seen == [0o022]
+    finally:
+        os.umask(before)
+
+
+class Interrupted(Kubectl):
+    """A cluster in which the pod runs until Ctrl-C; `done`: what was asked of it."""
+
+    done: list[str]
+
+    def get(self, kind: str, name: str) -> Object | None:
+        raise KeyboardInterrupt
+
+    def apply(self, *objects: Object) -> None:
+        self.done += [f"apply {obj['kind']}" for obj in objects]
+
+    def delete(self, kind: str, name: str, *, wait: bool = True) -> None:
+        self.done.append(f"delete {kind}/{name}")
+
+
+def test_an_interrupted_pod_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Interrupted, "done", [], raising=False)
+    monkeypatch.setattr("sys.argv", ["imagetests", "server"])
+    monkeypatch.setattr(imagetests, "LOCAL", tmp_path)
+    monkeypatch.setattr(imagetests, "Kubectl", Interrupted)
+    monkeypatch.setattr(imagetests, "pytest_folder", lambda: tmp_path)
+    monkeypatch.setattr(imagetests, "local_images", lambda: {"server": "image"})
+    umask = os.umask(0o022)
+    try:
+        assert imagetests.main() == 130
+    finally:
+        os.umask(umask)
+    assert Interrupted.done[1:] == ["delete pod/server-tests", "apply Pod", "delete pod/server-tests"]
+    assert "interrupted" in capsys.readouterr().err
