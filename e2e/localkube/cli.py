@@ -11,10 +11,14 @@ from pathlib import Path
 from localkube import bare, build, cluster, packages, paths, venv
 from localkube.say import Failure, step
 
+SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+
 
 def main(argv: list[str] | None = None) -> int:
     os.umask(0o022)  # what daemons, builds and pods of other users have to read does not hang on the shell's
     os.environ["NO_PROXY"] = no_proxy(os.environ)
+    os.environ["PATH"] = search_path(os.environ)
+    os.environ.setdefault("HOME", str(Path.home()))  # Go and buildah ask for it, and no other place
     arguments = _parser().parse_args(argv)
     try:
         return _dispatch(arguments)
@@ -22,8 +26,8 @@ def main(argv: list[str] | None = None) -> int:
         print(failure.report(), file=sys.stderr)
         return 1
     except OSError as problem:
-        # A full disk, a folder of another user: the system's own words name what and where.
-        print(Failure(str(problem), hint="mend that and run the same command again").report(), file=sys.stderr)
+        # A full disk, a folder of another user: the system's own words name what, and mostly where.
+        print(Failure(f"{arguments.command}: {problem}").report(), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; running the same command again goes on from here", file=sys.stderr)
@@ -34,6 +38,12 @@ def no_proxy(environment: Mapping[str, str]) -> str:
     """What kubectl and the daemons reach without the machine's proxy: what the user says, and the node's networks."""
     said = environment.get("NO_PROXY") or environment.get("no_proxy") or ""
     return ",".join([*filter(None, said.split(",")), paths.POD_CIDR, paths.SERVICE_CIDR])
+
+
+def search_path(environment: Mapping[str, str]) -> str:
+    """The PATH with the folders of root's programs, which `su` and cron leave out: dpkg and iptables lie there."""
+    said = environment.get("PATH", os.defpath).split(":")
+    return ":".join([*said, *(folder for folder in SBIN if folder not in said)])
 
 
 def _dispatch(arguments: argparse.Namespace) -> int:

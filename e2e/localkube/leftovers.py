@@ -7,6 +7,7 @@ works on the remains of a killed run, of another clone, and of a clone that has 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -81,9 +82,9 @@ def create_cgroups() -> None:
     if (CGROUPS / "cgroup.controllers").exists():
         group = CGROUPS / paths.CGROUP
         group.mkdir(exist_ok=True)
-        wanted = " ".join(f"+{c}" for c in (CGROUPS / "cgroup.controllers").read_text().split())
+        wanted = (CGROUPS / "cgroup.controllers").read_text().split()
         for level in [CGROUPS, group]:
-            (level / "cgroup.subtree_control").write_text(wanted)
+            _enable(wanted, level)
         return
     for hierarchy in CGROUPS.iterdir():
         if hierarchy.is_dir() and not hierarchy.is_symlink() and (hierarchy / "cgroup.procs").exists():
@@ -92,6 +93,24 @@ def create_cgroups() -> None:
             for setting in ["cpuset.cpus", "cpuset.mems"]:
                 if (hierarchy / setting).exists():
                     (group / setting).write_text((hierarchy / setting).read_text())
+
+
+def _enable(wanted: list[str], level: Path) -> None:
+    control = level / "cgroup.subtree_control"
+    there = control.read_text().split()
+    missing = " ".join(f"+{name}" for name in wanted if name not in there)
+    if not missing:
+        return
+    try:
+        control.write_text(missing)
+    except OSError as problem:
+        if problem.errno != errno.EBUSY:
+            raise
+        procs, leaf = level / "cgroup.procs", level / "init"
+        raise Failure(
+            f"{control} does not take {missing}: processes run in {level} itself, as in a container without systemd",
+            hint=f"move them: mkdir -p {leaf}; xargs -rn1 < {procs} > {leaf}/cgroup.procs; then run again",
+        ) from None
 
 
 def _cgroup_roots() -> list[Path]:

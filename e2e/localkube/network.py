@@ -13,6 +13,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,14 @@ def check_free() -> None:
             f"iptables chains of another Kubernetes are on this machine ({', '.join(chains[:4])})",
             hint="use that cluster (CLUSTER=current). If it is gone: `kube-proxy --cleanup`, or delete these chains",
         )
+    ruleset = shell.attempt("nft", "-j", "list", "ruleset")
+    closed = firewalls(json.loads(ruleset.stdout or "{}") if ruleset.returncode == 0 else {})
+    if closed:
+        rules = "; ".join(f"nft insert rule {chain} iifname {paths.BRIDGE} accept" for chain in closed)
+        raise Failure(
+            f"the machine's firewall drops what pods send (nftables: {', '.join(closed)})",
+            hint=f"{rules} (and the same in its file, to last)",
+        )
     listed = shell.attempt("ip", "-json", "route", "show", "table", "all")
     taken = overlapping(json.loads(listed.stdout or "[]") if listed.returncode == 0 else [])
     if taken:
@@ -70,6 +79,8 @@ def set_up() -> None:
 
 
 def tear_down() -> None:
+    if shutil.which("iptables-save") is None and (_bridge().exists() or paths.RUN.exists()):
+        raise Failure("iptables is gone, and the node's rules are still there", hint="apt-get install iptables")
     for link in _links():
         shell.attempt("ip", "link", "delete", link)
     tables = _saved_tables()
@@ -88,7 +99,7 @@ def bridge_sees_iptables() -> bool:
 
 
 def rules() -> str:
-    """Let pods out through NAT and in to the node, whatever the machine's firewall says; let nobody else in."""
+    """Let pods out through NAT and in to the node, whatever iptables says besides; let nobody else in."""
     chain, bridge = paths.CHAIN, paths.BRIDGE
     return f"""\
 *nat
@@ -176,6 +187,24 @@ def overlapping(routes: list[dict[str, Any]]) -> list[str]:
     return found
 
 
+def firewalls(ruleset: Mapping[str, Any]) -> list[str]:
+    """`family table chain` of chains that drop what no rule accepts and have none for the node's bridge.
+
+    `ruleset`: from `nft -j list ruleset`. iptables' own chains are left out: the node's rules come first in them.
+    """
+    entries = ruleset.get("nftables", [])
+    named = [entry["rule"] for entry in entries if "rule" in entry and f'"{paths.BRIDGE}"' in json.dumps(entry)]
+    opened = {(rule["family"], rule["table"], rule["chain"]) for rule in named}
+    chains = [entry["chain"] for entry in entries if "chain" in entry]
+    keys = [
+        (chain["family"], chain["table"], chain["name"])
+        for chain in chains
+        if chain.get("hook") in ("input", "forward") and chain.get("policy") == "drop"
+    ]
+    iptables = {("ip", "filter", "INPUT"), ("ip", "filter", "FORWARD")}
+    return [" ".join(key) for key in keys if key[0] in ("ip", "inet") and key not in iptables | opened]
+
+
 def _saved_tables() -> dict[tuple[str, str], str]:
     """What iptables-save tells, by tool and table, in the order of clearing; without tables that cannot be read."""
     saved = {}
@@ -189,8 +218,11 @@ def _saved_tables() -> dict[tuple[str, str], str]:
 def _links() -> list[str]:
     found = shell.attempt("ip", "-json", "link", "show", "master", paths.BRIDGE)
     members = [link["ifname"] for link in json.loads(found.stdout or "[]") if link] if not found.returncode else []
-    bridge = [paths.BRIDGE] if Path(f"/sys/class/net/{paths.BRIDGE}").exists() else []
-    return [*members, *bridge]
+    return [*members, *([paths.BRIDGE] if _bridge().exists() else [])]
+
+
+def _bridge() -> Path:
+    return Path(f"/sys/class/net/{paths.BRIDGE}")
 
 
 def read_sysctl(name: str) -> str:
@@ -209,18 +241,33 @@ def _sysctl(name: str) -> Path:
 
 
 def _save_sysctls() -> None:
-    if not _SAVED.exists():
-        _PASSING.write_text(json.dumps(passing(_saved_tables())))
+    if _read(_SAVED) is None:
+        _write(_PASSING, passing(_saved_tables()))
         names = [*SYSCTLS, *KUBELET_SYSCTLS]
-        _SAVED.write_text(json.dumps({name: read_sysctl(name) for name in names if read_sysctl(name)}))
+        _write(_SAVED, {name: read_sysctl(name) for name in names if read_sysctl(name)})
 
 
 def _restore_sysctls(now: list[str]) -> None:
-    if _SAVED.exists():
-        saved = json.loads(_SAVED.read_text())
-        back = restorable(saved, json.loads(_PASSING.read_text()) if _PASSING.exists() else [], now)
+    saved = _read(_SAVED)
+    if saved is not None:
+        back = restorable(saved, _read(_PASSING) or [], now)
         if back != saved:
             step(f"{FORWARD} stays as it is: others have set up forwarding since `up`")
         for name, value in back.items():
             write_sysctl(name, value)
-        _SAVED.unlink()
+    _SAVED.unlink(missing_ok=True)
+
+
+def _write(file: Path, value: object) -> None:
+    """The whole file or none."""
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(value))
+    part.replace(file)
+
+
+def _read(file: Path) -> Any:
+    """None also where there is half a file, from a full disk: nothing was set before it was whole."""
+    try:
+        return json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return None

@@ -90,7 +90,8 @@ def locked(path: Path, *, inherited: bool = False) -> Iterator[None]:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 step(f"waiting for another run to finish ({path.name})")
-                fcntl.flock(handle, fcntl.LOCK_EX)
+                with heartbeat(f"waiting ({path.name})"):
+                    fcntl.flock(handle, fcntl.LOCK_EX)
             # Whoever had it may have removed the file: then the lock is one that nobody else would see.
             if path.exists() and path.stat().st_ino == os.fstat(handle.fileno()).st_ino:
                 yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from localkube import cli, packages, say, shell, venv
+from localkube import cli, packages, paths, say, shell, venv
 from localkube.say import Failure
 
 
@@ -70,6 +71,24 @@ def test_a_killed_installation_is_undone_by_the_next_command(tmp_path: Path, own
     packages.allow_services(policy, preset)
     assert (policy.read_text() if policy.exists() else None) == own
     assert len(files(tmp_path)) == (own is not None)
+
+
+@pytest.mark.parametrize("own", [None, "#!/bin/sh\nexit 104\n"])
+def test_a_killed_installation_is_undone_also_when_it_had_brought_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str | None
+) -> None:
+    policy, preset = tmp_path / "policy-rc.d", tmp_path / "presets/00-x.preset"
+    for name, value in (("POLICY", policy), ("PRESET", preset)):
+        monkeypatch.setattr(packages, name, value)
+    monkeypatch.setattr(paths, "APT_LOCK", tmp_path / "apt.lock")
+    monkeypatch.setattr(packages.os, "geteuid", lambda: 0)
+    if own is not None:
+        policy.write_text(own)
+    killed = packages._no_services(policy, preset)
+    killed.__enter__()
+    packages.ensure({"x": "/"})
+    assert (policy.read_text() if policy.exists() else None) == own
+    assert not preset.exists()
 
 
 @pytest.mark.skipif(
@@ -145,6 +164,17 @@ def test_a_lock_whose_file_was_removed_by_its_holder_still_excludes(tmp_path: Pa
     assert order == ["first", "second"]
 
 
+def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The command line; what it does to the process is undone."""
+    for name in ("NO_PROXY", "PATH"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    umask = os.umask(0o022)
+    try:
+        return cli.main(list(arguments))
+    finally:
+        os.umask(umask)
+
+
 def test_an_error_of_the_system_is_said_in_its_words(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -152,17 +182,59 @@ def test_an_error_of_the_system_is_said_in_its_words(
         raise OSError(28, "No space left on device", str(tmp_path))
 
     monkeypatch.setattr(venv, "ensure", full)
-    monkeypatch.setenv("NO_PROXY", "")
-    umask = os.umask(0o022)
-    try:
-        assert cli.main(["venv"]) == 1
-    finally:
-        os.umask(umask)
+    assert main(monkeypatch, "venv") == 1
     said = capsys.readouterr().err
     assert "failed: " in said
     assert "No space left on device" in said
     assert str(tmp_path) in said
     assert "next: " in said
+    assert re.search(rf"free: .*{re.escape(str(paths.LOCAL))} \d+\.\d GB", said)
+
+
+def test_a_full_disk_is_measured_whoever_met_it_and_other_failures_have_no_figures(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("write /x: No space left on device\n")
+    assert "  free: " in Failure("skopeo copy ended with 1\n  | No space left on device").report()
+    assert "  free: " in Failure("buildah bud ended with 1", log=tmp_path / "log").report()
+    assert Failure("ip link add ended with 2").report() == f"failed: ip link add ended with 2\n  next: {say.GO_ON}"
+
+
+def test_programs_find_their_home_without_the_shells_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[str | None]()
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(venv, "ensure", lambda: seen.append(os.environ.get("HOME")))
+    assert main(monkeypatch, "venv") == 0
+    assert seen == [str(Path.home())]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"PATH": "/usr/local/bin:/usr/bin:/bin"}, "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"),
+        ({"PATH": "/sbin:/usr/sbin:/usr/local/sbin:/bin"}, "/sbin:/usr/sbin:/usr/local/sbin:/bin"),
+        ({}, f"{os.defpath}:/usr/local/sbin:/usr/sbin:/sbin"),
+    ],
+)
+def test_roots_programs_are_found_after_su_and_from_cron(said: dict[str, str], expected: str) -> None:
+    assert cli.search_path(said) == expected
+
+
+def test_a_long_wait_for_another_run_is_heard_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(say, "BEAT_SECONDS", 0.02)
+
+    def second() -> None:
+        with shell.locked(tmp_path / "build.lock"):
+            pass
+
+    with shell.locked(tmp_path / "build.lock"):
+        other = threading.Thread(target=second)
+        other.start()
+        heard, deadline = "", time.monotonic() + 10
+        while "waiting (build.lock): 0 s so far" not in heard and time.monotonic() < deadline:
+            heard += capsys.readouterr().err
+    other.join(10)
+    assert "waiting (build.lock): 0 s so far" in heard
 
 
 def test_whoever_is_not_root_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
