@@ -11,12 +11,18 @@ from localkube import images
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILES = {path.parent.name: path.read_text() for path in (ROOT / "images").glob("*/Dockerfile")}
-FROM_CLONE = {
-    name: [(source, target) for source, target in re.findall(r"^COPY (?!--from)(\S+) (\S+)$", text, re.MULTILINE)]
+COPIES = [
+    (name, source, target)
     for name, text in DOCKERFILES.items()
     if name not in ("base", "pause")  # their context is made by localkube
-}
-COPIES = [(name, *copy) for name, copies in FROM_CLONE.items() for copy in copies]
+    for line in re.findall(r"^COPY (?!--from)(.+)$", text, re.MULTILINE)
+    for *sources, target in [line.split()]
+    for source in sources
+]
+
+
+def test_a_line_may_copy_more_than_one_file() -> None:
+    assert ("registry", "images/registry/keeper.py", "/etc/registry/") in COPIES
 
 
 @pytest.mark.parametrize("name", sorted(set(DOCKERFILES) - {"base"}))

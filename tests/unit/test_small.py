@@ -12,7 +12,7 @@ import aiohttp
 import httpx
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from tests.unit.objects import NOW, Object, at, condition, exited, finetune, pod, waiting
@@ -130,6 +130,10 @@ def test_the_merge_patch_leads_there_and_is_empty_only_at_the_end(current: Objec
     patch = merge_patch(current, wanted)
     assert patched(current, patch) == wanted
     assert (not patch) == (current == wanted)
+
+
+def test_no_example_fails_for_the_time_it_takes() -> None:
+    assert settings().deadline is None
 
 
 SIGNS = st.text(st.characters(codec="utf-8"), max_size=30) | st.sampled_from(
