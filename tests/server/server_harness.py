@@ -30,17 +30,20 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 30) ->
         time.sleep(0.01)
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """All held until all are chosen, so that they differ."""
+    with contextlib.ExitStack() as held:
+        socks = [held.enter_context(socket.socket()) for _ in range(count)]
+        for sock in socks:
+            sock.bind(("127.0.0.1", 0))
+        return [int(sock.getsockname()[1]) for sock in socks]
 
 
 class Server:
     """A real slmops-server process with a real model."""
 
-    def __init__(self, log: Path, *args: str, model: Path = TINY, ready: bool = True) -> None:
-        self.port = free_port()
+    def __init__(self, log: Path, *args: str, model: Path = TINY, ready: bool = True, port: int = 0) -> None:
+        self.port = port or free_ports(1)[0]
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         env = {**os.environ, "PYTHONPATH": str(REPO / "images" / "server")}
@@ -74,6 +77,12 @@ class Server:
     @property
     def open_files(self) -> int:
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+    @property
+    def most_memory(self) -> int:
+        """Of the front so far, in bytes."""
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
 
     @property
     def engine_pid(self) -> int | None:

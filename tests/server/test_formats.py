@@ -4,12 +4,14 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jsonschema
 import numpy as np
 import openai
 import pytest
 from server_harness import TINY, Server
+from tokenizers import Tokenizer, decoders, models
 
 from slmops_server import model_folder
 from slmops_server.engines.choose import EngineOptions
@@ -74,6 +76,41 @@ def test_loglikelihoods_by_echo_are_those_of_the_model(server: Server) -> None:
             assert max(top.values()) == pytest.approx(position.max(), abs=1e-4)
             assert logprob in top.values()
     assert answer["usage"]["prompt_tokens"] == 9
+
+
+def test_a_scored_prompt_has_one_more_token_even_if_it_ends_the_answer(server: Server) -> None:
+    """The harness takes the last score off, whatever it is."""
+    ask = {"prompt": [[40, 41, 42]], "max_tokens": 1, "echo": True, "logprobs": 1}
+    plain, ended = (server.complete(**ask, **more).json()["choices"][0] for more in ({}, {"logit_bias": {"2": 100}}))
+    assert (ended["finish_reason"], ended["text"]) == ("stop", plain["text"][:3])
+    assert ended["logprobs"]["tokens"] == [*plain["logprobs"]["tokens"][:3], "<|im_end|>"]
+    assert ended["logprobs"]["token_logprobs"][:3] == plain["logprobs"]["token_logprobs"][:3]
+    assert len(ended["logprobs"]["token_logprobs"]) == len(ended["logprobs"]["top_logprobs"]) == 4
+    assert "<|im_end|>" in ended["logprobs"]["top_logprobs"][3]
+    streamed = server.complete(**ask, logit_bias={"2": 100}, stream=True).text.split("\n\n")
+    told = [json.loads(f[6:])["choices"][0]["logprobs"] for f in streamed if f.startswith("data: {")]
+    assert [one for part in told if part for one in part["tokens"]] == ended["logprobs"]["tokens"]
+    unscored = server.complete(prompt=[40, 41, 42], max_tokens=1, logprobs=1, logit_bias={"2": 100}).json()
+    assert unscored["choices"][0]["logprobs"]["tokens"] == []
+
+
+def test_a_completion_keeps_the_blank_before_its_first_word(start: Start, tmp_path: Path) -> None:
+    """SentencePiece's first blank belongs to the tokenizer only where a text begins."""
+    shutil.copytree(TINY, tmp_path / "model")
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), *(f"\u2581w{n}" for n in range(259, 512))]
+    vocab = {name: number for number, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+    server = start("--slots", "2", model=tmp_path / "model")
+    ask = {"logit_bias": {"301": 100}, "max_tokens": 3}
+    assert server.complete(prompt=[300], **ask).json()["choices"][0]["text"] == " w301 w301 w301"
+    echoed = server.complete(prompt=[300], echo=True, **ask).json()["choices"][0]["text"]
+    assert echoed == tokenizer.decode([300, 301, 301, 301]) == "w300 w301 w301 w301"
+    assert server.chat(**ask).json()["choices"][0]["message"]["content"] == "w301 w301 w301"
 
 
 def test_echo_gives_the_prompt_back(server: Server) -> None:
@@ -191,6 +228,19 @@ def test_a_forced_tool_is_called_whole_and_streamed(with_tools: Server) -> None:
             ]
             assert chunks[-1].choices[0].finish_reason == "tool_calls"
             assert not any(chunk.choices[0].delta.content for chunk in chunks)
+
+
+def test_a_forced_tool_may_say_what_cannot_be_enforced(with_tools: Server) -> None:
+    """As pydantic's schemas of a set and of a path do."""
+    fields = {
+        "rooms": {"type": "array", "items": {"enum": ["a"]}, "uniqueItems": True, "maxItems": 1},
+        "plan": {"type": "string", "format": "path", "maxLength": 1},
+    }
+    parameters = {"type": "object", "properties": fields, "required": [*fields], "additionalProperties": False}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    answer = with_tools.chat(tools=[tool], tool_choice="required", max_tokens=200)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["finish_reason"] == "tool_calls"
 
 
 def test_a_call_with_half_a_character_can_be_sent_back(with_tools: Server) -> None:

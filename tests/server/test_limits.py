@@ -1,5 +1,6 @@
 """Clients that flood, dawdle or do not listen: each is told why or cut off, and nobody else notices."""
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -234,10 +235,58 @@ def test_a_full_queue_at_the_end_sends_clients_elsewhere(start: Start) -> None:
     sock.close()
 
 
+def test_a_flood_of_answers_is_refused_before_any_work(start: Start) -> None:
+    server = start("--slots", "2")
+    before, slowest = server.most_memory, 0.0
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        flood = pool.submit(server.complete, prompt=["a"] * 200_000, n=128)
+        while not flood.done():
+            slowest = max(slowest, server.http.get("/livez").elapsed.total_seconds())
+    refused = flood.result()
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+    assert refused.elapsed.total_seconds() < 2
+    assert slowest < 1
+    assert server.most_memory - before < 200 << 20
+
+
 def test_idle_connections_are_closed_before_and_after_a_request(start: Start) -> None:
     server = start("--keep-alive", "0.5")
-    fresh, used = connect(server), connect(server)
-    used.sendall(b"GET /readyz HTTP/1.1\r\nhost: x\r\n\r\n")
-    assert used.recv(1 << 16).startswith(b"HTTP/1.1 200")
-    assert to_the_end(fresh) == b""
-    assert b"HTTP/1.1" not in to_the_end(used)
+    fresh, used, blank, then_blank = (connect(server) for _ in range(4))
+    blank.sendall(b"\r\n")  # blank lines are no request
+    for sock in (used, then_blank):
+        sock.sendall(b"GET /readyz HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert sock.recv(1 << 16).startswith(b"HTTP/1.1 200")
+    then_blank.sendall(b"\r\n")
+    for sock in (fresh, blank):
+        assert to_the_end(sock) == b""
+    for sock in (used, then_blank):
+        assert b"HTTP/1.1" not in to_the_end(sock)
+
+
+def test_blank_lines_that_keep_coming_do_not_keep_a_connection(start: Start) -> None:
+    server = start("--keep-alive", "0.5")
+    sock = connect(server)
+    sock.settimeout(0.05)
+
+    def closed() -> bool:
+        try:
+            sock.sendall(b"\r\n")
+            return sock.recv(1) == b""
+        except TimeoutError:
+            return False
+        except ConnectionError:
+            return True
+
+    wait_for(closed, "it is closed", 10)
+    sock.close()
+
+
+def test_what_comes_after_a_refusal_does_not_keep_a_connection(start: Start) -> None:
+    """A body that is thrown away, in pieces: its end is no request either."""
+    server = start("--keep-alive", "0.5", "--max-body-bytes", "10")
+    sock = connect(server)
+    sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 30\r\n\r\n")
+    assert b"413" in sock.recv(1 << 16)
+    for piece in (b"x" * 10, b"x" * 10, b"x" * 10):
+        sock.sendall(piece)
+    assert b"HTTP/1.1" not in to_the_end(sock)

@@ -216,6 +216,24 @@ def test_slots_are_planned_from_memory(tiny: Path) -> None:
         plan_slots(folder, 512, 0, base)
 
 
+def test_many_prompts_are_cut_beside_the_event_loop(tiny: Path) -> None:
+    """None of them is long, all of them together are."""
+    service = Service(settings.Settings(model=tiny, served_names=("tiny",)))
+    service.max_len = 1 << 30
+    request = parse("completions", json.dumps({"model": "tiny", "prompt": ["The printer " * 1500] * 64}).encode())
+
+    async def turns() -> int:
+        """Of the event loop meanwhile."""
+        cutting, count = asyncio.ensure_future(service.prompts(request)), 0
+        while not cutting.done():
+            await asyncio.sleep(0)
+            count += 1
+        assert len(await cutting) == 64
+        return count
+
+    assert asyncio.run(turns()) > 64
+
+
 @pytest.mark.parametrize("length", [1, 30_000])  # of which the latter is cut beside the event loop
 def test_half_a_character_in_a_prompt_is_a_400(tiny: Path, length: int) -> None:
     service = Service(settings.Settings(model=tiny, served_names=("tiny",)))

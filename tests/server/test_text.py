@@ -14,8 +14,8 @@ def tokenizer(tiny: Path) -> Tokenizer:
     return Tokenizer.from_file(str(tiny / "tokenizer.json"))
 
 
-def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    stream = DetokenizerFactory(tokenizer).new()
+def pieces(tokenizer: Tokenizer, ids: list[int], after: list[int] | None = None) -> list[str]:
+    stream = DetokenizerFactory(tokenizer).new(after or ())
     return [stream.feed(i) for i in ids]
 
 
@@ -58,6 +58,7 @@ def test_a_sentencepiece_style_vocabulary_with_byte_fallback() -> None:
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     assert pieces(tokenizer, [5, 1, 2, 3, 4, 6]) == ["the", "", "", "", "🤗", " end"]
+    assert pieces(tokenizer, [5, 6], after=[6]) == [" the", " end"]
 
 
 def test_any_other_decoder_goes_through_the_library() -> None:
@@ -65,6 +66,8 @@ def test_any_other_decoder_goes_through_the_library() -> None:
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     assert "".join(pieces(tokenizer, [1, 2, 3])) == "playing now"
+    assert "".join(pieces(tokenizer, [2, 3], after=[3] * 20 + [1])) == "ing now"
+    assert "".join(pieces(tokenizer, [1, 2], after=[3])) == " playing"
 
 
 STOPS = [

@@ -21,7 +21,8 @@ class Compiler:
         self._bell.setblocking(False)
         self._guides, self._clock = guides, clock
         self._pool = ThreadPoolExecutor(THREADS, "grammar")
-        self._open: dict[int, tuple[Future[MatcherGuide], float]] = {}
+        self._open: dict[int, tuple[tuple[str, str], float]] = {}  # the grammar, and until when it is waited for
+        self._running: dict[tuple[str, str], Future[MatcherGuide]] = {}  # once for all who wait for the same
 
     def known(self, kind: str, text: str) -> MatcherGuide | None:
         """See Guides."""
@@ -29,26 +30,34 @@ class Compiler:
 
     def start(self, number: int, kind: str, text: str) -> None:
         """Compile; `done` tells the outcome under that number."""
-        future = self._pool.submit(self._guides.new, kind, text)
-        self._open[number] = future, self._clock() + SECONDS
-        future.add_done_callback(self._ring)
+        self._open[number] = (kind, text), self._clock() + SECONDS
+        if (kind, text) not in self._running:
+            self._running[kind, text] = future = self._pool.submit(self._guides.new, kind, text)
+            future.add_done_callback(self._ring)
 
     def cancel(self, number: int) -> None:
         """Forget it. What runs is run to its end: a thread cannot be ended."""
-        if number in self._open:
-            self._open.pop(number)[0].cancel()
+        grammar, _ = self._open.pop(number, (None, 0.0))
+        if grammar is None or any(grammar == other for other, _ in self._open.values()):
+            return
+        if grammar in self._running and self._running[grammar].cancel():
+            del self._running[grammar]
 
     def done(self) -> list[tuple[int, MatcherGuide | BadGrammarError | BaseException]]:
         """What was compiled, could not be (BadGrammarError: the grammar's fault), or took too long."""
         with contextlib.suppress(BlockingIOError):
             while self.wake.recv(1024):
                 pass
+        # looked at once: what ends meanwhile has rung, and is told the next time
+        ended = {grammar: future for grammar, future in self._running.items() if future.done()}
         told: list[tuple[int, MatcherGuide | BadGrammarError | BaseException]] = []
-        for number, (future, end) in self._open.items():
-            if future.done():
-                told.append((number, future.exception() or future.result()))
+        for number, (grammar, end) in self._open.items():
+            if grammar in ended:
+                told.append((number, ended[grammar].exception() or ended[grammar].result().copy()))
             elif self._clock() > end:
                 told.append((number, BadGrammarError(f"compiling it takes longer than {SECONDS:g} seconds")))
+        for grammar in ended:
+            del self._running[grammar]
         for number, _ in told:
             self.cancel(number)
         return told

@@ -97,7 +97,9 @@ class Connection(HttpToolsProtocol):
         """Measure what belongs to a head, and the time that a request takes to arrive."""
         if self._refused:
             return
+        idle = self.timeout_keep_alive_task
         super().data_received(data)
+        self._stay_idle(self.loop.time() + self.timeout_keep_alive if idle is None else idle.when())
         if self._head is not None:
             self._head += len(data)
             if self._head > MAX_HEAD and not self._refused:
@@ -106,6 +108,13 @@ class Connection(HttpToolsProtocol):
             self._receiving.stop()
         elif not self._refused:
             self._receiving.start(self.limits.receive)
+
+    def _stay_idle(self, until: float) -> None:
+        """Any byte ends the idle time of uvicorn; blank lines and what is thrown away begin no request."""
+        if self._arriving or self._refused or self.timeout_keep_alive_task is not None:
+            return
+        if (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing():
+            self.timeout_keep_alive_task = self.loop.call_at(until, self.timeout_keep_alive_handler)
 
     def on_message_begin(self) -> None:
         """The parser's word for the first byte of a request."""

@@ -7,6 +7,8 @@ from typing import Protocol
 
 from tokenizers import Tokenizer, decoders
 
+CONTEXT = 8  # tokens before an answer that may decide on how its first one is written
+
 
 class Detokenizer(Protocol):
     """Text of one answer as it grows."""
@@ -41,9 +43,9 @@ class _Bytes:
 class _Stream:
     """Any other decoder, through the tokenizers library."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._stream = decoders.DecodeStream(skip_special_tokens=True)
+        self._stream = decoders.DecodeStream(after[-CONTEXT:], skip_special_tokens=True)
 
     def feed(self, token: int) -> str:
         return self._stream.step(self._tokenizer, token) or ""
@@ -85,11 +87,11 @@ class DetokenizerFactory:
             return self._table[token]
         return (self._tokenizer.id_to_token(token) or "").encode()
 
-    def new(self) -> Detokenizer:
-        """A detokenizer for one answer."""
+    def new(self, after: Sequence[int] = ()) -> Detokenizer:
+        """A detokenizer for one answer; `after`: the tokens whose text it continues, if it does."""
         if self._table is None:
-            return _Stream(self._tokenizer)
-        return _Bytes(self._table, strip_first_space=self._fallback and self._strip)
+            return _Stream(self._tokenizer, after)
+        return _Bytes(self._table, strip_first_space=self._fallback and self._strip and not after)
 
 
 class StopScanner:

@@ -48,6 +48,7 @@ class Generate:
         settings = service.settings
         body = await asgi.read_body(scope, receive, settings.max_body_bytes, settings.receive_timeout)
         request = parse(self._kind, body)
+        service.check_room(max(1, len(request.prompts)) * request.n)  # before any work is done for them
         prompts = await service.prompts(request)
         limits = [service.limit(request, prompt) for prompt in prompts]
         wanted = [Work(len(p), limit) for p, limit in zip(prompts, limits, strict=True) for _ in range(request.n)]
@@ -100,6 +101,7 @@ class Generate:
                 request.echo and sampling.logprobs >= 0,
                 answer,
                 adapter,
+                continues=self._kind == "completions",
             )
         assert answer is not None
         return answer

@@ -2,13 +2,17 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slmops_server.errors import bad_request
 from slmops_server.messages import Tools
 
-# Any JSON is accepted at any width, but no model may fill its answer with blanks.
-BLANKS = {"whitespace_pattern": r"[ \n\t]{0,24}"}
+if TYPE_CHECKING:  # the front does without the library
+    from llguidance._lib import JsonCompileOptions
+
+# whitespace_pattern: any JSON is accepted at any width, but no model may fill its answer with blanks.
+# lenient: what cannot be enforced (a format, say) is a hint to the model, as it is at OpenAI.
+JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r"[ \n\t]{0,24}", "lenient": True}
 MAX_CALLS = 8  # in one answer, where calls are forced
 MAX_TEXT = 256 << 10  # characters; compiling takes seconds from there on
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
@@ -99,7 +103,7 @@ def calls_grammar(tools: Tools, tagged: bool) -> Grammar:
     for index, name in enumerate(names):
         head = _literal('{"name": ' + json.dumps(name) + ', "arguments": ')
         rules.append(f"tool_{index}: {head} arguments_{index} {_literal('}')}")
-        schema = _dumps({**tools.schemas[name], "x-guidance": BLANKS}, "tools")
+        schema = _dumps({**tools.schemas[name], "x-guidance": JSON_OPTIONS}, "tools")
         rules.append(f"arguments_{index}: %json {schema}")
     tool = " | ".join(f"tool_{index}" for index in range(len(names)))
     if not tagged:

@@ -10,7 +10,7 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
-from slmops_server.grammar import BLANKS
+from slmops_server.grammar import JSON_OPTIONS
 
 
 class BadGrammarError(Exception):
@@ -28,6 +28,10 @@ class MatcherGuide:
         self.problem = ""
         self._matcher, self._vocab = matcher, vocab
         self._bits = np.zeros(-(-vocab // 32), np.int32)
+
+    def copy(self) -> "MatcherGuide":
+        """One for another answer, at the same place."""
+        return MatcherGuide(self._matcher.deep_copy(), self._vocab)
 
     def allowed(self) -> NDArray[np.bool_]:
         """See Guide. At the grammar's end only an end token is allowed."""
@@ -96,10 +100,7 @@ class Guides:
 def _internal_form(kind: str, text: str) -> str:
     match kind:
         case "json":
-            # lenient: what cannot be enforced (a format, say) is a hint to the model, as it is at OpenAI
-            return LLMatcher.grammar_from_json_schema(
-                text, defaults={"whitespace_pattern": BLANKS["whitespace_pattern"], "lenient": True}
-            )
+            return LLMatcher.grammar_from_json_schema(text, defaults=JSON_OPTIONS)
         case "regex":
             return LLMatcher.grammar_from_regex(text)
         case _:

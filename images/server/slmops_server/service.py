@@ -22,7 +22,7 @@ from slmops_server.settings import Settings
 from slmops_server.supervisor import Supervisor
 from slmops_server.template import ChatTemplate
 
-LONG_TEXT = 20_000  # characters from which tokenizing leaves the event loop
+LONG_TEXT = 20_000  # characters in all prompts of a request from which tokenizing leaves the event loop
 MAX_RETRY_AFTER = 60  # seconds
 QUEUED_SHARE = 8  # a place in the queue is worth this part of the longest prompt
 
@@ -77,6 +77,16 @@ class Service:
         """Whether a request sent now will be answered, and more should be sent here."""
         return self.supervisor.ready and not self.draining and not self.supervisor.stuck
 
+    @property
+    def _room(self) -> int:
+        """Answers that run or wait at a time."""
+        return self.supervisor.slots + self.settings.max_queue
+
+    def check_room(self, count: int) -> None:
+        """ApiError 400 when so many answers cannot be had at a time, whatever else runs."""
+        if count > self._room:
+            raise bad_request(f"The request asks for {count} answers; this server takes {self._room} at a time.", "n")
+
     def admit(self, wanted: Sequence[Work] = (ANY,), deadline: float = math.inf) -> None:
         """ApiError when these answers cannot be had: 503 without an engine, without room, or without the time.
 
@@ -85,13 +95,10 @@ class Service:
         if not self.supervisor.ready:
             raise unavailable(f"The model is not ready ({self.supervisor.phase}).", "not_ready")
         slots = self.supervisor.slots
-        room = slots + self.settings.max_queue
-        if len(wanted) > room:
-            raise bad_request(f"The request asks for {len(wanted)} answers; this server takes {room} at a time.", "n")
         if deadline == math.inf and self.supervisor.active + len(wanted) <= slots:
             return
         running, waiting = self.supervisor.work()
-        if self.supervisor.active + len(wanted) > room:
+        if self.supervisor.active + len(wanted) > self._room:
             raise self._full(f"{len(waiting)} requests are waiting.", "queue_full", running, waiting)
         # one request alone may be longer than the limit: refused now, it would always be
         late = wanted[max(0, slots - len(running)) :]
@@ -131,18 +138,19 @@ class Service:
         for name, tokens in (("logit_bias", biased), ("stop_token_ids", list(request.sampling.stop_ids))):
             self._check_ids(tokens, name)
         if request.messages is None:
-            return [await self._prompt(request, prompt) for prompt in request.prompts]
+            aside = sum(len(prompt) for prompt in request.prompts if isinstance(prompt, str)) >= LONG_TEXT
+            return [await self._prompt(request, prompt, aside) for prompt in request.prompts]
         if self.template is None:
             raise bad_request("This model has no chat template; use /v1/completions.", "messages", "no_chat_template")
         if request.tools and not self.template.takes_tools:
             raise bad_request("This model's chat template knows no tools.", "tools", "unsupported_parameter")
         specs = request.tools.specs if request.tools else None
         text = self.template.render(request.messages, specs, request.template_fields)
-        return [await self._prompt(request, text)]
+        return [await self._prompt(request, text, len(text) >= LONG_TEXT)]
 
-    async def _prompt(self, request: Request, prompt: str | list[int]) -> list[int]:
+    async def _prompt(self, request: Request, prompt: str | list[int], aside: bool) -> list[int]:
         where = "prompt" if request.messages is None else "messages"
-        ids = prompt if isinstance(prompt, list) else await self._encode(prompt, special=where == "prompt")
+        ids = prompt if isinstance(prompt, list) else await self._encode(prompt, where == "prompt", aside)
         if not ids:
             raise bad_request("The prompt is empty.", where)
         if len(ids) >= self.max_len or len(ids) + (request.max_tokens or 1) > self.max_len:
@@ -164,10 +172,10 @@ class Service:
         if ids and (min(ids) < 0 or max(ids) >= self.folder.vocab_size):
             raise bad_request(f"{where} holds a token id outside 0..{self.folder.vocab_size - 1}.", where)
 
-    async def _encode(self, text: str, special: bool) -> list[int]:
+    async def _encode(self, text: str, special: bool, aside: bool) -> list[int]:
         encode = partial(self.tokenizer.encode, text, add_special_tokens=special)
         try:
-            if len(text) < LONG_TEXT:
+            if not aside:
                 return encode().ids
             return (await asyncio.get_running_loop().run_in_executor(None, encode)).ids
         except TypeError:  # the library's word for half a character, which JSON can spell and UTF-8 cannot

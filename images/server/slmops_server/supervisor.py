@@ -175,10 +175,11 @@ class Supervisor:
         score_prompt: bool = False,
         into: Stream | None = None,
         adapter: str = "",
+        continues: bool = False,
     ) -> Stream:
         """Hand a request to the engine; `into`: as one more choice of an answer. ApiError 503 when there is none.
 
-        `adapter`: one of `adapters`, or "" for the base.
+        `adapter`: one of `adapters`, or "" for the base. `continues`: the answer goes on with the prompt's text.
         """
         if not self.ready:
             raise unavailable(f"The model is not ready ({self.phase}).", "not_ready")
@@ -199,6 +200,7 @@ class Supervisor:
                 "grammar": None if grammar is None else (grammar.kind, grammar.text),
                 "score_prompt": score_prompt,
                 "adapter": adapter,
+                "continues": continues,
             }
         )
         return answer

@@ -89,22 +89,19 @@ class Answer:
         "pending",
         "prompt",
         "scores",
+        "scores_prompt",
         "started",
         "stop",
         "stream",
     )
 
-    def __init__(
-        self,
-        factory: DetokenizerFactory,
-        stops: list[str],
-        least: int,  # tokens; stop strings that end before do not count
-        stream: bool,
-        prompt: int,
-        guide: MatcherGuide | None,
-    ) -> None:
-        self.detok, self.stop, self.least, self.stream = factory.new(), StopScanner(stops), least, stream
-        self.prompt, self.guide = prompt, guide  # prompt: its tokens
+    def __init__(self, factory: DetokenizerFactory, message: dict[str, Any], guide: MatcherGuide | None) -> None:
+        """message: the job as the front asked for it."""
+        self.detok = factory.new(message["prompt"] if message["continues"] else ())
+        self.stop, self.stream, self.guide = StopScanner(message["stop"]), message["stream"], guide
+        self.least = message["sampling"]["min_tokens"]  # stop strings that end before do not count
+        self.prompt = len(message["prompt"])
+        self.scores_prompt = message["score_prompt"]
         self.pending = ""
         self.scores: tuple[list[Any], list[Any]] = ([], [])  # of the prompt, of the answer; not yet sent
         self.cached = self.count = 0
@@ -148,8 +145,7 @@ class Worker:
             if not busy or time.monotonic() - listened > LISTEN_EVERY:
                 for message in self._channel.receive(None if busy else self._compiler.wake):
                     self._take(message)
-                if self._compiled:
-                    self._take_compiled()
+                self._take_compiled()  # whatever waits: only this silences the bell that ends the wait
                 listened = time.monotonic()
             if self._engine.busy:
                 self.step()
@@ -217,9 +213,8 @@ class Worker:
             self._channel.send({"ev": [[number, reason, 0, finish, NO_TIMES, None]]})
 
     def _submit(self, message: dict[str, Any], guide: MatcherGuide | None) -> None:
-        number, prompt, least = message["id"], len(message["prompt"]), message["sampling"]["min_tokens"]
-        answer = Answer(self._factory, message["stop"], least, message["stream"], prompt, guide)
-        self._answers[number] = self._unstarted[number] = answer
+        number = message["id"]
+        self._answers[number] = self._unstarted[number] = Answer(self._factory, message, guide)
         self._engine.submit(
             Job(
                 id=number,
@@ -260,7 +255,8 @@ class Worker:
             if token.prompt_scores:
                 answer.scores[0].extend(self._score(*one) for one in token.prompt_scores)
             finish, text = token.finish, ""
-            if token.scores is not None and finish != "stop":
+            # who has the prompt scored counts on one more, and knows no end tokens (lm-evaluation-harness)
+            if token.scores is not None and (finish != "stop" or answer.scores_prompt):
                 answer.scores[1].append(self._score(token.token, token.scores))
             if finish not in ("stop", "error"):
                 text, stopped = answer.stop.feed(answer.detok.feed(token.token), answer.count > answer.least)
