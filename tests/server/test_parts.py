@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -216,22 +217,27 @@ def test_slots_are_planned_from_memory(tiny: Path) -> None:
         plan_slots(folder, 512, 0, base)
 
 
-def test_many_prompts_are_cut_beside_the_event_loop(tiny: Path) -> None:
-    """None of them is long, all of them together are."""
+WORDS = " ".join(str(number) for number in range(50_000))
+
+
+@pytest.mark.parametrize("prompts", [[WORDS], [WORDS[:19_000]] * 8])  # of the latter none is long, all together are
+def test_long_prompts_are_cut_beside_the_event_loop(tiny: Path, prompts: list[str]) -> None:
     service = Service(settings.Settings(model=tiny, served_names=("tiny",)))
     service.max_len = 1 << 30
-    request = parse("completions", json.dumps({"model": "tiny", "prompt": ["The printer " * 1500] * 64}).encode())
+    request = parse("completions", json.dumps({"model": "tiny", "prompt": prompts}).encode())
 
-    async def turns() -> int:
-        """Of the event loop meanwhile."""
-        cutting, count = asyncio.ensure_future(service.prompts(request)), 0
+    async def cut() -> tuple[float, float]:
+        """The longest time without a turn of the event loop, and the whole."""
+        begin = last = time.monotonic()
+        longest, cutting = 0.0, asyncio.ensure_future(service.prompts(request))
         while not cutting.done():
             await asyncio.sleep(0)
-            count += 1
-        assert len(await cutting) == 64
-        return count
+            longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        assert len(await cutting) == len(prompts)
+        return longest, last - begin
 
-    assert asyncio.run(turns()) > 64
+    longest, whole = asyncio.run(cut())
+    assert longest < whole / 2
 
 
 @pytest.mark.parametrize("length", [1, 30_000])  # of which the latter is cut beside the event loop
