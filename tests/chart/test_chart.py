@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import shutil
 import subprocess
 import textwrap
@@ -272,7 +271,7 @@ def readme_command() -> list[str]:
     """The README's `helm upgrade --install`, its placeholders filled, as the arguments of `helm template`."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (command,) = re.findall(r"^helm upgrade --install ((?:.*\\\n)*.*)", readme, re.MULTILINE)
-    words = shlex.split(command.replace("REGISTRY", "registry.example.com").replace("TAG", "v1"))
+    words = command.replace("\\\n", " ").replace("REGISTRY", "registry.example.com").replace("TAG", "v1").split()
     return ["template", *(word for word in words if word != "--create-namespace")]
 
 

@@ -53,8 +53,8 @@ def device() -> torch.device:
         raise RunFailure(
             "BadSpec",
             f"spec.pod.resources asks for {asked}, but this image's PyTorch {torch.__version__} sees no GPU. In a new "
-            "object name a CUDA trainer as spec.pod.image (docs/install.md, GPUs; the default image is for the CPU), and "
-            "where the cluster wants it spec.pod.runtimeClassName; or ask for no GPU.",
+            "object name a CUDA trainer as spec.pod.image (docs/install.md, GPUs; the default image is for the CPU) "
+            "and, if need be, spec.pod.runtimeClassName; or ask for no GPU.",
         )
     return torch.device("cpu")
 
