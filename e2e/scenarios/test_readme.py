@@ -16,11 +16,16 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECTION = README.partition("## Your own models and data\n")[2].partition("\n## ")[0]
 
 
-def block(language: str, text: str) -> str:
-    """The first fenced block of a language."""
-    found = re.search(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str) -> list[str]:
+    """The fenced blocks of a language."""
+    found = re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     assert found, f"README has no {language} block"
-    return found[1]
+    return found
+
+
+def typed(block: str) -> str:
+    """The commands of a console block."""
+    return "".join(f"{line.removeprefix('$ ')}\n" for line in block.splitlines())
 
 
 def run_in(folder: Path, space: Kubectl, script: str) -> str:
@@ -48,7 +53,7 @@ def run_in(folder: Path, space: Kubectl, script: str) -> str:
 
 
 def test_own_model_and_data(space: Kubectl, seeded: str, tmp_path: Path) -> None:
-    commands = "\n".join(line.removeprefix("$ ") for line in block("console", SECTION).splitlines())
+    commands, fetching = map(typed, blocks("console", SECTION))
     repository = STORE.rpartition("/")[2]
     push = next(line for line in commands.splitlines() if " push " in line)
     fetch = "".join(
@@ -58,9 +63,15 @@ def test_own_model_and_data(space: Kubectl, seeded: str, tmp_path: Path) -> None
     said = run_in(tmp_path, space, commands.replace(push, fetch + push))
     assert '"kind":"dataset"' in said.replace(" ", ""), said
 
-    for found in yaml.safe_load_all(block("yaml", SECTION)):
+    for found in yaml.safe_load_all(blocks("yaml", SECTION)[0]):
         space.apply(found)
     done = space.wait_ready("finetunejob", "mine", 300)
     parents = [parent["uri"] for parent in done["status"]["lineage"]["parents"]]
     assert any("/models/mine" in uri for uri in parents), parents
     assert any("/data/support" in uri for uri in parents), parents
+
+    # The shell that the result is fetched in still has the registry's port and the paths.
+    shell = "".join(line for line in commands.splitlines(keepends=True) if re.search(r"port-forward|^export", line))
+    run_in(tmp_path, space, shell + fetching.replace("kubectl get", f"kubectl -n {space.namespace} get"))
+    assert list((tmp_path / "my-result").glob("*.safetensors"))
+    assert (tmp_path / "my-result/tokenizer.json").exists()

@@ -3,6 +3,7 @@
 A page holds the lines `<!-- fields: <plural> -->` and `<!-- end of fields -->`; what stands between them is generated.
 """
 
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -32,10 +33,9 @@ def _limits(schema: dict[str, Any]) -> str:
         low = f"{'>' if schema.get('exclusiveMinimum') else '≥'} {schema['minimum']}" if "minimum" in schema else ""
         high = f"{'<' if schema.get('exclusiveMaximum') else '≤'} {schema['maximum']}" if "maximum" in schema else ""
         words.append(", ".join(part for part in (low, high) if part))
-    if "default" in schema and not isinstance(schema["default"], dict | list):
-        words.append(
-            f"default `{str(schema['default']).lower() if schema['default'] in (True, False) else schema['default']}`"
-        )
+    if "default" in schema and schema["default"] != {}:  # of an empty object, the fields tell theirs
+        default = schema["default"]
+        words.append(f"default `{default if isinstance(default, str) else json.dumps(default)}`")
     return "; ".join(words)
 
 

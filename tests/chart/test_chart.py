@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -245,3 +246,57 @@ def test_what_an_uninstall_keeps_is_found_by_the_label_in_the_docs() -> None:
     docs = (ROOT / "docs/install.md").read_text(encoding="utf-8")
     for kinds in ("crd", "pvc,secret"):
         assert f"delete {kinds} -l app.kubernetes.io/part-of=slmops" in docs
+
+
+def test_the_operators_metrics_alone_keep_the_namespace_that_they_name() -> None:
+    """Else each deployment's counters get the operator's namespace, and those of two namespaces become one."""
+    found = render(*EVERYTHING)
+    (config,) = [f["data"]["prometheus.yml"] for f in found if "prometheus.yml" in f.get("data", {})]
+    jobs = {job["job_name"]: job["honor_labels"] for job in yaml.safe_load(config)["scrape_configs"]}
+    assert jobs == {"slmops-objects": False, "slmops-operator": True}
+    monitors = {f["metadata"]["name"]: f["spec"] for f in found if f["kind"] == "PodMonitor"}
+    kept = {name: [point["honorLabels"] for point in spec["podMetricsEndpoints"]] for name, spec in monitors.items()}
+    assert kept == {"slmops-objects": [False], "slmops-operator": [True]}
+    (operator,) = [f for f in found if f["kind"] == "Deployment" and f["metadata"]["name"] == "slmops-operator"]
+    labels = operator["spec"]["template"]["metadata"]["labels"]
+    assert monitors["slmops-operator"]["selector"]["matchLabels"].items() <= labels.items()
+
+
+def test_without_crds_a_release_in_namespaces_of_its_own_needs_no_rights_on_the_cluster() -> None:
+    bound = render(*EVERYTHING, "watchNamespaces={team}", "crds.install=false")
+    assert [f"{f['kind']}/{f['metadata']['name']}" for f in bound if not f["metadata"].get("namespace")] == []
+
+
+def readme_command() -> list[str]:
+    """The README's `helm upgrade --install`, its placeholders filled, as the arguments of `helm template`."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^helm upgrade --install ((?:.*\\\n)*.*)", readme, re.MULTILINE)
+    words = command.replace("\\\n", " ").replace("REGISTRY", "registry.example.com").replace("TAG", "v1").split()
+    return ["template", *(word for word in words if word != "--create-namespace")]
+
+
+def test_the_readmes_install_has_a_prometheus_that_is_asked_and_scrapes() -> None:
+    """Without it every second revision would hold at its first step for ever."""
+    done = helm(*readme_command())
+    assert done.returncode == 0, done.stderr
+    found = [f for f in yaml.safe_load_all(done.stdout) if f]
+    asked = environment(found)["SLMOPS_PROMETHEUS_URL"]
+    own = "http://slmops-prometheus." in asked
+    assert asked
+    assert [f for f in found if f["kind"] == ("Deployment" if own else "PodMonitor")
+            and f["metadata"]["name"] == ("slmops-prometheus" if own else "slmops-objects")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("monitor", "warned"), [("false", True), ("true", False)])
+def test_the_notes_say_where_a_prometheus_of_ones_own_may_scrape_nothing(
+    monitor: str, warned: bool, tmp_path: Path
+) -> None:
+    chart = shutil.copytree(CHART, tmp_path / "slmops")  # `helm template` leaves NOTES.txt out, whatever it is told
+    text = (chart / "templates/NOTES.txt").read_text(encoding="utf-8")
+    (chart / "templates/notes.yaml").write_text("notes: |\n" + textwrap.indent(text, "  "), encoding="utf-8")
+    flags = ("--set", "prometheus.url=http://prom:9090", "--set", f"podMonitor.enabled={monitor}")
+    done = helm("template", "slmops", str(chart), "--show-only", "templates/notes.yaml", *flags)
+    assert done.returncode == 0, done.stderr
+    notes = yaml.safe_load(done.stdout)["notes"]
+    assert "http://prom:9090" in notes
+    assert ("podMonitor.enabled" in notes) == warned

@@ -190,6 +190,18 @@ def test_a_bad_dataset_is_known_before_the_model_is_pulled(
     assert not (tmp_path / "pod-0-work/base").exists()
 
 
+def test_a_gpu_that_is_asked_for_and_not_seen_ends_the_run_at_once(
+    pods: Callable[..., Pod], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default image would train on the CPU for days, beside a GPU that nobody else gets."""
+    monkeypatch.setenv("SLMOPS_GPU", "nvidia.com/gpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    code, said = pods(run_spec(tiny_model, "pvc://nowhere/x")).end()
+    assert (code, said["reason"]) == (3, "BadSpec")
+    assert "asks for nvidia.com/gpu" in said["message"]
+    assert "spec.pod.image" in said["message"]
+
+
 @pytest.fixture
 def away(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, jsonl: Callable[..., str]) -> dict[str, Any]:
     """A run whose base model lies on a Hub that takes no connection."""
@@ -274,6 +286,7 @@ def test_metrics_that_json_cannot_say_are_left_out() -> None:
 def test_every_error_has_a_name_and_an_exit_status(error: BaseException, reason: str, code: int) -> None:
     failure = translate(error)
     assert (failure.reason, failure.exit_code) == (reason, code)
+    assert ("new object" in failure.message) == (reason == "OutOfMemory")  # neither memory nor recipe can be changed
 
 
 def test_an_unreachable_store_is_told_from_an_unreachable_source() -> None:

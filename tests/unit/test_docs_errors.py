@@ -6,10 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
+import pytest
+from tests.unit.objects import Object, exited, finetune, job, pod, said
+from tests.unit.test_batch_again import edited
+from tests.unit.test_batch_life import FAILED_JOB, FATAL_JOB, after, kstatus, run
+
 from slmops.api.deployment import Verdict
-from slmops.api.run import FailureReason
-from slmops.reconcile import deployment_report, pods, sources
+from slmops.api.run import EXIT_FATAL, EXIT_RETRY, FailureReason
+from slmops.reconcile import deployment_report, pods, serverpods, sources
 from slmops.rollout import phases
+from slmops_artifacts.errors import Reason
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/errors.md").read_text()
@@ -57,7 +63,8 @@ def given() -> set[str]:
     rollout = {phases.PREPARING, phases.STEP, phases.PROMOTING}
     shown = {deployment_report._PHASES.get(phase, phase) for phase in rollout}
     verdicts = set(get_args(Verdict.model_fields["verdict"].annotation)) - {"Pass", "Fail"}
-    return found | shown | verdicts | {sources.NOT_READY, *get_args(FailureReason), *pods._WAITING.values()}
+    pulled = {serverpods.PULLED.get(reason, reason) for reason in get_args(Reason) if reason != "Refused"}  # of uploads
+    return found | shown | verdicts | pulled | {sources.NOT_READY, *get_args(FailureReason), *pods._WAITING.values()}
 
 
 def told() -> set[str]:
@@ -77,3 +84,51 @@ PASSED_ON = {"SchedulingGated", "BackoffLimitExceeded", "DeadlineExceeded", "Fai
 
 def test_every_row_is_a_reason() -> None:
     assert told() - given() - PASSED_ON == set()
+
+
+def retryable() -> set[str]:
+    """The reasons for which the trainer wishes another pod: RunFailure(..., retryable=True)."""
+    found = set()
+    for path in (ROOT / "images/trainer/slmops_trainer").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "RunFailure":
+                wishes = [each for each in node.keywords if each.arg == "retryable"]
+                if wishes and isinstance(wishes[0].value, ast.Constant) and wishes[0].value.value:
+                    found |= set(words(node.args[0]))
+    assert {"Interrupted", "InternalError"} <= found, "the search is broken"
+    return found
+
+
+def ends() -> Iterator[tuple[str, Object | None]]:
+    """Every reason of a failed run, and how its last container ended."""
+    retried = retryable()
+    for reason in sorted(set(get_args(FailureReason)) - {"Interrupted"}):
+        yield reason, said(reason, "x", EXIT_RETRY if reason in retried else EXIT_FATAL)
+    yield "OutOfMemory", exited(137, reason="OOMKilled")
+    yield "BackoffLimitExceeded", None  # no pod is left
+
+
+def code_of(state: Object | None) -> int | None:
+    return state["terminated"]["exitCode"] if state else None
+
+
+def effect(reason: str, state: Object | None) -> str:
+    """What becomes of an object whose run ended so, and whose backoffLimit is raised."""
+    obj = finetune()
+    ended = job(obj, **(FATAL_JOB if code_of(state) == EXIT_FATAL else FAILED_JOB))
+    plan = run(obj, job=ended, pods=(pod(obj, phase="Failed", state=state),) if state else ())
+    assert plan.status["lastFailure"]["reason"] == reason
+    if "nextRetryTime" in plan.status:
+        return "yes"
+    raised = run(edited(after(obj, plan), backoffLimit=9), job=ended, inputs="m1.s1")
+    return "attempts" if kstatus(raised) == "InProgress" else "no"
+
+
+@pytest.mark.parametrize(("reason", "state"), list(ends()))
+def test_whether_it_is_tried_again_is_told_rightly(reason: str, state: Object | None) -> None:
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith("| ")]
+    (told,) = [row[1] for row in rows if len(row) == 4 and reason in WORD.findall(row[0])]
+    if reason == "OutOfMemory":
+        assert told == "attempts if the container was killed (exit code 137), else no"
+        told = "attempts" if code_of(state) == 137 else "no"
+    assert effect(reason, state) == told

@@ -199,8 +199,22 @@ def test_gpu_and_placement_pass_through() -> None:
     assert container(built)["image"] == "mine:1"
     env = {var["name"]: var["value"] for var in container(built)["env"]}
     assert (env["HOME"], env["A"]) == ("/h", "b")
+    assert env["SLMOPS_GPU"] == "nvidia.com/gpu"  # the trainer ends where it sees none
     assert len(env) == len(container(built)["env"])
     assert "/slmops/secrets/pull" not in mounts(built)  # the kubelet's business
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [
+        ({"nvidia.com/mig-1g.5gb": 1}, ["nvidia.com/mig-1g.5gb"]),
+        ({"nvidia.com/gpu": 0, "memory": "1Gi"}, []),
+        ({"memory": "1Gi"}, []),
+    ],
+)
+def test_the_trainer_is_told_of_a_gpu_that_is_asked_for(limits: dict[str, object], told: list[str]) -> None:
+    env = container(made(pod={"resources": {"limits": limits}}))["env"]
+    assert [var["value"] for var in env if var["name"] == "SLMOPS_GPU"] == told
 
 
 def test_what_the_spec_names_is_mounted() -> None:

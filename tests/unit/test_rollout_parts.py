@@ -182,6 +182,8 @@ def died(code: int, reason: str = "Error", message: str = "") -> Any:
     [
         (pod(init=waiting("ImagePullBackOff", "not found")), "ImagePullFailed", "server:1 cannot be pulled: not found"),
         (pod(init=died(3, message='{"reason": "AccessDenied", "message": "Wrong key."}')), "AccessDenied", "Wrong"),
+        # Named as the same failure of a run is, so that docs/errors.md has a row for it.
+        (pod(init=died(3, message='{"reason": "BadUri", "message": "Not one."}')), "BadSpec", "Not one"),
         (pod(server=died(137, "OOMKilled")), "OutOfMemory", "limits.memory"),
         (pod(server=died(2, message="usage:\nerror: no --such-flag\n")), "CrashLoopBackOff", "exit code 2: error: no"),
         (pod(server=waiting("CreateContainerConfigError", 'secret "x"')), "CreateContainerConfigError", 'secret "x"'),

@@ -160,15 +160,22 @@ def test_one_pass_that_hangs_is_an_illness_though_others_end() -> None:
     asyncio.run(main())
 
 
-def test_an_object_that_is_not_there_any_more_is_told() -> None:
-    gone: list[Key] = []
+def test_an_object_that_is_not_there_any_more_is_told_when_its_pass_is_over() -> None:
+    told: list[tuple[str, Key]] = []
 
     async def main() -> None:
-        work = Work(lambda key: math.inf, Schedule[Key](lambda: 0.0), workers=1, on_gone=gone.append)
+        work = Work(
+            lambda _key: math.inf,
+            Schedule[Key](lambda: 0.0),
+            workers=1,
+            on_pass=lambda key, _seconds, _failed: told.append(("pass", key)),
+            on_gone=lambda key: told.append(("gone", key)),
+        )
         work.poke(A)
-        await served(work, lambda: gone == [A])
+        await served(work, lambda: len(told) == 2)
 
     asyncio.run(main())
+    assert told == [("pass", A), ("gone", A)]
 
 
 def test_it_is_ill_when_work_waits_and_no_pass_ends() -> None:

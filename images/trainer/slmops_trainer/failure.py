@@ -62,8 +62,8 @@ def translate(error: BaseException) -> RunFailure:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _says_no_memory(error):
         return RunFailure(
             "OutOfMemory",
-            f"Memory ran out: {_first_line(error)}. Raise spec.pod.resources.limits, or lower training.batchSize "
-            "(raise gradientAccumulation by as much), training.maxLength or evaluation.batchSize, "
+            f"Memory ran out: {_first_line(error)}. In a new object raise spec.pod.resources.limits, or lower "
+            "training.batchSize (raise gradientAccumulation by as much), training.maxLength or evaluation.batchSize, "
             "or set training.gradientCheckpointing.",
         )
     if _says_no_space(error):
@@ -74,7 +74,7 @@ def translate(error: BaseException) -> RunFailure:
             retryable=True,
         )
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return RunFailure("OutOfMemory", "Memory ran out. Raise spec.pod.resources.limits.memory.")
+        return RunFailure("OutOfMemory", "Memory ran out. In a new object raise spec.pod.resources.limits.memory.")
     return RunFailure(
         "InternalError", f"{type(error).__name__}: {_first_line(error)}. The pod's log has the trace.", retryable=True
     )

@@ -12,7 +12,7 @@ from types import FrameType
 
 from pydantic import ValidationError
 
-from slmops.api.run import ENV_RUN, EXIT_OK, TERMINATION_LOG, WORK_DIR, RunResult, RunSpec
+from slmops.api.run import ENV_GPU, ENV_RUN, EXIT_OK, TERMINATION_LOG, WORK_DIR, RunResult, RunSpec
 from slmops_trainer import cpus, result
 from slmops_trainer.context import Context
 from slmops_trainer.failure import RunFailure, translate
@@ -38,6 +38,8 @@ def main() -> int:
     threads = cpus.apply()
     log.info("Run began: %s/%s, %d threads", ctx.spec.namespace, ctx.spec.name, threads)
     try:
+        if os.environ.get(ENV_GPU):
+            _find_gpu()
         done = recipe(ctx.spec)(ctx)
     except Exception as error:  # noqa: BLE001  # every end of a run gets a name
         failure = translate(error)
@@ -82,6 +84,13 @@ def check(spec: RunSpec) -> None:
         raise RunFailure(
             "BadSpec", f"evaluation.thresholds names {', '.join(unknown)}, which evaluation.metrics does not measure."
         )
+
+
+def _find_gpu() -> None:
+    """Look for the GPU that the pod asks for before anything is pulled or paid for. Raises RunFailure(BadSpec)."""
+    from slmops_trainer import models  # torch takes seconds to load
+
+    models.device()
 
 
 def recipe(spec: RunSpec) -> Recipe:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from slmops.api.run import ENV_GPU
 from slmops_trainer.encoding import turn_end
 from slmops_trainer.failure import RunFailure, translate
 
@@ -43,8 +45,18 @@ class Loaded:
 
 
 def device() -> torch.device:
-    """The GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU if there is one. Raises RunFailure(BadSpec) if the pod asks for one that torch does not see."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    asked = os.environ.get(ENV_GPU)
+    if asked:
+        raise RunFailure(
+            "BadSpec",
+            f"spec.pod.resources asks for {asked}, but this image's PyTorch {torch.__version__} sees no GPU. In a new "
+            "object name a CUDA trainer as spec.pod.image (docs/install.md, GPUs; the default image is for the CPU) "
+            "and, if need be, spec.pod.runtimeClassName; or ask for no GPU.",
+        )
+    return torch.device("cpu")
 
 
 def computes_bf16(where: torch.device) -> bool:

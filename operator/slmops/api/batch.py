@@ -26,13 +26,16 @@ class Evaluation(Model):
         )
     )
 
-    dataset: Dataset = Field(description="Held-out examples; an example that also occurs in training is an error.")
+    dataset: Dataset = Field(
+        description="Held-out examples. In a FineTuneJob, one that also occurs in training is an error; a "
+        "DistillationJob does not ask such a prompt (or, with data.filters.decontaminate: false, has the same error)."
+    )
     metrics: list[Metric] = Field(
         default=["exactMatch"],
         min_length=1,
         max_length=6,
         description="exactMatch of the whole answer; fieldMatch: share of equal fields of JSON answers; jsonValid; "
-        "tokenF1; rougeL; perplexity of the wanted answer.",
+        "tokenF1; rougeL; perplexity of the wanted answer. Default: exactMatch.",
         json_schema_extra={"x-kubernetes-list-type": "set"},
     )
     thresholds: dict[str, float] | None = Field(

@@ -16,6 +16,7 @@ from slmops.api.meta import Ancestor, Artifact
 from slmops.api.quantized import QuantizedModelSpec
 
 ENV_RUN = "SLMOPS_RUN"
+ENV_GPU = "SLMOPS_GPU"  # the GPU resource that the pod asks for, if it does: one that is not seen is an error then
 CONFIGMAP_ROOT = "/slmops/configmaps"  # <root>/<configmap name>/<key>
 SECRET_ROOT = "/slmops/secrets"  # <root>/<secret name>/<key>  # noqa: S105  # a path, no secret
 PVC_ROOT = "/slmops/pvc"  # <root>/<claim name>/...

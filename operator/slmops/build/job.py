@@ -4,6 +4,7 @@ from slmops.api import keys
 from slmops.api.batch import BatchSpec
 from slmops.api.run import (
     CONFIGMAP_ROOT,
+    ENV_GPU,
     ENV_RUN,
     EXIT_FATAL,
     EXIT_INTERRUPTED,
@@ -20,6 +21,8 @@ from slmops.settings import Settings
 
 CONTAINER = "worker"
 GRACE_SECONDS = 60  # for the checkpoint on SIGTERM
+
+_GPUS = ("nvidia.com/gpu", "nvidia.com/mig-")  # how the names of these resources begin
 
 SUFFIX = {"DistillationJob": "distill", "FineTuneJob": "finetune", "QuantizedModel": "quantize"}
 
@@ -120,7 +123,7 @@ def _pod(spec: BatchSpec, run: RunSpec, settings: Settings) -> Object:
                 "name": CONTAINER,
                 "image": image,
                 "imagePullPolicy": settings.image_pull_policy,
-                "env": parts.environment(_environment(run, settings), spec.pod),
+                "env": parts.environment(_environment(spec, run, settings), spec.pod),
                 "ports": [{"name": "metrics", "containerPort": keys.METRICS_PORT, "protocol": "TCP"}],
                 "resources": parts.resources(spec.pod),
                 "securityContext": parts.CONTAINER_SECURITY,
@@ -133,7 +136,7 @@ def _pod(spec: BatchSpec, run: RunSpec, settings: Settings) -> Object:
     }
 
 
-def _environment(run: RunSpec, settings: Settings) -> dict[str, str]:
+def _environment(spec: BatchSpec, run: RunSpec, settings: Settings) -> dict[str, str]:
     env = {
         ENV_RUN: run.model_dump_json(by_alias=True, exclude_none=True),
         "HOME": "/tmp",  # noqa: S108  # an emptyDir: the root file system is read-only
@@ -147,6 +150,10 @@ def _environment(run: RunSpec, settings: Settings) -> dict[str, str]:
         env["SLMOPS_REGISTRY_AUTH"] = f"{SECRET_ROOT}/{settings.registry_secret}/.dockerconfigjson"
     if settings.hf_endpoint:
         env["HF_ENDPOINT"] = settings.hf_endpoint
+    limits = (spec.pod.resources.limits if spec.pod and spec.pod.resources else None) or {}
+    gpus = [name for name, amount in limits.items() if name.startswith(_GPUS) and amount != "0"]
+    if gpus:
+        env[ENV_GPU] = gpus[0]
     return env
 
 

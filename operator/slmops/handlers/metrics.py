@@ -10,6 +10,7 @@ from slmops import __version__
 from slmops.cluster.port import Key
 from slmops.handlers.known import Known
 from slmops.handlers.work import Work
+from slmops.reconcile.deployment import OUTCOMES
 from slmops.reconcile.state import Count
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -81,6 +82,9 @@ class Metrics:
         self._passes.labels(key.kind).observe(seconds)
         if failed:
             self._errors.labels(key.kind).inc()
+        if key.kind == "ModelDeployment":
+            for outcome in OUTCOMES.values():  # at 0 before the first one: increase() does not see a series begin at 1
+                self._counters["rollouts"].labels(key.namespace, key.name, outcome)
 
     def on_end(self, kind: str, outcome: str, seconds: float) -> None:
         """See driver.OnEnd."""

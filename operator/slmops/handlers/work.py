@@ -93,14 +93,13 @@ class Work:
         self._wake.set()
 
     async def _pass(self, key: Key) -> None:
-        began, failed = self._clock(), False
+        began, failed, gone = self._clock(), False, False
         self._begun[key] = began
         where = {"kind": key.kind, "namespace": key.namespace, "object": key.name}
         try:
             after = await asyncio.get_running_loop().run_in_executor(self._pool, self._run, key)
             self._schedule.done(key, self._clock(), after)
-            if after is not None and math.isinf(after):
-                self._on_gone(key)
+            gone = after is not None and math.isinf(after)
         except ClusterError as error:
             failed = True
             delay = self._schedule.failed(key, self._clock())
@@ -114,3 +113,5 @@ class Work:
             del self._begun[key]
             self._last_end = self._clock()
             self._on_pass(key, self._last_end - began, failed)
+        if gone:
+            self._on_gone(key)  # last, for it takes away what on_pass keeps of the object

@@ -1,7 +1,7 @@
 """Conditions as kstatus reads them: Ready is always there, beside it Reconciling or Stalled or neither, never both.
 
-Ready=True: done. Reconciling=True: in progress. Stalled=True: the only "failed". So `kubectl wait`, Helm's `--wait` and
-Flux are right without help. Batch kinds add Complete, Failed and Suspended, which are absent where they are not true.
+Ready=True: done. Reconciling=True: in progress. Stalled=True: the only "failed". So `kubectl wait`, Flux and Helm 4's
+`--wait` are right without help. Batch kinds add Complete, Failed and Suspended, absent where they are not true.
 """
 
 from collections.abc import Iterable, Sequence

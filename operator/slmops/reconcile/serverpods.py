@@ -11,6 +11,8 @@ from slmops.rollout.seen import Problem
 
 _IMAGE = {"ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull"}
 _CONFIG = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
+# What the pulling container (slmops_artifacts) says, by the names that it has in docs/errors.md.
+PULLED = {"DigestMismatch": "SourceUnavailable", "UnsupportedFormat": "UnsupportedModel", "BadUri": "BadSpec"}
 SAID_MAX = 400  # characters of what a container said
 
 
@@ -75,7 +77,8 @@ def _ended(container: Object, ended: Object) -> Problem:
     said = str(ended.get("message") or "").strip()
     try:
         told = json.loads(said)
-        return Problem(str(told["reason"]), cut(str(told["message"])))
+        reason = str(told["reason"])
+        return Problem(PULLED.get(reason, reason), cut(str(told["message"])))
     except (ValueError, TypeError, KeyError):
         pass
     name, code = container.get("name"), ended.get("exitCode")

@@ -1,0 +1,45 @@
+"""What the README and the pages tell a newcomer to do can be done with what is in the clone."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BATCH = ("DistillationJob", "FineTuneJob", "QuantizedModel")
+
+
+def missing(name: str) -> list[str]:
+    """What the image's Dockerfile copies that is not in the clone: then its context is made by something else."""
+    text = (ROOT / f"images/{name}/Dockerfile").read_text(encoding="utf-8")
+    copies = re.findall(r"^(?:COPY|ADD) (?!--from)(.*) \S+$", text, re.MULTILINE)
+    return [source for copy in copies for source in copy.split() if not (ROOT / source).exists()]
+
+
+def test_the_images_to_build_are_those_whose_files_are_here() -> None:
+    (names,) = re.findall(r"`images/NAME/Dockerfile` for (.*?);", README, re.DOTALL)
+    told = {name for name in re.findall(r"\w+", names) if name != "and"}
+    all_of_them = {path.parent.name for path in (ROOT / "images").glob("*/Dockerfile")}
+    assert told == {name for name in all_of_them if not missing(name)}
+    assert {"base", "pause"} <= all_of_them - told
+
+
+def examples() -> Iterator[tuple[str, dict[str, Any]]]:
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for text in re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+            for found in yaml.safe_load_all(text):
+                if isinstance(found, dict) and found.get("kind") in BATCH:
+                    yield page.name, found
+
+
+ON_A_GPU = [(page, found) for page, found in examples() if "nvidia.com/gpu" in str(found["spec"].get("pod"))]
+
+
+@pytest.mark.parametrize(("page", "example"), ON_A_GPU, ids=[page for page, _ in ON_A_GPU])
+def test_an_example_with_a_gpu_names_an_image_that_can_use_it(page: str, example: dict[str, Any]) -> None:
+    assert {"finetunejob.md", "install.md"} <= {page for page, _ in ON_A_GPU}
+    assert example["spec"]["pod"].get("image"), "the default image computes on the CPU"
