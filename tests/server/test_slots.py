@@ -39,8 +39,32 @@ class Timed:
         """Rows are not kept."""
 
 
-def engine() -> tuple[Timed, SlotEngine]:
-    forward = Timed()
+class Mixing(Timed):
+    """Rows that ride on a prompt's chunk for a tenth of their own step."""
+
+    mixes = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixed: list[tuple[int, int]] = []
+
+    def mix(
+        self,
+        slot: int,
+        chunk: Sequence[int],
+        past: int,
+        slots: Sequence[int],
+        tokens: Sequence[int],
+        lengths: Sequence[int],
+        adapter: Adapter,
+    ) -> tuple[Logits, Logits]:
+        self.mixed.append((len(chunk), len(slots)))
+        self.now += 0.013 + 0.005 * len(chunk) + self.decode_seconds[max(len(slots), 2) - 1] / 10
+        return np.zeros(self.vocab, np.float32), np.zeros((len(slots), self.vocab), np.float32)
+
+
+def engine(made: type[Timed] = Timed) -> tuple[Timed, SlotEngine]:
+    forward = made()
     return forward, SlotEngine(forward, EngineInfo("timed", 8, 1024, 2, {}), frozenset(), clock=lambda: forward.now)
 
 
@@ -70,6 +94,22 @@ def test_a_long_prompt_holds_up_a_running_answer_for_three_steps_at_most(running
     slots.submit(job(99, 512, 4))
     step = forward.decode_seconds[max(running, 2) - 1]
     assert gaps(forward, slots, set(range(running)))[-1] <= 3.1 * step
+
+
+@pytest.mark.parametrize("running", [1, 2, 4, 5])
+def test_running_answers_ride_on_the_chunks_of_a_prompt(running: int) -> None:
+    """All of them or, where they are too many for such a call, none; a gap is no longer than without."""
+    forward, slots = engine(Mixing)
+    assert isinstance(forward, Mixing)
+    for number in range(running):
+        slots.submit(job(number, 8, 300))
+    while any(row is None or row.last < 0 for row in slots._rows[:running]):
+        slots.step()
+    forward.mixed.clear()
+    slots.submit(job(99, 512, 4))
+    assert gaps(forward, slots, set(range(running)))[-1] <= 3.1 * forward.decode_seconds[max(running, 2) - 1]
+    assert sum(chunk for chunk, _ in forward.mixed) == (512 if running <= 4 else 0)
+    assert {riders for _, riders in forward.mixed} == ({running} if running <= 4 else set())
 
 
 def test_eight_streams_are_faster_than_one_after_the_other() -> None:

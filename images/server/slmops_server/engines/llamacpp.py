@@ -31,7 +31,6 @@ MAX_ROWS = 16  # in one call
 MOST_SCORES = 1 << 19  # tokens of a chunk x cells: attention's scores are float32, one for each of these and each head
 SCORED = 32  # tokens in one call: their logits are kept in a buffer beside the model
 MEASURED_CHUNKS = (4, 16, 64, 256)  # tokens
-MEASURED_LENGTH = 64  # tokens in a row while it is measured
 NO_FLASH, READ = 0, 0  # llama_flash_attn_type; llama_load_mode: a mapped file stays beside the rearranged weights
 
 
@@ -137,17 +136,18 @@ class LlamacppForward:
         """
         tokens = [(7 * index + 1) % self.vocab for index in range(max(MEASURED_CHUNKS))]
         sizes = [size for size in MEASURED_CHUNKS if size <= self.chunk and size < self._max_len]
-        self.prefill_seconds = {size: timing.best(partial(self.prefill, 0, tokens[:size], 0)) for size in sizes}
-        length = min(MEASURED_LENGTH, self.chunk, self._max_len - 1)
-        for row in range(self.rows):
-            self.prefill(row, tokens[:length], 0)
+        self.prefill(0, tokens[: min(SMALLEST_CHUNK, self._max_len - 1)], 0)  # the first call pays for buffers
+        self.prefill_seconds = {size: timing.seconds(partial(self.prefill, 0, tokens[:size], 0)) for size in sizes}
+        length = max(sizes, default=1)
+        for row in range(1, self.rows):
+            self.copy(0, row, length)
         wanted = self.decode(0, tokens[:1] * 2, [length] * 2)[0].copy()
         calls = [
             partial(self.decode, 0, tokens[:1] * count, [length] * count)
             for count in range(1, min(self.rows, MAX_ROWS) + 1)
         ]
         self.decode_seconds = [
-            timing.best(call) if all(np.array_equal(row, wanted, equal_nan=True) for row in call()) else math.inf
+            timing.seconds(call) if all(np.array_equal(row, wanted, equal_nan=True) for row in call()) else math.inf
             for call in calls
         ]
 

@@ -231,14 +231,14 @@ class OrtForward:
     def time_decode(self, rows: int, steps: int) -> list[float]:
         """Seconds of `steps` decode steps of `rows` rows, sorted."""
         length = min(MEASURED_LENGTH, self._max_len - 1)
-        return sorted(_seconds(lambda: self.decode(0, [0] * rows, [length] * rows)) for _ in range(steps))
+        return sorted(timing.seconds(lambda: self.decode(0, [0] * rows, [length] * rows)) for _ in range(steps))
 
     def measure(self) -> None:
         """Fill in decode_seconds and prefill_seconds; the rows' content is lost."""
         tokens = [(7 * index + 1) % self.vocab for index in range(max(MEASURED_CHUNKS))]
         sizes = [size for size in MEASURED_CHUNKS if size <= self.chunk and size < self._max_len]
         self.prefill(0, tokens[: min(SMALLEST_CHUNK, self._max_len - 1)], 0)  # the first call pays for buffers
-        self.prefill_seconds = {size: _seconds(partial(self.prefill, 0, tokens[:size], 0)) for size in sizes}
+        self.prefill_seconds = {size: timing.seconds(partial(self.prefill, 0, tokens[:size], 0)) for size in sizes}
         length = max(sizes, default=1)
         for row in range(1, self.rows):
             self.copy(0, row, length)
@@ -265,12 +265,6 @@ def _recent(
     if len(kept) > MOST_BOUND:
         del kept[next(iter(kept))]
     return found
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def load(

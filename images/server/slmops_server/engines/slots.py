@@ -14,7 +14,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 from slmops_server.engines.adapters import BASE, Adapter, Shelf
 from slmops_server.engines.base import Drafted, EngineInfo, EngineRefusedError, Job, Scores, Token
@@ -58,6 +58,26 @@ class Forward(Protocol):
 
     def release(self, slot: int) -> None:
         """The row's answer has ended."""
+
+
+@runtime_checkable
+class Mixing(Protocol):
+    """What a Forward may do besides: a chunk of a prompt and a token of other rows in one call."""
+
+    mixes: int  # rows that such a call may advance
+
+    def mix(
+        self,
+        slot: int,
+        chunk: Sequence[int],
+        past: int,
+        slots: Sequence[int],
+        tokens: Sequence[int],
+        lengths: Sequence[int],
+        adapter: Adapter,
+        /,
+    ) -> tuple[Logits, Logits]:
+        """As prefill, and one token for each of `slots` as in decode; the logits of both, [vocab] and [slots, vocab]."""
 
 
 class _Kept(NamedTuple):
@@ -121,6 +141,7 @@ class SlotEngine:
         self._guesses = guesses
         self.adapters = adapters or Shelf({}, 0)
         self._forward, self._eos, self._clock = forward, eos, clock
+        self._mixing = forward if isinstance(forward, Mixing) else None
         self._waiting: deque[Job] = deque()
         self._prefilling: deque[_Row] = deque()
         self._rows: list[_Row | None] = [None] * info.slots
@@ -169,7 +190,11 @@ class SlotEngine:
             self._admit(self._waiting.popleft())
         tokens: list[Token] = []
         if self._prefilling:
-            self._prefill(self._prefilling[0], tokens)
+            row = self._prefilling[0]
+            if self._mixing and (riders := self._riders(row, self._mixing.mixes)):
+                self._mix(self._mixing, row, riders, tokens)
+                return tokens
+            self._prefill(row, tokens)
         guessed = self._guess(tokens) if self._guesses else ()
         active = [row is not None and row.last >= 0 and row not in guessed for row in self._rows]
         if any(active):
@@ -220,22 +245,58 @@ class SlotEngine:
         return count if count >= RECOMPUTED else 0
 
     def _prefill(self, row: _Row, tokens: list[Token]) -> None:
-        prompt = row.job.prompt
-        if not row.started:
-            row.started = True
-            self._take_over(row)
-        running = any(other is not None and other.last >= 0 for other in self._rows)
-        left = len(prompt) - row.length
+        """One chunk of a prompt."""
+        self._start(row)
+        prompt, left = row.job.prompt, len(row.job.prompt) - row.length
         if row.prompt_scores is not None:
             size = self._score_pace.chunk(left, math.inf)
             logits = self._score(row, prompt[row.length : row.length + size], row.prompt_scores)
         else:
+            running = any(other is not None and other.last >= 0 for other in self._rows)
             size = self._pace.chunk(left, self._bearable() if running else math.inf)
             begin = self._clock()
             logits = self._forward.prefill(
                 row.slot, prompt[row.length : row.length + size], row.length, row.job.adapter
             )
             self._pace.note(size, self._clock() - begin)
+        self._prefilled(row, size, logits, tokens)
+
+    def _mix(self, forward: Mixing, row: _Row, riders: list[_Row], tokens: list[Token]) -> None:
+        """One chunk of a prompt and one token of each running answer, in one call."""
+        self._start(row)
+        prompt = row.job.prompt
+        step = cover([other in riders for other in self._rows], self._seconds(row.job.adapter))[0]
+        size = self._pace.chunk(len(prompt) - row.length, (PATIENCE + 1) * step * len(self._prefilling))
+        begin = self._clock()
+        logits, others = forward.mix(
+            row.slot,
+            prompt[row.length : row.length + size],
+            row.length,
+            [rider.slot for rider in riders],
+            [rider.last for rider in riders],
+            [rider.length for rider in riders],
+            row.job.adapter,
+        )
+        self._pace.note(size, self._clock() - begin)
+        self._prefilled(row, size, logits, tokens)
+        for rider, rider_logits in zip(riders, others, strict=True):
+            rider.length += 1
+            self._sample(rider, rider_logits, tokens)
+
+    def _riders(self, row: _Row, most: int) -> list[_Row]:
+        """The running answers, where one call may advance all of them beside a chunk of this row's prompt."""
+        running = [other for other in self._rows if other is not None and other.last >= 0]
+        fit = len(running) <= most and row.prompt_scores is None and not self._guesses
+        return running if fit and all(other.job.adapter is row.job.adapter for other in running) else []
+
+    def _start(self, row: _Row) -> None:
+        if not row.started:
+            row.started = True
+            self._take_over(row)
+
+    def _prefilled(self, row: _Row, size: int, logits: Logits, tokens: list[Token]) -> None:
+        """The row holds `size` more tokens of its prompt; `logits` are those of the last one."""
+        prompt = row.job.prompt
         row.length += size
         if self._forward.keeps:
             self._kept[row.slot] = _Kept(prompt[: row.length], weakref.ref(row.job.adapter))

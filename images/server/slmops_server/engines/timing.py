@@ -5,14 +5,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 
+def seconds(call: Callable[[], object]) -> float:
+    """Seconds of a call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def best(call: Callable[[], object]) -> float:
     """Seconds of a call, the better of two."""
-    times = []
-    for _ in range(2):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(seconds(call), seconds(call))
 
 
 def notes(decode_seconds: Sequence[float], prefill_seconds: Mapping[int, float]) -> dict[str, str]:
