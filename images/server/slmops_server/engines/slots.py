@@ -77,7 +77,7 @@ class Mixing(Protocol):
         adapter: Adapter,
         /,
     ) -> tuple[Logits, Logits]:
-        """As prefill, and one token for each of `slots` as in decode; the logits of both, [vocab] and [slots, vocab]."""
+        """As prefill, and one token for each of `slots` as in decode; logits of both, [vocab] and [slots, vocab]."""
 
 
 class _Kept(NamedTuple):
