@@ -220,7 +220,7 @@ def _status(kube: Kubectl, kind: str, name: str) -> Object:
 
 def bench(kube: Kubectl, board: Board, settings: dict[str, str]) -> Object:
     """Every model measured in the same way, in one pod of the server image."""
-    board.say("Measuring: each model alone on the same CPUs, the same held-out messages")
+    board.say("Measuring: the models in turn on the same CPUs, with the same held-out messages")
     uris = {name: _status(kube, "quantizedmodel", source)["artifact"]["uri"] for name, source in BENCH.items()}
     kube.apply(
         demo_pods.pod(
