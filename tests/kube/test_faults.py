@@ -139,7 +139,9 @@ def test_started_before_the_api_server(api: Api, start: Start, proxy: Proxy) -> 
 
 def test_sigterm_ends_it_in_time_with_a_silent_api_server(api: Api, start: Start, proxy: Proxy) -> None:
     operator = start().until_ready()
-    proxy.refuse()
+    proxy.silent = True
+    tune(api)
+    wait_for("a pass that waits for its answer", lambda: any("finetunejobs/tune" in asked for asked in proxy.requests))
     assert operator.terminate() < 10
 
 
