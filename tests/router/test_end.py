@@ -32,7 +32,7 @@ def closes(router):
 
 def test_sigterm_ends_answers_before_the_process(pod, router, port):
     pod("a", chunks=20, pause=0.1)
-    one = router(routes({"a": 100}, port))
+    one = router(routes({"a": 100}, port), drain=3)  # time for one more request
     one.ready("a")
     results = []
     thread = threading.Thread(target=lambda: results.append(ask(one.port)))
