@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -39,7 +40,6 @@ BROKEN = {
         from_config_map("columnless", columns={"prompt": "question", "completion": "antwort"}),
     ],
     "secretless": [finetune("secretless", base={"uri": f"{STORE}/base:tiny", "secretRef": {"name": "later"}}, **BRIEF)],
-    "unreachable": [finetune("unreachable", base={"uri": f"oci://{LATE}/e2e/base:tiny"}, **BRIEF)],
     "encoder": [finetune("encoder", base={"uri": f"{STORE}/encoder:tiny"}, **BRIEF)],
     "absent": [finetune("absent", base={"uri": f"{STORE}/no-such-model:1"}, **BRIEF)],
 }
@@ -167,6 +167,13 @@ def test_a_base_that_is_no_causal_lm_fails_once_and_says_what_it_is(broken: Kube
 
 def test_a_uri_that_names_nothing_says_so(broken: Kubectl) -> None:
     says(broken, "absent", "SourceNotFound", "no-such-model")
+
+    def waits() -> bool:
+        status = (broken.get("finetunejob", "absent") or {}).get("status") or {}
+        at = status.get("nextRetryTime")
+        return at is not None and datetime.fromisoformat(at) - datetime.now(UTC) > timedelta(seconds=20)
+
+    wait_for("the next try to be some time away", waits, 180)  # it is tried again by itself
     still(broken, "absent")
 
 
@@ -176,11 +183,14 @@ def test_a_teacher_that_answers_garbage_is_quoted(broken: Kubectl) -> None:
 
 
 def test_an_unreachable_registry_is_waited_for(broken: Kubectl) -> None:
+    broken.apply(finetune("unreachable", base={"uri": f"oci://{LATE}/e2e/base:tiny"}, **BRIEF))
+
     def waits() -> bool:
         found = (broken.get("finetunejob", "unreachable") or {}).get("status") or {}
         return (found.get("progress") or {}).get("stage", "").startswith("Pulling")
 
     wait_for("the pod tries to pull", waits, 180)
+    (pod,) = workers(broken, "unreachable")
     assert (broken.condition("finetunejob", "unreachable", "Stalled") or {}).get("status") != "True"
     host, _, namespace = LATE.partition(":")[0].removesuffix(".svc").partition(".")
     assert namespace == NAMESPACE
@@ -188,7 +198,8 @@ def test_an_unreachable_registry_is_waited_for(broken: Kubectl) -> None:
     service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": host}}
     broken.apply({**service, "spec": {"type": "ExternalName", "externalName": target}})
     done = broken.wait_ready("finetunejob", "unreachable", 300)
-    assert done["status"]["attempts"] == 0, done["status"]
+    assert (done["status"]["attempts"], done["status"]["retries"]) == (0, 0), done["status"]
+    assert [each["metadata"]["name"] for each in workers(broken, "unreachable")] == [pod["metadata"]["name"]]
 
 
 def test_quota_forbids_the_pod_then_grows(space: Kubectl, seeded: str) -> None:

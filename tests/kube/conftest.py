@@ -1,5 +1,6 @@
 """A real API server for the session, a namespace for every test, the operator as a child process."""
 
+import contextlib
 import itertools
 import os
 import signal
@@ -88,11 +89,13 @@ def proxy(access: Access) -> Iterator[Proxy]:
     found.close()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody has: all are held until the last is found, so that no two are the same."""
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 class Operator:
@@ -108,7 +111,7 @@ class Operator:
         }  # fmt: skip
         kubeconfig = folder / f"kubeconfig-{next(NAMES)}"
         kubeconfig.write_text(yaml.safe_dump(config))
-        self.probes, self.metrics = free_port(), free_port()
+        self.probes, self.metrics = free_ports(2)
         env = {
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(ROOT / "operator"),
@@ -209,20 +212,24 @@ class Outage:
     api: Api
     proxy: Proxy
     operator: Operator
+    before: int  # requests when it began
     began: float = field(default_factory=time.monotonic)
 
     def last(self, seconds: float) -> None:
         """Wait until it has lasted so long."""
-        wait_for("a long outage", lambda: time.monotonic() - self.began > seconds, seconds + 10)
+        wait_for("a long outage", lambda: self.seconds > seconds, seconds + 10)
+
+    @property
+    def seconds(self) -> float:
+        """For how long it has lasted."""
+        return time.monotonic() - self.began
 
 
 @pytest.fixture(scope="session")
 def outages(access: Access, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Outage]]:
     """Two of them: one answers 503 to everything, one does not even take connections."""
-    found = {name: _outage(access, tmp_path_factory.mktemp(name), name) for name in ("ill", "away")}
-    found["ill"].proxy.answer = 503
-    found["ill"].proxy.error_in_watches(500)  # so that every watch has to be opened anew
-    found["away"].proxy.refuse()
+    cuts = {"ill": _ill, "away": Proxy.refuse}
+    found = {name: _outage(access, tmp_path_factory.mktemp(name), name, cut) for name, cut in cuts.items()}
     yield found
     for outage in found.values():
         outage.operator.kill()
@@ -230,14 +237,20 @@ def outages(access: Access, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         check_log(outage.operator)
 
 
-def _outage(access: Access, folder: Path, name: str) -> Outage:
+def _ill(proxy: Proxy) -> None:
+    proxy.answer = 503
+    proxy.error_in_watches(500)  # so that every watch has to be opened anew
+
+
+def _outage(access: Access, folder: Path, name: str, cut: Callable[[Proxy], None]) -> Outage:
     proxy, api = Proxy(access).start(), Api(access, name)
     api.ask("POST", "/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
     operator = Operator(proxy.url, folder, name).until_ready()
     spec = {"base": {"uri": "oci://r/base:1"}, "dataset": {"uri": "oci://r/data:1"}}
     api.create("FineTuneJob", "tune", spec=spec)
     wait_for("the Job", lambda: api.get("Job", "tune-finetune"))
-    return Outage(api, proxy, operator)
+    cut(proxy)
+    return Outage(api, proxy, operator, len(proxy.requests))
 
 
 @pytest.fixture(scope="session", autouse=True)

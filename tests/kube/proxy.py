@@ -22,6 +22,7 @@ class Proxy:
         self.access = access
         self.port = 0
         self.answer: int | None = None  # this status for everything, instead of asking the server
+        self.silent = False  # no answer to anything; what is being answered, as watches are, goes on
         self.writes: list[str] = []  # "PATCH /path" of every write that the server has accepted
         self.requests: list[str] = []
         self.denied: list[str] = []  # requests that the server answered with 403
@@ -108,6 +109,8 @@ class Proxy:
 
     async def _forward(self, request: web.Request) -> web.StreamResponse:
         self.requests.append(f"{request.method} {request.path_qs}")
+        if self.silent:
+            await asyncio.Event().wait()  # until the other side has gone
         if self.answer is not None:
             return web.json_response({"kind": "Status", "code": self.answer, "message": "scripted"}, status=self.answer)
         headers = CIMultiDict({name: value for name, value in request.headers.items() if name.lower() not in HOP})

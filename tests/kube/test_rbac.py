@@ -91,7 +91,9 @@ def whole_life(api: Api) -> None:
     model = {"model": {"uri": "oci://r/m:1"}, "replicas": 2}
     api.create("ModelDeployment", "m", spec=model)
     wait_for("the rollout's Deployments", lambda: len(api.list("Deployment")) >= 2)
-    wait_for("the Event", lambda: any(event["reason"] == "Succeeded" for event in api.list("Event")))
+    wait_for("the run's Event", lambda: any(event["reason"] == "Succeeded" for event in api.list("Event")))
+    wait_for("the rollout's status, written last", lambda: api.status("ModelDeployment", "m").get("rollout"))
+    wait_for("and its Event", lambda: any(event["reason"] == "RolloutStarted" for event in api.list("Event")))
 
 
 def test_the_cluster_role_is_enough(api: Api, start: Start, proxy: Proxy, granted: Granted, helm: str) -> None:

@@ -33,12 +33,18 @@ def eventually(check: Callable[[], Any], what: str, seconds: float = 20.0) -> An
         time.sleep(0.02)
 
 
+_given = set[int]()  # what nobody listens on yet looks free
+
+
 def free_port() -> int:
     """A port below those that the kernel gives to connections, so that it is still free when it is opened."""
     while True:
         port = random.randint(10_000, 30_000)
+        if port in _given:
+            continue
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("", port))
+            _given.add(port)
             return port
 
 
@@ -161,7 +167,9 @@ class ModelServer:
 class Router:
     """`python -m slmops_router` as a process."""
 
-    def __init__(self, folder: Path, dns: Dns, routes: dict[str, Any] | None = None, reach: float = 0.5) -> None:
+    def __init__(
+        self, folder: Path, dns: Dns, routes: dict[str, Any] | None = None, reach: float = 0.5, drain: float = 0.5
+    ) -> None:
         self.folder, self.port, self.metrics_port, self.agent_port = folder, free_port(), free_port(), free_port()
         mounted = folder / "routes.json"
         if routes is not None:
@@ -183,7 +191,7 @@ class Router:
             "--nameserver",
             dns.address,
             "--drain-seconds",
-            "0.5",
+            str(drain),
             "--reach-seconds",
             str(reach),
         ]

@@ -20,6 +20,9 @@ def test_a_router_whose_model_has_no_pod_is_ready_all_the_same(router, port):
 
 def test_a_router_without_requests_to_send_is_ready_at_once(router, port):
     router(routes({"a": 0}, port), reach=3600)
+
+
+def test_a_router_without_routes_is_ready_at_once(router):
     router(reach=3600)
 
 

@@ -100,6 +100,17 @@ def test_until_then_nothing_happens() -> None:
     assert again.requeue == 5.0
 
 
+def test_inputs_are_looked_at_less_often_where_an_outage_lasts() -> None:
+    """Where the chart's store needs a Secret every object names one, and each look reads all of them anew."""
+    obj, plan = world_failed(9)
+    obj = after(obj, plan)
+    for one in obj["status"]["conditions"]:
+        one["lastTransitionTime"] = at(-86400)
+    assert run(obj, job=job(obj, **FAILED_JOB), inputs="m1.s1").requeue == 60.0
+    obj["status"]["nextRetryTime"] = at(20)
+    assert run(obj, job=job(obj, **FAILED_JOB), inputs="m1.s1").requeue == 20.0
+
+
 def test_then_the_old_job_goes_and_a_new_one_follows() -> None:
     obj, plan = world_failed()
     obj = after(obj, plan)

@@ -68,6 +68,11 @@ FATAL_JOB: dict[str, Any] = {
 }
 
 
+def told(reason: str, message: str = "", about: str = "pod-tune-abc") -> Object:
+    """An Event."""
+    return {"reason": reason, "message": message, "involvedObject": {"uid": about}}
+
+
 def deleting(obj: Object) -> Object:
     return {**obj, "metadata": {**obj["metadata"], "deletionTimestamp": at(-1)}}
 
@@ -100,9 +105,14 @@ STATES: dict[str, tuple[str, str, str, Any]] = {
     "pod is long in being made, and an Event tells why": (
         "Pending", "FailedMount", "InProgress",
         lambda o: {"job": job(o), "pods": (pod(o, phase="Pending", state=waiting("ContainerCreating")),), "events": (
-            {"reason": "FailedMount", "message": 'configmap "x" not found', "involvedObject": {"uid": "pod-tune-abc"}},
-            {"reason": "Pulled", "message": "Pulled", "involvedObject": {"uid": "pod-tune-abc"}},
+            told("Scheduled"), told("FailedMount", 'configmap "x" not found'), told("SandboxChanged"),
+            told("Pulled", about="another"),
         )},
+    ),
+    "its image is pulled, and what an Event told before is over": (
+        "Pending", "Starting", "InProgress",
+        lambda o: {"job": job(o), "pods": (pod(o, phase="Pending", state=waiting("ContainerCreating")),),
+                   "events": (told("FailedScheduling"), told("Scheduled"), told("FailedMount"), told("Pulling"))},
     ),
     "pod is being deleted": (
         "Pending", "PodTerminating", "InProgress",

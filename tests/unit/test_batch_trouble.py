@@ -197,6 +197,22 @@ def test_the_deadline_that_was_missed_is_the_jobs_and_not_the_whole_runs() -> No
     assert kstatus(run(shorter, job=late)) == "Failed"
 
 
+def test_a_run_that_goes_on_begins_anew_in_time_too() -> None:
+    """Else a deadline that is raised again would be held against all the days since its very first pod."""
+    obj = finetune({"observedGeneration": 1, "startTime": at(-86400)}, activeDeadlineSeconds=30)
+    late = job(obj, conditions=[condition("Failed", "DeadlineExceeded")], spec={"activeDeadlineSeconds": 30})
+    stopped = (pod(obj, phase="Failed", state=said("Interrupted", "", 143)),)
+    for generation, limit in ((2, 40), (3, 300)):
+        failed = after(obj, run(obj, job=late, pods=stopped))
+        assert failed["status"]["completionTime"] == at(-5)
+        metadata = {**failed["metadata"], "generation": generation}
+        raised = {**failed, "metadata": metadata, "spec": {**failed["spec"], "activeDeadlineSeconds": limit}}
+        going_on = run(raised, job=late) if generation == 2 else run(raised)  # the second time its Job is gone
+        assert kstatus(going_on) == "InProgress"
+        assert not {"startTime", "completionTime"} & going_on.status.keys()
+        obj = after(raised, run(after(raised, going_on), wanted=WANTED))
+
+
 def test_bad_exit_of_the_users_own_image_keeps_its_last_words() -> None:
     obj = finetune()
     state = exited(2, message="usage: other-program [-h]")
@@ -241,3 +257,51 @@ def test_events_are_read_only_where_the_pod_says_nothing_itself() -> None:
     cluster.set_status(key_of(late), {**late["status"], "conditions": []})
     with pytest.raises(AssertionError, match="Events of Pod"):
         Driver(cluster, Settings(), reconcilers(), lambda _: None, clock=lambda: NOW).run(key_of(obj))
+
+
+LOST = {"exitCode": 137, "reason": "ContainerStatusUnknown", "message": "could not be located", "finishedAt": None}
+NOT_READY = condition("Ready", "PodFailed", status="False")
+TIMELESS: dict[str, tuple[Object, str]] = {
+    "the node was started anew": ({"state": {"terminated": LOST}, "conditions": [NOT_READY]}, at(-5)),
+    "the kubelet did not admit it": ({"reason": "OutOfcpu", "message": "Node didn't have enough resource"}, at(-50)),
+    "evicted before it ran": (
+        {"reason": "Evicted", "conditions": [condition("DisruptionTarget", "TerminationByKubelet")]}, at(-5)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TIMELESS)
+def test_a_pod_that_does_not_say_when_it_failed_is_told_of_once(name: str) -> None:
+    """Were the moment of the look its time, each look would find another failure."""
+    said, when = TIMELESS[name]
+    obj = finetune()
+    cluster = MemoryCluster()
+    for one in (obj, job(obj, failed=1), pod(obj, phase="Failed", **said)):
+        cluster.put(one)
+    now = NOW
+    driver = Driver(cluster, Settings(), reconcilers(lambda _: None), lambda _: None, clock=lambda: now)
+    driver.run(key_of(obj))
+    before, told = cluster.objects[key_of(obj)]["status"], list(cluster.posted)
+    assert before["lastFailure"]["time"] == when
+    assert [event for _, event, _ in told] == ["AttemptFailed"]
+    now += timedelta(seconds=3)
+    driver.run(key_of(obj))
+    assert cluster.objects[key_of(obj)]["status"] == before
+    assert cluster.posted == told
+
+
+def test_a_failed_run_whose_output_is_nowhere_any_more_is_looked_after() -> None:
+    """An upgrade of the chart took the store away: the Job's time runs out all the same."""
+    obj = finetune(ttlSecondsAfterFinished=3)
+    bad = pod(obj, phase="Failed", state=said("BadDataset", "x", 3))
+    failed = after(obj, run(obj, job=job(obj, **FATAL_JOB), pods=(bad,)))
+    cluster = MemoryCluster()
+    for one in (failed, job(obj, **FATAL_JOB)):
+        cluster.put(one)
+    cluster.objects[key_of(obj)]["metadata"]["generation"] = 2
+    Driver(cluster, Settings(store=""), reconcilers(lambda _: None), lambda _: None, clock=lambda: NOW).run(key_of(obj))
+    assert Key("Job", "ns", "tune-finetune") not in cluster.objects
+    status = cluster.objects[key_of(obj)]["status"]
+    assert (status["observedGeneration"], status["phase"]) == (2, "Failed")
+    assert (of(cluster.objects[key_of(obj)], "Ready") or {})["reason"] == "BadDataset"
+    assert cluster.posted == []

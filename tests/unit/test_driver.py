@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from tests.unit.objects import ARTIFACT, NOW, at, finetune, of, pod, succeeded
+from tests.unit.objects import ARTIFACT, NOW, at, finetune, of, ours, pod, succeeded
 
 from slmops.api.finetune import FineTuneJobSpec
 from slmops.cluster.memory import MemoryCluster, key_of
@@ -408,3 +408,23 @@ def base(name: str) -> Object:
 def reason(cluster: MemoryCluster, obj: Object) -> str:
     said = cluster.objects[key_of(obj)]["status"]["conditions"]
     return next(str(one["reason"]) for one in said if one["type"] == "Ready")
+
+
+@pytest.mark.parametrize("trouble", [ClusterError(403, "Forbidden", "cannot list pods"), Terminal("InvalidSpec", "x")])
+@pytest.mark.parametrize(("seen", "ready"), [(1, "False"), (2, "True")])
+def test_ready_is_not_carried_over_to_a_spec_that_nobody_has_seen(trouble: Exception, seen: int, ready: str) -> None:
+    """`kubectl wait` would take the new model as served; what answers, answers on."""
+    cluster = MemoryCluster()
+    key = key_of(cluster.put(ours("ModelDeployment", {"model": {"uri": "oci://r/m:1"}}, name="chat")))
+    cluster.put(ours("ModelDeployment", {"model": {"uri": "oci://r/m:2"}}, name="chat"))
+    said = {"status": "True", "reason": "Serving", "message": "", "lastTransitionTime": at(0)}
+    stood = [{**said, "type": kind, "observedGeneration": seen} for kind in ("Ready", "Available")]
+    cluster.set_status(key, {"conditions": stood, "observedGeneration": seen})
+    scripted = Scripted(trouble)  # type: ignore[arg-type]  # the scripted ones are Exceptions
+    driver = Driver(cluster, Settings(), {"ModelDeployment": scripted}, lambda routes: None, clock=lambda: NOW)
+    for _ in range(2):
+        driver.run(key)
+        found = cluster.objects[key]
+        assert found["status"]["observedGeneration"] == 2
+        assert (of(found, "Ready") or {})["status"] == ready
+        assert (of(found, "Available") or {})["status"] == "True"

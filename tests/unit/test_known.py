@@ -172,3 +172,18 @@ def test_a_circle_does_not_leave_its_namespace() -> None:
         obj["metadata"] |= {"uid": name, "namespace": namespace}
         known.concerned(event(obj))
         assert not known.circular(Key("FineTuneJob", namespace, name))
+
+
+def test_a_teacher_that_begins_to_answer_is_news_though_it_is_not_ready() -> None:
+    """Its next revision waits for approval: the one before answers, and that is what a distillation waits for."""
+    known = Known()
+    spec = {"teacher": {"deploymentRef": {"name": "t"}}, "student": {"uri": "oci://r/m:1"}}
+    student = ours("DistillationJob", spec, name="d")
+    student["metadata"]["uid"] = "d"
+    known.concerned(event(student, None))
+    status = ready("Approval")
+    known.concerned(event(ours("ModelDeployment", {}, name="t", status=status), None))
+    available = {**status["conditions"][0], "type": "Available", "status": "True", "reason": "Answering"}
+    status = {**status, "conditions": [*status["conditions"], available]}
+    teacher = ours("ModelDeployment", {}, name="t", status=status)
+    assert known.concerned(event(teacher)) == {Key("DistillationJob", "ns", "d")}

@@ -131,3 +131,41 @@ def test_tokens_differ_by_object_and_key():
 def test_addresses_of_both_families():
     assert router.agent_url("10.0.0.1") == "http://10.0.0.1:9091"
     assert router.agent_url("fd00::1") == "http://[fd00::1]:9091"
+
+
+def unanswered(observe, now, url="http://10.0.0.1:9091"):
+    with pytest.raises(RemoteError, match=url):
+        observe(url, "t", clock=lambda: now)
+
+
+def silent(error):
+    """A client to whom every agent does this, and what was asked of it."""
+    calls = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        calls.append(str(request.url))
+        raise error
+
+    return httpx.Client(transport=httpx.MockTransport(handle)), calls
+
+
+def test_an_agent_that_takes_no_connection_is_left_alone_for_a_while():
+    """Each of these waits takes a worker: behind a NetworkPolicy a few of them would take all there are."""
+    client, calls = silent(httpx.ConnectTimeout("silence"))
+    observe = router.Observer(client=client)
+    for second in range(0, 20, 2):
+        unanswered(observe, second)
+    assert len(calls) == 1
+    unanswered(observe, 20, "http://10.0.0.2:9091")
+    assert len(calls) == 2
+    unanswered(observe, router.CUT_OFF_SECONDS + 1)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("error", [httpx.ConnectError("refused"), httpx.ReadTimeout("slow")])
+def test_an_agent_that_is_not_up_or_slow_is_asked_each_time(error):
+    client, calls = silent(error)
+    observe = router.Observer(client=client)
+    for _ in range(3):
+        unanswered(observe, 0)
+    assert len(calls) == 3

@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 
+import pytest
 from tests.unit.objects import Object
 from tests.unit.serving_world import CANARY, SETTINGS, Kubernetes, source, uri
 
@@ -271,3 +272,67 @@ def test_a_name_of_63_characters_works():
     assert "m" * 63 in names
     assert all(len(name) <= 63 for name in names)
     assert len(names) == 3  # the stable address, the router, the revision
+
+
+EDITS = {
+    "SourceNotReady": {"model": {"ref": {"kind": "QuantizedModel", "name": "q"}}},
+    "SecretNotFound": {"endpoint": {"apiKeysSecretRef": {"name": "keys"}}},
+}
+
+
+@pytest.mark.parametrize("reason", EDITS)
+def test_a_candidate_that_is_no_longer_asked_for_gets_no_further(reason):
+    """What is asked for instead may take an hour to be there: until then the other one must not become stable."""
+    world = Kubernetes(rollout={"steps": [{"weight": 10, "pauseSeconds": 60}]})
+    world.passes()
+    stable = world.status["stable"]["revision"]
+    world.edit(model=uri("b"))
+    world.passes()
+    second = world.status["candidate"]["revision"]
+    world.edit(**EDITS[reason])
+    for _ in range(60):
+        world.passes(2, seconds=60)
+    assert (world.status["stable"]["revision"], world.status["weight"]) == (stable, 10)
+    assert world.condition("Reconciling")[:2] == ("True", reason)
+    assert f"Revision {second} stays at 10 %" in world.condition("Reconciling")[2]
+    source(world, "1")
+    world.cluster.put({"kind": "Secret", "metadata": {"name": "keys", "namespace": "ns"}, "data": {"a": "Yg=="}})
+    world.passes()
+    assert world.status["candidate"]["revision"] not in (stable, second)
+    assert world.status["stable"]["revision"] == stable
+
+
+def test_a_candidate_that_waits_for_the_next_one_goes_on_when_it_is_asked_for_again():
+    world = Kubernetes(rollout={"steps": [{"weight": 10, "pauseSeconds": 60}]})
+    world.passes()
+    world.edit(model=uri("b"))
+    world.passes()
+    second = world.status["candidate"]["revision"]
+    world.edit(**EDITS["SourceNotReady"])
+    world.passes(seconds=61)
+    world.edit(model=uri("b"))
+    world.passes()
+    assert world.status["stable"]["revision"] == second
+
+
+def test_a_candidate_that_waits_for_the_next_one_is_rolled_back_where_it_fails():
+    world = Kubernetes(rollout=CANARY)
+    world.passes()
+    world.edit(model=uri("b"))
+    world.passes()
+    world.edit(**EDITS["SourceNotReady"])
+    world.requests, world.answers = 100, [prometheus.Value(0.2)]
+    world.passes(seconds=10)
+    assert world.status["phase"] == "RolledBack"
+
+
+def test_a_candidate_whose_own_source_is_not_ready_any_more_goes_on():
+    world = Kubernetes(model=EDITS["SourceNotReady"]["model"], rollout={"steps": [{"weight": 10, "pauseSeconds": 60}]})
+    source(world, "1")
+    world.passes()
+    source(world, "2")
+    world.passes()
+    second = world.status["candidate"]["revision"]
+    world.cluster.delete(Key("QuantizedModel", "ns", "q"))
+    world.passes(seconds=61)
+    assert world.status["stable"]["revision"] == second

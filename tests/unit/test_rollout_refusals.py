@@ -152,10 +152,15 @@ def test_it_is_not_ready_while_its_address_is_somebody_elses():
     world.cluster.put(foreign)
     world.passes()
     assert world.condition("Ready")[:2] == ("False", "NameConflict")
+    assert world.condition("Available")[:2] == ("False", "NotAnswering")  # else a distillation would ask there
     assert world.cluster.objects[SERVICE]["spec"] == {"mine": True}
+    before = world.status
+    world.passes(seconds=60)
+    assert world.status == before
     world.cluster.delete(SERVICE)
     world.passes()
     assert world.condition("Ready")[:2] == ("True", "Serving")
+    assert world.condition("Available")[:2] == ("True", "Answering")
 
 
 def test_it_is_not_ready_before_its_address_may_be_made_but_stays_so_while_that_may_not_be_changed():

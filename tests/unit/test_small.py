@@ -226,25 +226,32 @@ def test_a_pod_that_lets_us_wait_is_left_alone_for_a_while() -> None:
 
 
 def test_evictions_are_named() -> None:
-    found = failure_of(pod(finetune(), phase="Failed", reason="Evicted", message="low on memory"), NOW)
+    found = failure_of(pod(finetune(), phase="Failed", reason="Evicted", message="low on memory"))
     assert found is not None
     assert (found.reason, found.message) == ("Evicted", "The pod was taken off its node: low on memory")
 
 
 def test_a_pod_that_never_ran_says_so() -> None:
-    found = failure_of(pod(finetune(), phase="Failed"), NOW)
+    found = failure_of(pod(finetune(), phase="Failed"))
     assert found is not None
     assert "before its container ran" in found.message
 
 
+def test_a_pod_that_was_not_admitted_passes_the_kubelets_words_on() -> None:
+    told = {"reason": "UnexpectedAdmissionError", "message": "Allocate failed: no healthy devices"}
+    found = failure_of(pod(finetune(), phase="Failed", **told))
+    assert found is not None
+    assert found.message.endswith("its container ran: UnexpectedAdmissionError: Allocate failed: no healthy devices")
+
+
 def test_a_bare_exit_code_names_the_log() -> None:
-    found = failure_of(pod(finetune(), phase="Failed", state=exited(2)), NOW)
+    found = failure_of(pod(finetune(), phase="Failed", state=exited(2)))
     assert found is not None
     assert found.message.endswith("kubectl -n ns logs tune-abc")
 
 
 def test_node_memory_without_a_limit() -> None:
-    found = failure_of(pod(finetune(), phase="Failed", state=exited(137, reason="OOMKilled")), NOW)
+    found = failure_of(pod(finetune(), phase="Failed", state=exited(137, reason="OOMKilled")))
     assert found is not None
     assert "the memory of its node" in found.message
 

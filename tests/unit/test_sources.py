@@ -78,11 +78,19 @@ def test_an_endpoint_is_taken_as_it_is() -> None:
     assert (found.url, found.model, found.secret, found.key) == ("https://t/v1", "m", "s", "k")
 
 
-def test_a_deployment_gives_its_service_its_key_and_its_lineage() -> None:
+@pytest.mark.parametrize(
+    "ready",
+    [
+        {"Ready": "True Serving"},
+        {"Ready": "False RolledBack", "Stalled": "True RolledBack"},
+        {"Ready": "False Approval", "Reconciling": "True Approval"},
+    ],
+)
+def test_a_deployment_that_answers_gives_its_service_its_key_and_its_lineage(ready: dict[str, str]) -> None:
     cluster = MemoryCluster()
     parent = {"kind": "model", "uri": "oci://r/base", "digest": "sha256:bb", "name": ""}
     status = {
-        "conditions": conditions(Ready="True Stable"),
+        "conditions": conditions(Available="True Answering", **ready),
         "endpoint": "http://t-1a2b.ns.svc:8000/v1",
         "stable": {"revision": "r1", "model": "oci://r/m", "digest": "sha256:mm", "source": "QuantizedModel/q"},
         "lineage": {"digest": "sha256:mm", "parents": [parent]},
@@ -104,7 +112,8 @@ def test_a_deployment_gives_its_service_its_key_and_its_lineage() -> None:
 def test_a_teacher_that_is_scaled_to_zero_is_waited_for(reason: str) -> None:
     """It is Ready, as wanted: but a pod that asks it would wait for its answers in vain."""
     cluster = MemoryCluster()
-    status = {"conditions": conditions(Ready=f"True {reason}"), "endpoint": "http://t.ns.svc:8000/v1"}
+    said = conditions(Ready=f"True {reason}", Available="True Answering")  # by pods that are about to go
+    status = {"conditions": said, "endpoint": "http://t.ns.svc:8000/v1"}
     deployment = ours("ModelDeployment", {"model": {"uri": "oci://r/m"}, "replicas": 0}, name="t", status=status)
     cluster.put(deployment)
     with pytest.raises(Retry, match="ModelDeployment/t, which is scaled to zero") as caught:
@@ -112,6 +121,15 @@ def test_a_teacher_that_is_scaled_to_zero_is_waited_for(reason: str) -> None:
     assert (caught.value.reason, caught.value.after) == ("SourceNotReady", 0)  # its change tells
     cluster.put({**deployment, "spec": {**deployment["spec"], "replicas": 1}})
     assert sources.resolve_teacher(cluster, "ns", teacher(deploymentRef={"name": "t"})).model == "t"
+
+
+def test_a_teacher_that_does_not_answer_is_waited_for() -> None:
+    cluster = MemoryCluster()
+    status = {"conditions": conditions(Ready="True Serving", Available="False NotAnswering"), "endpoint": "http://t/v1"}
+    cluster.put(ours("ModelDeployment", {"model": {"uri": "oci://r/m"}}, name="t", status=status))
+    with pytest.raises(Retry, match="Waits for ModelDeployment/t to be available") as caught:
+        sources.resolve_teacher(cluster, "ns", teacher(deploymentRef={"name": "t"}))
+    assert (caught.value.reason, caught.value.after) == ("SourceNotReady", 0)
 
 
 OUTPUTS = [
@@ -253,8 +271,9 @@ def test_who_waits_for_himself_is_told_the_whole_way() -> None:
         sources.check_cycle(cluster, job)
     assert caught.value.reason == "SourceCycle"
     cluster.put({**served, "status": {}})
-    cluster.set_status(key_of(served), {"conditions": conditions(Ready="True Stable")})
-    sources.check_cycle(cluster, job)  # what is ready waits for nobody
+    answers = conditions(Ready="False SourceNotReady", Available="True Answering")
+    cluster.set_status(key_of(served), {"conditions": answers})
+    sources.check_cycle(cluster, job)  # its next model waits for the job, but the one before answers
 
 
 def test_who_names_himself_is_told() -> None:

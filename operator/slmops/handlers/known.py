@@ -12,7 +12,10 @@ from typing import Any
 from slmops.api.keys import GROUP, LABEL_OWNER_UID
 from slmops.cluster.kinds import OURS
 from slmops.cluster.port import Key, Object
+from slmops.reconcile.conditions import AVAILABLE, READY, STALLED
 from slmops.reconcile.sources import references
+
+_NEWS = (READY, STALLED, AVAILABLE)
 
 
 @dataclass(frozen=True)
@@ -146,9 +149,7 @@ def _asked(metadata: Object) -> tuple[str, ...]:
 
 
 def _news(status: Object) -> tuple[str, ...]:
-    """What those that name an object wait for: readiness and its reason, the artifact, failure."""
+    """What those that name an object wait for: readiness and its reason, that it answers, the artifact, failure."""
     said: Iterable[Object] = status.get("conditions") or []
-    words = [
-        f"{c.get('type')}={c.get('status')}:{c.get('reason')}" for c in said if c.get("type") in ("Ready", "Stalled")
-    ]
+    words = [f"{c.get('type')}={c.get('status')}:{c.get('reason')}" for c in said if c.get("type") in _NEWS]
     return (*words, str((status.get("artifact") or {}).get("digest") or ""))

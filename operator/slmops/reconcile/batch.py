@@ -6,9 +6,9 @@ status: a finished object's Job may go (its TTL, or by hand) and is never made a
 What becomes of a Job that failed, by the reason that its last pod gave:
   something outside did not answer (WORLD: a source, the store, the teacher, an access right)
       the object is not failed: Ready=False, Reconciling=True with that reason, and a new Job starts at
-      status.nextRetryTime. The delay starts at 30 s and doubles up to 1 h, and it ends at once when a ConfigMap or a
-      Secret that the object names has changed. So it mends itself when the cause goes, checkpoints are kept, and an
-      outage of a day costs some thirty Jobs of one pod each, which waits itself for some minutes before it gives up
+      status.nextRetryTime. The delay starts at 30 s and doubles up to 1 h, and it ends within a minute when a ConfigMap
+      or a Secret that the object names has changed. So it mends itself when the cause goes, checkpoints are kept, and
+      an outage of a day costs some thirty Jobs of one pod each, which waits itself for some minutes before it gives up
   anything else
       the object is failed: Failed=True, Stalled=True. It goes on from its checkpoint when something that could help
       was changed: a ConfigMap it names, a backoffLimit above the attempts so far (unless the worker said that trying
@@ -33,7 +33,7 @@ from slmops.reconcile.batch_pass import ANNOTATION_IMAGE, ANNOTATION_INPUTS, Blo
 from slmops.reconcile.ownership import check_ours
 from slmops.reconcile.pods import created, ended, running, trouble_of
 from slmops.reconcile.protocol import World
-from slmops.reconcile.state import Plan, Retry
+from slmops.reconcile.state import Plan, Retry, Terminal
 
 LATE_SECONDS = 30.0  # a pod that has not started by then is asked why
 ReadProgress = Callable[[str], Progress | None]
@@ -86,10 +86,11 @@ class BatchReconciler:
             try:
                 wanted, digest = self._wanted(obj, spec, world)
             except Retry as retry:
-                own = Key(self.kind, namespace, obj["metadata"]["name"])
-                if retry.reason == sources.NOT_READY and world.circular(own):
-                    sources.check_cycle(cluster, obj)
                 blocked = Blocked(retry.reason, str(retry), retry.after or None)
+            except Terminal as terminal:
+                if not has_failed:
+                    raise
+                blocked = Blocked(terminal.reason, str(terminal), None)  # its Job is to be looked after all the same
         return Seen(
             job=found,
             pods=mine,
@@ -114,7 +115,13 @@ class BatchReconciler:
 
     def _wanted(self, obj: Object, spec: BatchSpec, world: World) -> tuple[Object, str]:
         """The Job as it would be made now, and the hash of its inputs. Raises Retry, Terminal, ClusterError."""
-        run = self._run(obj, spec, world)
+        try:
+            run = self._run(obj, spec, world)
+        except Retry as retry:
+            own = Key(self.kind, obj["metadata"]["namespace"], obj["metadata"]["name"])
+            if retry.reason == sources.NOT_READY and world.circular(own):
+                sources.check_cycle(world.cluster, obj)
+            raise
         needed = inputs(spec, extra_secrets=run_secrets(run, world.settings))
         digest = needs.check(world.cluster, obj["metadata"]["namespace"], needed)
         made = job(obj, spec, run, world.settings)

@@ -31,7 +31,7 @@ def conclude(p: Pass, job: Object) -> Plan | None:
     """End the object if its run is over; None while it is not."""
     for pod in reversed(p.seen.pods):
         result = result_of(pod)
-        if result is not None and result.succeeded and result.artifact is not None and failure_of(pod, p.now) is None:
+        if result is not None and result.succeeded and result.artifact is not None and failure_of(pod) is None:
             return _succeeded(p, pod, result)
     if _is(job, "Complete"):
         return _without_result(p)
@@ -82,7 +82,9 @@ def retry_delay(retries: int) -> timedelta:
 
 def retry_requeue(p: Pass, at: str) -> float:
     """When to look again while waiting for a retry: at its time, or sooner if something that is named may change."""
-    return min(p.until(at), RECHECK_SECONDS) if p.status.inputs else p.until(at)
+    if not p.status.inputs:
+        return p.until(at)
+    return min(p.until(at), conditions.patiently(RECHECK_SECONDS, p.status.conditions, p.now))
 
 
 def _succeeded(p: Pass, pod: Object, result: RunResult) -> Plan:
@@ -144,7 +146,7 @@ def _cause(p: Pass, job: Object) -> Failure:
         )
         return Failure(reason=reason, message=message, time=time)
     for pod in reversed(p.seen.pods):
-        found = failure_of(pod, p.now)
+        found = failure_of(pod)
         if found is not None and found.reason != INTERRUPTED:
             return found
     if p.status.last_failure is not None:

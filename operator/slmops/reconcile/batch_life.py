@@ -2,6 +2,7 @@
 
 import re
 from datetime import timedelta
+from typing import Any
 
 from slmops.api.meta import Failure
 from slmops.api.times import parse, stamp
@@ -16,6 +17,7 @@ from slmops.reconcile.state import Event, Plan
 POLL_RUNNING = 3.0  # seconds between two looks at a run's progress
 POLL_STARTING = 15.0  # at a pod that does not start: some causes are told by Events alone
 _POD_FORBIDDEN = re.compile(r'^pods "[^"]*" is forbidden: ')
+_GOT_ON = ("Scheduled", "SuccessfulAttachVolume", "Pulling", "Pulled")  # Events of a pod on its way
 POLL_PODLESS = 5.0  # and at the Job's events while it has no pod: nothing else tells why
 _TRIED_AGAIN = "It is tried again; the Job of the last try is removed first."
 
@@ -25,13 +27,13 @@ def decide(p: Pass) -> Plan:
     if conditions.is_true(p.status.conditions, conditions.COMPLETE):
         return collected(p)
     if conditions.is_true(p.status.conditions, conditions.FAILED):
-        return _again(p) if worth_again(p) else collected(p)
+        return _again(p, start_time=None, completion_time=None) if worth_again(p) else collected(p)
     if p.seen.job is None or _stale(p, p.seen.job):
         return _between_jobs(p)
     return _with_job(p, p.seen.job)
 
 
-def _again(p: Pass) -> Plan:
+def _again(p: Pass, **fields: Any) -> Plan:
     """Decide on another try and do no more: the pass after this one acts on what the status says by then.
 
     Nothing else tells of that decision once the old Job is gone, nor which Job is the new one. A pass that acts first
@@ -40,7 +42,7 @@ def _again(p: Pass) -> Plan:
     due, old = p.now, p.seen.job
     if old is not None:  # it has to be older than the retry's time, which is told in whole seconds
         due = max(due, created(old) + timedelta(seconds=1))
-    status = going_on(p, "Waiting", "Retrying", _TRIED_AGAIN, next_retry_time=stamp(due))
+    status = going_on(p, "Waiting", "Retrying", _TRIED_AGAIN, next_retry_time=stamp(due), **fields)
     return plan(status, requeue=(due - p.now).total_seconds())
 
 
@@ -182,7 +184,7 @@ def _first(p: Pass, trouble: Trouble) -> tuple[Event, ...]:
 def _last_failure(p: Pass) -> Failure | None:
     """Why the last pod failed; a pod that was merely stopped did not fail."""
     for pod in reversed(p.seen.pods):
-        found = failure_of(pod, p.now)
+        found = failure_of(pod)
         if found is not None and found.reason != INTERRUPTED:
             return found
     return p.status.last_failure
@@ -193,11 +195,18 @@ def _attempt_failed(failure: Failure) -> Event:
 
 
 def _told(p: Pass, pod: Object) -> Trouble | None:
-    """Why a pod is long in starting: the kubelet tells of volumes and sandboxes by Events alone."""
+    """Why a pod is long in starting: the kubelet tells of volumes and sandboxes by Events alone.
+
+    What came before the pod got on is over. All else between the failures is passed over, or the reason would flap.
+    """
     for event in reversed(p.seen.events):
-        about = (event.get("involvedObject") or {}).get("uid")
-        if about == pod["metadata"]["uid"] and str(event.get("reason")).startswith("Failed"):
-            return Trouble(str(event["reason"]), f"The pod cannot start: {event.get('message') or event['reason']}")
+        about, reason = (event.get("involvedObject") or {}).get("uid"), str(event.get("reason"))
+        if about != pod["metadata"]["uid"]:
+            continue
+        if reason in _GOT_ON:
+            return None
+        if reason.startswith("Failed"):
+            return Trouble(reason, f"The pod cannot start: {event.get('message') or reason}")
     return None
 
 

@@ -11,6 +11,7 @@ from slmops.api.meta import Condition
 from slmops.api.times import parse, stamp
 
 READY, RECONCILING, STALLED = "Ready", "Reconciling", "Stalled"
+AVAILABLE = "Available"  # of a ModelDeployment: its stable revision answers, be it Ready or not
 COMPLETE, FAILED, SUSPENDED = "Complete", "Failed", "Suspended"
 
 PATIENCE_MAX = 60.0  # seconds

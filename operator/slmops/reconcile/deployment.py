@@ -52,6 +52,7 @@ class Wanted:
     model: Input | None = None
     lineage: Lineage | None = None  # of the model that is asked for
     waiting: Problem | None = None  # SourceNotReady, SecretNotFound: mends itself
+    other: bool = False  # what is waited for is sure to be another revision than the candidate
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ class DeploymentReconciler:
 
     kind = "ModelDeployment"
 
-    def __init__(self, ask: Ask = router.observe, query: Query = prometheus.query) -> None:
-        self._ask, self._query = ask, query
+    def __init__(self, ask: Ask | None = None, query: Query = prometheus.query) -> None:
+        self._ask, self._query = ask or router.Observer(), query
 
     def references(self, obj: Object) -> frozenset[tuple[str, str]]:
         """See protocol.Reconciler."""
@@ -114,6 +115,7 @@ class DeploymentReconciler:
         )
         seen = Seen(
             target=wanted.revision,
+            other=wanted.waiting if wanted.other else None,
             pods={name: _pods(found, pods) for name, found in live.items()},
             routers=tuple(_router(agent.report) for agent in agents if not agent.leaving),
             router_problem=problem_of(front, routers),
@@ -187,14 +189,16 @@ def _wanted(cluster: Cluster, obj: Object, spec: ModelDeploymentSpec, status: Mo
     try:
         model, digest, lineage = _resolved(cluster, namespace, spec.model)
     except Retry as retry:
-        return Wanted(waiting=Problem(retry.reason, retry.message))
+        ref, candidate = spec.model.ref, status.candidate
+        other = ref is not None and candidate is not None and candidate.source != f"{ref.kind}/{ref.name}"
+        return Wanted(waiting=Problem(retry.reason, retry.message), other=other)
     revision = identify(name, spec, model, digest)
     if not digest and "@sha256:" in model.uri:  # a pinned URI names its content
         revision = revision.model_copy(update={"digest": model.uri.rpartition("@")[2]})
     known = {r.revision for r in (status.stable, status.candidate) if r}
     missing = None if revision.revision in known else _missing_secret(cluster, namespace, spec, model)
     if missing:
-        return Wanted(waiting=Problem("SecretNotFound", f"Secret {missing} does not exist: create it."))
+        return Wanted(waiting=Problem("SecretNotFound", f"Secret {missing} does not exist: create it."), other=True)
     return Wanted(revision=revision, model=model, lineage=lineage)
 
 

@@ -10,7 +10,6 @@ from slmops.reconcile import conditions
 from slmops.rollout.phases import DRAINING, PREPARING, PROMOTING, ROLLED_BACK, ROLLING_BACK, ROLLING_OUT, STABLE, STEP
 from slmops.rollout.seen import Decision, Problem, Seen
 
-AVAILABLE = "Available"
 HUMAN = ("Paused", "Approval")  # holds that only a person ends
 
 _PHASES = {PREPARING: "Progressing", STEP: "Canary"}
@@ -75,7 +74,7 @@ def _conditions(facts: Facts, decision: Decision, ready: int) -> list[Condition]
             marked = conditions.reconciling(before, reason, message, **at)  # type: ignore[arg-type]
     marked = conditions.set_condition(
         marked,
-        AVAILABLE,
+        conditions.AVAILABLE,
         available,
         "Answering" if available else "NotAnswering",
         f"{ready} pods of the stable revision are ready." if facts.seen.routers else "No router pod is ready.",

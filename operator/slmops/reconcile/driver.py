@@ -160,7 +160,10 @@ class Driver:
         outcome = _outcome(refused)
         status = plan.status
         if outcome is not None:
-            status = _told(obj, status, outcome, now, reached=self._reached(obj, plan))
+            lost = self._unreached(obj, plan)
+            if any(service["spec"].get("clusterIP") != "None" for service in lost):  # the one that clients use
+                status = _unanswered(obj, status, now)
+            status = _told(obj, status, outcome, now, reached=not lost)
         written = self.cluster.patch_status(obj, status)
         self._tell(written, plan)
         match outcome:
@@ -171,10 +174,11 @@ class Driver:
                 return plan.requeue
         raise refused
 
-    def _reached(self, owner: Object, plan: Plan) -> bool:
-        """Whether clients can reach what serves: what was refused is no Service, or one that is there and ours."""
-        services = (self.cluster.get(_key(child)) for child in plan.apply if child["kind"] == "Service")
-        return all(found is not None and is_ours(owner, found) for found in services)
+    def _unreached(self, owner: Object, plan: Plan) -> list[Object]:
+        """The Services by which nobody reaches what serves: they are not there, or somebody else's."""
+        services = [child for child in plan.apply if child["kind"] == "Service"]
+        found = [self.cluster.get(_key(child)) for child in services]
+        return [s for s, one in zip(services, found, strict=True) if one is None or not is_ours(owner, one)]
 
     def _apply(self, owner: Object, child: Object) -> None:
         key = _key(child)
@@ -206,7 +210,7 @@ class Driver:
             retry.message,
             generation=generation,
             now=now,
-            still_ready=conditions.is_true(before, conditions.READY) and _serves(obj),
+            still_ready=_still_ready(obj, before),
         )
         status = _merged(obj, marked, generation)
         if _serves(obj):
@@ -230,7 +234,7 @@ class Driver:
             terminal.message,
             generation=generation,
             now=now,
-            still_ready=conditions.is_true(before, conditions.READY) and _serves(obj),
+            still_ready=_still_ready(obj, before),
         )
         status = _merged(obj, marked, generation) | ({} if _serves(obj) else {"phase": "Failed"})
         try:
@@ -282,6 +286,22 @@ def _key(child: Object) -> Key:
     return Key(child["kind"], child["metadata"]["namespace"], child["metadata"]["name"])
 
 
+def _unanswered(obj: Object, status: Object, now: datetime) -> Object:
+    """The wanted status of a ModelDeployment at whose address it is not the one that answers."""
+    wanted = Status.model_validate(status).conditions
+    before = Status.model_validate(obj.get("status") or {}).conditions
+    said = conditions.set_condition(
+        [c for c in before if c.type == conditions.AVAILABLE],  # for the time at which it changed
+        conditions.AVAILABLE,
+        False,
+        "NotAnswering",
+        "Its Service is not there, or somebody else's.",
+        generation=obj["metadata"].get("generation", 0),
+        now=now,
+    )
+    return {**status, "conditions": [c.wire() for c in (*conditions.without(wanted, conditions.AVAILABLE), *said)]}
+
+
 def _told(obj: Object, status: Object, outcome: Retry | Terminal, now: datetime, *, reached: bool) -> Object:
     """The wanted status with a refusal in its conditions. A failure that it tells itself is the more important one."""
     wanted = Status.model_validate(status).conditions
@@ -324,6 +344,14 @@ def _suspended(obj: Object) -> bool:
 def _over(said: list[Condition]) -> bool:
     """Whether a run has ended, well or not: trouble in looking after it does not take that back."""
     return conditions.is_true(said, conditions.COMPLETE) or conditions.is_true(said, conditions.FAILED)
+
+
+def _still_ready(obj: Object, said: list[Condition]) -> bool:
+    """Whether what serves is what the spec asks for: of a spec that no pass has seen through, nobody knows."""
+    known = conditions.find(said, conditions.READY)
+    if not _serves(obj) or known is None or known.status != "True":
+        return False
+    return bool(known.observed_generation == obj["metadata"].get("generation", 0))
 
 
 def _serves(obj: Object) -> bool:

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from slmops.api.meta import Failure
 from slmops.api.run import EXIT_INTERRUPTED, FailureReason, RunResult
-from slmops.api.times import parse, stamp
+from slmops.api.times import parse
 from slmops.build.job import CONTAINER
 from slmops.cluster.port import Object
 from slmops.reconcile.conditions import cut
@@ -63,8 +63,8 @@ def result_of(pod: Object) -> RunResult | None:
         return None
 
 
-def failure_of(pod: Object, now: datetime) -> Failure | None:
-    """Why the pod failed; None for one that has not."""
+def failure_of(pod: Object) -> Failure | None:
+    """Why the pod failed; None for one that has not. The same at each look, or each look would be news."""
     end = terminated(pod)
     status = pod.get("status") or {}
     if end is None and status.get("phase") != "Failed":
@@ -73,7 +73,7 @@ def failure_of(pod: Object, now: datetime) -> Failure | None:
     if status.get("phase") == "Succeeded" or code == 0:
         return None
     reason, message = _named(pod, end or {}, code)
-    time = (end or {}).get("finishedAt") or stamp(now)
+    time = (end or {}).get("finishedAt") or _left(pod)
     return Failure(reason=reason, message=cut(message), exit_code=code, time=time)
 
 
@@ -126,11 +126,19 @@ def _named(pod: Object, end: Object, code: int | None) -> tuple[str, str]:
     if code == EXIT_INTERRUPTED:
         return INTERRUPTED, "The pod was stopped."
     name, namespace = pod["metadata"]["name"], pod["metadata"]["namespace"]
-    said = f": {end['message']}" if end.get("message") else ""
+    status = pod.get("status") or {}
+    words = [end["message"]] if end.get("message") else [status.get("reason"), status.get("message")]
+    said = "".join(f": {word}" for word in words if word)
     if code is None:
         return "InternalError", f"Pod {name} failed before its container ran{said}"
     log = f"Its log: kubectl -n {namespace} logs {name}"
     return "InternalError", f"The container ended with exit code {code} and gave no reason{said}. {log}"
+
+
+def _left(pod: Object) -> str:
+    """When a pod failed whose container does not say so: its node was lost, or it never ran."""
+    said = {c.get("type"): c.get("lastTransitionTime") for c in (pod.get("status") or {}).get("conditions") or []}
+    return str(said.get("DisruptionTarget") or said.get("Ready") or pod["metadata"]["creationTimestamp"])
 
 
 def _out_of_memory(pod: Object) -> str:

@@ -51,12 +51,11 @@ def resolve_teacher(cluster: Cluster, namespace: str, teacher: Teacher) -> Teach
             key=ref.key if ref else None,
         )
     name = teacher.deployment_ref.name if teacher.deployment_ref else ""
-    found = ready_object(cluster, Key("ModelDeployment", namespace, name))
-    if found["spec"].get("replicas") == 0:  # Ready, as wanted, and answers nobody
-        raise not_ready(f"Waits for ModelDeployment/{name}, which is scaled to zero.")
+    # Not Ready, which a rollout that waits, or was rolled back, is not: the stable revision answers meanwhile.
+    found = ready_object(cluster, Key("ModelDeployment", namespace, name), conditions.AVAILABLE)
     url = (found.get("status") or {}).get("endpoint")
     if not url:
-        raise not_ready(f"ModelDeployment/{name} is Ready but names no endpoint.")
+        raise not_ready(f"ModelDeployment/{name} is available but names no endpoint.")
     secret = ((found["spec"].get("endpoint") or {}).get("apiKeysSecretRef") or {}).get("name")
     return TeacherEndpoint(
         url=url,
@@ -68,19 +67,22 @@ def resolve_teacher(cluster: Cluster, namespace: str, teacher: Teacher) -> Teach
     )
 
 
-def ready_object(cluster: Cluster, key: Key) -> Object:
-    """Read one of our objects that has to be Ready. Raises Retry(SourceNotReady), ClusterError."""
+def ready_object(cluster: Cluster, key: Key, condition: str = conditions.READY) -> Object:
+    """Read one of our objects whose `condition` has to be true. Raises Retry(SourceNotReady), ClusterError."""
     found = cluster.get(key)
     name = f"{key.kind}/{key.name}"
     if found is None:
         raise not_ready(f"Waits for {name}, which does not exist yet.")
+    if found["spec"].get("replicas") == 0:  # of a ModelDeployment, whose pods may not be gone yet
+        raise not_ready(f"Waits for {name}, which is scaled to zero.")
     said = _said(found)
-    if conditions.is_true(said, conditions.READY):
+    if conditions.is_true(said, condition):
         return found
     stalled = conditions.find(said, conditions.STALLED)
     if stalled is not None and stalled.status == "True":
         raise not_ready(f"Waits for {name}, which has failed ({stalled.reason}: {stalled.message})")
-    raise not_ready(f"Waits for {name} to be ready.")  # not why it is not: each of its steps would be a write here
+    # Not why it is not: each of its steps would be a write here.
+    raise not_ready(f"Waits for {name} to be {condition.lower()}.")
 
 
 def check_cycle(cluster: Cluster, obj: Object) -> None:
@@ -99,7 +101,8 @@ def check_cycle(cluster: Cluster, obj: Object) -> None:
             continue
         seen.add(way[-1])
         found = cluster.get(Key(way[-1][0], namespace, way[-1][1]))
-        if found is not None and not conditions.is_true(_said(found), conditions.READY):
+        awaited = conditions.AVAILABLE if way[-1][0] == "ModelDeployment" else conditions.READY
+        if found is not None and not conditions.is_true(_said(found), awaited):
             ways += [[*way, name] for name in sorted(references(found))]
 
 

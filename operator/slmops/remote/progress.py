@@ -1,6 +1,5 @@
 """Reading a worker's /progress. A courtesy: whatever goes wrong, the run itself is not touched."""
 
-import threading
 from collections.abc import Callable
 from time import monotonic
 
@@ -9,11 +8,12 @@ from pydantic import ValidationError
 
 from slmops.api.keys import METRICS_PORT
 from slmops.api.meta import Progress
+from slmops.remote.silence import Silence
 
 TIMEOUT_SECONDS = 1.0  # of connecting, and of each read
 TOTAL_SECONDS = 2.0
 BODY_MAX = 16_384  # a pod is not trusted to be brief
-SILENT_SECONDS = 60.0  # how long a pod that let us wait is not asked again: waiting takes a worker
+SILENT_SECONDS = 60.0  # how long a pod that let us wait is not asked again
 
 
 class ProgressReader:
@@ -22,21 +22,17 @@ class ProgressReader:
     def __init__(self, *, port: int = METRICS_PORT, transport: httpx.BaseTransport | None = None) -> None:
         self._port = port
         self._client = httpx.Client(trust_env=False, timeout=TIMEOUT_SECONDS, transport=transport)
-        self._silent: dict[str, float] = {}  # address -> not before
-        self._lock = threading.Lock()
+        self._silence = Silence(SILENT_SECONDS)
 
     def __call__(self, address: str, *, clock: Callable[[], float] = monotonic) -> Progress | None:
         """Where the run on the pod with this IP address stands; None where that cannot be read soon."""
         now = clock()
-        with self._lock:
-            self._silent = {key: until for key, until in self._silent.items() if until > now}
-            if address in self._silent:
-                return None
+        if self._silence.keeps(address, now):
+            return None
         try:
             return Progress.model_validate_json(self._read(address))
         except httpx.TimeoutException:
-            with self._lock:
-                self._silent[address] = now + SILENT_SECONDS
+            self._silence.begin(address, now)
             return None
         except (httpx.HTTPError, httpx.InvalidURL, ValidationError):
             return None

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 from collections.abc import Callable
+from time import monotonic
 from typing import Any, Protocol
 
 import httpx
@@ -11,10 +12,12 @@ from pydantic import Field, ValidationError
 from slmops.api.base import Model
 from slmops.remote.client import shared
 from slmops.remote.errors import RemoteError
+from slmops.remote.silence import Silence
 from slmops.settings import Settings
 
 AGENT_PORT = 9091
 READ_SECONDS = 3.0
+CUT_OFF_SECONDS = 30.0  # how long a router is not asked again that takes no connection: a NetworkPolicy forbids it
 WRITE_SECONDS = 20.0  # another set of revisions is a reload of HAProxy
 BODY_MAX = 262_144  # bytes
 
@@ -66,6 +69,28 @@ def agent_url(address: str) -> str:
 def observe(url: str, secret: str, *, client: httpx.Client | None = None) -> Report:
     """Read what the router does. Raises RemoteError."""
     return _call("GET", f"{url}/observed", secret, None, READ_SECONDS, client)
+
+
+class Observer:
+    """`observe`, but one that takes no connection is left alone for a while; may be used from many threads.
+
+    One that takes connections and is slow is asked again each time: it may obey what it is told.
+    """
+
+    def __init__(self, *, client: httpx.Client | None = None) -> None:
+        self._client, self._silence = client, Silence(CUT_OFF_SECONDS)
+
+    def __call__(self, url: str, secret: str, *, clock: Callable[[], float] = monotonic) -> Report:
+        """See `observe`. Raises RemoteError."""
+        now = clock()
+        if self._silence.keeps(url, now):
+            raise RemoteError(f"The router's agent at {url} takes no connection.")
+        try:
+            return observe(url, secret, client=self._client)
+        except RemoteError as error:
+            if isinstance(error.__cause__, httpx.ConnectTimeout):
+                self._silence.begin(url, now)
+            raise
 
 
 def push(url: str, secret: str, body: dict[str, Any], *, client: httpx.Client | None = None) -> Report:

@@ -37,10 +37,15 @@ def earned(work: Work, step: Step) -> bool:
 
 
 def paused(work: Work) -> bool:
-    """Whether somebody asked to stay here: the candidate's share does not rise then."""
-    if meant(work.seen.annotations.get(keys.ANNOTATION_PAUSE, "")) not in ("*", work.name):
+    """Whether the candidate's share may not rise: somebody asked to stay here, or asks for another revision by now."""
+    if meant(work.seen.annotations.get(keys.ANNOTATION_PAUSE, "")) in ("*", work.name):
+        work.hold("Paused", f"Paused by annotation; remove {keys.ANNOTATION_PAUSE} to go on.")
+        return True
+    other = work.seen.other
+    if other is None:
         return False
-    work.hold("Paused", f"Paused by annotation; remove {keys.ANNOTATION_PAUSE} to go on.")
+    share = f"Revision {work.name} stays at {work.weight} %, for the spec asks for another one by now"
+    work.hold(other.reason, f"{share}: {other.message}")
     return True
 
 

@@ -46,6 +46,7 @@ class Seen:
     refusal: Problem | None = None  # why the candidate has no Deployment
     verdicts: tuple[Verdict, ...] = ()  # measured in this pass; empty where nothing was due
     annotations: Mapping[str, str] = field(default_factory=dict)
+    other: Problem | None = None  # why there is no target, where that is sure to be another revision than the candidate
 
 
 @dataclass(frozen=True)
