@@ -2,8 +2,9 @@
 
 Deleting a manifest frees no disk; `docker-registry garbage-collect` does, and must not run beside the registry: it
 takes the files of a push whose manifest is still to come. So a dry run, which harms nothing, looks for garbage now and
-then; if there is some that is older than any push, the registry stops for the seconds that collection takes. Its
-clients see a refused connection and try again, and a push that lost files sends them again.
+then; if there is some that is older than any push, the registry stops for the seconds that collection takes. What its
+clients are sending ends first (http.draintimeout in its configuration); then they see a refused connection and try
+again, and a push that lost files sends them again.
 
 A process that is killed at any moment leaves a whole storage behind: collection removes only what nothing names.
 """
@@ -20,6 +21,7 @@ from types import FrameType
 
 REGISTRY = "/usr/bin/docker-registry"
 STORAGE = Path(os.environ.get("SLMOPS_REGISTRY_STORAGE", "/var/lib/registry"))
+REPOSITORIES = STORAGE / "docker/registry/v2/repositories"
 LOOK_SECONDS = float(os.environ.get("SLMOPS_REGISTRY_LOOK_SECONDS", "600"))
 """Between two looks for garbage."""
 AGE_SECONDS = float(os.environ.get("SLMOPS_REGISTRY_AGE_SECONDS", "3600"))
@@ -35,6 +37,7 @@ class Keeper:
     def __init__(self, config: str) -> None:
         self._config = config
         self._stopping = False
+        self._complaint = ""  # of the last look
         self._child: subprocess.Popen[bytes] | None = None
 
     def run(self) -> int:
@@ -81,6 +84,11 @@ class Keeper:
         looked = subprocess.run(
             [REGISTRY, "garbage-collect", "--dry-run", self._config], capture_output=True, text=True, check=False
         )
+        said = looked.stderr.strip().splitlines()
+        complaint = said[-1] if said and looked.returncode and REPOSITORIES.exists() else ""
+        if complaint not in ("", self._complaint):
+            print(f"Garbage cannot be collected, and the disk will fill: {complaint}", flush=True)
+        self._complaint = complaint
         return looked.returncode == 0 and any(old(digest) for digest in _ELIGIBLE.findall(looked.stdout))
 
 
