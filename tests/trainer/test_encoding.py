@@ -29,6 +29,8 @@ SILENT = CHATML.replace(
 )
 # Has the model think before it answers, and shows no thoughts of earlier answers.
 THINKING = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
+# The same of Qwen3's models that always think.
+OPENED_THOUGHTS = EMPTY_THOUGHTS.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
 ENDLESS = CHATML.replace("<|im_end|>", "")
 STERN = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
 
@@ -179,6 +181,14 @@ def test_thoughts_that_a_template_leaves_empty_belong_to_the_question(tokenizer:
         ]
         assert texts[0] == texts[1]
         assert texts[0].count("<think>") == (not thinking)
+
+
+@pytest.mark.parametrize("tokenizer", [OPENED_THOUGHTS], indirect=True)
+def test_thoughts_that_a_question_opens_and_an_answer_leaves_empty_are_closed_by_the_question(tokenizer: Any) -> None:
+    encoding.complete(tokenizer, [ASK])
+    assert trained(tokenizer, ASK)[1] == '{"room": "lab"}<|im_end|>'
+    asked = tokenizer.decode(encoding.encode_prompt(tokenizer, ASK))
+    assert asked.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
 @pytest.mark.parametrize("tokenizer", [EMPTY_THOUGHTS], indirect=True)
