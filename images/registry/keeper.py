@@ -2,8 +2,9 @@
 
 Deleting a manifest frees no disk; `docker-registry garbage-collect` does, and must not run beside the registry: it
 takes the files of a push whose manifest is still to come. So a dry run, which harms nothing, looks for garbage now and
-then; if there is some that is older than any push, the registry stops for the seconds that collection takes. Its
-clients see a refused connection and try again, and a push that lost files sends them again.
+then; if there is some that is older than any push, the registry stops for the seconds that collection takes. What its
+clients are sending ends first (http.draintimeout in its configuration); then they see a refused connection and try
+again, and a push that lost files sends them again.
 
 A process that is killed at any moment leaves a whole storage behind: collection removes only what nothing names.
 """
@@ -20,6 +21,7 @@ from types import FrameType
 
 REGISTRY = "/usr/bin/docker-registry"
 STORAGE = Path(os.environ.get("SLMOPS_REGISTRY_STORAGE", "/var/lib/registry"))
+BLOBS = STORAGE / "docker/registry/v2/blobs"
 LOOK_SECONDS = float(os.environ.get("SLMOPS_REGISTRY_LOOK_SECONDS", "600"))
 """Between two looks for garbage."""
 AGE_SECONDS = float(os.environ.get("SLMOPS_REGISTRY_AGE_SECONDS", "3600"))
@@ -35,6 +37,7 @@ class Keeper:
     def __init__(self, config: str) -> None:
         self._config = config
         self._stopping = False
+        self._complaint = self._said = ""  # of the last look, and what was last printed
         self._child: subprocess.Popen[bytes] | None = None
 
     def run(self) -> int:
@@ -78,15 +81,25 @@ class Keeper:
 
     def _has_garbage(self) -> bool:
         """Look beside the running registry. An empty storage makes the dry run fail: there is nothing in it."""
+        filled = BLOBS.exists()
         looked = subprocess.run(
             [REGISTRY, "garbage-collect", "--dry-run", self._config], capture_output=True, text=True, check=False
         )
+        said = looked.stderr.strip().splitlines()
+        self._note(said[-1] if filled and looked.returncode and said else "")
         return looked.returncode == 0 and any(old(digest) for digest in _ELIGIBLE.findall(looked.stdout))
+
+    def _note(self, complaint: str) -> None:
+        """Say once why nothing can be collected. A look that fails alone met what the registry was just changing."""
+        if complaint and complaint == self._complaint and complaint != self._said:
+            print(f"Garbage cannot be collected, and the disk will fill: {complaint}", flush=True)
+            self._said = complaint
+        self._complaint = complaint
 
 
 def old(digest: str) -> bool:
     """Whether the file of this SHA-256 is there and older than any push."""
-    file = STORAGE / "docker/registry/v2/blobs/sha256" / digest[:2] / digest / "data"
+    file = BLOBS / "sha256" / digest[:2] / digest / "data"
     try:
         return time.time() - file.stat().st_mtime > AGE_SECONDS
     except OSError:

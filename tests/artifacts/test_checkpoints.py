@@ -279,6 +279,37 @@ def test_on_a_volume_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list((tmp_path / "claim").iterdir()) == []
 
 
+@pytest.mark.parametrize("harm", ["one file", "all files", "also the manifest"])
+def test_on_a_volume_a_checkpoint_that_lost_files_is_removed_and_the_run_begins_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: str
+) -> None:
+    run = Run(f"file://{tmp_path}/ckpt", tmp_path)
+    pod = run.pod()
+    assert pod.load() is None
+    save(pod, 1)
+    files = [path for path in (tmp_path / "ckpt").rglob("*") if path.is_file() and path.name != "slmops-manifest.json"]
+    for path in files[:1] if harm == "one file" else files:
+        path.unlink()
+    if harm == "also the manifest":
+        (tmp_path / "ckpt/slmops-manifest.json").unlink()
+    pod = run.pod()
+    assert pod.load() is None
+    assert f"Removed a checkpoint that had lost files: file://{tmp_path}/ckpt" in caplog.text
+    save(pod, 2)
+    assert loaded(run.pod()) == 2
+    assert sorted(item.name for item in tmp_path.iterdir() if item.is_dir() and "pod" not in item.name) == ["ckpt"]
+
+
+def test_on_a_volume_the_files_of_others_stay(tmp_path: Path) -> None:
+    write(tmp_path / "mine", {"notes.txt": b"mine"})
+    run = Run(f"file://{tmp_path}/mine", tmp_path)
+    pod = run.pod()
+    assert pod.load() is None
+    with pytest.raises(RunFailure, match="not an artifact of ours"):
+        save(pod, 1)
+    assert contents(tmp_path / "mine") == {"notes.txt": b"mine"}
+
+
 def hash_of(path: Path) -> str:
     """The name under which the registry keeps the file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

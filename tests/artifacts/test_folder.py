@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from artifact_support import contents, growing, run_cli, safetensors, wait_for, write
@@ -222,6 +225,43 @@ def test_file_systems_that_cannot_swap(claim: Path, model: Path, monkeypatch: py
     push(model, "pvc://store/a", PLAIN)
     assert contents(claim / "a") == contents(model)
     assert [item.name for item in claim.iterdir()] == ["a"]
+
+
+def test_what_another_writer_has_just_published_is_swept_by_nobody(
+    claim: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at a staging folder and the hand on it, its writer renames it into its place."""
+    other = claim / ".slmops-a-0123456789abcdef"
+    other.mkdir()
+    look = os.open
+
+    def late(path: Any, *more: Any, **named: Any) -> int:
+        if Path(path) == other and other.exists():
+            other.rename(claim / "b")
+        return look(path, *more, **named)
+
+    monkeypatch.setattr(os, "open", late)
+    push(model, "pvc://store/a", PLAIN)
+    assert (claim / "b").is_dir()
+    assert contents(claim / "a") == contents(model)
+
+
+def test_a_staging_folder_that_goes_while_it_is_made_is_made_again(
+    claim: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its holder publishes it between mkdir, which finds it, and the look whether it is a folder."""
+    make, refused = os.mkdir, list[Path]()
+
+    def late(path: Any, *more: Any, **named: Any) -> None:
+        if Path(path).name.startswith(".slmops-a-") and not refused:
+            refused.append(Path(path))
+            raise FileExistsError(errno.EEXIST, "File exists", str(path))
+        make(path, *more, **named)
+
+    monkeypatch.setattr(os, "mkdir", late)
+    push(model, "pvc://store/a", PLAIN)
+    assert refused
+    assert contents(claim / "a") == contents(model)
 
 
 def test_a_full_volume(model: Path, small_disk: Path) -> None:

@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
-from artifact_support import ROOT, Registry, contents, growing, safetensors, wait_for, write
+from artifact_support import ROOT, Registry, contents, free_port, growing, safetensors, wait_for, write
 
-from slmops_artifacts import ArtifactError, Manifest, delete, pull, push, read_manifest
+from slmops_artifacts import ArtifactError, Manifest, delete, pull, push, read_manifest, transfer, upload, waiting
 
 CHECKPOINT = Manifest(kind="checkpoint", created="2026-01-01T00:00:00Z")
 
 
 class Kept(Registry):
-    """A registry under its keeper, which looks four times a second."""
+    """A registry under its keeper, as the image has them, but for the paths; it looks four times a second."""
 
     def __init__(self, folder: Path, age: float) -> None:
         super().__init__(folder)
         self._age = age
 
     def command(self) -> tuple[list[str], dict[str, str]]:
-        found = {"STORAGE": str(self.storage), "LOOK_SECONDS": "0.25", "AGE_SECONDS": str(self._age)}
-        env = {f"SLMOPS_REGISTRY_{name}": value for name, value in found.items()}
-        return [sys.executable, str(ROOT / "images/registry/keeper.py"), "serve", str(self.config)], env
+        env = {
+            "SLMOPS_REGISTRY_STORAGE": str(self.storage),
+            "SLMOPS_REGISTRY_LOOK_SECONDS": "0.25",
+            "SLMOPS_REGISTRY_AGE_SECONDS": str(self._age),
+            "REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY": str(self.storage),
+            "REGISTRY_HTTP_ADDR": self.host,
+            "REGISTRY_HTTP_DEBUG_ADDR": f"127.0.0.1:{free_port()}",
+        }
+        folder = ROOT / "images/registry"
+        return [sys.executable, str(folder / "keeper.py"), "serve", str(folder / "config.yml")], env
 
     def stop(self) -> None:
         """As the kubelet does: the keeper takes the registry with it."""
@@ -36,6 +48,30 @@ class Kept(Registry):
             assert self.process.wait(20) == 0
             self.process = None
 
+    def children(self) -> dict[int, str]:
+        """The keeper's processes with their command lines."""
+        assert self.process is not None
+        found = {}
+        for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
+            with contextlib.suppress(OSError):
+                found[int(pid)] = Path(f"/proc/{pid}/cmdline").read_text()
+        return found
+
+    def wait_for_looks(self) -> None:
+        """Wait until the keeper, from now on, has begun a look for garbage and ended it."""
+        begun: set[int] = set()
+
+        def several() -> bool:
+            begun.update(pid for pid, command in self.children().items() if "--dry-run" in command)
+            return len(begun) > 2
+
+        wait_for(several, 60)
+
+    def age(self) -> None:
+        """Make all files older than any push."""
+        for blob in growing(self.storage, "blobs/*/*/*/data"):
+            os.utime(blob, (0, 0))
+
     def used(self) -> int:
         return sum(growing(self.storage, "blobs/*/*/*/data").values())
 
@@ -43,7 +79,7 @@ class Kept(Registry):
 @pytest.fixture
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Kept]:
     (tmp_path / "kept").mkdir()
-    server = Kept(tmp_path / "kept", getattr(request, "param", 0.0))
+    server = Kept(tmp_path / "kept", getattr(request, "param", 2.0))
     server.start()
     monkeypatch.setenv("SLMOPS_PLAIN_HTTP", server.host)
     monkeypatch.setenv("SLMOPS_RETRY_SECONDS", "60")
@@ -69,18 +105,72 @@ def test_young_files_disturb_no_registry(kept: Kept, model: Path) -> None:
     uri, _ = push(model, f"oci://{kept.host}/a:v1", CHECKPOINT)
     delete(uri)
     push(model, f"oci://{kept.host}/a:v2", CHECKPOINT)
+    kept.wait_for_looks()
     assert "Garbage was collected" not in kept.log()
-    for blob in kept.storage.rglob("blobs/*/*/*/data"):
-        os.utime(blob, (0, 0))
+    kept.age()
     delete(f"oci://{kept.host}/a:v2")
     wait_for(lambda: "Garbage was collected" in kept.log(), 60)
+
+
+def test_an_upload_goes_on_where_a_collection_found_it(
+    kept: Kept, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One comes while a large model is uploaded: the registry takes each chunk once, and no part of one is left."""
+    old, _ = push(model, f"oci://{kept.host}/old:v1", CHECKPOINT)
+    sent: list[str] = []
+    send = transfer.Http.send
+
+    def recording(http: transfer.Http, method: str, url: str, headers: Any, body: Any = None) -> httpx.Response:
+        response = send(http, method, url, headers, body)
+        if "Content-Range" in headers:
+            sent.append(headers["Content-Range"])
+        return response
+
+    def away() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", kept.port)) != 0
+
+    once = [9 << 20]
+
+    def progress(done: int, _: int) -> None:
+        if once and done >= once[0]:
+            once.clear()
+            kept.age()
+            delete(old)
+            wait_for(away, 60)  # the registry ends while this chunk is on its way
+
+    monkeypatch.setattr(upload, "CHUNK_SIZE", 2 << 20)
+    monkeypatch.setattr(transfer.Http, "send", recording)
+    source = write(tmp_path / "big", {"model.safetensors": safetensors(16 << 20, bytes(range(251)))})
+    pauses: list[float] = []
+
+    def impatient(_: ArtifactError, seconds: float) -> None:
+        time.sleep(seconds if pauses else 0)  # it asks once before the registry can be there again
+        pauses.append(seconds)
+
+    with waiting(impatient):
+        uri, _ = push(source, f"oci://{kept.host}/big:v1", CHECKPOINT, progress=progress)
+    assert len(pauses) > 1
+    assert "Garbage was collected" in kept.log()
+    assert len(sent) == len(set(sent)) == 9
+    pull(uri, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(source)
+    assert growing(kept.storage, "_uploads/*/data") == {}
+
+
+def test_garbage_that_cannot_be_collected_is_said_once(kept: Kept, model: Path) -> None:
+    _, pushed = push(model, f"oci://{kept.host}/a:v1", CHECKPOINT)
+    kept.blob(pushed.digest.removeprefix("sha256:")).write_bytes(b"")
+    wait_for(lambda: "Garbage cannot be collected" in kept.log(), 60)
+    kept.wait_for_looks()
+    (said,) = [line for line in kept.log().splitlines() if "Garbage cannot be collected" in line]
+    assert pushed.digest in said
 
 
 def test_a_registry_that_dies_takes_its_keeper_with_it(kept: Kept) -> None:
     """So that the kubelet sees it."""
     assert kept.process is not None
-    children = Path(f"/proc/{kept.process.pid}/task/{kept.process.pid}/children").read_text().split()
-    os.kill(int(children[0]), signal.SIGKILL)
+    os.kill(min(kept.children()), signal.SIGKILL)
     assert kept.process.wait(20) != 0
     kept.process = None
     with pytest.raises(ArtifactError):

@@ -356,7 +356,9 @@ def test_kill_in_mid_push_and_mid_pull_then_again(registry: Registry, tmp_path: 
     assert mount or not dest.exists()
     before = registry.log().count("http.request.method=GET")
     assert pull(uri, dest) == pushed
-    assert registry.log().count("http.request.method=GET") - before < 2 + len(names), "finished files are kept"
+    fetched = registry.log().count("http.request.method=GET") - before
+    # the manifest, what had not ended, and the one that was cut off, which the registry may write down late
+    assert fetched <= 1 + len(names) - 3 + 1, "finished files are kept"
     assert contents(dest) == files
     left = [item.name for item in (tmp_path / "models").iterdir()] + [item.name for item in dest.iterdir()]
     assert [name for name in left if name.startswith(".slmops")] == [".slmops-complete"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -15,7 +15,8 @@ import pytest
 from artifact_support import run_cli, safetensors
 from hub import Hub
 
-from slmops_artifacts import ArtifactError, pull, read_manifest, transfer
+from slmops_artifacts import ArtifactError, pull, read_manifest, transfer, upload
+from slmops_artifacts.files import Entry, Ticker
 from slmops_artifacts.registry_auth import RegistryAuth
 
 SOON = 20.0
@@ -146,14 +147,105 @@ def test_retry_after_is_a_number_or_a_date(value: str, least: float, most: float
     assert least <= transfer.retry_after(httpx.Response(429, headers={"Retry-After": value})) <= most
 
 
+class Nobody:
+    """No credentials."""
+
+    def headers(self, url: httpx.URL) -> dict[str, str]:
+        return {}
+
+    def challenge(self, response: httpx.Response) -> bool:
+        return False
+
+
+def uploaded(answer: Callable[[httpx.Request], httpx.Response], size: int = 3000, patience: float = 300) -> None:
+    """Upload so many bytes to a registry that answers so."""
+    http = transfer.Http("oci://registry/a:v1", Nobody(), patience)
+    http.client = httpx.Client(transport=httpx.MockTransport(answer), timeout=http.client.timeout)
+    entry = Entry("w", size, "a" * 64)
+    base = httpx.URL("https://registry/v2/a/")
+    upload.upload(http, base, entry, lambda start, end: iter([bytes(end - start)]), Ticker(size, None))
+
+
+def test_a_chunk_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is slow to take 64 MiB is not a registry that says nothing."""
+    monkeypatch.setattr(upload, "CHUNK_SIZE", 1000)
+    sent: list[str] = []
+
+    def registry(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            return httpx.Response(202, headers={"Location": "/v2/a/blobs/uploads/1"})
+        if request.extensions["timeout"]["read"] < 100:
+            raise httpx.ReadTimeout("100 s", request=request)
+        sent.append(request.headers["Content-Range"])
+        return httpx.Response(202 if request.method == "PATCH" else 201)
+
+    uploaded(registry, patience=15)
+    assert sent == ["0-999", "1000-1999", "2000-2999"]
+
+
+@pytest.mark.parametrize("trouble", ["refused", "token", 503, 429])
+def test_a_registry_that_is_away_has_forgotten_no_upload(monkeypatch: pytest.MonkeyPatch, trouble: int | str) -> None:
+    """It goes on where the registry got to, however long the registry cannot say how far that is."""
+    monkeypatch.setattr(upload, "CHUNK_SIZE", 1000)
+    monkeypatch.setattr(transfer.time, "sleep", lambda _: None)
+    log: list[str] = []
+
+    def registry(request: httpx.Request) -> httpx.Response:
+        log.append(f"{request.method} {request.headers.get('Content-Range', '')}".strip())
+        if request.method == "POST":
+            return httpx.Response(202, headers={"Location": "/v2/a/blobs/uploads/1"})
+        if len(log) == 3:
+            raise httpx.ReadError("cut off")
+        if 3 < len(log) < 7:
+            if trouble == "token":
+                raise ArtifactError("SourceUnavailable", "The token server does not work now.")
+            if isinstance(trouble, int):
+                return httpx.Response(trouble)
+            raise httpx.ConnectError("refused")
+        if request.method == "GET":
+            return httpx.Response(204, headers={"Location": "/v2/a/blobs/uploads/1", "Range": "0-1499"})
+        return httpx.Response(202 if request.method == "PATCH" else 201)
+
+    uploaded(registry)
+    assert log[:3] == ["POST", "PATCH 0-999", "PATCH 1000-1999"]
+    assert set(log[3:-2]) == {"GET"}
+    assert log[-2:] == ["PATCH 1500-2499", "PUT 2500-2999"]
+
+
+@pytest.mark.parametrize("status", [404, 416])
+def test_an_upload_that_the_registry_has_forgotten_begins_anew(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    monkeypatch.setattr(upload, "CHUNK_SIZE", 2000)
+    monkeypatch.setattr(transfer.time, "sleep", lambda _: None)
+    log: list[str] = []
+
+    def registry(request: httpx.Request) -> httpx.Response:
+        log.append(request.method)
+        if request.method == "POST":
+            return httpx.Response(202, headers={"Location": "/v2/a/blobs/uploads/1"})
+        return httpx.Response({2: 502, 3: status}.get(len(log), 202 if request.method == "PATCH" else 201))
+
+    uploaded(registry)
+    assert log == ["POST", "PATCH", "GET", "POST", "PATCH", "PUT"]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["begun", "went on"])
+@pytest.mark.parametrize("host", ["registry", "elsewhere"])
+def test_no_upload_leads_out_of_tls(monkeypatch: pytest.MonkeyPatch, first: bool, host: str) -> None:
+    monkeypatch.setattr(upload, "CHUNK_SIZE", 2000)
+    asked: list[httpx.URL] = []
+
+    def registry(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url)
+        plain = first or request.method == "PATCH"
+        return httpx.Response(202, headers={"Location": f"http://{host}/u" if plain else "/v2/a/blobs/uploads/1"})
+
+    with pytest.raises(ArtifactError, match="X-Forwarded-Proto") as caught:
+        uploaded(registry)
+    assert caught.value.reason == "AccessDenied"
+    assert {url.scheme for url in asked} == {"https"}
+
+
 def test_no_redirect_leads_out_of_tls() -> None:
-    class Nobody:
-        def headers(self, url: httpx.URL) -> dict[str, str]:
-            return {}
-
-        def challenge(self, response: httpx.Response) -> bool:
-            return False
-
     asked: list[str] = []
 
     def answer(request: httpx.Request) -> httpx.Response:

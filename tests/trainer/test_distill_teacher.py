@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from ask import ask
 from asking import TEXTS, in_thread, saved, upper, wait_until
@@ -47,18 +48,34 @@ def test_requests_run_side_by_side_up_to_the_limit(pod: Callable[[], Context]) -
     assert fake.most_at_once == 3
 
 
-def test_retry_after_is_obeyed_by_all(pod: Callable[[], Context]) -> None:
-    times: list[float] = []
+def test_retry_after_is_obeyed_by_all(pod: Callable[[], Context], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four are asked at once; one of them is told to wait, and the other three are answered when that is known."""
+    four, known = threading.Event(), threading.Event()
+    told: list[float] = []
+    later: list[float] = []
+    read = teacher._retry_after
+
+    def noting(response: httpx.Response) -> float:
+        told.append(time.monotonic())
+        known.set()
+        return read(response)
 
     def script(number: int, question: str, body: dict[str, Any]) -> Fault | None:
-        times.append(time.monotonic())
-        return Fault(429, "slow down", {"Retry-After": "1"}) if number == 1 else None
+        if number == 4:
+            four.set()
+        if number > 4:
+            later.append(time.monotonic())
+            return None
+        if number == 1:
+            return Fault(429, "slow down", {"Retry-After": "1"}, four)
+        return Fault(body=answer(question.upper()), wait=known)
 
+    monkeypatch.setattr(teacher, "_retry_after", noting)
     with FakeTeacher(upper, script) as fake:
-        _, texts = ask(pod(), fake.url, TEXTS[:4], concurrency=1)
-    assert texts == [text.upper() for text in TEXTS[:4]]
-    assert times[1] - times[0] >= 1.0
-    assert fake.asked[TEXTS[0]] == 2
+        _, texts = ask(pod(), fake.url, TEXTS, concurrency=4)
+    assert texts == [text.upper() for text in TEXTS]
+    assert (len(told), len(later)) == (1, len(TEXTS) - 3)
+    assert min(later) - told[0] >= 1.0
 
 
 @pytest.mark.parametrize("status", [500, 502, 503, 429, 0])
@@ -115,11 +132,19 @@ def test_a_teacher_that_breaks_down_is_not_taken_for_one_that_rejects(
 ) -> None:
     """HTTP 500 and no answer in time may be a question's own fault, but not every question's."""
     monkeypatch.setenv(teacher.ENV_PATIENCE, "0.4")
-    hold = threading.Event()
-    broken = lambda number, *_: (silent(hold) if hangs else Fault(500)) if number > 5 else None  # noqa: E731
+    hold, lock = threading.Event(), threading.Lock()
+    answered: set[str] = set()
+
+    def broken(number: int, question: str, body: dict[str, Any]) -> Fault | None:
+        with lock:
+            if question in answered or len(answered) < 5:
+                answered.add(question)  # again, should the answer have come too late
+                return None
+        return silent(hold) if hangs else Fault(500)
+
     with FakeTeacher(upper, broken) as fake:
         with pytest.raises(RunFailure, match="5 of 12 answers came, and are saved") as caught:
-            ask(pod(), fake.url, TEXTS, concurrency=concurrency, timeout=0.2, min_success_ratio=0.9)
+            ask(pod(), fake.url, TEXTS, concurrency=concurrency, timeout=1.0, min_success_ratio=0.9)
         assert caught.value.reason == "TeacherUnavailable"
         hold.set()
         fake.script = None

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import CHATML, write_tokenizer
+from tiny import CHATML, EMPTY_THOUGHTS, write_tokenizer
 from tokenizers import normalizers
 
-from slmops_trainer import encoding
+from slmops_trainer import encoding, evaluate
 from slmops_trainer.data import Example, Message
 from slmops_trainer.encoding import IGNORED
 from slmops_trainer.failure import RunFailure
@@ -29,6 +29,8 @@ SILENT = CHATML.replace(
 )
 # Has the model think before it answers, and shows no thoughts of earlier answers.
 THINKING = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
+# The same of Qwen3's models that always think.
+OPENED_THOUGHTS = EMPTY_THOUGHTS.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
 ENDLESS = CHATML.replace("<|im_end|>", "")
 STERN = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
 
@@ -148,6 +150,60 @@ def test_a_template_that_opens_thoughts_is_refused_with_the_cause(tokenizer: Any
     with pytest.raises(RunFailure, match=r"puts '<think>\\n' before an answer that is asked for.*turn 2 of line 1\)"):
         trained(tokenizer, ASK)
     assert encoding.turn_end(tokenizer) == END  # what is not trained, but measured or converted, is not refused
+
+
+@pytest.mark.parametrize("tokenizer", [EMPTY_THOUGHTS, f"{EMPTY_THOUGHTS}\n"], indirect=True, ids=["plain", "line-end"])
+def test_thoughts_that_a_template_leaves_empty_belong_to_the_question(tokenizer: Any) -> None:
+    """Else people would be shown them before every answer, and no answer would be equal to the wanted one."""
+    assert trained(tokenizer, ASK)[1] == '<think>\n\n</think>\n\n{"room": "lab"}<|im_end|>'
+    whole = trained(tokenizer, ASK)[0]
+    encoding.complete(tokenizer, [ASK])
+    assert trained(tokenizer, ASK) == (whole, '{"room": "lab"}<|im_end|>')
+    (item,) = encoding.encode(tokenizer, [ASK], [END], "assistant", 64).items
+    prompt = encoding.encode_prompt(tokenizer, ASK)
+    assert list(item.input_ids[: len(prompt)]) == prompt
+    answer = encoding.decode_answer(tokenizer, [label for label in item.labels if label != IGNORED])
+    assert evaluate.evaluate([answer], ['{"room": "lab"}'], ["exactMatch", "jsonValid"]) == {
+        "exactMatch": 1,
+        "jsonValid": 1,
+    }
+    # Once is enough, and who asks for thoughts or none in so many words gets what the template gave before.
+    completed = tokenizer.chat_template
+    encoding.complete(tokenizer, [ASK])
+    assert tokenizer.chat_template == completed
+    turns = [{"role": "user", "content": "x"}]
+    for thinking in (True, False):
+        texts = [
+            tokenizer.apply_chat_template(
+                turns, chat_template=template, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+            )
+            for template in (EMPTY_THOUGHTS, completed)
+        ]
+        assert texts[0] == texts[1]
+        assert texts[0].count("<think>") == (not thinking)
+
+
+@pytest.mark.parametrize("tokenizer", [OPENED_THOUGHTS], indirect=True)
+def test_thoughts_that_a_question_opens_and_an_answer_leaves_empty_are_closed_by_the_question(tokenizer: Any) -> None:
+    encoding.complete(tokenizer, [ASK])
+    assert trained(tokenizer, ASK)[1] == '{"room": "lab"}<|im_end|>'
+    asked = tokenizer.decode(encoding.encode_prompt(tokenizer, ASK))
+    assert asked.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+@pytest.mark.parametrize("tokenizer", [EMPTY_THOUGHTS], indirect=True)
+def test_thoughts_that_the_answers_bring_are_trained(tokenizer: Any) -> None:
+    deep = Example((Message("user", "the lamp"),), "<think>\nhm\n</think>\n\nlab", 2)
+    encoding.complete(tokenizer, [ASK, deep])
+    assert tokenizer.chat_template == EMPTY_THOUGHTS
+    assert trained(tokenizer, deep)[1] == "<think>\nhm\n</think>\n\nlab<|im_end|>"
+
+
+@pytest.mark.parametrize("tokenizer", [CHATML, MARKED, SILENT, THINKING, FORGETFUL, ENDLESS, None], indirect=True)
+def test_a_template_that_begins_all_answers_alike_is_left_as_it_is(tokenizer: Any) -> None:
+    before = tokenizer.chat_template
+    encoding.complete(tokenizer, [ASK])
+    assert tokenizer.chat_template == before
 
 
 @pytest.mark.parametrize("tokenizer", [STERN], indirect=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import chat, task
+from tiny import EMPTY_THOUGHTS, chat, task, write_model
 
 from slmops.api.finetune import Lora
 from slmops_artifacts import ArtifactError, Manifest, push, read_manifest
@@ -70,6 +70,21 @@ def test_a_full_run_learns_and_says_from_what(
     assert manifest.versions["transformers"] == "4.57.6"
     assert "fieldMatch" in (tmp_path / "store/out/README.md").read_text()
     assert json.loads((tmp_path / "store/out/generation_config.json").read_text())["eos_token_id"] == 2
+
+
+def test_a_model_whose_template_leaves_thoughts_empty_is_asked_as_it_was_trained(
+    make_run: Callable[..., Context], sets: tuple[str, str], tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "thinker", EMPTY_THOUGHTS)
+    result = finetune.run(make_run(model=model, finetune=spec(*sets)))
+    assert result.metrics["jsonValid"] == 1
+    out = tmp_path / "store/out"
+    template = (out / "chat_template.jinja").read_text()
+    assert template.startswith(EMPTY_THOUGHTS)
+    assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"] == template
+    turns = [{"role": "user", "content": "x"}]
+    asked = models.load(out, "out").tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert asked.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
 def test_a_pod_that_only_lost_its_last_word_repeats_it(make_run: Callable[..., Context], sets: tuple[str, str]) -> None:

@@ -1,5 +1,6 @@
 """Bases in multi-adapter form: with an adapter they compute what peft does, without one what a plain model does."""
 
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,34 @@ def test_without_an_adapter_an_int4_base_is_bit_for_bit_the_plain_one(tmp_path: 
     nodes = {i.name: (i.type, i.shape) for i in base.get_overridable_initializers()}
     assert len(nodes) == 2 * 2 * 7
     assert {kind for kind, _ in nodes.values()} == {"tensor(float)"}
+
+
+@pytest.mark.slow
+def test_a_config_of_transformers_5_keeps_its_rotary_base(tmp_path: Path) -> None:
+    """Version 4 would compute with 10,000, and say nothing. The folder may be one that cannot be written to."""
+    torch.manual_seed(0)
+    source = made(LlamaForCausalLM(LlamaConfig(**SHAPE, rope_theta=50.0)), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(source)(torch.tensor([TOKENS])).logits[0].numpy()
+    del config["rope_theta"]
+    text = json.dumps({**config, "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}})
+    (source / "config.json").write_text(text)
+    with torch.no_grad():
+        wrong = AutoModelForCausalLM.from_pretrained(source)(torch.tensor([TOKENS])).logits[0].numpy()
+    assert multi_lora.main([str(source), str(tmp_path / "out"), "--precision", "fp32"]) == 0
+    found = logits(session(tmp_path / "out"), {})
+    np.testing.assert_allclose(found, wanted, atol=2e-3)
+    assert np.abs(found - wrong).max() > 0.1
+    assert (source / "config.json").read_text() == text
+
+
+def test_weights_that_can_run_code_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_model(tmp_path / "source", CHATML)
+    torch.save(AutoModelForCausalLM.from_pretrained(source).state_dict(), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    assert multi_lora.main([str(source), str(tmp_path / "out")]) == 1
+    assert f"{source} has no .safetensors weights. Convert them" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Real Olive runs on a tiny model: what the graph holds, what it answers, what the gate lets pass."""
 
 import json
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from onnx import numpy_helper
 from tiny import chat, task
 
 from slmops.api.quantized import Gate, QuantizedModelSpec
-from slmops.api.run import RunResult
-from slmops_artifacts import ArtifactError, Parent, read_manifest
+from slmops.api.run import Input, RunResult
+from slmops_artifacts import ArtifactError, Manifest, Parent, hub, read_manifest
 from slmops_trainer import context, generate, models, onnx_build, onnx_graph, quantize
 from slmops_trainer.context import Context
 from slmops_trainer.data import Example, Examples, Message
@@ -118,6 +119,21 @@ def test_int4_quantizes_every_matrix_and_the_embedding(
     assert list(found_metrics)[:3] == ["tokenF1", "source_tokenF1", "drop"]
     _is_servable(out, lively)
     assert quantized(gate=gate) == result  # a pod that lost its last word only
+
+
+def test_the_lineage_names_what_was_converted_though_its_branch_moves(
+    make_run: Callable[..., Context], tiny_model: Path, tmp_path: Path
+) -> None:
+    ctx = make_run(quantize=spec().wire())
+    ctx.spec = ctx.spec.model_copy(update={"model": Input(uri="hf://org/tiny@main")})
+    ctx.metrics = {"size_bytes": 1.0, "size_ratio": 0.5}
+    commit = f"hf://org/tiny@{'c' * 40}"
+    source = Manifest(kind="model", digest="sha256:" + "1" * 64, annotations={hub.SOURCE: commit})
+    out = Path(shutil.copytree(tiny_model, tmp_path / "converted"))
+    quantize._publish(ctx, out, source, None)
+    manifest = read_manifest("pvc://store/out")
+    assert manifest is not None
+    assert [(row.uri, row.digest) for row in manifest.parents] == [(commit, source.digest)]
 
 
 def _is_servable(out: Path, source: Path) -> None:

@@ -131,6 +131,52 @@ def test_an_evaluation_that_was_stopped_is_done_by_the_next_pod(
     assert resumed.steps == 4  # the second measurement, taken by the second pod, did not fall
 
 
+@pytest.mark.parametrize("torn", [False, True])
+def test_early_stopping_gives_the_best_weights_not_the_last(
+    make_run: Callable[..., Context], tiny_model: Path, monkeypatch: pytest.MonkeyPatch, torn: bool
+) -> None:
+    training = recipe(earlyStopping={"patience": 2, "everySteps": 1})
+    losses = iter([3.0, 1.0, 2.0, 2.0])
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def measuring(model: Any, *_: Any) -> float:
+        seen.append({name: value.detach().clone() for name, value in state.trainable(model).items()})
+        return next(losses)
+
+    monkeypatch.setattr("slmops_trainer.train.mean_loss", measuring)
+    if torn:
+        ctx = make_run(finetune=None)
+        stop_after(ctx, 3)
+        with pytest.raises(RunFailure, match="Stopped after step 3 of 6"):
+            fit(ctx, tiny_model, training, watch=12)
+    weights, report = fit(make_run(finetune=None), tiny_model, training, watch=12)
+    assert (report.steps, report.stopped_early, report.evaluation_loss) == (4, True, 1.0)
+    assert all(torch.equal(weights[name], seen[1][name]) for name in weights)
+    assert not all(torch.equal(weights[name], seen[3][name]) for name in weights)
+
+
+@pytest.mark.parametrize(("values", "best"), [((2.0, 1.0), 1), ((1.0, 2.0), 0)])
+def test_early_stopping_measures_the_last_weights_too(
+    make_run: Callable[..., Context],
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    values: tuple[float, float],
+    best: int,
+) -> None:
+    losses = iter(values)
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def measuring(model: Any, *_: Any) -> float:
+        seen.append({name: value.detach().clone() for name, value in state.trainable(model).items()})
+        return next(losses)
+
+    monkeypatch.setattr("slmops_trainer.train.mean_loss", measuring)
+    training = recipe(earlyStopping={"patience": 2, "everySteps": 4})
+    weights, report = fit(make_run(finetune=None), tiny_model, training, watch=12)
+    assert (report.steps, report.evaluation_loss) == (STEPS, 1.0)
+    assert all(torch.equal(weights[name], seen[best][name]) for name in weights)
+
+
 @pytest.mark.parametrize("reason", ["StoreUnavailable", "DiskFull"])
 def test_a_store_that_is_away_or_full_ends_no_training(
     make_run: Callable[..., Context], tiny_model: Path, monkeypatch: pytest.MonkeyPatch, reason: Any

@@ -11,6 +11,16 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# Qwen3's way: empty thoughts before a given answer that brings none, before one that is asked for on demand only.
+EMPTY_THOUGHTS = CHATML.replace(
+    "+ message['content']",
+    "+ ('<think>\n\n</think>\n\n' if message['role'] == 'assistant' and loop.last "
+    "and '</think>' not in message['content'] else '') + message['content']",
+).replace(
+    "{{ '<|im_start|>assistant\n' }}",
+    "{{ '<|im_start|>assistant\n' }}{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}",
+)
 ROOMS = ("kitchen", "lab", "office", "hall", "garage", "library", "cellar", "studio")
 THINGS = ("printer", "door", "lamp", "screen", "heater", "window", "chair", "phone")
 

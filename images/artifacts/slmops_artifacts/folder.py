@@ -138,6 +138,20 @@ def delete(ref: FolderRef) -> bool:
     return True
 
 
+def discard_damaged(ref: FolderRef) -> bool:
+    """Remove what is left of an artifact of ours that has lost files, all of them perhaps. True if that was there.
+
+    Other people's files make a folder theirs, and stay.
+    """
+    _check_root(ref)
+    if ref.path == ref.root or not ref.path.is_dir() or installed(ref.path) is not None:
+        return False
+    if not (ref.path / FOLDER_MANIFEST).is_file() and any(path.is_file() for path in ref.path.rglob("*")):
+        return False
+    discard(ref.path, "sha256:" + "0" * 64)
+    return True
+
+
 def _copy(source: Path, path: str, staging: Staging, on_bytes: Callable[[int], None]) -> Entry:
     """Copy one file, through a temporary name, down to the disk."""
     target = staging.target(path)

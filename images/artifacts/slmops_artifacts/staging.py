@@ -257,7 +257,8 @@ class Staging:
     def _acquire(self) -> None:
         """Take the lock of the staging folder; if it was published while we waited, start a new one."""
         while True:
-            self.folder.mkdir(exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # as mkdir itself says where the folder goes between two looks
+                self.folder.mkdir(exist_ok=True)
             try:
                 handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             except FileNotFoundError:
@@ -284,7 +285,10 @@ class Staging:
             tail = old.name.removeprefix(self._prefix)
             if old == self.folder or not _TAIL.fullmatch(tail) or not old.is_dir() or old.is_symlink():
                 continue
-            handle = os.open(old, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                handle = os.open(old, os.O_RDONLY | os.O_DIRECTORY)
+            except FileNotFoundError:
+                continue  # its writer has just published it
             try:
                 if _try_lock(handle):
                     shutil.rmtree(old, ignore_errors=True)

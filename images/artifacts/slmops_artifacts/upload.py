@@ -9,7 +9,7 @@ import httpx
 
 from .errors import ArtifactError
 from .files import Entry, Ticker
-from .transfer import Http, Patience, retry_after, unreachable
+from .transfer import Http, Patience, Reply, retry_after, unreachable
 
 CHUNK_SIZE = 64 << 20
 _OCTETS = "application/octet-stream"
@@ -35,7 +35,7 @@ def upload(http: Http, base: httpx.URL, entry: Entry, read: Reader, ticker: Tick
                 if last and response.status_code == 201:
                     return
                 if not last and response.status_code in (202, 204):
-                    location, offset = _location(response, location), end
+                    location, offset = _location(response, location, http.where), end
                     best = max(best, offset)
                     patience.progressed()
                     continue
@@ -57,7 +57,7 @@ def upload(http: Http, base: httpx.URL, entry: Entry, read: Reader, ticker: Tick
             if failure.reason == "SourceNotFound":
                 failure = ArtifactError("SourceUnavailable", f"{http.where}: the registry forgot an upload. Try again.")
             patience.wait(failure, hint)
-            location, offset = _continue(http, location)
+            location, offset = _continue(http, location, patience)
             if offset > best:  # a part of the chunk came through
                 best = offset
                 patience.progressed()
@@ -83,28 +83,39 @@ def _send(http: Http, location: httpx.URL, entry: Entry, read: Reader, span: tup
     return http.send("PUT" if last else "PATCH", url, headers, lambda: read(start, end) if end > start else b"")
 
 
-def _continue(http: Http, location: httpx.URL | None) -> tuple[httpx.URL | None, int]:
-    """Ask how far the registry got; (None, 0) means: from the start."""
+def _continue(http: Http, location: httpx.URL | None, patience: Patience) -> tuple[httpx.URL | None, int]:
+    """Ask how far the registry got; (None, 0) means: from the start. While it is away, nothing is known: ask again."""
     if location is None:
         return None, 0
     try:
-        response = http.send("GET", str(location), {})
-    except httpx.HTTPError:
+        reply = http.request("GET", str(location), expect=(204,), patience=patience)
+    except ArtifactError as error:
+        if error.retryable:
+            raise
+        return None, 0  # it has forgotten the upload
+    first, _, final = reply.headers.get("range", "").removeprefix("bytes=").partition("-")
+    if first != "0" or not final.isdigit() or int(final) == 0:
         return None, 0
-    response.close()
-    first, _, final = response.headers.get("range", "").removeprefix("bytes=").partition("-")
-    if response.status_code != 204 or first != "0" or not final.isdigit() or int(final) == 0:
-        return None, 0
-    return _location(response, location), int(final) + 1
+    return _location(reply, location, http.where), int(final) + 1
 
 
-def _location(response: httpx.Response, before: httpx.URL) -> httpx.URL:
-    value = response.headers.get("location", "")
-    return before.join(value) if value else before
+def _location(answer: httpx.Response | Reply, before: httpx.URL, where: str) -> httpx.URL:
+    value = answer.headers.get("location", "")
+    return _url(before, value, where) if value else before
 
 
-def _url(base: httpx.URL, location: str, where: str) -> httpx.URL:
-    url = base.join(location)
+def _url(before: httpx.URL, location: str, where: str) -> httpx.URL:
+    """Where an upload goes on. Never out of TLS: what is uploaded is nobody else's business."""
+    try:
+        url = before.join(location)
+    except httpx.InvalidURL:
+        location, url = "", before
     if not location or url.scheme not in ("http", "https"):
         raise ArtifactError("SourceUnavailable", f"{where}: the registry did not say where to upload. See its log.")
+    if before.scheme == "https" and url.scheme != "https":
+        raise ArtifactError(
+            "AccessDenied",
+            f"{where} wants the upload sent to plain HTTP; not done. Have the proxy before the registry set "
+            "X-Forwarded-Proto, or give the registry its https address (http.host).",
+        )
     return url

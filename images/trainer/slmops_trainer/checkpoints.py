@@ -11,7 +11,8 @@ from pathlib import Path
 from slmops_artifacts import Manifest, delete, pinned, pull, push, read_manifest
 from slmops_artifacts.errors import ArtifactError
 from slmops_artifacts.files import folder_digest, hash_file, list_files
-from slmops_artifacts.uris import OciRef, parse
+from slmops_artifacts.folder import discard_damaged
+from slmops_artifacts.uris import FolderRef, OciRef, parse
 from slmops_trainer.failure import from_artifact
 
 ANNOTATION_UID = "slmops.dev/run-uid"
@@ -44,11 +45,15 @@ class Checkpoints:
     def load(self, patience: float | None = None) -> Path | None:
         """The folder with the last complete checkpoint, None where there is none yet. Pulls once.
 
-        `patience`: seconds for which a store that is away is waited for.
-        Raises RunFailure when the store cannot be reached: starting over would throw away what was paid for.
+        `patience`: seconds for which a store that is away is waited for. A folder that has lost files holds none, and
+        is removed with a warning: it could neither be read nor replaced. Raises RunFailure when the store cannot be
+        reached: starting over would throw away what was paid for.
         """
         if self._found is None:
             try:
+                ref = parse(self.uri)
+                if isinstance(ref, FolderRef) and discard_damaged(ref):
+                    log.warning("Removed a checkpoint that had lost files: %s", self.uri)
                 manifest = read_manifest(self.uri, patience=patience)
                 if manifest is not None and manifest.annotations.get(ANNOTATION_UID) == self._uid:
                     self._pull(manifest, patience)

@@ -44,7 +44,7 @@ def run(ctx: Context) -> RunResult:
     loaded = models.load(folder, ctx.spec.model.uri)
     unfit = synthetic.unfit(ctx, loaded, prompts, spec)
     gold = _instructed(held_out, settings.system_prompt)
-    watched = _watched(loaded, spec, gold)
+    _watched(loaded, spec, gold)  # for what it raises, before any answer is paid for
     _check_held_out(loaded, gold, spec.evaluation)
     ctx.resume()
     store = answers.Answers(ctx.checkpoints.folder / answers.PART)
@@ -58,6 +58,8 @@ def run(ctx: Context) -> RunResult:
         with ctx.told("Leaving answers", "store"):  # which ends at once when the pod is asked to stop
             store.share(answers.shared(ctx, "answers-now"), patience=QUICK if ctx.stop.is_set() else None)
     del store, prompts  # training needs their memory
+    encoding.complete(loaded.tokenizer, (*examples.items, *(gold.items if gold else ())))
+    watched = _watched(loaded, spec, gold)
     limit = spec.training.max_length
     encoded = encoding.encode(
         loaded.tokenizer, examples.items, loaded.stop_ids, "assistant", limit, examples.source, ctx.check

@@ -6,8 +6,9 @@ where the tokenizer would merge characters across the border. Without a chat tem
 simply joined, with the end-of-text token after them.
 """
 
+import json
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -170,6 +171,30 @@ def turn_end(tokenizer: Any) -> int | None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return int(ids[-1]) if ids and ids[-1] in special else None
+
+
+def complete(tokenizer: Any, examples: Iterable[Example]) -> None:
+    """Make the chat template begin an answer that is asked for with all that it writes before one that is given.
+
+    Qwen3's writes empty <think></think> tags before a given answer only. They would be trained as a part of every
+    answer, and the server would show them to people. In the completed template, which is published with the model,
+    they belong to the question. A caller who says `enable_thinking` gets what the template gave before.
+    If an answer of `examples` brings such text of its own, thoughts are to be learned: then nothing is changed.
+    """
+    if not tokenizer.chat_template:
+        return
+    probe = Example((Message("user", "x"),), "qxz")
+    asked = _render(tokenizer, probe.turns[:1], probe, prompt=True)[0]
+    given, marks = _render(tokenizer, probe.turns, probe)
+    start = marks[0][0] if marks else given.find("qxz", len(asked))
+    added = given[len(asked) : start] if given.startswith(asked) and start > 0 else ""
+    words = added.split()  # white space is harmless: it is left where the template has it
+    if not words or any(word in (example.answer or "") for example in examples for word in words):
+        return
+    more = (
+        f"{{% if add_generation_prompt and enable_thinking is not defined %}}{{{{ {json.dumps(added)} }}}}{{% endif %}}"
+    )
+    tokenizer.chat_template = tokenizer.chat_template.removesuffix("\n") + more  # Jinja drops that line end, too
 
 
 def _pieces(tokenizer: Any, example: Example) -> list[Piece]:

@@ -38,6 +38,7 @@ def run(ctx: Context) -> RunResult:
     folder, base = ctx.pull(ctx.spec.model, "base")
     ctx.report("Loading", 0, 1, ctx.spec.model.uri)
     loaded = models.load(folder, ctx.spec.model.uri)
+    encoding.complete(loaded.tokenizer, (*training.items, *(held_out.items if held_out else ())))
     limit = spec.training.max_length
     encoded = encoding.encode(
         loaded.tokenizer, training.items, loaded.stop_ids, spec.loss_on, limit, training.source, ctx.check

@@ -14,7 +14,7 @@ from slmops.api.batch import Evaluation
 from slmops.api.meta import Artifact
 from slmops.api.quantized import Gate
 from slmops.api.run import RunResult
-from slmops_artifacts import Manifest, Parent
+from slmops_artifacts import Manifest, Parent, pinned
 from slmops_trainer import (
     conversion,
     data,
@@ -228,7 +228,14 @@ def _publish(ctx: Context, out: Path, source: Manifest, held_out: Examples | Non
         ctx.metrics = {name: ctx.metrics[name] for name in dict.fromkeys((*first, *ctx.metrics))}
     manifest = Manifest(
         kind="model",
-        parents=(Parent(kind="model", uri=ctx.spec.model.uri, digest=source.digest, name=ctx.spec.model.name),),
+        parents=(
+            Parent(
+                kind="model",
+                uri=pinned(ctx.spec.model.uri, source),
+                digest=source.digest,
+                name=ctx.spec.model.name,
+            ),
+        ),
         lineage=source.lineage,
         dataset_digest=source.dataset_digest,
         recipe={**spec.wire(), "olive": onnx_build.options(spec), "gateDigest": held_out.digest if held_out else None},

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from array import array
 from collections.abc import Sequence
@@ -15,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from slmops.api.batch import Training
 from slmops_trainer.encoding import Encoded
 
-WEIGHTS, OPTIMIZER, RANDOM, COUNTERS = (
+WEIGHTS, BEST, OPTIMIZER, RANDOM, COUNTERS = (
     "weights.safetensors",
+    "best.safetensors",
     "optimizer.safetensors",
     "random.safetensors",
     "counters.json",
@@ -27,7 +29,8 @@ WEIGHTS, OPTIMIZER, RANDOM, COUNTERS = (
 class Counters:
     """Where the run stands after a whole optimizer step.
 
-    `loss` is smoothed, `seconds` were spent training, `measured` is the step of the last evaluation.
+    `loss` is smoothed, `seconds` were spent training, `measured` is the step of the last evaluation, `best` the least
+    evaluation loss, that of the weights in BEST, and `waited` counts the evaluations since.
     """
 
     fingerprint: str
@@ -37,7 +40,6 @@ class Counters:
     loss: float | None = None
     best: float | None = None
     waited: int = 0
-    evaluation_loss: float | None = None
     measured: int = 0
     done: bool = False
 
@@ -62,12 +64,14 @@ def trainable(model: Any) -> dict[str, Any]:
 
 
 def save(folder: Path, model: Any, optimizer: Any, counters: Counters) -> None:
-    """Write the state, replacing an older one. A finished run needs its weights only."""
+    """Write the state, replacing an older one, whose best weights stay. A finished run needs its weights only."""
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     parameters = trainable(model)
-    save_file({name: value.detach().contiguous() for name, value in parameters.items()}, fresh / WEIGHTS)
+    _save_weights(model, fresh / WEIGHTS)
+    if counters.best is not None:
+        os.link(folder / BEST, fresh / BEST)
     if not counters.done:
         names = {id(parameter): name for name, parameter in parameters.items()}
         save_file(
@@ -84,6 +88,19 @@ def save(folder: Path, model: Any, optimizer: Any, counters: Counters) -> None:
     fresh.rename(folder)
 
 
+def save_best(folder: Path, model: Any) -> None:
+    """Keep these weights beside the state, as the best so far."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = folder / f"{BEST}.new"
+    _save_weights(model, fresh)
+    fresh.replace(folder / BEST)
+
+
+def restore_best(folder: Path, model: Any) -> None:
+    """Bring the best weights into the model."""
+    _load_weights(folder / BEST, model)
+
+
 def read_counters(folder: Path) -> Counters | None:
     """The counters of a saved state, None where there is none."""
     path = folder / COUNTERS
@@ -92,13 +109,10 @@ def read_counters(folder: Path) -> Counters | None:
 
 def restore(folder: Path, model: Any, optimizer: Any, counters: Counters) -> None:
     """Bring the saved state into the model and the optimizer."""
-    parameters = trainable(model)
-    saved = load_file(folder / WEIGHTS)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
+    _load_weights(folder / WEIGHTS, model)
     if counters.done:
         return
+    parameters = trainable(model)
     index = {id(parameter): at for at, parameter in enumerate(_in_order(optimizer))}
     state: dict[int, dict[str, Any]] = {}
     for key, value in load_file(folder / OPTIMIZER).items():
@@ -121,6 +135,17 @@ def set_randoms(saved: dict[str, Any]) -> None:
     torch.set_rng_state(saved["cpu"])
     if "cuda" in saved and torch.cuda.is_available():
         torch.cuda.set_rng_state(saved["cuda"])
+
+
+def _save_weights(model: Any, path: Path) -> None:
+    save_file({name: value.detach().contiguous() for name, value in trainable(model).items()}, path)
+
+
+def _load_weights(path: Path, model: Any) -> None:
+    saved = load_file(path)
+    with torch.no_grad():
+        for name, parameter in trainable(model).items():
+            parameter.copy_(saved[name])
 
 
 def _in_order(optimizer: Any) -> list[Any]:

@@ -33,7 +33,7 @@ class TrainReport:
     steps, epochs    optimizer steps done, passes over the data
     tokens, seconds  real tokens seen, and the time spent in the loop
     loss             smoothed mean loss of a trained token, in nats
-    evaluation_loss  the same on the evaluation set, if early stopping measured it
+    evaluation_loss  the same on the evaluation set, if early stopping measured it: the least, that of the weights
     resumed_at       the step at which this pod took over, None if it began
     """
 
@@ -62,6 +62,7 @@ def train(
 
     The model is on its device, its trainable weights in fp32; `base` is the digest of what it was before.
     `evaluation` is needed for early stopping only.
+    With early stopping, the weights are in the end those with the least evaluation loss.
     Equal inputs give equal weights, bit for bit on a CPU, however often the run was stopped and resumed.
     Raises RunFailure(LossDiverged, NothingToTrain, Interrupted) and those of the checkpoint store.
     """
@@ -168,19 +169,24 @@ class _Run:
         return self.shards.backward(loss, shares)
 
     def maybe_evaluate(self) -> None:
-        """Early stopping: end when the evaluation loss has not fallen for `patience` measurements."""
+        """Early stopping: end when the evaluation loss has not fallen for `patience` measurements, and keep the best.
+
+        The last weights are measured, too: they may be the best.
+        """
         rule, counters = self.training.early_stopping, self.counters
-        due = rule is not None and counters.step != counters.measured and counters.step % rule.every_steps == 0
-        if rule is None or not due or not self.evaluation:
+        if rule is None or not self.evaluation or counters.step == counters.measured:
+            return
+        if counters.step % rule.every_steps and counters.step < self.total:
             return
         try:
             value = mean_loss(self.model, self.evaluation, self.pad, self.training.batch_size, self._unless_stopped)
         except _StoppedError:
             return
-        counters.evaluation_loss, counters.measured = value, counters.step
+        counters.measured = counters.step
         self.ctx.live(evaluation_loss=value)
         if counters.best is None or value < counters.best - rule.min_delta:
             counters.best, counters.waited = value, 0
+            state.save_best(self.folder, self.model)
         else:
             counters.waited += 1
         log.info("Measured evaluation loss %.4f at step %d", value, counters.step)
@@ -211,7 +217,10 @@ class _Run:
             raise interrupted(f"Stopped after step {counters.step} of {self.total}; the checkpoint is written.")
 
     def end(self) -> TrainReport:
-        """Leave the model as inference wants it. Raises RunFailure(LossDiverged) if the last step broke it."""
+        """Leave the model as inference wants it, at its best. Raises RunFailure(LossDiverged) if a step broke it."""
+        counters = self.counters
+        if counters.best is not None:
+            state.restore_best(self.folder, self.model)
         broken = next((name for name, value in state.trainable(self.model).items() if not value.isfinite().all()), None)
         if broken is not None:
             raise RunFailure(
@@ -222,14 +231,13 @@ class _Run:
             self.model.gradient_checkpointing_disable()
         self.model.eval()
         self.shards.close()
-        counters = self.counters
         return TrainReport(
             steps=counters.step,
             epochs=counters.step / self.per_epoch,
             tokens=counters.tokens,
             seconds=counters.seconds,
             loss=counters.loss if counters.loss is not None else math.nan,
-            evaluation_loss=counters.evaluation_loss,
+            evaluation_loss=counters.best,
             stopped_early=counters.step < self.total,
             resumed_at=self.resumed_at,
         )

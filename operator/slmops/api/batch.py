@@ -57,10 +57,10 @@ class Checkpoint(Model):
 
 
 class EarlyStopping(Model):
-    """Stop when the evaluation loss no longer falls."""
+    """Stop when the evaluation loss no longer falls; published are the weights that had the least."""
 
     patience: int = Field(ge=1, le=1000, description="Evaluations without improvement before stopping.")
-    every_steps: int = Field(ge=1, description="Optimizer steps between evaluations.")
+    every_steps: int = Field(ge=1, description="Optimizer steps between evaluations; one more follows the last step.")
     min_delta: float = Field(default=0.0, ge=0, description="Least fall of the loss that counts.")
 
 
@@ -95,7 +95,10 @@ class Training(Model):
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's weight decay.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradient clipping.")
     seed: int = Field(default=42, ge=0, le=4294967295, description="Seed of everything random.")
-    early_stopping: EarlyStopping | None = Field(default=None, description="Off unless given; needs evaluation.")
+    early_stopping: EarlyStopping | None = Field(
+        default=None,
+        description="Off unless given; needs evaluation. The weights with the least loss on it are published.",
+    )
     checkpoint: Checkpoint = Field(default=Checkpoint(), description="How often the run saves itself.")
 
 
