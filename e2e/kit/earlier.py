@@ -33,7 +33,9 @@ def main() -> int:
     """The exit code."""
     try:
         with alone("make test"):
-            remove(Kubectl())
+            found = remove(Kubectl())
+        if found:
+            print(f"removed, of earlier runs: namespaces {', '.join(found)}")
     except (BusyError, KubectlError, OSError) as problem:
         print(f"failed: {problem}", file=sys.stderr)
         return 1

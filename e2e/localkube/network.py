@@ -52,11 +52,9 @@ def check_free() -> None:
     ruleset = shell.attempt("nft", "-j", "list", "ruleset")
     closed = firewalls(json.loads(ruleset.stdout or "{}") if ruleset.returncode == 0 else {})
     if closed:
-        rules = "; ".join(f"nft insert rule {chain} iifname {paths.BRIDGE} accept" for chain in closed)
-        raise Failure(
-            f"the machine's firewall drops what pods send (nftables: {', '.join(closed)})",
-            hint=f"{rules} (and the same in its file, to last)",
-        )
+        # Its other rules may let pods through all the same: who has a firewall is told, and not kept from trying.
+        step(f"the machine's firewall may drop what pods send and get (nftables: {', '.join(closed)}). Should it:")
+        step(f"  nft insert rule {closed[0]} iifname {paths.BRIDGE} accept; in a forward chain, the same with oifname")
     listed = shell.attempt("ip", "-json", "route", "show", "table", "all")
     taken = overlapping(json.loads(listed.stdout or "[]") if listed.returncode == 0 else [])
     if taken:

@@ -167,20 +167,43 @@ def uploaded(answer: Callable[[httpx.Request], httpx.Response], size: int = 3000
 
 
 def test_a_chunk_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that is slow to take 64 MiB is not a registry that says nothing."""
+    """A disk that is slow to take 64 MiB is not a registry that says nothing; a pod that is told to end has 60 s."""
     monkeypatch.setattr(upload, "CHUNK_SIZE", 1000)
     sent: list[str] = []
 
     def registry(request: httpx.Request) -> httpx.Response:
         if request.method == "POST":
             return httpx.Response(202, headers={"Location": "/v2/a/blobs/uploads/1"})
-        if request.extensions["timeout"]["read"] < 100:
-            raise httpx.ReadTimeout("100 s", request=request)
+        wait = request.extensions["timeout"]["read"]
+        if wait < 25 or (request.method == "PATCH" and wait > 40):
+            raise httpx.ReadTimeout("25 s", request=request)
         sent.append(request.headers["Content-Range"])
         return httpx.Response(202 if request.method == "PATCH" else 201)
 
     uploaded(registry, patience=15)
     assert sent == ["0-999", "1000-1999", "2000-2999"]
+
+
+def test_a_chunk_whose_answer_is_lost_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long that took: the registry may have it, and all before it."""
+    monkeypatch.setattr(upload, "CHUNK_SIZE", 1000)
+    monkeypatch.setattr(transfer.time, "sleep", lambda _: None)
+    now, log = [0.0], []
+    monkeypatch.setattr(transfer.time, "monotonic", lambda: now[0])
+
+    def registry(request: httpx.Request) -> httpx.Response:
+        log.append(f"{request.method} {request.headers.get('Content-Range', '')}".strip())
+        if request.method == "POST":
+            return httpx.Response(202, headers={"Location": "/v2/a/blobs/uploads/1"})
+        if len(log) == 3:
+            now[0] += request.extensions["timeout"]["read"]
+            raise httpx.ReadTimeout("lost", request=request)
+        if request.method == "GET":
+            return httpx.Response(204, headers={"Location": "/v2/a/blobs/uploads/1", "Range": "0-1999"})
+        return httpx.Response(202 if request.method == "PATCH" else 201)
+
+    uploaded(registry, patience=15)
+    assert log == ["POST", "PATCH 0-999", "PATCH 1000-1999", "GET", "PUT 2000-2999"]
 
 
 @pytest.mark.parametrize("trouble", ["refused", "token", 503, 429])

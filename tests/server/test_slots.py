@@ -43,6 +43,7 @@ class Mixing(Timed):
     """Rows that ride on a prompt's chunk for a tenth of their own step."""
 
     mixes = 4
+    extra = 0.0  # seconds more for each call, of rows that have grown
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,8 +60,12 @@ class Mixing(Timed):
         adapter: Adapter,
     ) -> tuple[Logits, Logits]:
         self.mixed.append((len(chunk), len(slots)))
-        self.now += 0.013 + 0.005 * len(chunk) + self.decode_seconds[max(len(slots), 2) - 1] / 10
+        self.now += 0.013 + 0.005 * len(chunk) + self.decode_seconds[max(len(slots), 2) - 1] / 10 + self.extra
         return np.zeros(self.vocab, np.float32), np.zeros((len(slots), self.vocab), np.float32)
+
+    def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int], adapter: Adapter) -> Logits:
+        self.now += self.extra
+        return super().decode(first, tokens, lengths, adapter)
 
 
 def engine(made: type[Timed] = Timed) -> tuple[Timed, SlotEngine]:
@@ -110,6 +115,28 @@ def test_running_answers_ride_on_the_chunks_of_a_prompt(running: int) -> None:
     assert gaps(forward, slots, set(range(running)))[-1] <= 3.1 * forward.decode_seconds[max(running, 2) - 1]
     assert sum(chunk for chunk, _ in forward.mixed) == (512 if running <= 4 else 0)
     assert {riders for _, riders in forward.mixed} == ({running} if running <= 4 else set())
+
+
+def test_chunks_are_as_long_as_the_running_answers_bear_by_now() -> None:
+    """Steps take longer where the rows have grown, and chunks must not shrink to nothing beside them, nor stay so."""
+    forward, slots = engine(Mixing)
+    assert isinstance(forward, Mixing)
+    slots.submit(job(1, 8, 1000))
+
+    def chunks(extra: float) -> list[int]:
+        forward.extra = extra
+        for _ in range(40):
+            slots.step()
+        forward.mixed.clear()
+        slots.submit(job(99, 512, 1))
+        while sum(chunk for chunk, _ in forward.mixed) < 512:
+            slots.step()
+        return [chunk for chunk, _ in forward.mixed]
+
+    fresh, grown = chunks(0.0), chunks(0.1)
+    assert len(grown) < len(fresh)
+    chunks(0.0)  # the first one learns
+    assert len(chunks(0.0)) <= len(fresh) + 1
 
 
 def test_eight_streams_are_faster_than_one_after_the_other() -> None:

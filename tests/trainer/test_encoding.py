@@ -197,6 +197,10 @@ def test_thoughts_that_the_answers_bring_are_trained(tokenizer: Any) -> None:
     encoding.complete(tokenizer, [ASK, deep])
     assert tokenizer.chat_template == EMPTY_THOUGHTS
     assert trained(tokenizer, deep)[1] == "<think>\nhm\n</think>\n\nlab<|im_end|>"
+    encoding.complete(tokenizer, [ASK])  # a first tuning, whose result is then tuned on answers with thoughts
+    assert tokenizer.chat_template != EMPTY_THOUGHTS
+    encoding.complete(tokenizer, [deep])
+    assert tokenizer.chat_template == EMPTY_THOUGHTS
 
 
 @pytest.mark.parametrize("tokenizer", [CHATML, MARKED, SILENT, THINKING, FORGETFUL, ENDLESS, None], indirect=True)

@@ -155,6 +155,36 @@ def test_early_stopping_gives_the_best_weights_not_the_last(
     assert not all(torch.equal(weights[name], seen[3][name]) for name in weights)
 
 
+def test_the_least_fall_that_counts_counts_for_stopping_only(
+    make_run: Callable[..., Context], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([3.0, 2.8, 2.9])
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def measuring(model: Any, *_: Any) -> float:
+        seen.append({name: value.detach().clone() for name, value in state.trainable(model).items()})
+        return next(losses)
+
+    monkeypatch.setattr("slmops_trainer.train.mean_loss", measuring)
+    training = recipe(earlyStopping={"patience": 2, "everySteps": 1, "minDelta": 0.5})
+    weights, report = fit(make_run(finetune=None), tiny_model, training, watch=12)
+    assert (report.steps, report.stopped_early, report.evaluation_loss) == (3, True, 2.8)
+    assert all(torch.equal(weights[name], seen[1][name]) for name in weights)
+
+
+@pytest.mark.parametrize("said", [{"evaluation_loss": None}, {"evaluation_loss": 1.0, "best": 1.0, "waited": 1}])
+def test_a_state_of_an_older_trainer_is_gone_on_with(
+    make_run: Callable[..., Context], tiny_model: Path, said: dict[str, float | None]
+) -> None:
+    ctx = make_run(finetune=None)
+    stop_after(ctx, 3)
+    with pytest.raises(RunFailure, match="Stopped after step 3 of 6"):
+        fit(ctx, tiny_model, recipe())
+    [counters] = ctx.work.rglob(state.COUNTERS)
+    counters.write_text(json.dumps(json.loads(counters.read_text()) | said))
+    assert fit(make_run(finetune=None), tiny_model, recipe())[1].resumed_at == 3
+
+
 @pytest.mark.parametrize(("values", "best"), [((2.0, 1.0), 1), ((1.0, 2.0), 0)])
 def test_early_stopping_measures_the_last_weights_too(
     make_run: Callable[..., Context],

@@ -155,11 +155,12 @@ def test_an_agent_that_takes_no_connection_is_left_alone_for_a_while():
     observe = router.Observer(client=client)
     for second in range(0, 20, 2):
         unanswered(observe, second)
-    assert len(calls) == 1
+    assert len(calls) == 2  # the first may be a lost packet
     unanswered(observe, 20, "http://10.0.0.2:9091")
-    assert len(calls) == 2
-    unanswered(observe, router.CUT_OFF_SECONDS + 1)
     assert len(calls) == 3
+    for second in range(3, 20, 2):
+        unanswered(observe, router.CUT_OFF_SECONDS + second)
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize("error", [httpx.ConnectError("refused"), httpx.ReadTimeout("slow")])

@@ -218,6 +218,22 @@ def test_a_retry_that_broke_off_and_was_taken_back_leaves_no_pods():
     assert (world.phase, world.deployments) == ("RolledBack", {"aaa": 2})
 
 
+def test_a_retry_that_is_asked_for_during_the_rollback_is_carried_out_when_it_ends():
+    """In that very pass: none need follow it."""
+    world = serving()
+    world.deploy("bbb")
+    world.routers[0].silent = True
+    world.annotations[keys.ANNOTATION_ABORT] = "bbb"
+    world.after(1)
+    assert world.phase == "RollingBack"
+    world.annotations[keys.ANNOTATION_RETRY] = "bbb"
+    world.after(1)
+    assert world.phase == "RollingBack"
+    world.routers[0] = RouterPod(*world.config_map)
+    world.run()
+    assert (world.phase, world.candidate) == ("Step", "bbb")  # its pods are still there
+
+
 def test_an_approval_that_an_abort_overtakes_is_done_with_in_the_same_pass():
     world = serving(steps=steps(30, pause=60, approval=True))
     world.broken["bbb"] = Problem("SourceNotFound", "There is nothing at oci://store/m:bbb.")

@@ -302,6 +302,23 @@ def test_a_candidate_that_is_no_longer_asked_for_gets_no_further(reason):
     assert world.status["stable"]["revision"] == stable
 
 
+@pytest.mark.parametrize("reason", EDITS)
+def test_the_first_revision_serves_until_there_is_what_is_asked_for_by_now(reason):
+    """It has nobody to protect: without it, nothing would answer for as long as a training takes."""
+    world = Kubernetes(rollout={"steps": [{"weight": 10, "pauseSeconds": 60}]})
+    world.passes(1)
+    first = world.status["candidate"]["revision"]
+    world.broken[first] = {"containerStatuses": []}  # it pulls
+    world.passes()
+    world.edit(**EDITS[reason])
+    world.passes()
+    assert not world.status.get("stable")
+    world.broken.clear()
+    world.passes()
+    assert world.status["stable"]["revision"] == first
+    assert world.condition("Available")[0] == "True"
+
+
 def test_a_candidate_that_waits_for_the_next_one_goes_on_when_it_is_asked_for_again():
     world = Kubernetes(rollout={"steps": [{"weight": 10, "pauseSeconds": 60}]})
     world.passes()

@@ -92,10 +92,18 @@ def test_a_deployment_that_answers_gives_its_service_its_key_and_its_lineage(rea
     status = {
         "conditions": conditions(Available="True Answering", **ready),
         "endpoint": "http://t-1a2b.ns.svc:8000/v1",
-        "stable": {"revision": "r1", "model": "oci://r/m", "digest": "sha256:mm", "source": "QuantizedModel/q"},
+        "stable": {
+            "revision": "r1",
+            "model": "oci://r/m",
+            "digest": "sha256:mm",
+            "source": "QuantizedModel/q",
+            "servedName": "big",
+            "apiKeysSecret": "keys",
+        },
         "lineage": {"digest": "sha256:mm", "parents": [parent]},
     }
-    spec = {"model": {"uri": "oci://r/m"}, "servedName": "big", "endpoint": {"apiKeysSecretRef": {"name": "keys"}}}
+    # what the spec asks for is on its way, or was rolled back: the stable revision answers to its own name and keys
+    spec = {"model": {"uri": "oci://r/m"}, "servedName": "next", "endpoint": {"apiKeysSecretRef": {"name": "other"}}}
     cluster.put(ours("ModelDeployment", spec, name="t", status=status))
     wanted = teacher(deploymentRef={"name": "t"})
     with pytest.raises(Retry) as caught:
@@ -106,6 +114,18 @@ def test_a_deployment_that_answers_gives_its_service_its_key_and_its_lineage(rea
     assert (found.url, found.model) == ("http://t-1a2b.ns.svc:8000/v1", "big")
     assert (found.secret, found.key, found.name) == ("keys", "a", "ModelDeployment/t")
     assert [(a.digest, a.name) for a in found.lineage] == [("sha256:mm", "QuantizedModel/q"), ("sha256:bb", "")]
+
+
+def test_what_a_status_of_an_older_operator_serves_is_known_only_when_it_is_ready() -> None:
+    cluster = MemoryCluster()
+    status = {"conditions": conditions(Ready="False RolledBack", Available="True Answering"), "endpoint": "http://t/v1"}
+    deployment = ours("ModelDeployment", {"model": {"uri": "oci://r/m"}, "servedName": "b"}, name="t", status=status)
+    cluster.put(deployment)
+    with pytest.raises(Retry, match="Waits for ModelDeployment/t to be ready"):
+        sources.resolve_teacher(cluster, "ns", teacher(deploymentRef={"name": "t"}))
+    said = conditions(Ready="True Serving", Available="True Answering")
+    cluster.set_status(key_of(deployment), {**status, "conditions": said})
+    assert sources.resolve_teacher(cluster, "ns", teacher(deploymentRef={"name": "t"})).model == "b"
 
 
 @pytest.mark.parametrize("reason", ["ScaledToZero", "QuotaExceeded"])
@@ -271,9 +291,10 @@ def test_who_waits_for_himself_is_told_the_whole_way() -> None:
         sources.check_cycle(cluster, job)
     assert caught.value.reason == "SourceCycle"
     cluster.put({**served, "status": {}})
-    answers = conditions(Ready="False SourceNotReady", Available="True Answering")
-    cluster.set_status(key_of(served), {"conditions": answers})
-    sources.check_cycle(cluster, job)  # its next model waits for the job, but the one before answers
+    for available in ("True Answering", "False NotAnswering"):  # not now perhaps, scaled to zero
+        said = conditions(Ready="False SourceNotReady", Available=available)
+        cluster.set_status(key_of(served), {"conditions": said, "stable": {"revision": "r1", "model": "oci://r/m"}})
+        sources.check_cycle(cluster, job)  # its next model waits for the job, but there is the one before
 
 
 def test_who_names_himself_is_told() -> None:

@@ -18,7 +18,9 @@ from .errors import ArtifactError, Reason, disk_full
 from .waiting import hold
 
 _SLOW = httpx.Timeout(300.0, connect=10.0)
-"""A registry reads a large blob once more before it confirms it, and a slow disk takes its time for a chunk."""
+"""A registry reads a large blob once more before it confirms it."""
+_CHUNK = httpx.Timeout(30.0, connect=10.0, write=120.0)
+"""A slow disk takes its time for a chunk; a run that is told to end has no more for it."""
 SILENCE = 60.0
 """Seconds after which a server that took the connection and says nothing is given up, whatever the patience."""
 _LEAST_READ = 5.0
@@ -129,7 +131,7 @@ class Http:
         while True:
             signed = {**headers, **self.auth.headers(target)}
             content = body() if body is not None else None
-            wait = _SLOW if method in ("PUT", "PATCH") else self._timeout
+            wait = {"PUT": _SLOW, "PATCH": _CHUNK}.get(method, self._timeout)
             request = self.client.build_request(method, target, headers=signed, content=content, timeout=wait)
             response = self.client.send(request, stream=True)
             if response.status_code == 401 and not challenged and self.auth.challenge(response):

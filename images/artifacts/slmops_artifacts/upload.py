@@ -51,6 +51,8 @@ def upload(http: Http, base: httpx.URL, entry: Entry, read: Reader, ticker: Tick
                 response.close()
         except httpx.HTTPError as error:
             failure, lost = unreachable(error, http.where), True
+            # What was sent may have come through: that is asked before the registry counts as one that says nothing.
+            failure.silent = failure.silent and location is None
         except ArtifactError as error:
             failure, lost = error, True
         if lost:

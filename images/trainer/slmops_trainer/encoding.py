@@ -7,6 +7,7 @@ simply joined, with the end-of-text token after them.
 """
 
 import json
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from slmops_trainer.data import Example, Message
 from slmops_trainer.failure import RunFailure
 
+COMPLETED = "{# SLMOps: what stands before an answer that is given #}"  # ends a model's own chat template
+WORD = re.compile(r"<[^<>]+>|[^\s<>]+")
 IGNORED = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
 BATCH_CHARACTERS = 1 << 20  # that are tokenized together: a call takes some 150 bytes a token until it is over
@@ -179,22 +182,24 @@ def complete(tokenizer: Any, examples: Iterable[Example]) -> None:
     Qwen3's writes empty <think></think> tags before a given answer only. They would be trained as a part of every
     answer, and the server would show them to people. In the completed template, which is published with the model,
     they belong to the question. A caller who says `enable_thinking` gets what the template gave before.
-    If an answer of `examples` brings such text of its own, thoughts are to be learned: then nothing is changed.
+    If an answer of `examples` brings such text of its own, thoughts are to be learned: then the template is as it was
+    before anything of ours.
     """
     if not tokenizer.chat_template:
         return
+    own = tokenizer.chat_template = tokenizer.chat_template.partition(COMPLETED)[0]
     probe = Example((Message("user", "x"),), "qxz")
     asked = _render(tokenizer, probe.turns[:1], probe, prompt=True)[0]
     given, marks = _render(tokenizer, probe.turns, probe)
     start = marks[0][0] if marks else given.find("qxz", len(asked))
     added = given[len(asked) : start] if given.startswith(asked) and start > 0 else ""
-    words = added.split()  # white space is harmless: it is left where the template has it
+    words = WORD.findall(added)  # white space is harmless: it is left where the template has it
     if not words or any(word in (example.answer or "") for example in examples for word in words):
         return
     more = (
         f"{{% if add_generation_prompt and enable_thinking is not defined %}}{{{{ {json.dumps(added)} }}}}{{% endif %}}"
     )
-    tokenizer.chat_template = tokenizer.chat_template.removesuffix("\n") + more  # Jinja drops that line end, too
+    tokenizer.chat_template = own.removesuffix("\n") + COMPLETED + more  # Jinja drops that line end, too
 
 
 def _pieces(tokenizer: Any, example: Example) -> list[Piece]:

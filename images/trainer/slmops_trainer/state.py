@@ -6,7 +6,7 @@ import os
 import shutil
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ WEIGHTS, BEST, OPTIMIZER, RANDOM, COUNTERS = (
 class Counters:
     """Where the run stands after a whole optimizer step.
 
-    `loss` is smoothed, `seconds` were spent training, `measured` is the step of the last evaluation, `best` the least
-    evaluation loss, that of the weights in BEST, and `waited` counts the evaluations since.
+    `loss` is smoothed, `seconds` were spent training, `measured` is the step of the last evaluation, `least` the least
+    evaluation loss, that of the weights in BEST, `best` the last that was less by minDelta, and `waited` counts the
+    evaluations since.
     """
 
     fingerprint: str
@@ -38,6 +39,7 @@ class Counters:
     tokens: int = 0
     seconds: float = 0.0
     loss: float | None = None
+    least: float | None = None
     best: float | None = None
     waited: int = 0
     measured: int = 0
@@ -70,7 +72,7 @@ def save(folder: Path, model: Any, optimizer: Any, counters: Counters) -> None:
     fresh.mkdir(parents=True)
     parameters = trainable(model)
     _save_weights(model, fresh / WEIGHTS)
-    if counters.best is not None:
+    if counters.least is not None:
         os.link(folder / BEST, fresh / BEST)
     if not counters.done:
         names = {id(parameter): name for name, parameter in parameters.items()}
@@ -102,9 +104,14 @@ def restore_best(folder: Path, model: Any) -> None:
 
 
 def read_counters(folder: Path) -> Counters | None:
-    """The counters of a saved state, None where there is none."""
+    """The counters of a saved state, None where there is none. What only another version knows begins anew."""
     path = folder / COUNTERS
-    return Counters(**json.loads(path.read_text())) if path.is_file() else None
+    if not path.is_file():
+        return None
+    said, known = json.loads(path.read_text()), {field.name for field in fields(Counters)}
+    if not (folder / BEST).is_file():
+        said |= {"least": None, "best": None, "waited": 0, "measured": 0}
+    return Counters(**{name: value for name, value in said.items() if name in known})
 
 
 def restore(folder: Path, model: Any, optimizer: Any, counters: Counters) -> None:

@@ -184,9 +184,11 @@ class _Run:
             return
         counters.measured = counters.step
         self.ctx.live(evaluation_loss=value)
+        if counters.least is None or value < counters.least:
+            counters.least = value
+            state.save_best(self.folder, self.model)
         if counters.best is None or value < counters.best - rule.min_delta:
             counters.best, counters.waited = value, 0
-            state.save_best(self.folder, self.model)
         else:
             counters.waited += 1
         log.info("Measured evaluation loss %.4f at step %d", value, counters.step)
@@ -219,7 +221,7 @@ class _Run:
     def end(self) -> TrainReport:
         """Leave the model as inference wants it, at its best. Raises RunFailure(LossDiverged) if a step broke it."""
         counters = self.counters
-        if counters.best is not None:
+        if counters.least is not None:
             state.restore_best(self.folder, self.model)
         broken = next((name for name, value in state.trainable(self.model).items() if not value.isfinite().all()), None)
         if broken is not None:
@@ -237,7 +239,7 @@ class _Run:
             tokens=counters.tokens,
             seconds=counters.seconds,
             loss=counters.loss if counters.loss is not None else math.nan,
-            evaluation_loss=counters.best,
+            evaluation_loss=counters.least,
             stopped_early=counters.step < self.total,
             resumed_at=self.resumed_at,
         )

@@ -53,13 +53,18 @@ def resolve_teacher(cluster: Cluster, namespace: str, teacher: Teacher) -> Teach
     name = teacher.deployment_ref.name if teacher.deployment_ref else ""
     # Not Ready, which a rollout that waits, or was rolled back, is not: the stable revision answers meanwhile.
     found = ready_object(cluster, Key("ModelDeployment", namespace, name), conditions.AVAILABLE)
+    stable = (found.get("status") or {}).get("stable") or {}
+    model, secret = stable.get("servedName"), stable.get("apiKeysSecret")
+    if not model:  # the status is an older operator's: what is stable is sure to be what is asked for only if Ready
+        found = ready_object(cluster, Key("ModelDeployment", namespace, name))
+        model = found["spec"].get("servedName") or name
+        secret = ((found["spec"].get("endpoint") or {}).get("apiKeysSecretRef") or {}).get("name")
     url = (found.get("status") or {}).get("endpoint")
     if not url:
         raise not_ready(f"ModelDeployment/{name} is available but names no endpoint.")
-    secret = ((found["spec"].get("endpoint") or {}).get("apiKeysSecretRef") or {}).get("name")
     return TeacherEndpoint(
         url=url,
-        model=found["spec"].get("servedName") or name,
+        model=model,
         secret=secret,
         key=_some_key(cluster, namespace, secret) if secret else None,
         name=f"ModelDeployment/{name}",
@@ -101,9 +106,15 @@ def check_cycle(cluster: Cluster, obj: Object) -> None:
             continue
         seen.add(way[-1])
         found = cluster.get(Key(way[-1][0], namespace, way[-1][1]))
-        awaited = conditions.AVAILABLE if way[-1][0] == "ModelDeployment" else conditions.READY
-        if found is not None and not conditions.is_true(_said(found), awaited):
+        if found is not None and not _goes_on(found):
             ways += [[*way, name] for name in sorted(references(found))]
+
+
+def _goes_on(found: Object) -> bool:
+    """Whether what waits for this object is not stopped by what the object itself waits for."""
+    if found["kind"] == "ModelDeployment":  # its next model may be late: the one before answers
+        return bool((found.get("status") or {}).get("stable"))
+    return conditions.is_true(_said(found), conditions.READY)
 
 
 def resolve_output(owner: Object, output: str | None, settings: Settings) -> Output:

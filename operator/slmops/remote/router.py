@@ -74,11 +74,13 @@ def observe(url: str, secret: str, *, client: httpx.Client | None = None) -> Rep
 class Observer:
     """`observe`, but one that takes no connection is left alone for a while; may be used from many threads.
 
-    One that takes connections and is slow is asked again each time: it may obey what it is told.
+    Not at once: a lost packet must not keep a rollback from it. One that takes connections and is slow is asked again
+    each time: it may obey what it is told.
     """
 
     def __init__(self, *, client: httpx.Client | None = None) -> None:
-        self._client, self._silence = client, Silence(CUT_OFF_SECONDS)
+        self._client = client
+        self._missed, self._silence = Silence(2 * CUT_OFF_SECONDS), Silence(CUT_OFF_SECONDS)
 
     def __call__(self, url: str, secret: str, *, clock: Callable[[], float] = monotonic) -> Report:
         """See `observe`. Raises RemoteError."""
@@ -89,7 +91,9 @@ class Observer:
             return observe(url, secret, client=self._client)
         except RemoteError as error:
             if isinstance(error.__cause__, httpx.ConnectTimeout):
-                self._silence.begin(url, now)
+                if self._missed.keeps(url, now):
+                    self._silence.begin(url, now)
+                self._missed.begin(url, now)
             raise
 
 

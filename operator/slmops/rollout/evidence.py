@@ -42,7 +42,7 @@ def paused(work: Work) -> bool:
         work.hold("Paused", f"Paused by annotation; remove {keys.ANNOTATION_PAUSE} to go on.")
         return True
     other = work.seen.other
-    if other is None:
+    if other is None or work.stable is None:  # the first one has nobody to protect: better it than nobody
         return False
     share = f"Revision {work.name} stays at {work.weight} %, for the spec asks for another one by now"
     work.hold(other.reason, f"{share}: {other.message}")

@@ -38,10 +38,12 @@ def decide(spec: ModelDeploymentSpec, status: ModelDeploymentStatus, seen: Seen,
     """Decide. Pure."""
     work = Work(spec, status, seen, now)
     _take_target(work)
-    obeyed = True
-    while obeyed:  # what a verb leads to decides what becomes of the others
+    again = True
+    while again:  # what a verb leads to decides what becomes of the others, and some wait for a phase to end
+        phase = work.roll.phase
         obeyed = _obey(work)
         _advance(work)
+        again = obeyed or work.roll.phase != phase
     work.retire()
     return work.decision()
 

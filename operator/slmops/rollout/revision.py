@@ -19,6 +19,8 @@ def identify(name: str, spec: ModelDeploymentSpec, model: Input, digest: str) ->
 
     `digest` is the artifact's, for a model named by reference; empty for one named by URI, whose URI is its identity.
     """
+    served_name = spec.served_name or name
+    keys = spec.endpoint.api_keys_secret_ref.name if spec.endpoint.api_keys_secret_ref else ""
     inputs = {
         "hashVersion": HASH_VERSION,
         "model": {"digest": digest} if digest else {"uri": model.uri},
@@ -29,8 +31,8 @@ def identify(name: str, spec: ModelDeploymentSpec, model: Input, digest: str) ->
             "args": spec.engine.args or [],
         },
         "pod": _pod(spec),
-        "servedName": spec.served_name or name,
-        "apiKeys": spec.endpoint.api_keys_secret_ref.name if spec.endpoint.api_keys_secret_ref else "",
+        "servedName": served_name,
+        "apiKeys": keys,
     }
     text = json.dumps(inputs, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return Revision(
@@ -38,6 +40,8 @@ def identify(name: str, spec: ModelDeploymentSpec, model: Input, digest: str) ->
         model=model.uri,
         digest=digest,
         source=model.name,
+        served_name=served_name,
+        api_keys_secret=keys,
         hash_version=HASH_VERSION,
     )
 

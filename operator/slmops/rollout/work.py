@@ -174,7 +174,9 @@ class Work:
 
     def await_routers(self) -> None:
         """Ask again soon; hold where that will not help by itself, unless something else holds already."""
-        self.wakes.append(ROUTER_SECONDS)
+        late = [router for router in self.seen.routers if not self._obeys(router)]
+        cut_off = bool(late) and all(router.weights is None for router in late)
+        self.wakes.append(SILENT_SECONDS if cut_off else ROUTER_SECONDS)
         if self.roll.hold:
             return
         silent = sum(router.weights is None for router in self.seen.routers)

@@ -31,6 +31,7 @@ KV_BYTES = 2  # of an item of the cache
 # is only mapped and the copy that is computed with stays
 RUNTIME_BYTES = 280 << 20
 MAX_ROWS = 16  # in one call
+SCORED = 64  # tokens in one call whose logits are all wanted: room for them is beside the model, and all others wait
 MEASURED_CHUNKS = (4, 16, 64)  # tokens
 INSTALL = "OpenVINO is not installed here: use the server image, or pip install openvino"
 
@@ -48,7 +49,8 @@ class OpenvinoForward:
 
         self.vocab = folder.vocab_size
         self.rows = slots
-        self.chunk = self.scored = max(SMALLEST_CHUNK, min(chunk, max_len))
+        self.chunk = max(SMALLEST_CHUNK, min(chunk, max_len))
+        self.scored = max(SMALLEST_CHUNK, min(SCORED, self.chunk))
         self.decode_seconds: Sequence[float] = ()
         self.prefill_seconds: Mapping[int, float] = {}
         self._max_len = max_len

@@ -65,9 +65,11 @@ class Pace:
         return size
 
     def note(self, size: int, seconds: float) -> None:
-        """A chunk of `size` tokens took that long."""
+        """A chunk of `size` tokens took that long. Longer ones take no more for each token: they are tried again."""
         if size in self._sizes:
-            self._seconds[size] = self._seconds.get(size, seconds) * (1 - WEIGHT) + seconds * WEIGHT
+            known = self._seconds
+            known[size] = known.get(size, seconds) * (1 - WEIGHT) + seconds * WEIGHT
+            known.update({more: min(known[more], known[size] * more / size) for more in known if more > size})
 
     def _expected(self, size: int) -> float:
         """Seconds; sizes never seen are scaled from the nearest one seen."""

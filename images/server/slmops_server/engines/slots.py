@@ -151,6 +151,7 @@ class SlotEngine:
         self._pace = Pace(forward.chunk, forward.prefill_seconds)
         self._score_pace = Pace(forward.scored, {})
         self._step_seconds = 0.0  # moving average of a step's decode calls
+        self._slower = 1.0  # moving average of how many times as long they take as measured at start: longer rows do
         for adapter in (BASE,) if adapters is None else (BASE, Adapter({})):
             self._check_cover(self._seconds(adapter))
 
@@ -198,12 +199,15 @@ class SlotEngine:
         guessed = self._guess(tokens) if self._guesses else ()
         active = [row is not None and row.last >= 0 and row not in guessed for row in self._rows]
         if any(active):
-            begin = self._clock()
+            begin, expected = self._clock(), 0.0
             for adapter, wanted in self._grouped(active).items():
-                for first, count in cover(wanted, self._seconds(adapter))[1]:
+                seconds, calls = cover(wanted, self._seconds(adapter))
+                expected += seconds
+                for first, count in calls:
                     self._decode(first, wanted[first : first + count], adapter, tokens)
             took = self._clock() - begin
             self._step_seconds += (took - self._step_seconds) * (WEIGHT if self._step_seconds else 1.0)
+            self._slower += (took / expected - self._slower) * WEIGHT
         return tokens
 
     def _grouped(self, active: list[bool]) -> dict[Adapter, list[bool]]:
@@ -265,7 +269,7 @@ class SlotEngine:
         """One chunk of a prompt and one token of each running answer, in one call."""
         self._start(row)
         prompt = row.job.prompt
-        step = cover([other in riders for other in self._rows], self._seconds(row.job.adapter))[0]
+        step = self._slower * cover([other in riders for other in self._rows], self._seconds(row.job.adapter))[0]
         size = self._pace.chunk(len(prompt) - row.length, (PATIENCE + 1) * step * len(self._prefilling))
         begin = self._clock()
         logits, others = forward.mix(
