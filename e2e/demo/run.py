@@ -19,9 +19,10 @@ from kit import chart, earlier, pods
 from kit.alone import BusyError, alone
 from kit.kubectl import CURRENT, LOCAL, Kubectl, KubectlError, Object, TimedOut, shell
 from kit.load import Count, Load
+from localkube.files import write_json
 from localkube.say import heartbeat
 
-NAMESPACE = "slmops-demo"
+NAMESPACE = earlier.DEMO
 STORE = "oci://slmops-registry.slmops-system.svc:5000"  # in the YAML too
 MANIFESTS = Path(__file__).resolve().parent / "manifests"
 CHAIN_TIMEOUT = 45 * 60.0
@@ -244,21 +245,14 @@ def close(board: Board, measured: Object, count: Count, rows: list[Row]) -> None
     for line in [*report.table(measured, found), *report.verdicts(bars), ""]:
         print(line)  # first of all: no full disk may take what was measured
     try:
-        write(DETAILS, details)
-        write(FIGURES, found)
+        write_json(DETAILS, details)
+        write_json(FIGURES, found)
     except OSError as problem:
         raise DemoError(f"The figures above are not in {LOCAL}: {problem}. Look: df -h {LOCAL}") from None
     print(
         "The figures: .local/demo.json, more of them: .local/demo-details.json. "
         f"It took {clock(details['total_seconds'])}."
     )
-
-
-def write(file: Path, value: object) -> None:
-    """The whole file or none."""
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    part.replace(file)
 
 
 def tidy(kube: Kubectl) -> None:

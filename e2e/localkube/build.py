@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from localkube import images, mounts, packages, paths, rootfs, shell, store, tools
+from localkube.files import write_json
 from localkube.images import Image
 from localkube.say import Failure, heartbeat, step
 
@@ -158,10 +159,7 @@ def _recorded() -> dict[str, str]:
 
 
 def _record(name: str, reference: str) -> None:
-    known = {**_recorded(), name: reference}
-    partial = paths.IMAGES_JSON.with_suffix(".part")
-    partial.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
-    partial.replace(paths.IMAGES_JSON)
+    write_json(paths.IMAGES_JSON, dict(sorted({**_recorded(), name: reference}.items())))
 
 
 def _drop_old(current: list[str], before: set[str]) -> None:

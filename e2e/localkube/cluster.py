@@ -8,6 +8,7 @@ import shutil
 from localkube import bare, build, control, daemons, leftovers, network, node, packages, paths, seed, shell, tools
 from localkube.control import Endpoint
 from localkube.daemons import Daemon
+from localkube.files import write_json
 from localkube.paths import CLUSTER
 from localkube.say import Failure, step
 
@@ -98,7 +99,7 @@ def _start() -> None:
     link = paths.LOCAL / "run"
     link.unlink(missing_ok=True)
     link.symlink_to(CLUSTER.pids)
-    paths.RECORD.write_text(json.dumps({"repo": str(paths.REPO)}))
+    write_json(paths.RECORD, {"repo": str(paths.REPO)})
     step("starting the control plane")
     network.set_up()
     authority = control.create_pki(CLUSTER, ENDPOINT)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from localkube import daemons, paths, shell
+from localkube.files import write_json
 from localkube.say import Failure, step
 
 CHAIN = re.compile(r"^:(\S+) ", re.MULTILINE)
@@ -240,9 +241,9 @@ def _sysctl(name: str) -> Path:
 
 def _save_sysctls() -> None:
     if _read(_SAVED) is None:
-        _write(_PASSING, passing(_saved_tables()))
+        write_json(_PASSING, passing(_saved_tables()))
         names = [*SYSCTLS, *KUBELET_SYSCTLS]
-        _write(_SAVED, {name: read_sysctl(name) for name in names if read_sysctl(name)})
+        write_json(_SAVED, {name: read_sysctl(name) for name in names if read_sysctl(name)})
 
 
 def _restore_sysctls(now: list[str]) -> None:
@@ -254,13 +255,6 @@ def _restore_sysctls(now: list[str]) -> None:
         for name, value in back.items():
             write_sysctl(name, value)
     _SAVED.unlink(missing_ok=True)
-
-
-def _write(file: Path, value: object) -> None:
-    """The whole file or none."""
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(value))
-    part.replace(file)
 
 
 def _read(file: Path) -> Any:

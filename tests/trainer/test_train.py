@@ -131,19 +131,24 @@ def test_an_evaluation_that_was_stopped_is_done_by_the_next_pod(
     assert resumed.steps == 4  # the second measurement, taken by the second pod, did not fall
 
 
+def measuring(monkeypatch: pytest.MonkeyPatch, *losses: float) -> list[dict[str, torch.Tensor]]:
+    """Make these the evaluation losses; returns the weights that were measured, as they come."""
+    left, seen = iter(losses), list[dict[str, torch.Tensor]]()
+
+    def measure(model: Any, *_: Any) -> float:
+        seen.append({name: value.detach().clone() for name, value in state.trainable(model).items()})
+        return next(left)
+
+    monkeypatch.setattr("slmops_trainer.train.mean_loss", measure)
+    return seen
+
+
 @pytest.mark.parametrize("torn", [False, True])
 def test_early_stopping_gives_the_best_weights_not_the_last(
     make_run: Callable[..., Context], tiny_model: Path, monkeypatch: pytest.MonkeyPatch, torn: bool
 ) -> None:
     training = recipe(earlyStopping={"patience": 2, "everySteps": 1})
-    losses = iter([3.0, 1.0, 2.0, 2.0])
-    seen: list[dict[str, torch.Tensor]] = []
-
-    def measuring(model: Any, *_: Any) -> float:
-        seen.append({name: value.detach().clone() for name, value in state.trainable(model).items()})
-        return next(losses)
-
-    monkeypatch.setattr("slmops_trainer.train.mean_loss", measuring)
+    seen = measuring(monkeypatch, 3.0, 1.0, 2.0, 2.0)
     if torn:
         ctx = make_run(finetune=None)
         stop_after(ctx, 3)
@@ -158,14 +163,7 @@ def test_early_stopping_gives_the_best_weights_not_the_last(
 def test_the_least_fall_that_counts_counts_for_stopping_only(
     make_run: Callable[..., Context], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = iter([3.0, 2.8, 2.9])
-    seen: list[dict[str, torch.Tensor]] = []
-
-    def measuring(model: Any, *_: Any) -> float:
-        seen.append({name: value.detach().clone() for name, value in state.trainable(model).items()})
-        return next(losses)
-
-    monkeypatch.setattr("slmops_trainer.train.mean_loss", measuring)
+    seen = measuring(monkeypatch, 3.0, 2.8, 2.9)
     training = recipe(earlyStopping={"patience": 2, "everySteps": 1, "minDelta": 0.5})
     weights, report = fit(make_run(finetune=None), tiny_model, training, watch=12)
     assert (report.steps, report.stopped_early, report.evaluation_loss) == (3, True, 2.8)
@@ -193,14 +191,7 @@ def test_early_stopping_measures_the_last_weights_too(
     values: tuple[float, float],
     best: int,
 ) -> None:
-    losses = iter(values)
-    seen: list[dict[str, torch.Tensor]] = []
-
-    def measuring(model: Any, *_: Any) -> float:
-        seen.append({name: value.detach().clone() for name, value in state.trainable(model).items()})
-        return next(losses)
-
-    monkeypatch.setattr("slmops_trainer.train.mean_loss", measuring)
+    seen = measuring(monkeypatch, *values)
     training = recipe(earlyStopping={"patience": 2, "everySteps": 4})
     weights, report = fit(make_run(finetune=None), tiny_model, training, watch=12)
     assert (report.steps, report.evaluation_loss) == (STEPS, 1.0)

@@ -219,10 +219,10 @@ def test_a_running_step_has_the_newest_line_of_its_log(tmp_path: Path) -> None:
 
 def test_results_are_written_whole(tmp_path: Path) -> None:
     file = tmp_path / "demo.json"
-    run.write(file, {"a": 1})
+    run.write_json(file, {"a": 1})
     assert json.loads(file.read_text()) == {"a": 1}
     with pytest.raises(TypeError):
-        run.write(file, {"a": object()})
+        run.write_json(file, {"a": object()})
     assert json.loads(file.read_text()) == {"a": 1}
     assert [each.name for each in tmp_path.iterdir()] == ["demo.json"]
 
@@ -233,7 +233,7 @@ def test_what_was_measured_is_shown_also_when_it_cannot_be_written(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "demo-details.part")
 
-    monkeypatch.setattr(run, "write", full)
+    monkeypatch.setattr(run, "write_json", full)
     with pytest.raises(run.DemoError, match="No space left on device"):
         run.close(Board(), bench(), Count(300, 0, 9.0, (), final=True), [])
     assert "no request lost in the canary" in capsys.readouterr().out

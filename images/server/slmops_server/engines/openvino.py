@@ -159,7 +159,6 @@ class OpenvinoForward:
         """Fill in decode_seconds and prefill_seconds; the rows' content is lost."""
         tokens = [(7 * index + 1) % self.vocab for index in range(max(MEASURED_CHUNKS))]
         sizes = [size for size in MEASURED_CHUNKS if size <= self.chunk and size < self._max_len]
-        self.prefill(0, tokens[: min(SMALLEST_CHUNK, self._max_len - 1)], 0)
         # of two calls, for the first one of a size pays for code and buffers
         self.prefill_seconds = {size: timing.best(partial(self.prefill, 0, tokens[:size], 0)) for size in sizes}
         length = max(sizes, default=1)
