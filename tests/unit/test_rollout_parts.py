@@ -10,7 +10,9 @@ from tests.unit.rollout_world import revision
 from tests.unit.serving_world import Kubernetes
 
 from slmops.api import keys
-from slmops.api.deployment import AnalysisMetric, ModelDeploymentSpec, RolloutStatus
+from slmops.api.base import Model
+from slmops.api.deployment import AnalysisMetric, ModelDeploymentSpec, Revision, RolloutStatus, ServedModel
+from slmops.api.meta import Artifact, SecretRef
 from slmops.api.run import Input
 from slmops.build import router, serving
 from slmops.reconcile.serverpods import is_ready, problem_of
@@ -40,6 +42,25 @@ def name_of(one: ModelDeploymentSpec, model: Input = MODEL, digest: str = DIGEST
 
 
 # Identity.
+
+
+def longest(model: type[Model], field: str) -> int:
+    return next(mark.max_length for mark in model.model_fields[field].metadata if hasattr(mark, "max_length"))
+
+
+@pytest.mark.parametrize(("field", "filled"), [("uri", "oci://store/"), ("name", "")])
+def test_whatever_the_crd_lets_a_spec_say_its_revision_can_say_too(field: str, filled: str):
+    """Else an upgrade, which hashes anew, would refuse as invalid what has been served all along."""
+    name = "n" * longest(SecretRef, "name")
+    source: Any = {"ref": {"kind": "QuantizedModel", "name": name}}
+    if field == "uri":
+        source = {"uri": filled.ljust(longest(ServedModel, "uri"), "m")}
+    served = "s" * longest(ModelDeploymentSpec, "served_name")
+    one = spec(model=source, servedName=served, endpoint={"apiKeysSecretRef": {"name": name}})
+    model = Input(uri=one.model.uri or "u" * longest(Artifact, "uri"), name=f"QuantizedModel/{name}")
+    found = identify("chat", one, model, "d" * longest(Artifact, "digest"))
+    assert (found.served_name, found.api_keys_secret, found.model) == (served, name, model.uri)
+    assert Revision.model_validate(found.wire()) == found
 
 
 def test_revisions_never_change_between_versions_of_the_operator():

@@ -207,7 +207,7 @@ class Revision(Model):
     model: str = Field(max_length=1024, description="Artifact URI.")
     digest: str = Field(default="", max_length=128, description="Artifact digest, where it is known.")
     source: str = Field(default="", max_length=317, description="Kind/name it came from.")
-    served_name: str = Field(default="", max_length=63, description="Name of the model in requests.")
+    served_name: str = Field(default="", max_length=253, description="Name of the model in requests.")
     api_keys_secret: str = Field(default="", max_length=253, description="Secret with the API keys; empty for none.")
     hash_version: int = Field(default=1, description="How the hash was made; an operator upgrade never re-rolls.")
 
