@@ -239,6 +239,21 @@ def test_a_mended_configmap_lets_a_failed_object_go_on() -> None:
     assert [key.kind for key in removing.delete] == ["Job"]
 
 
+def test_a_hash_of_a_former_operator_lets_no_failed_run_go_on() -> None:
+    """It was one of ConfigMaps and Secrets together: else each failed run would be paid for again at an upgrade."""
+    obj, former = finetune(), "0123456789abcdef"
+    jobs = {"job": job(obj, inputs=former, **FATAL_JOB)}
+    bad = pod(obj, phase="Failed", state=said("LossDiverged", "nan", 3))
+    obj = after(obj, run(obj, pods=(bad,), **jobs))
+    assert obj["status"]["inputs"] == former
+    kept = run(obj, **jobs)  # an input is missing: there is nothing to compare with later
+    assert kept.status == obj["status"]
+    plan = run(obj, inputs="m1.s1", **jobs)
+    assert (kstatus(plan), plan.status["inputs"]) == ("Failed", "m1.s1")
+    assert kstatus(run(after(obj, plan), inputs="m1.s2", **jobs)) == "Failed"
+    assert kstatus(run(after(obj, plan), inputs="m2.s1", **jobs)) == "InProgress"
+
+
 def test_a_failed_run_that_is_to_be_suspended_is_suspended() -> None:
     obj = edited(failed_for_good(exited(1), FAILED_JOB), backoffLimit=9, suspend=True)
     plan = run(obj, job=job(obj, **FAILED_JOB))

@@ -42,8 +42,10 @@ def conclude(p: Pass, job: Object) -> Plan | None:
 
 def collected(p: Pass) -> Plan:
     """Keep a finished object as it is; remove its Job when its time has come."""
+    known = p.status.inputs
     status = p.status.model_copy(
         update={
+            "inputs": p.seen.inputs or known if known and _older(known) else known,
             "observed_generation": p.generation,
             "conditions": [c.model_copy(update={"observed_generation": p.generation}) for c in p.status.conditions],
         }
@@ -64,7 +66,8 @@ def worth_again(p: Pass) -> bool:
     Not a Secret: what a Secret opens fails for one of WORLD's reasons. Tokens are renewed every hour, and each time a
     run that diverged would be paid for once more.
     """
-    if p.seen.inputs and p.status.inputs and _maps(p.seen.inputs) != _maps(p.status.inputs):
+    known = p.status.inputs or ""
+    if p.seen.inputs and known and not _older(known) and _maps(p.seen.inputs) != _maps(known):
         return True
     said, failure = conditions.find(p.status.conditions, conditions.FAILED), p.status.last_failure
     if said is None or failure is None or (said.observed_generation or 0) >= p.generation:
@@ -157,6 +160,11 @@ def _cause(p: Pass, job: Object) -> Failure:
 def _maps(inputs: str) -> str:
     """The hash of the ConfigMaps alone, of those that needs.check() gives."""
     return inputs.partition(".")[0]
+
+
+def _older(inputs: str) -> bool:
+    """Whether a former operator wrote this hash, of ConfigMaps and Secrets together: it compares with none of ours."""
+    return "." not in inputs
 
 
 def _deadline(p: Pass) -> float:
