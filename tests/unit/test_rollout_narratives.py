@@ -3,7 +3,7 @@
 from datetime import timedelta
 
 import pytest
-from tests.unit.rollout_world import World, analysis, serving, spec, steps
+from tests.unit.rollout_world import World, analysis, revision, serving, spec, steps
 
 from slmops.rollout.seen import Problem
 
@@ -258,3 +258,17 @@ def test_an_old_revision_goes_by_the_delay_of_the_moment():
     world.edit_rollout(scale_down_delay_seconds=99)
     world.passes()
     assert (world.phase, world.deployments) == ("Stable", {"bbb": 2})
+
+
+def test_what_an_older_operator_did_not_write_down_of_a_revision_is_filled_in():
+    """Who asks the stable revision needs its name and its keys, and reads them there."""
+    world = serving(steps=steps(10, pause=600))
+    told = {"served_name": "chat", "api_keys_secret": "keys"}
+    world.target = stable = revision("aaa").model_copy(update=told)
+    world.passes()
+    assert world.status.stable == stable
+    world.deploy("bbb")
+    world.target = candidate = revision("bbb").model_copy(update=told)
+    world.passes()
+    assert (world.status.stable, world.status.candidate) == (stable, candidate)
+    assert world.events == ["RolloutStarted", "StepRouted"]

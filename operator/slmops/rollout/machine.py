@@ -16,7 +16,7 @@ Rules that hold in every state:
 
 from datetime import datetime
 
-from slmops.api.deployment import ModelDeploymentSpec, ModelDeploymentStatus
+from slmops.api.deployment import ModelDeploymentSpec, ModelDeploymentStatus, Revision
 from slmops.api.times import stamp
 from slmops.rollout import evidence
 from slmops.rollout.phases import (
@@ -37,6 +37,7 @@ from slmops.rollout.work import Work
 def decide(spec: ModelDeploymentSpec, status: ModelDeploymentStatus, seen: Seen, now: datetime) -> Decision:
     """Decide. Pure."""
     work = Work(spec, status, seen, now)
+    work.stable, work.candidate = _named(work.stable, seen.target), _named(work.candidate, seen.target)
     _take_target(work)
     again = True
     while again:  # what a verb leads to decides what becomes of the others, and some wait for a phase to end
@@ -51,6 +52,14 @@ def decide(spec: ModelDeploymentSpec, status: ModelDeploymentStatus, seen: Seen,
 def measurement_due(spec: ModelDeploymentSpec, status: ModelDeploymentStatus, seen: Seen, now: datetime) -> bool:
     """Whether this pass should measure."""
     return evidence.due(Work(spec, status, seen, now))
+
+
+def _named(known: Revision | None, target: Revision | None) -> Revision | None:
+    """Fill in what an older operator did not write down of a revision: who asks it (sources.py) needs to know."""
+    if known is None or target is None or known.revision != target.revision or known.served_name:
+        return known
+    said = {"served_name": target.served_name, "api_keys_secret": target.api_keys_secret}
+    return known.model_copy(update=said)
 
 
 def _take_target(work: Work) -> None:
