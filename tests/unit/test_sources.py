@@ -128,6 +128,17 @@ def test_what_a_status_of_an_older_operator_serves_is_known_only_when_it_is_read
     assert sources.resolve_teacher(cluster, "ns", teacher(deploymentRef={"name": "t"})).model == "b"
 
 
+@pytest.mark.parametrize("told", [{"stable": {"model": "oci://r/m", "servedName": " ,big, small"}}, {}])
+def test_a_teacher_of_several_names_is_asked_by_the_first(told: Object) -> None:
+    """The server takes a list; no name is made of the whole of it."""
+    cluster = MemoryCluster()
+    said = conditions(Ready="True Serving", Available="True Answering")
+    spec = {"model": {"uri": "oci://r/m"}, "servedName": " ,big, small"}
+    status = {"conditions": said, "endpoint": "http://t/v1", **told}
+    cluster.put(ours("ModelDeployment", spec, name="t", status=status))
+    assert sources.resolve_teacher(cluster, "ns", teacher(deploymentRef={"name": "t"})).model == "big"
+
+
 @pytest.mark.parametrize("reason", ["ScaledToZero", "QuotaExceeded"])
 def test_a_teacher_that_is_scaled_to_zero_is_waited_for(reason: str) -> None:
     """It is Ready, as wanted: but a pod that asks it would wait for its answers in vain."""

@@ -64,7 +64,7 @@ def resolve_teacher(cluster: Cluster, namespace: str, teacher: Teacher) -> Teach
         raise not_ready(f"ModelDeployment/{name} is available but names no endpoint.")
     return TeacherEndpoint(
         url=url,
-        model=model,
+        model=_first(model),
         secret=secret,
         key=_some_key(cluster, namespace, secret) if secret else None,
         name=f"ModelDeployment/{name}",
@@ -166,6 +166,11 @@ def source_label(source: ModelSource) -> str:
 
 def _said(obj: Object) -> list[Condition]:
     return [Condition.model_validate(item) for item in (obj.get("status") or {}).get("conditions") or []]
+
+
+def _first(names: str) -> str:
+    """The first of the names that slmops-server answers to: it takes a list with commas."""
+    return next((name.strip() for name in names.split(",") if name.strip()), names)
 
 
 def _split_tag(uri: str) -> tuple[str, str]:
