@@ -60,7 +60,7 @@ class Kubernetes:
         self.answers: list[prometheus.Answer] = []
         self.queries: list[str] = []
         self.requests = 0
-        self.broken: dict[str, Object] = {}  # revision -> container status of its pods
+        self.broken: dict[str, Object] = {}  # revision, or revision/number of a pod -> container status
         self.create(**spec)
 
     def create(self, **spec: Any) -> None:
@@ -146,7 +146,8 @@ class Kubernetes:
 
     def pod(self, deployment: Object, number: int) -> Object:
         labels = deployment["spec"]["template"]["metadata"]["labels"]
-        broken = self.broken.get(labels.get(keys.LABEL_REVISION, labels[keys.LABEL_ROLE]))
+        whose = labels.get(keys.LABEL_REVISION, labels[keys.LABEL_ROLE])
+        broken = self.broken.get(whose) or self.broken.get(f"{whose}/{number}")
         status: Object = {"podIP": f"10.0.0.{number + 1}", "conditions": [{"type": "Ready", "status": "True"}]}
         if broken:
             status = {"conditions": [{"type": "Ready", "status": "False"}], **broken}

@@ -144,7 +144,7 @@ def image_of(world: Kubernetes, revision: str) -> str:
     return str(containers[0]["image"])
 
 
-def test_a_mended_image_reaches_a_first_revision_and_no_later_one_does():
+def test_a_mended_image_reaches_a_first_revision_and_touches_none_that_serves():
     pod = {"resources": {"limits": {"cpu": 2, "nvidia.com/gpu": 1}}, "env": [{"name": "A", "value": "\u20ac"}],
            "tolerations": [{"key": "gpu", "operator": "Exists"}], "imagePullSecrets": [{"name": "s"}]}  # fmt: skip
     world = Kubernetes(pod=pod, endpoint={"apiKeysSecretRef": {"name": "keys"}}, engine={"args": ["--slots=4"]})
@@ -166,9 +166,61 @@ def test_a_mended_image_reaches_a_first_revision_and_no_later_one_does():
     world.passes()
     assert world.condition("Ready")[:2] == ("True", "Serving")
     world.settings = SETTINGS.model_copy(update={"server_image": "server:3"})
-    world.broken[name] = NOT_PULLED  # a node that has lost the image
+    world.broken[f"{name}/1"] = NOT_PULLED  # a node that has lost the image
     world.passes()
     assert image_of(world, name) == "server:2"
+
+
+def test_a_mended_image_reaches_a_stable_revision_that_no_pod_can_serve_for_want_of_its_own():
+    world = Kubernetes()
+    world.passes()
+    name = world.status["stable"]["revision"]
+    world.broken[name] = NOT_PULLED  # the nodes are new ones, and the registry of before is gone
+    world.passes()
+    assert world.condition("Ready")[1] == "ImagePullFailed"
+    first = deployment_of(world, name)["metadata"]["uid"]
+    world.settings = SETTINGS.model_copy(update={"server_image": "server:2"})
+    world.passes()
+    assert image_of(world, name) == "server:2"
+    assert deployment_of(world, name)["metadata"]["uid"] != first
+    world.cluster.writes.clear()
+    world.passes()
+    assert world.cluster.writes == []
+    world.broken.clear()
+    world.passes()
+    assert world.condition("Ready")[:2] == ("True", "Serving")
+    assert (world.status["stable"]["revision"], world.status.get("candidate")) == (name, None)
+
+
+def test_a_stable_revision_that_fails_for_another_reason_keeps_its_pods_as_they_are():
+    """An upgrade brings another image, too: one crash must not give it to those who did not ask for it."""
+    world = Kubernetes()
+    world.passes()
+    name = world.status["stable"]["revision"]
+    ended = {"exitCode": 1, "reason": "Error", "message": "x"}
+    world.broken[name] = {"containerStatuses": [{"name": "server", "state": {"terminated": ended}}]}
+    world.settings = SETTINGS.model_copy(update={"server_image": "server:2"})
+    world.passes()
+    assert world.condition("Ready")[1] == "CrashLoopBackOff"
+    assert image_of(world, name) == "server:1"
+
+
+def test_a_candidate_that_is_made_anew_has_its_whole_time_again():
+    """Else what was mended late is rolled back before its pods can be ready."""
+    world = Kubernetes(rollout={"steps": [{"weight": 50, "pauseSeconds": 600}], "progressDeadlineSeconds": 60})
+    world.passes()
+    world.edit(model=uri("b"))
+    world.passes(1)
+    name = world.status["candidate"]["revision"]
+    world.broken[name] = NOT_PULLED
+    world.passes()
+    world.settings = SETTINGS.model_copy(update={"server_image": "server:2"})
+    world.passes(seconds=59)
+    assert image_of(world, name) == "server:2"
+    world.passes(seconds=59)
+    assert world.status["rollout"]["phase"] == "Preparing"
+    world.passes(seconds=2)
+    assert world.status["phase"] == "RolledBack"
 
 
 def test_a_first_revision_whose_pods_take_their_time_is_left_alone():

@@ -2,8 +2,9 @@
 
 A Deployment is built when its revision is new, and kept on record beside the router's routes (build/router.py). From
 then on its record is applied, with the wanted replicas: neither an edited spec nor an upgraded operator, with another
-default image or another template, touches the pods of a revision. One whose pods have failed to become ready is built
-anew as long as it has not begun to serve, so that it gets what was mended.
+default image or another template, touches pods that serve. A revision whose pods have failed to become ready is built
+anew as long as it has not begun to serve, so that it gets what was mended; one that served, where no node gets its
+image any more.
 """
 
 from typing import Any

@@ -5,7 +5,7 @@ the stable revision is looked after in any case.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from slmops.api import keys
@@ -148,7 +148,11 @@ class DeploymentReconciler:
         spec = ModelDeploymentSpec.model_validate(obj["spec"])
         before = ModelDeploymentStatus.model_validate(obj.get("status") or {})
         decision = decide(spec, before, observed.seen, now)
-        wanted = observed.wanted
+        wanted, anew = observed.wanted, _anew(obj, spec, observed, decision)
+        outdated = _outdated(observed, anew)
+        if decision.candidate is not None and decision.candidate.revision in outdated:  # it has its whole time again
+            fresh = decision.rollout.model_copy(update={"waiting_since": None})
+            decision = replace(decision, rollout=fresh)
         facts = Facts(spec, before, observed.seen, obj["metadata"].get("generation", 0), wanted.waiting, now)
         status = report(facts, decision).model_copy(
             update={
@@ -160,9 +164,9 @@ class DeploymentReconciler:
         routes = _routes(obj, spec, decision)
         return Plan(
             status=status.wire(),
-            apply=_children(obj, spec, observed, decision, routes),
+            apply=_children(obj, spec, observed, decision, routes, anew),
             routes=_orders(obj, observed, decision, routes),
-            delete=_removed(obj, spec, observed, decision),
+            delete=(*_removed(obj, spec, observed, decision), *(_server(obj, revision) for revision in outdated)),
             events=tuple(Event(note.reason, note.message, note.warning) for note in decision.notes),
             counts=_counts(obj, decision),
             requeue=_requeue(observed, decision),
@@ -288,9 +292,14 @@ def _orders(obj: Object, observed: Observed, decision: Decision, routes: Object)
 
 
 def _children(
-    obj: Object, spec: ModelDeploymentSpec, observed: Observed, decision: Decision, routes: Object
+    obj: Object,
+    spec: ModelDeploymentSpec,
+    observed: Observed,
+    decision: Decision,
+    routes: Object,
+    anew: Mapping[str, Object],
 ) -> tuple[Object, ...]:
-    settings, records = observed.settings, _records(obj, spec, observed, decision)
+    settings, records = observed.settings, _records(obj, spec, observed, decision, anew)
     token = router.token(settings.router_key, obj["metadata"]["uid"])
     made: list[Object] = [
         router_parts.token_secret(obj, token),
@@ -306,13 +315,15 @@ def _children(
     return tuple(made)
 
 
-def _records(obj: Object, spec: ModelDeploymentSpec, observed: Observed, decision: Decision) -> dict[str, Object]:
+def _records(
+    obj: Object, spec: ModelDeploymentSpec, observed: Observed, decision: Decision, anew: Mapping[str, Object]
+) -> dict[str, Object]:
     """The manifest of each wanted revision: as recorded, else as it stands in the cluster, else built.
 
     The record of one that is not wanted is kept as long as its Service is there: nothing else tells of it.
     """
     records = {revision: observed.records[revision] for revision in observed.strays}
-    wanted, anew = observed.wanted, _anew(obj, spec, observed, decision)
+    wanted = observed.wanted
     for revision in decision.replicas:
         if revision in anew and revision not in observed.live:
             records[revision] = anew[revision]
@@ -326,27 +337,42 @@ def _records(obj: Object, spec: ModelDeploymentSpec, observed: Observed, decisio
 
 
 def _anew(obj: Object, spec: ModelDeploymentSpec, observed: Observed, decision: Decision) -> dict[str, Object]:
-    """A revision that has not begun to serve, as it would be built now; empty while its pods may just need time.
+    """The revision that the spec asks for, as it would be built now; empty where that would touch pods that serve.
 
-    By this a mended setting of the operator, the image first of all, reaches the pods that fail for want of it.
+    By this a mended setting of the operator, the image first of all, reaches the pods that fail for want of it: those
+    of a candidate that has not begun to serve, and of a stable revision that cannot serve for want of its image. Empty
+    also while pods may just need time.
     """
-    wanted, candidate = observed.wanted, decision.candidate
-    if candidate is None or decision.rollout.phase != PREPARING or wanted.revision is None or wanted.model is None:
+    wanted = observed.wanted
+    if wanted.revision is None or wanted.model is None:
         return {}
-    name, pods = candidate.revision, observed.seen.pods.get(candidate.revision)
-    if name != wanted.revision.revision or (pods is not None and (pods.ready or pods.problem is None)):
+    name = wanted.revision.revision
+    pods = observed.seen.pods.get(name)
+    if pods is not None and (pods.ready or pods.problem is None):
         return {}
-    return {name: serving.deployment(obj, spec, name, wanted.model, observed.settings)}
+    if decision.candidate is not None and decision.candidate.revision == name:
+        due = decision.rollout.phase == PREPARING
+    else:
+        due = decision.stable is not None and decision.stable.revision == name
+        due = due and (pods is None or (pods.problem is not None and pods.problem.reason == "ImagePullFailed"))
+    return {name: serving.deployment(obj, spec, name, wanted.model, observed.settings)} if due else {}
+
+
+def _outdated(observed: Observed, anew: Mapping[str, Object]) -> list[str]:
+    """Revisions whose Deployment goes, so that the next pass makes it anew.
+
+    It is not changed: a pod that waits for its image keeps the GPU that its successor would wait for.
+    """
+    return [name for name, manifest in anew.items()
+            if name in observed.live and observed.records.get(name, manifest) != manifest]  # fmt: skip
+
+
+def _server(obj: Object, revision: str) -> Key:
+    return Key("Deployment", obj["metadata"]["namespace"], serving.revision_name(obj, revision))
 
 
 def _removed(obj: Object, spec: ModelDeploymentSpec, observed: Observed, decision: Decision) -> tuple[Key, ...]:
     namespace = obj["metadata"]["namespace"]
-    # Not changed but made anew: a pod that waits for its image keeps the GPU that its successor would wait for.
-    outdated = [
-        Key("Deployment", namespace, serving.revision_name(obj, revision))
-        for revision, manifest in _anew(obj, spec, observed, decision).items()
-        if revision in observed.live and observed.records.get(revision, manifest) != manifest
-    ]
     gone = [
         Key(kind, namespace, serving.revision_name(obj, revision))
         for revision in decision.remove
@@ -358,7 +384,7 @@ def _removed(obj: Object, spec: ModelDeploymentSpec, observed: Observed, decisio
     ]
     if spec.replicas <= 1:
         gone += [Key("PodDisruptionBudget", namespace, name) for name in sorted(observed.budgets)]
-    return (*gone, *outdated)
+    return tuple(gone)
 
 
 def _counts(obj: Object, decision: Decision) -> tuple[Count, ...]:
