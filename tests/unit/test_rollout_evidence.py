@@ -9,6 +9,7 @@ from slmops.api import keys
 from slmops.api.deployment import RolloutStatus
 from slmops.api.times import stamp
 from slmops.rollout.evidence import window
+from slmops.rollout.seen import Problem
 
 
 def test_two_steps_of_one_weight_each_need_their_own_requests():
@@ -96,6 +97,27 @@ def test_promote_skips_a_pause_but_no_evidence():
     world.serve(300)
     world.after(10)
     assert world.stable == "bbb"
+
+
+def test_that_a_pause_is_over_is_told_once_and_only_where_it_is_over():
+    """Flux takes away annotations that it does not know: who paused would learn it from the promotion."""
+    world = serving(steps=steps(10, 50, pause=60))
+    world.annotations[keys.ANNOTATION_PAUSE] = "*"
+    world.deploy("bbb")
+    world.after(3600)
+    world.broken["bbb"] = Problem("CrashLoopBackOff", "It ends.")
+    world.passes()
+    assert (world.hold.split(":")[0], world.events) == ("CrashLoopBackOff", ["RolloutStarted"])  # still paused
+    world.broken.clear()
+    world.passes()
+    world.annotations.clear()
+    world.passes()
+    assert world.events == ["RolloutStarted", "RolloutResumed", "StepRouted"]
+    world.annotations[keys.ANNOTATION_PAUSE] = "bbb"
+    world.after(3600)
+    world.annotations.clear()
+    world.deploy("ccc")  # what was paused is of no interest any more
+    assert world.events.count("RolloutResumed") == 1
 
 
 def test_pause_holds_as_long_as_it_stands_and_failures_still_roll_back():

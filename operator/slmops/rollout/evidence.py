@@ -38,7 +38,7 @@ def earned(work: Work, step: Step) -> bool:
 
 def paused(work: Work) -> bool:
     """Whether the candidate's share may not rise: somebody asked to stay here, or asks for another revision by now."""
-    if meant(work.seen.annotations.get(keys.ANNOTATION_PAUSE, "")) in ("*", work.name):
+    if asked_to_pause(work):
         work.hold("Paused", f"Paused by annotation; remove {keys.ANNOTATION_PAUSE} to go on.")
         return True
     other = work.seen.other
@@ -47,6 +47,11 @@ def paused(work: Work) -> bool:
     share = f"Revision {work.name} stays at {work.weight} %, for the spec asks for another one by now"
     work.hold(other.reason, f"{share}: {other.message}")
     return True
+
+
+def asked_to_pause(work: Work) -> bool:
+    """Whether the annotation names the candidate."""
+    return meant(work.seen.annotations.get(keys.ANNOTATION_PAUSE, "")) in ("*", work.name)
 
 
 def due(work: Work) -> bool:

@@ -16,6 +16,7 @@ Rules that hold in every state:
 
 from datetime import datetime
 
+from slmops.api import keys
 from slmops.api.deployment import ModelDeploymentSpec, ModelDeploymentStatus, Revision
 from slmops.api.times import stamp
 from slmops.rollout import evidence
@@ -39,6 +40,7 @@ def decide(spec: ModelDeploymentSpec, status: ModelDeploymentStatus, seen: Seen,
     work = Work(spec, status, seen, now)
     work.stable, work.candidate = _named(work.stable, seen.target), _named(work.candidate, seen.target)
     _take_target(work)
+    _tell_resumed(work, status)
     again = True
     while again:  # what a verb leads to decides what becomes of the others, and some wait for a phase to end
         phase = work.roll.phase
@@ -78,6 +80,14 @@ def _take_target(work: Work) -> None:
     if old is not None and work.roll.phase in ROLLING_OUT:
         work.note("RolloutSuperseded", f"Revision {target.revision} takes the place of {old.revision}.")
     work.start(target)
+
+
+def _tell_resumed(work: Work, before: ModelDeploymentStatus) -> None:
+    """Say that a pause is over: whoever applies the object from elsewhere may have taken the annotation away."""
+    same = before.candidate is not None and before.candidate.revision == work.name and work.roll.phase in ROLLING_OUT
+    if same and before.rollout.hold.startswith("Paused: ") and not evidence.asked_to_pause(work):
+        said = f"The annotation {keys.ANNOTATION_PAUSE} names revision {work.name} no more: its share may rise again."
+        work.note("RolloutResumed", said)
 
 
 def _obey(work: Work) -> bool:
