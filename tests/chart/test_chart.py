@@ -231,6 +231,63 @@ def test_all_pods_go_where_the_values_say() -> None:
         assert not {"nodeSelector", "tolerations"} & set(pod["spec"])
 
 
+def of_version(version: str, folder: Path) -> list[Object]:
+    """The chart as another version of it would be rendered, all else being equal."""
+    chart = shutil.copytree(CHART, folder / "slmops")
+    named = re.sub(r"^version: .*$", f"version: {version}", (chart / "Chart.yaml").read_text(), flags=re.MULTILINE)
+    (chart / "Chart.yaml").write_text(named)
+    flags = [part for item in EVERYTHING for part in ("--set", item)]
+    done = helm("template", "slmops", str(chart), *flags, "--set", "router.existingSecret=key")
+    assert done.returncode == 0, done.stderr
+    return [found for found in yaml.safe_load_all(done.stdout) if found]
+
+
+@pytest.mark.parametrize("version", ["0.1.0+0123456789ab.1", "0.1.0-" + "x" * 49 + "-y"])
+def test_another_version_of_the_chart_has_valid_labels_and_starts_no_pod_anew(version: str, tmp_path: Path) -> None:
+    """Flux adds the commit to the version of a chart from Git, after a plus sign; others add a branch's name."""
+    first, other = of_version("0.1.0", tmp_path / "a"), of_version(version, tmp_path / "b")
+    assert pods(first) == pods(other)
+    for found in other:
+        for value in found["metadata"]["labels"].values():
+            assert re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?", value), value
+    assert first[0]["metadata"]["labels"] != other[0]["metadata"]["labels"]
+
+
+class Strict(yaml.SafeLoader):
+    """Refuses a key that is there twice, as Kustomize does where it works on what helm has rendered."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        assert len(keys) == len(set(keys)), f"{node.start_mark}: twice in {keys}"
+        return super().construct_mapping(node, deep)
+
+
+def test_no_key_is_rendered_twice() -> None:
+    flags = [part for item in EVERYTHING for part in ("--set", item)]
+    assert len(list(yaml.load_all(helm("template", "slmops", str(CHART), *flags).stdout, Strict))) > 10
+
+
+def test_every_service_is_let_in_where_everything_else_is_denied() -> None:
+    """A Prometheus whose port is closed answers no rollout, and each would hold for ever."""
+    found = render(*EVERYTHING)
+    policies = [f["spec"] for f in found if f["kind"] == "NetworkPolicy"]
+    services = {f["metadata"]["name"]: f["spec"] for f in found if f["kind"] == "Service"}
+    assert set(services) == {"slmops-registry", "slmops-prometheus"}
+    for template in pods(found).values():
+        labels = template["metadata"]["labels"]
+        ports = {p["name"]: p["containerPort"] for c in template["spec"]["containers"] for p in c["ports"]}
+        selecting = [s for s in policies if s["podSelector"]["matchLabels"].items() <= labels.items()]
+        let_in = {p["port"] for s in selecting for rule in s["ingress"] for p in rule["ports"] if "from" not in rule}
+        assert let_in == set(ports.values())
+    off = render(*EVERYTHING, "networkPolicies.enabled=false")
+    assert not [f for f in off if f["kind"] == "NetworkPolicy"]
+
+
+def test_a_parent_chart_may_say_whether_it_takes_this_one() -> None:
+    """The condition of a dependency is a value of its own: `slmops.enabled`."""
+    assert pods(render("enabled=true")).keys() == pods(render()).keys()
+
+
 def test_another_scrape_interval_makes_another_prometheus_pod() -> None:
     def prometheus(interval: str) -> Object:
         return pods(render(*EVERYTHING, f"prometheus.bundled.scrapeInterval={interval}"))["slmops-prometheus"]

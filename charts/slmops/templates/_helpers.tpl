@@ -11,10 +11,15 @@
 
 {{- define "slmops.labels" -}}
 app.kubernetes.io/part-of: slmops
-app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
-helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+{{ include "slmops.selector" . }}
+{{- end }}
+
+{{/* Of pods: nothing that another version of the chart changes, for that would start each of them anew. */}}
+{{- define "slmops.podLabels" -}}
+app.kubernetes.io/part-of: slmops
 {{ include "slmops.selector" . }}
 {{- end }}
 
