@@ -1,4 +1,4 @@
-"""docs/install.md names every value of the chart."""
+"""docs/install.md names every value of the chart, and the ports that have to be open."""
 
 import re
 from collections.abc import Iterator
@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
+
+from slmops.api import keys
+from slmops.build import router
 
 ROOT = Path(__file__).resolve().parents[2]
 VALUES = yaml.safe_load((ROOT / "charts/slmops/values.yaml").read_text())
@@ -41,3 +44,22 @@ def test_every_image_is_named() -> None:
 @pytest.mark.parametrize("path", sorted(described() - {"images.<name>"}))
 def test_every_described_value_exists(path: str) -> None:
     assert path in set(leaves(VALUES))
+
+
+def test_who_calls_whom_names_the_ports_of_the_pods() -> None:
+    section = TEXT[TEXT.index("## Who calls whom") :].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")]
+    told = {(a, b, int(port)) for callers, callees, port, _ in rows[1:] for a in callers.split(", ")
+            for b in callees.split(", ")}  # fmt: skip
+    api, metrics = keys.API_PORT, keys.METRICS_PORT
+    assert {("routers", "servers", api), ("clients", "routers", api), ("operator", "workers", metrics)} <= told
+    assert ("operator", "routers", router.AGENT_PORT) in told
+    assert {who for caller, who, port in told if (caller, port) == ("Prometheus", metrics)} == {
+        "operator", "workers", "servers", "routers",
+    }  # fmt: skip
+
+
+def test_a_namespace_is_there_before_something_is_put_into_it() -> None:
+    lines = re.findall(r"^\$ (.*)", TEXT, re.MULTILINE)
+    (used,) = [n for n, line in enumerate(lines) if line.startswith("kubectl -n slmops-system create secret")]
+    assert "kubectl create namespace slmops-system" in lines[:used]
