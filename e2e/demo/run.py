@@ -39,7 +39,11 @@ class DemoError(Exception):
 
 def operator_settings(kube: Kubectl) -> dict[str, str]:
     """The SLMOPS_* variables of the installed operator. Raises DemoError where it cannot serve the demo."""
-    settings = chart.settings(kube)
+    return fit(chart.settings(kube))
+
+
+def fit(settings: dict[str, str]) -> dict[str, str]:
+    """These variables. Raises DemoError where an operator with them cannot serve the demo."""
     if not settings:
         raise DemoError(
             f"No SLMOps operator runs in namespace {chart.NAMESPACE}. Install the chart first: make install"
@@ -54,6 +58,12 @@ def operator_settings(kube: Kubectl) -> dict[str, str]:
         raise DemoError(
             "The canary is judged by Prometheus, and the operator knows of none. "
             "Install the chart with prometheus.bundled.enabled=true, or give prometheus.url."
+        )
+    watched = settings.get("SLMOPS_NAMESPACES", "")
+    if watched and NAMESPACE not in watched.split(","):
+        raise DemoError(
+            f"The operator watches {watched} alone, and the demo's namespace is {NAMESPACE}. "
+            "Add it to watchNamespaces of the chart's values."
         )
     return settings
 

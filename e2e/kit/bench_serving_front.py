@@ -2,9 +2,11 @@
 
 python -m kit.bench_serving_front [--engines onnxruntime,openvino,llamacpp] [--streams 1,8] [--pairs N]
 
-Each pair is one round of the same requests to the engine alone, in a process of its own (kit.serving_bare), and to the
-whole server over HTTP, streamed; which of them begins changes from pair to pair. Greedy, the same threads and slots.
-Prompts are short (16 to 64 tokens), because the front's work is with the tokens of answers (32 to 128).
+Each pair is one short round of the same requests to the engine alone, in a process of its own (kit.serving_bare), and to
+the whole server over HTTP, streamed; which of them begins changes from pair to pair. Many short pairs, because the speed
+of a rented machine drifts within seconds. Greedy, the same threads and slots. Prompts are short (16 tokens), because the
+front's work is with the tokens of answers (48, all equal, so that no round ends with a lone straggler). The client runs
+on the same CPUs: its CPU time for each token is printed, and is not the front's.
 """
 
 import argparse
@@ -13,13 +15,16 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
-from kit.bench_serving import EACH, LEAST, Measured, prompt, round_of
+from kit.bench_serving import Measured, prompt, round_of
 from kit.kubectl import LOCAL, ROOT, KubectlError, TimedOut
 from kit.serving_models import SHAPE, make, python
 from kit.serving_servers import KINDS, Request, Server
+
+PROMPT, ANSWER = 16, 48  # tokens
 
 
 class Bare:
@@ -53,32 +58,40 @@ class Bare:
 
 
 def requests(streams: int, number: int) -> list[Request]:
-    """Of a pair, in the order of sending."""
+    """Of a pair: one for each stream."""
     draw, vocab = random.Random(f"front {streams}/{number}"), int(SHAPE["vocab"])
-    count = max(LEAST, EACH * streams)
-    return [Request(prompt(draw, draw.randint(16, 64), vocab), draw.randint(32, 128)) for _ in range(count)]
+    return [Request(prompt(draw, PROMPT, vocab), ANSWER) for _ in range(streams)]
 
 
 def measure(bare: Bare, server: Server, streams: int, pairs: int) -> dict[str, list[float]]:
-    """Tokens per second of the rounds, by `bare` and `server`."""
-    speeds: dict[str, list[float]] = {"bare": [], "server": []}
+    """Of the rounds: tokens per second by `bare` and `server`; seconds of the client's CPU time per token by `client`."""
+    speeds: dict[str, list[float]] = {"bare": [], "server": [], "client": []}
     for number in range(pairs):
         work = requests(streams, number)
         for who in ("bare", "server") if number % 2 else ("server", "bare"):
             if who == "bare":
                 speeds[who].append(bare.round_of(streams, work))
             else:
+                used = time.process_time()
                 round_of(server, streams, work, seen := Measured())
                 speeds[who] += seen.speeds
+                speeds["client"].append((time.process_time() - used) / seen.tokens)
     return speeds
 
 
 def line(engine: str, streams: int, speeds: dict[str, list[float]]) -> str:
-    """For people: medians, and the ratios of the pairs."""
+    """For people: medians and quarters."""
     ratios = [served / bare for bare, served in zip(speeds["bare"], speeds["server"], strict=True)]
-    parts = [f"{name} {median(values):.1f} ({min(values):.1f}-{max(values):.1f})" for name, values in speeds.items()]
+    parts = [f"{name} {median(speeds[name]):.1f} ({spread(speeds[name], 1)})" for name in ("bare", "server")]
     return (f"{engine:12} {streams:>3} streams  {'  '.join(parts)} tokens/s; "
-            f"server / bare {median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})")  # fmt: skip
+            f"server / bare {median(ratios):.3f} ({spread(ratios, 3)}); "
+            f"client {median(speeds['client']) * 1e6:.0f} us a token")  # fmt: skip
+
+
+def spread(values: list[float], digits: int) -> str:
+    """The first and the third quarter."""
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return f"{low:.{digits}f}-{high:.{digits}f}"
 
 
 def main() -> int:
@@ -86,7 +99,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kit.bench_serving_front")
     parser.add_argument("--engines", default="onnxruntime,openvino,llamacpp")
     parser.add_argument("--streams", default="1,8")
-    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=16)
     args = parser.parse_args()
     threads, streams = len(os.sched_getaffinity(0)), [int(text) for text in args.streams.split(",")]
     rows: dict[str, dict[int, dict[str, list[float]]]] = {}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from kit import asking
 from kit.kubectl import ROOT
 
 READY = 180  # seconds
@@ -115,17 +116,7 @@ class Server:
         body: dict[str, object] = {"prompt": request.prompt, "max_tokens": request.tokens}
         if self._kind.openai:
             body |= {"model": "m", "temperature": 0, "ignore_eos": True, "stream": True}
-        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=900)
-        times = [time.monotonic()]
-        link.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
-        answer = link.getresponse()
-        if answer.status != 200:
-            raise SystemExit(f"failed: {answer.status} {answer.read().decode()}")
-        while data := answer.readline() if self._kind.openai else answer.read(1):
-            if not self._kind.openai or (data.startswith(b"data: {") and b'"finish_reason":null' in data):
-                times.append(time.monotonic())
-        link.close()
-        return times
+        return asking.post(self.port, "/v1/completions", json.dumps(body).encode(), frames=self._kind.openai)
 
     @property
     def rss(self) -> int:

@@ -1,11 +1,20 @@
 """The operator's settings: SLMOPS_* variables, read once at start."""
 
+import json
 import os
 from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from slmops.api.base import Model
+from slmops.api.meta import Pod, Resources
+
+ROUTER_POD = Pod(resources=Resources(requests={"cpu": "50m", "memory": "64Mi"}, limits={"memory": "512Mi"}))
+
+
+def _read(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
 
 
 class Settings(Model):
@@ -23,6 +32,7 @@ class Settings(Model):
     hf_endpoint: str = ""  # a mirror of the Hugging Face Hub
     prometheus_url: str = ""
     router_key: str = ""  # from it the routers' agents' tokens are derived
+    router_pod: Annotated[Pod, BeforeValidator(_read)] = ROUTER_POD  # JSON: its resources, node selector and priority
     namespaces: str = ""  # comma-separated; empty: all
     metrics_port: int = Field(default=9090, ge=1, le=65535)
     probe_port: int = Field(default=8080, ge=1, le=65535)

@@ -12,6 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
+from slmops.api.meta import Pod
+from slmops.build import parts
+from slmops.settings import Settings
+
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts/slmops"
 HELM = ROOT / ".local/bin/helm"
@@ -286,6 +290,17 @@ def test_every_service_is_let_in_where_everything_else_is_denied() -> None:
 def test_a_parent_chart_may_say_whether_it_takes_this_one() -> None:
     """The condition of a dependency is a value of its own: `slmops.enabled`."""
     assert pods(render("enabled=true")).keys() == pods(render()).keys()
+
+
+def test_the_routers_pods_are_as_the_values_say() -> None:
+    def pod(*sets: str) -> Pod:
+        return Settings.from_env(environment(render(*sets))).router_pod
+
+    assert parts.resources(pod()) == parts.resources(Settings().router_pod)
+    assert parts.placement(pod()) == {}
+    own = pod("router.resources.limits.cpu=2", "router.nodeSelector.kubernetes\\.io/arch=amd64", "router.priorityClassName=high")
+    assert parts.resources(own)["limits"] == {"cpu": 2, "memory": "512Mi"}
+    assert parts.placement(own) == {"nodeSelector": {"kubernetes.io/arch": "amd64"}, "priorityClassName": "high"}
 
 
 def test_another_scrape_interval_makes_another_prometheus_pod() -> None:

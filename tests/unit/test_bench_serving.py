@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kit import bench_serving_front
+from kit import asking, bench_serving_front
 from kit.bench_serving import LEAST, MOST, Measured, known, quantile, requests
 from kit.bench_serving_memory import slope
 from kit.serving_servers import KINDS, Start
@@ -65,5 +65,26 @@ def test_every_server_gets_the_same_threads_and_slots_and_its_own_port(name: str
 def test_the_cost_of_the_front_is_that_of_pairs_of_the_same_requests() -> None:
     assert bench_serving_front.requests(8, 1) == bench_serving_front.requests(8, 1)
     assert bench_serving_front.requests(8, 1) != bench_serving_front.requests(8, 2)
-    speeds = {"bare": [100.0, 50.0, 80.0], "server": [98.0, 40.0, 79.2]}
-    assert bench_serving_front.line("onnxruntime", 8, speeds).endswith("server / bare 0.980 (0.800-0.990)")
+    speeds = {"bare": [100.0, 50.0, 80.0], "server": [98.0, 40.0, 79.2], "client": [1e-5, 3e-5, 2e-5]}
+    line = bench_serving_front.line("onnxruntime", 8, speeds)
+    assert line.endswith("server / bare 0.980 (0.890-0.985); client 20 us a token")
+
+
+FRAMES = b'HTTP/1.1 200 OK\r\nx: "finish_reason":null\r\n\r\n' + b'10\r\ndata: {"t":"a","finish_reason":null}\n\n\r\n' * 3
+
+
+@pytest.mark.parametrize("size", [1, 7, 20, 50, 1000])
+def test_tokens_are_counted_however_the_stream_is_cut(size: int) -> None:
+    stream = FRAMES + b'9\r\ndata: {"t":"","finish_reason":"length"}\n\n\r\n'
+    pieces = [stream[at : at + size] for at in range(0, len(stream), size)]
+    assert sum(asking.tokens(pieces, frames=True)) == 3
+
+
+def test_a_bare_answer_has_a_byte_for_each_token() -> None:
+    pieces = [b"HTTP/1.0 200 OK\r\nserver: x\r\n", b"\r\n.", b"..", b"."]
+    assert list(asking.tokens(pieces, frames=False)) == [1, 2, 1]
+
+
+def test_a_refusal_ends_the_benchmark_with_what_the_server_says() -> None:
+    with pytest.raises(SystemExit, match="HTTP/1.1 503 Busy later"):
+        list(asking.tokens([b"HTTP/1.1 503 Busy\r\nx: y\r\n\r\nlater"], frames=True))

@@ -281,3 +281,25 @@ def test_a_deployment_that_somebody_removes_ends_the_canary() -> None:
     kube = Emptied()
     with pytest.raises(run.DemoError, match="ModelDeployment/assistant was removed"):
         run.promoted(kube, Board(io.StringIO()), Load(kube), "sha256:x")
+
+
+READY = {"SLMOPS_STORE": "oci://slmops-registry.slmops-system.svc:5000", "SLMOPS_PROMETHEUS_URL": "http://prometheus"}
+
+
+@pytest.mark.parametrize("watched", ["", "slmops-demo", "team-a,slmops-demo"])
+def test_an_operator_that_watches_the_demos_namespace_serves_it(watched: str) -> None:
+    assert run.fit({**READY, "SLMOPS_NAMESPACES": watched})
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({}, "make install"),
+        ({**READY, "SLMOPS_STORE": "oci://other"}, "no store.url"),
+        ({**READY, "SLMOPS_PROMETHEUS_URL": ""}, "prometheus.bundled.enabled=true"),
+        ({**READY, "SLMOPS_NAMESPACES": "team-a"}, "Add it to watchNamespaces"),
+    ],
+)
+def test_an_operator_that_cannot_serve_the_demo_is_told_at_once(settings: dict[str, str], remedy: str) -> None:
+    with pytest.raises(run.DemoError, match=remedy):
+        run.fit(settings)

@@ -50,3 +50,10 @@ def test_switching_keys_on_is_told_to_be_a_rollout_where_the_field_is() -> None:
     assert "stable pods ask for no key" in told
     assert "rollout.steps: []" in told
     assert "API keys" in (Revision.model_fields["revision"].description or "")
+
+
+def test_a_verb_can_be_given_twice() -> None:
+    """kubectl refuses to change an annotation that stands, unless told so; the operator leaves it standing."""
+    commands = re.findall(r"`kubectl annotate [^`]*`", PAGE)
+    assert len(commands) == 4
+    assert all(" --overwrite " in command for command in commands)

@@ -288,6 +288,20 @@ def test_routers_go_where_taints_let_the_servers_and_ask_for_none_of_their_nodes
     assert pods_of(router.deployment(OWNER, spec(), "s3cret", SETTINGS)) == [plain]
 
 
+def test_the_charts_values_fit_the_routers_to_the_cluster():
+    values = '{"resources": {"limits": {"cpu": 1}}, "nodeSelector": {"kubernetes.io/arch": "amd64"}, "priorityClassName": "high"}'
+    settings = Settings.from_env({"SLMOPS_ROUTER_POD": values})
+    (one,) = pods_of(router.deployment(OWNER, spec(), "s3cret", settings))
+    (plain,) = pods_of(router.deployment(OWNER, spec(), "s3cret", Settings()))
+    assert one["containers"][0]["resources"] == {"limits": {"cpu": 1}}
+    assert plain["containers"][0]["resources"] == {
+        "requests": {"cpu": "50m", "memory": "64Mi"},
+        "limits": {"memory": "512Mi"},
+    }
+    assert (one["nodeSelector"], one["priorityClassName"]) == ({"kubernetes.io/arch": "amd64"}, "high")
+    assert one.keys() - plain.keys() == {"nodeSelector", "priorityClassName"}
+
+
 def test_an_engine_is_named_to_the_server_before_the_users_own_arguments():
     named = spec(engine={"name": "openvino", "args": ["--slots", "4"]})
     (one,) = pods_of(serving.deployment(OWNER, named, "rev", MODEL, SETTINGS))

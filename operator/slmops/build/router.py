@@ -114,7 +114,7 @@ def deployment(owner: Object, spec: ModelDeploymentSpec, token: str, settings: S
     """Build the router's Deployment: two pods where the model has several. Another token makes other pods."""
     name = router_name(owner)
     mark = hashlib.sha256(token.encode()).hexdigest()[:8]
-    placement = parts.placement(spec.pod)
+    theirs, ours = parts.placement(spec.pod), parts.placement(settings.router_pod)
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -138,8 +138,9 @@ def deployment(owner: Object, spec: ModelDeploymentSpec, token: str, settings: S
                     "enableServiceLinks": False,
                     "terminationGracePeriodSeconds": GRACE_SECONDS,
                     "securityContext": parts.POD_SECURITY,
-                    # Not the node selector, priority and runtime: those are about what the models need, a GPU say.
-                    **{name: placement[name] for name in ("tolerations", "imagePullSecrets") if name in placement},
+                    # Not the object's node selector, priority and runtime: those are about what the models need, a GPU say.
+                    **{name: theirs[name] for name in ("tolerations", "imagePullSecrets") if name in theirs},
+                    **{name: ours[name] for name in ("nodeSelector", "priorityClassName") if name in ours},
                     "containers": [_container(name, settings)],
                     "volumes": [
                         {"name": "tmp", "emptyDir": {}},
@@ -173,7 +174,7 @@ def _container(name: str, settings: Settings) -> Object:
         "startupProbe": parts.probe("/readyz", "agent", 1, 60),
         "readinessProbe": parts.probe("/readyz", "agent", 2, 2),
         "livenessProbe": parts.probe("/livez", "agent", 10, 3),
-        "resources": {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"memory": "512Mi"}},
+        "resources": parts.resources(settings.router_pod),
         "securityContext": parts.CONTAINER_SECURITY,
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": [
