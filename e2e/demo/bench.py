@@ -25,7 +25,7 @@ from demo import task
 SEED = 7
 ROUNDS = 10
 TIMED = 20  # messages of one round, of each model
-CLIENTS = 4  # for accuracy, where time does not count
+CLIENTS = 8  # for accuracy, where time does not count
 MAX_TOKENS = 48
 FLOAT_BYTES = 4  # the KV cache is fp32 on a CPU, whatever the weights are
 WORK = Path("/tmp/models")

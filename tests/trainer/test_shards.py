@@ -1,5 +1,6 @@
 """A step on several threads: the gradients of one, and the same ones every time."""
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,16 @@ def gradients(folder: Path, shares: int) -> tuple[float, list[torch.Tensor]]:
     pool = shards.Shards(parameters, shares)
 
     def loss(share: int) -> torch.Tensor:
-        return loss_sum(loaded.model, collate(rows[share::shares], 0, "cpu")) / 10
+        return loss_sum(loaded.model, collate([rows[row] for row in dealt[share]], 0, "cpu")) / 10
 
-    total = pool.backward(loss, shares) + pool.backward(loss, shares)
+    dealt = shards.deal([len(row.input_ids) for row in rows], shares)
+    total = pool.backward(loss, len(dealt)) + pool.backward(loss, len(dealt))
     pool.close()
     return total, [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("shares", [2, 3])
+@pytest.mark.parametrize("shares", [2, 3, 4])
 def test_shares_add_up_to_the_whole_bit_for_bit_each_time(tiny_model: Path, shares: int) -> None:
     whole, expected = gradients(tiny_model, 1)
     total, found = gradients(tiny_model, shares)
@@ -52,10 +54,48 @@ def test_shares_add_up_to_the_whole_bit_for_bit_each_time(tiny_model: Path, shar
     assert all(torch.equal(one, other) for one, other in zip(found, same, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("lengths", "most", "expected"),
+    [
+        ([5], 2, [[0]]),
+        ([4, 4, 4, 4], 1, [[0, 1, 2, 3]]),
+        ([4, 4, 4, 4], 2, [[0, 1], [2, 3]]),
+        ([4, 4, 4, 4, 4], 2, [[0, 1, 2], [3, 4]]),
+        ([1, 9, 1, 1], 2, [[1], [0, 2, 3]]),  # 9 and 3 tokens, not 18 and 2
+        ([2, 8, 3, 7, 2, 2], 2, [[1, 3], [2, 0, 4, 5]]),  # 16 and 12
+        ([3, 2], 4, [[0], [1]]),
+    ],
+)
+def test_rows_of_like_lengths_share_their_padding(lengths: list[int], most: int, expected: list[list[int]]) -> None:
+    assert shards.deal(lengths, most) == expected
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8])
+def test_every_row_is_dealt_once_and_no_dealing_into_two_is_better(most: int) -> None:
+    draw = random.Random(most)
+    for _ in range(100):
+        lengths = [draw.randint(1, 60) for _ in range(draw.randint(1, 17))]
+        dealt = shards.deal(lengths, most)
+        assert sorted(row for share in dealt for row in share) == list(range(len(lengths)))
+        assert 1 <= len(dealt) <= most
+        if most == 2:
+            down = sorted(lengths, reverse=True)
+            cuts = [max(cut * down[0], len(down[cut:]) * max(down[cut:], default=0)) for cut in range(1, len(down) + 1)]
+            assert max(len(share) * max(lengths[row] for row in share) for share in dealt) == min(cuts)
+
+
 @pytest.mark.usefixtures("two_threads")
 def test_the_main_threads_own_parallelism_stays() -> None:
     shards.Shards([nn.Parameter(torch.ones(1))], 2).close()
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("count", "numbers", "most"), [(1, 1, 1), (2, 1, 4), (2, 65 << 20, 2)])
+def test_large_gradients_are_held_once_a_thread(count: int, numbers: int, most: int) -> None:
+    pool = shards.Shards([nn.Parameter(torch.ones(1).expand(numbers))], count)
+    pool.close()
+    assert pool.most == most
 
 
 def test_a_failing_share_fails_the_step() -> None:

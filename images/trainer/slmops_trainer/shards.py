@@ -5,6 +5,7 @@ for each other (see cpus.py). Threads of ours meet once a step instead of once a
 is fixed, so equal inputs give equal gradients, bit for bit, on the same number of CPUs.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -14,6 +15,7 @@ from torch import nn
 
 from slmops_trainer import cpus
 
+SMALL = 256 << 20  # bytes of gradients, which may be held twice as often
 Part = Callable[[int], torch.Tensor]  # the loss of one share of the rows, by its number
 
 
@@ -39,11 +41,37 @@ def draws(model: nn.Module) -> bool:
     )
 
 
+def deal(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Numbers of the rows of each share, at most `most` shares, for rows of `lengths` tokens.
+
+    Rows of like lengths go together, since a share is padded to its longest: fewer long ones, more short ones, so that
+    the share with the most tokens, padding counted, has as few as can be; the others wait for it.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+
+    def within(tokens: int) -> list[list[int]]:
+        shares, at = [], 0
+        while at < len(order):
+            size = max(1, tokens // lengths[order[at]])
+            shares.append(order[at : at + size])
+            at += size
+        return shares
+
+    whole = len(lengths) * lengths[order[0]]
+    return within(bisect_left(range(whole), True, key=lambda tokens: len(within(tokens)) <= most))
+
+
 class Shards:
-    """`count` threads that add their shares' gradients to the parameters'."""
+    """`count` threads that add their shares' gradients to the parameters'.
+
+    most: shares to deal a batch into. Two for each thread waste less on padding than one, and a thread that is held up
+    leaves the next share to the others; but each share holds gradients of its own until they are added.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter], count: int) -> None:
-        self.parameters, self.count = parameters, count
+        self.parameters = parameters
+        held = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        self.most = 2 * count if count > 1 and held <= SMALL else count
         self.pool: ThreadPoolExecutor | None = None
         if count == 1:  # the calling thread does it
             return

@@ -159,14 +159,14 @@ class _Run:
 
     def _backward(self, rows: list[Encoded], trained: int) -> float:
         """Add the gradients of the rows' loss, divided by the step's trained tokens; returns that loss."""
-        shares = min(self.shards.count, len(rows))
+        shares = shards.deal([len(row.input_ids) for row in rows], self.shards.most)
 
         def loss(share: int) -> torch.Tensor:
-            batch = collate(rows[share::shares], self.pad, self.model.device)
+            batch = collate([rows[row] for row in shares[share]], self.pad, self.model.device)
             with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
                 return loss_sum(self.model, batch) / trained
 
-        return self.shards.backward(loss, shares)
+        return self.shards.backward(loss, len(shares))
 
     def maybe_evaluate(self) -> None:
         """Early stopping: end when the evaluation loss has not fallen for `patience` measurements, and keep the best.
