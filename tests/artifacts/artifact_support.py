@@ -13,6 +13,9 @@ from pathlib import Path
 
 import httpx
 
+from slmops_artifacts import transfer, upload
+from slmops_artifacts.files import Entry, Ticker
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -124,3 +127,32 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < end, "the condition did not come true"
         time.sleep(0.01)
+
+
+class Nobody:
+    """No credentials."""
+
+    def headers(self, url: httpx.URL) -> dict[str, str]:
+        return {}
+
+    def challenge(self, response: httpx.Response) -> bool:
+        return False
+
+
+def stand_in(answer: Callable[[httpx.Request], httpx.Response], patience: float = 300) -> transfer.Http:
+    """A client of a registry that answers so."""
+    http = transfer.Http("oci://registry/a:v1", Nobody(), patience)
+    http.client = httpx.Client(transport=httpx.MockTransport(answer), timeout=http.client.timeout)
+    return http
+
+
+def uploaded(answer: Callable[[httpx.Request], httpx.Response], size: int = 3000, patience: float = 300) -> None:
+    """Upload so many bytes to a registry that answers so."""
+    send(stand_in(answer, patience), size)
+
+
+def send(http: transfer.Http, size: int = 3000) -> None:
+    """Upload so many bytes."""
+    entry = Entry("w", size, "a" * 64)
+    base = httpx.URL("https://registry/v2/a/")
+    upload.upload(http, base, entry, lambda start, end: iter([bytes(end - start)]), Ticker(size, None))

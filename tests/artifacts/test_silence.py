@@ -12,11 +12,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from artifact_support import run_cli, safetensors
+from artifact_support import Nobody, run_cli, safetensors, uploaded
 from hub import Hub
 
 from slmops_artifacts import ArtifactError, pull, read_manifest, transfer, upload
-from slmops_artifacts.files import Entry, Ticker
 from slmops_artifacts.registry_auth import RegistryAuth
 
 SOON = 20.0
@@ -145,25 +144,6 @@ def test_a_token_server_that_is_busy_is_waited_for(
 )
 def test_retry_after_is_a_number_or_a_date(value: str, least: float, most: float) -> None:
     assert least <= transfer.retry_after(httpx.Response(429, headers={"Retry-After": value})) <= most
-
-
-class Nobody:
-    """No credentials."""
-
-    def headers(self, url: httpx.URL) -> dict[str, str]:
-        return {}
-
-    def challenge(self, response: httpx.Response) -> bool:
-        return False
-
-
-def uploaded(answer: Callable[[httpx.Request], httpx.Response], size: int = 3000, patience: float = 300) -> None:
-    """Upload so many bytes to a registry that answers so."""
-    http = transfer.Http("oci://registry/a:v1", Nobody(), patience)
-    http.client = httpx.Client(transport=httpx.MockTransport(answer), timeout=http.client.timeout)
-    entry = Entry("w", size, "a" * 64)
-    base = httpx.URL("https://registry/v2/a/")
-    upload.upload(http, base, entry, lambda start, end: iter([bytes(end - start)]), Ticker(size, None))
 
 
 def test_a_chunk_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:

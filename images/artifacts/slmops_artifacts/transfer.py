@@ -84,6 +84,8 @@ class Http:
             logger.setLevel(logging.WARNING)  # httpx logs whole URLs, and signed ones are secrets
         self.where = where
         self.auth = auth
+        self.takes_chunks = True
+        """Whether the server takes a part of an upload; upload() finds out."""
         self._window = _default_patience() if patience is None else patience
         # Half the silence, so that one lost answer is asked for again before the source is given up.
         read = max(_LEAST_READ, min(self._window, SILENCE) / 2)

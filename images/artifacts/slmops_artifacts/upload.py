@@ -1,4 +1,7 @@
-"""One blob to an OCI registry: in one request when small, in chunks that can be continued when large."""
+"""One blob to an OCI registry: in one request when small, in chunks that can be continued when large.
+
+Some registries take no chunks, or smaller ones than ours: they get large blobs in one request, too.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from .transfer import Http, Patience, Reply, retry_after, unreachable
 
 CHUNK_SIZE = 64 << 20
 _OCTETS = "application/octet-stream"
+_NO_CHUNKS = (400, 405, 413, 416)
+"""Answers to a first chunk by registries that do not want it."""
 
 Reader = Callable[[int, int], Iterator[bytes]]
 
@@ -28,25 +33,35 @@ def upload(http: Http, base: httpx.URL, entry: Entry, read: Reader, ticker: Tick
             if location is None:
                 location, offset = _begin(http, base, patience), 0
             ticker.add(mark + offset - ticker.done)
-            end = min(offset + CHUNK_SIZE, entry.size)
+            end = min(offset + CHUNK_SIZE, entry.size) if http.takes_chunks else entry.size
             last = end == entry.size
             response = _send(http, location, entry, read, (offset, end))
             try:
-                if last and response.status_code == 201:
+                code = response.status_code
+                if last and code == 201:
                     return
-                if not last and response.status_code in (202, 204):
+                if not last and code in (201, 202, 204):
                     location, offset = _location(response, location, http.where), end
                     best = max(best, offset)
                     patience.progressed()
                     continue
+                if not last and offset == 0 and code in _NO_CHUNKS:
+                    http.takes_chunks, location = False, None
+                    continue
                 failure, hint = http.failure(response), retry_after(response)
-                if response.status_code == 400:
+                if code == 416 and offset:
+                    failure = ArtifactError(
+                        "SourceUnavailable",
+                        f"{http.where}: the registry has another part of {entry.path} than it has confirmed "
+                        "(HTTP 416). See its log.",
+                    )
+                if code == 400:
                     failure = ArtifactError(
                         "DigestMismatch",
                         f"{http.where}: the registry did not accept {entry.path} (HTTP 400); it may have changed "
                         "while it was uploaded. Publish it again.",
                     )
-                lost = response.status_code in (404, 416) or response.status_code >= 500
+                lost = code in (404, 416) or code >= 500
             finally:
                 response.close()
         except httpx.HTTPError as error:
@@ -57,7 +72,7 @@ def upload(http: Http, base: httpx.URL, entry: Entry, read: Reader, ticker: Tick
             failure, lost = error, True
         if lost:
             if failure.reason == "SourceNotFound":
-                failure = ArtifactError("SourceUnavailable", f"{http.where}: the registry forgot an upload. Try again.")
+                failure = _not_found(http.where, begun=location is not None)
             patience.wait(failure, hint)
             location, offset = _continue(http, location, patience)
             if offset > best:  # a part of the chunk came through
@@ -87,7 +102,7 @@ def _send(http: Http, location: httpx.URL, entry: Entry, read: Reader, span: tup
 
 def _continue(http: Http, location: httpx.URL | None, patience: Patience) -> tuple[httpx.URL | None, int]:
     """Ask how far the registry got; (None, 0) means: from the start. While it is away, nothing is known: ask again."""
-    if location is None:
+    if location is None or not http.takes_chunks:
         return None, 0
     try:
         reply = http.request("GET", str(location), expect=(204,), patience=patience)
@@ -99,6 +114,16 @@ def _continue(http: Http, location: httpx.URL | None, patience: Patience) -> tup
     if first != "0" or not final.isdigit() or int(final) == 0:
         return None, 0
     return _location(reply, location, http.where), int(final) + 1
+
+
+def _not_found(where: str, *, begun: bool) -> ArtifactError:
+    """What a 404 means: to the rest of an upload, and to the wish to begin one."""
+    if begun:
+        return ArtifactError("SourceUnavailable", f"{where}: the registry forgot an upload. Try again.")
+    return ArtifactError(
+        "Refused",
+        f"{where}: the registry has no such repository and makes none by itself (HTTP 404). Create it there first.",
+    )
 
 
 def _location(answer: httpx.Response | Reply, before: httpx.URL, where: str) -> httpx.URL:

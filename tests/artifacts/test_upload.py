@@ -1,0 +1,86 @@
+"""Registries that take large blobs each in its own way."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+from artifact_support import send, stand_in, uploaded
+
+from slmops_artifacts import ArtifactError, transfer, upload
+
+PLACE = {"Location": "/v2/a/blobs/uploads/1"}
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upload, "CHUNK_SIZE", 1000)
+    monkeypatch.setattr(transfer.time, "sleep", lambda _: None)
+
+
+def test_a_chunk_may_be_answered_as_created() -> None:
+    log: list[str] = []
+
+    def registry(request: httpx.Request) -> httpx.Response:
+        log.append(f"{request.method} {request.headers.get('Content-Range', '')}".strip())
+        return httpx.Response(202 if request.method == "POST" else 201, headers=PLACE)
+
+    uploaded(registry)
+    assert log == ["POST", "PATCH 0-999", "PATCH 1000-1999", "PUT 2000-2999"]
+
+
+@pytest.mark.parametrize("status", [400, 405, 413, 416])
+def test_a_registry_that_takes_no_chunk_gets_the_blob_whole(status: int) -> None:
+    log: list[tuple[str, str | None, int]] = []
+
+    def registry(request: httpx.Request) -> httpx.Response:
+        log.append((request.method, request.headers.get("Content-Range"), len(request.read())))
+        return httpx.Response({"POST": 202, "PATCH": status, "PUT": 201}[request.method], headers=PLACE)
+
+    http = stand_in(registry)
+    send(http)
+    whole: list[tuple[str, str | None, int]] = [("POST", None, 0), ("PUT", None, 3000)]
+    assert log == [("POST", None, 0), ("PATCH", "0-999", 1000), *whole]
+    log.clear()
+    send(http)  # it is not asked again
+    assert log == whole
+
+
+def test_a_blob_sent_whole_begins_anew_after_a_fault() -> None:
+    log: list[tuple[str, int]] = []
+
+    def registry(request: httpx.Request) -> httpx.Response:
+        log.append((request.method, len(request.read())))
+        if request.method == "PUT" and len(log) < 5:
+            return httpx.Response(502)
+        return httpx.Response({"POST": 202, "PATCH": 416, "PUT": 201}[request.method], headers=PLACE)
+
+    uploaded(registry)
+    assert log == [("POST", 0), ("PATCH", 1000), ("POST", 0), ("PUT", 3000), ("POST", 0), ("PUT", 3000)]
+
+
+def test_where_registry_and_we_disagree_it_is_asked_how_far_it_got() -> None:
+    """The answer to a chunk that came through may be lost on the way, and a proxy then sends it once more."""
+    log: list[str] = []
+
+    def registry(request: httpx.Request) -> httpx.Response:
+        log.append(f"{request.method} {request.headers.get('Content-Range', '')}".strip())
+        if request.method == "GET":
+            return httpx.Response(204, headers={**PLACE, "Range": "0-1999"})
+        code = {1: 202, 2: 202, 3: 416}.get(len(log), 201)
+        return httpx.Response(code, headers=PLACE)
+
+    uploaded(registry)
+    assert log == ["POST", "PATCH 0-999", "PATCH 1000-1999", "GET", "PUT 2000-2999"]
+
+
+def test_a_registry_that_makes_no_repositories_is_told_from_one_that_forgot_an_upload() -> None:
+    log: list[str] = []
+
+    def registry(request: httpx.Request) -> httpx.Response:
+        log.append(request.method)
+        return httpx.Response(404, json={"errors": [{"code": "NAME_UNKNOWN"}]})
+
+    with pytest.raises(ArtifactError, match="oci://registry/a:v1: .* no such repository .* Create it") as caught:
+        uploaded(registry)
+    assert caught.value.reason == "Refused"
+    assert log == ["POST"]
