@@ -105,6 +105,21 @@ def test_a_changed_file_is_noticed(claim: Path, model: Path, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
+def test_an_artifact_that_another_was_published_over_is_not_taken_for_it(
+    claim: Path, model: Path, tmp_path: Path
+) -> None:
+    uri, first = push(model, "pvc://store/a", PLAIN)
+    pinned = f"{uri}@{first.digest}"
+    pull(pinned, tmp_path / "held")
+    (model / "config.json").write_bytes(b"[]")
+    _, second = push(model, uri, PLAIN)
+    with pytest.raises(ArtifactError, match=f"another artifact .{second.digest[:19]}") as caught:
+        pull(pinned, tmp_path / "out")
+    assert caught.value.reason == "DigestMismatch"
+    assert not (tmp_path / "out").exists()
+    assert pull(pinned, tmp_path / "held") == first  # what is there already is what is meant
+
+
 @pytest.mark.parametrize(
     "uri",
     [

@@ -206,14 +206,14 @@ ANALYSIS = {"intervalSeconds": 10, "minSamples": 20, "passes": 1, "failureLimit"
 CANARY = {"steps": [{"weight": 50}], "analysis": ANALYSIS}
 
 
-def source(world: Kubernetes, digest: str) -> None:
+def source(world: Kubernetes, digest: str, folder: str = "") -> None:
     world.cluster.put({"kind": "QuantizedModel", "spec": {}, "metadata": {"name": "q", "namespace": "ns"}})
     ready = {"type": "Ready", "status": "True", "reason": "Done", "lastTransitionTime": "2026-01-01T00:00:00Z"}
     world.cluster.set_status(
         Key("QuantizedModel", "ns", "q"),
         {
             "conditions": [ready],
-            "artifact": {"uri": f"oci://store/q@sha256:{digest}", "digest": f"sha256:{digest}"},
+            "artifact": {"uri": folder or f"oci://store/q@sha256:{digest}", "digest": f"sha256:{digest}"},
             "lineage": {
                 "digest": f"sha256:{digest}",
                 "parents": [{"kind": "model", "uri": "oci://store/p", "digest": "sha256:parent"}],

@@ -405,3 +405,19 @@ def test_a_candidate_whose_own_source_is_not_ready_any_more_goes_on():
     world.cluster.delete(Key("QuantizedModel", "ns", "q"))
     world.passes(seconds=61)
     assert world.status["stable"]["revision"] == second
+
+
+def test_the_pods_of_a_revision_pull_its_artifact_alone_from_a_folder_that_may_be_published_over():
+    world = Kubernetes(model={"ref": {"kind": "QuantizedModel", "name": "q"}})
+    source(world, "1")
+    world.passes()
+    before = world.status["stable"]["revision"]
+    source(world, "1", "pvc://models/q")
+    world.passes()
+    assert world.deployments() == {before: 2}, "an artifact is its content, wherever it lies"
+    source(world, "2", "pvc://models/q")
+    world.passes()
+    pod = world.cluster.objects[Key("Deployment", "ns", f"chat-{world.status['stable']['revision']}")]["spec"]
+    assert pod["template"]["spec"]["initContainers"][0]["command"][-2] == "pvc://models/q@sha256:2"
+    claim = {"claimName": "models", "readOnly": True}
+    assert {"name": "claim", "persistentVolumeClaim": claim} in pod["template"]["spec"]["volumes"]

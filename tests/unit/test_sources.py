@@ -8,7 +8,7 @@ from tests.unit.objects import ARTIFACT, Object, at, finetune, ours
 from slmops.api.distillation import Teacher
 from slmops.api.finetune import FineTuneJobSpec
 from slmops.api.meta import ModelSource
-from slmops.build.inputs import Inputs, inputs
+from slmops.build.inputs import Inputs, claim_of, inputs
 from slmops.cluster.memory import MemoryCluster, key_of
 from slmops.reconcile import needs, sources
 from slmops.reconcile.state import Retry, Terminal
@@ -46,6 +46,16 @@ def test_a_ready_source_gives_its_artifact() -> None:
     cluster = with_source({"conditions": conditions(Ready="True Succeeded"), "artifact": ARTIFACT})
     found = sources.resolve_model(cluster, "ns", REF)
     assert (found.uri, found.name) == (ARTIFACT["uri"], "FineTuneJob/tune")
+
+
+def test_a_folder_on_a_claim_is_named_with_its_digest():
+    """It may be published over; an artifact in a registry has the digest in its URI already."""
+    folder = {**ARTIFACT, "uri": "pvc://models/out", "digest": "sha256:" + "a" * 64}
+    cluster = with_source({"conditions": conditions(Ready="True Succeeded"), "artifact": folder})
+    found = sources.resolve_model(cluster, "ns", REF)
+    assert found.uri == f"pvc://models/out@{folder['digest']}"
+    assert claim_of(found.uri) == {"models"}
+    assert claim_of(f"pvc://models@{folder['digest']}") == {"models"}
 
 
 NOT_READY: dict[str, tuple[Object | None, str]] = {

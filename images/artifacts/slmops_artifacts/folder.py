@@ -57,6 +57,12 @@ def _copy_out(
 ) -> Manifest:
     if not os.path.lexists(ref.path):
         raise ArtifactError("SourceNotFound", f"{ref} does not exist. Check the path, and that its writer has ended.")
+    if ref.digest and known and known.digest != ref.digest:
+        raise ArtifactError(
+            "DigestMismatch",
+            f"{ref}: another artifact ({known.digest[:19]}…) is there, perhaps published over the one that is meant. "
+            "Publish each under a path of its own, or point to the digest that is there.",
+        )
     files = list_files(ref.path, str(ref))
     check_files(files, str(ref))
     part = None if choose is None else frozenset(choose(sorted(files)))

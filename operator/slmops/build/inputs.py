@@ -1,5 +1,6 @@
 """What a batch spec needs from its namespace: ConfigMaps, Secrets and claims, by name."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -40,7 +41,7 @@ def inputs(spec: Model, *, extra_secrets: tuple[str, ...] = ()) -> Inputs:
 
 def claim_of(uri: str | None) -> set[str]:
     """The claim that a pvc:// URI names, as a set of none or one."""
-    return {uri.removeprefix("pvc://").split("/", 1)[0]} if uri and uri.startswith("pvc://") else set()
+    return {re.split("[/@]", uri.removeprefix("pvc://"), maxsplit=1)[0]} if uri and uri.startswith("pvc://") else set()
 
 
 def _parts(value: object) -> Iterator[Model]:

@@ -219,7 +219,8 @@ def _resolved(cluster: Cluster, namespace: str, source: ServedModel) -> tuple[In
     if not artifact:
         raise sources.not_ready(f"{name} is Ready but names no artifact.")
     lineage = Lineage.model_validate(said.get("lineage") or {"digest": artifact["digest"]})
-    return Input(uri=artifact["uri"], name=name), artifact["digest"], lineage
+    digest = artifact["digest"]
+    return Input(uri=sources.pinned(artifact["uri"], digest), name=name), digest, lineage
 
 
 def _missing_secret(cluster: Cluster, namespace: str, spec: ModelDeploymentSpec, model: Input) -> str:

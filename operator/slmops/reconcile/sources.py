@@ -37,7 +37,12 @@ def resolve_model(cluster: Cluster, namespace: str, source: ModelSource) -> Inpu
     artifact = (found.get("status") or {}).get("artifact") or {}
     if not artifact.get("uri"):
         raise not_ready(f"{name} is Ready but names no artifact.")
-    return Input(uri=artifact["uri"], name=name)
+    return Input(uri=pinned(artifact["uri"], artifact.get("digest", "")), name=name)
+
+
+def pinned(uri: str, digest: str) -> str:
+    """The URI of an artifact, with its digest: a folder on a claim has none in it, and may be published over."""
+    return f"{uri}@{digest}" if uri.startswith("pvc://") and digest and "@sha256:" not in uri else uri
 
 
 def resolve_teacher(cluster: Cluster, namespace: str, teacher: Teacher) -> TeacherEndpoint:
