@@ -168,11 +168,13 @@ def test_credentials_of_the_longest_prefix_win() -> None:
         "https://r.example.com/v1/": {"username": "host", "password": "p"},
         "r.example.com/team": {"username": "team", "password": "p"},
         "https://index.docker.io/v1/": {"auth": "aHViOnA6cA=="},
+        "[fd00::5]:5000": {"username": "six", "password": "p"},
     }
     assert _match(auths, "a.example.com", "x")[0] == "star"
     assert _match(auths, "r.example.com", "teams/x")[0] == "host"
     assert _match(auths, "r.example.com", "team/x")[0] == "team"
     assert _match(auths, "registry-1.docker.io", "x")[:2] == ("hub", "p:p")
+    assert _match(auths, "[fd00::5]:5000", "x")[0] == "six"
     assert _match(auths, "example.org", "x") == ("", "", "")
 
 

@@ -139,7 +139,8 @@ def _match(auths: dict[str, dict[str, str]], host: str, repository: str) -> tupl
         if pattern in ("index.docker.io", "docker.io"):
             pattern = "registry-1.docker.io"
         fits = not prefix or repository == prefix or repository.startswith(f"{prefix}/")
-        if fits and fnmatch.fnmatchcase(host, pattern) and (rank := (pattern == host, len(name))) > best:
+        same = pattern == host  # an IPv6 address has brackets, which are no pattern's
+        if fits and (same or fnmatch.fnmatchcase(host, pattern)) and (rank := (same, len(name))) > best:
             best, found = rank, value
     user, password = found.get("username", ""), found.get("password", "")
     if not user and found.get("auth"):
