@@ -63,6 +63,17 @@ def test_a_second_pull_fetches_nothing(hub: Hub, tmp_path: Path) -> None:
     assert (tmp_path / "out/config.json").read_bytes() == b"{}"
 
 
+def test_a_commit_that_is_there_needs_no_hub(hub: Hub, tmp_path: Path) -> None:
+    uri = f"hf://org/tiny@{hub.add('org/tiny', MODEL).commit}"
+    first = pull(uri, tmp_path / "out")
+    before = len(hub.requests)
+    assert pull(uri, tmp_path / "out") == first
+    assert len(hub.requests) == before
+    (tmp_path / "out/config.json").unlink()
+    assert pull(uri, tmp_path / "out") == first
+    assert (tmp_path / "out/config.json").read_bytes() == MODEL["config.json"]
+
+
 def test_datasets(hub: Hub, tmp_path: Path) -> None:
     files = {"data/train.jsonl": b'{"a":1}\n', "data/test.parquet": b"PAR1xxxxPAR1", "load.py": b"import os"}
     hub.add("org/data", files, kind="dataset")

@@ -213,6 +213,37 @@ def test_a_container_image_is_not_a_model(registry: Registry, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("kind", "list_of"),
+    [
+        ("application/vnd.oci.image.index.v1+json", "application/vnd.oci.image.manifest.v1+json"),
+        (
+            "application/vnd.docker.distribution.manifest.list.v2+json",
+            "application/vnd.docker.distribution.manifest.v2+json",
+        ),
+    ],
+)
+def test_an_image_of_several_platforms_is_there_but_no_model(registry: Registry, kind: str, list_of: str) -> None:
+    config = b"{}"
+    digest = "sha256:" + hashlib.sha256(config).hexdigest()
+    start = httpx.post(f"http://{registry.host}/v2/img/blobs/uploads/")
+    httpx.put(f"{start.headers['location']}&digest={digest}", content=config).raise_for_status()
+    entry = {"mediaType": "application/vnd.docker.container.image.v1+json", "digest": digest, "size": 2}
+    one = json.dumps({"schemaVersion": 2, "mediaType": list_of, "config": entry, "layers": []}).encode()
+    name = "sha256:" + hashlib.sha256(one).hexdigest()
+    platform = {"architecture": "amd64", "os": "linux"}
+    listed = {"mediaType": list_of, "digest": name, "size": len(one), "platform": platform}
+    index = json.dumps({"schemaVersion": 2, "mediaType": kind, "manifests": [listed]}).encode()
+    for reference, media, document in ((name, list_of, one), ("v1", kind, index)):
+        httpx.put(
+            f"http://{registry.host}/v2/img/manifests/{reference}", content=document, headers={"Content-Type": media}
+        ).raise_for_status()
+    for reference in (":v1", f"@{name}"):
+        with pytest.raises(ArtifactError, match="not a model artifact") as caught:
+            read_manifest(f"oci://{registry.host}/img{reference}")
+        assert caught.value.reason == "UnsupportedFormat"
+
+
+@pytest.mark.parametrize(
     ("path", "media"),
     [
         ("../evil.json", "application/vnd.cncf.model.weight.config.v1.raw"),
@@ -306,6 +337,22 @@ def test_a_registry_that_is_down_is_retryable_and_its_return_is_noticed(
     _, pushed = push(model, uri, FULL)
     back.join()
     assert resolve(uri) == pushed.digest
+
+
+def test_what_is_there_already_needs_no_registry(registry: Registry, model: Path, tmp_path: Path) -> None:
+    """A pod starts again, its model whole in its volume."""
+    uri, _ = push(model, f"oci://{registry.host}/tiny:v1", FULL)
+    pulled = pull(uri, tmp_path / "out")
+    registry.stop()
+    seen: list[tuple[int, int]] = []
+    assert pull(uri, tmp_path / "out", patience=0, progress=lambda done, total: seen.append((done, total))) == pulled
+    assert seen == [(pulled.size_bytes, pulled.size_bytes)]
+    for other in (f"oci://{registry.host}/tiny:v1", f"oci://{registry.host}/tiny@sha256:{'0' * 64}"):
+        with pytest.raises(ArtifactError, match="cannot be reached"):
+            pull(other, tmp_path / "out", patience=0)
+    (tmp_path / "out/config.json").unlink()
+    with pytest.raises(ArtifactError, match="cannot be reached"):
+        pull(uri, tmp_path / "out", patience=0)
 
 
 def test_a_registry_that_dies_in_mid_push_and_mid_pull(

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ArtifactError, Reason
-from .files import Choose
+from .files import Choose, Ticker
 from .model import Manifest, Parent
-from .uris import FolderRef, HubRef, OciRef, parse
+from .staging import installed
+from .uris import FolderRef, HubRef, OciRef, Ref, parse
 from .waiting import waiting
 
 __all__ = [
@@ -51,22 +52,42 @@ def pull(
     """Bring the artifact behind `uri` to the folder `dest`, verified and whole.
 
     `dest` is made, or may be an empty folder such as a mount; the file `.slmops-complete` in it comes last.
-    A second call finds the work done; a call after a kill goes on where the first one stopped.
+    A second call finds the work done, and asks no store for that when the URI is pinned; a call after a kill goes on
+    where the first one stopped.
     `choose` is given the paths of all files and returns those to bring; it may raise. The manifest is the whole's.
     """
-    match parse(uri):
-        case OciRef() as ref:
+    ref, dest = parse(uri), Path(dest)
+    there = _held(ref, dest) if choose is None else None
+    if there is not None:
+        Ticker(there.size_bytes, progress).add(there.size_bytes)
+        return there
+    match ref:
+        case OciRef():
             from . import oci
 
-            return oci.pull(ref, Path(dest), secret, progress, patience, choose)
-        case HubRef() as ref:
+            return oci.pull(ref, dest, secret, progress, patience, choose)
+        case HubRef():
             from . import hub
 
-            return hub.pull(ref, Path(dest), secret, progress, patience, choose)
-        case FolderRef() as ref:
+            return hub.pull(ref, dest, secret, progress, patience, choose)
+        case FolderRef():
             from . import folder
 
-            return folder.pull(ref, Path(dest), progress, choose)
+            return folder.pull(ref, dest, progress, choose)
+
+
+def _held(ref: Ref, dest: Path) -> Manifest | None:
+    """What lies whole in `dest`, if a pinned URI means just that: then no store is asked, which may be away."""
+    there = installed(dest)
+    if there is None:
+        return None
+    if isinstance(ref, HubRef):
+        from . import hub
+
+        same = ref.is_commit and there.manifest.annotations.get(hub.SOURCE) == str(ref)
+    else:
+        same = ref.digest == there.manifest.digest
+    return there.manifest if same else None
 
 
 def push(

@@ -30,6 +30,13 @@ from .uris import OciRef
 ARTIFACT_TYPE = "application/vnd.cncf.model.manifest.v1+json"
 CONFIG_TYPE = "application/vnd.cncf.model.config.v1+json"
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
+_ACCEPT = (
+    MANIFEST_TYPE,
+    "application/vnd.oci.image.index.v1+json",
+    "application/vnd.docker.distribution.manifest.v2+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+)
+"""Of these only the first may be an artifact: without the others, a registry calls what they are about absent."""
 LAYER_TYPES: dict[Role, str] = {
     "weight": "application/vnd.cncf.model.weight.v1.raw",
     "config": "application/vnd.cncf.model.weight.config.v1.raw",
@@ -171,7 +178,7 @@ class _Repository:
             "GET",
             f"{self._base}manifests/{self._ref.reference}",
             expect=(200, 404),
-            headers={"Accept": MANIFEST_TYPE},
+            headers={"Accept": ", ".join(_ACCEPT)},
             limit=_MAX_DOCUMENT,
         )
         if reply.status == 404:

@@ -19,6 +19,7 @@ _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _CLAIM = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")
 _HUB_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,199}")
 
 
@@ -65,6 +66,11 @@ class HubRef:
     kind: Literal["model", "dataset"]
     repository: str
     revision: str
+
+    @property
+    def is_commit(self) -> bool:
+        """Whether the revision is one that always means the same content."""
+        return _COMMIT.fullmatch(self.revision) is not None
 
     def pinned(self, commit: str) -> str:
         """Return the URI that always means this commit."""
