@@ -29,7 +29,12 @@ class Registry:
     """One docker-registry process with its storage in a folder."""
 
     def __init__(
-        self, folder: Path, htpasswd: Path | None = None, storage: Path | None = None, deletes: bool = True
+        self,
+        folder: Path,
+        htpasswd: Path | None = None,
+        storage: Path | None = None,
+        deletes: bool = True,
+        tls: Path | None = None,
     ) -> None:
         self.folder = folder
         self.storage = storage or folder / "storage"
@@ -38,10 +43,11 @@ class Registry:
         self.host = f"127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
         auth = f"auth:\n  htpasswd:\n    realm: test\n    path: {htpasswd}\n" if htpasswd else ""
+        http = f"  tls:\n    certificate: {tls}/server.crt\n    key: {tls}/server.key\n" if tls else ""
         self.config = folder / "config.yml"
         self.config.write_text(
             f"version: 0.1\nlog:\n  level: info\nstorage:\n  filesystem:\n    rootdirectory: {self.storage}\n"
-            f"  delete:\n    enabled: {str(deletes).lower()}\nhttp:\n  addr: {self.host}\n  secret: tests\n{auth}"
+            f"  delete:\n    enabled: {str(deletes).lower()}\nhttp:\n  addr: {self.host}\n  secret: tests\n{http}{auth}"
         )
 
     def command(self) -> tuple[list[str], dict[str, str]]:

@@ -25,6 +25,7 @@ from .model import Manifest
 from .registry_auth import secret_text
 from .staging import Staging
 from .transfer import Http, gated
+from .trust import trusted
 from .uris import HubRef
 
 SOURCE = "dev.slmops.source"
@@ -136,7 +137,7 @@ def _http(ref: HubRef, secret: Mapping[str, Any] | None, patience: float | None)
     token = secret_text(secret, "HF_TOKEN", "token") or os.environ.get("HF_TOKEN", "").strip()
     if not (token.isascii() and token.isprintable()):
         raise ArtifactError("AccessDenied", f"{ref}: HF_TOKEN holds characters that no token has. Mend the Secret.")
-    return Http(f"{ref} ({_endpoint().host})", _HubAuth(_endpoint(), token), patience)
+    return Http(f"{ref} ({_endpoint().host})", _HubAuth(_endpoint(), token), patience, trusted(secret))
 
 
 def _snapshot(http: Http, ref: HubRef) -> _Snapshot | None:

@@ -24,6 +24,7 @@ from .model import Manifest
 from .registry_auth import RegistryAuth, plain_http
 from .staging import Staging
 from .transfer import Http
+from .trust import trusted
 from .upload import upload
 from .uris import OciRef
 
@@ -165,8 +166,9 @@ class _Repository:
         host = "registry-1.docker.io" if ref.host in ("docker.io", "index.docker.io") else ref.host
         self._ref = ref
         self._base = httpx.URL(f"{'http' if plain_http(ref.host) else 'https'}://{host}/v2/{ref.repository}/")
-        auth = RegistryAuth(self._base, host, ref.repository, actions, secret)
-        self.http = Http(str(ref), auth, patience)
+        trust = trusted(secret)
+        auth = RegistryAuth(self._base, host, ref.repository, actions, secret, trust)
+        self.http = Http(str(ref), auth, patience, trust)
 
     def blob(self, digest: str) -> str:
         """Where a blob is."""

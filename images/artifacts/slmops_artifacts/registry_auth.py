@@ -8,6 +8,7 @@ import fnmatch
 import json
 import os
 import re
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,20 @@ def plain_http(host: str) -> bool:
 class RegistryAuth:
     """Signs requests to one repository. Credentials are read once and sent to that registry only."""
 
-    def __init__(self, base: httpx.URL, host: str, repository: str, actions: str, secret: Mapping[str, Any] | None):
+    def __init__(
+        self,
+        base: httpx.URL,
+        host: str,
+        repository: str,
+        actions: str,
+        secret: Mapping[str, Any] | None,
+        trust: ssl.SSLContext | bool = True,
+    ) -> None:
         self._base = base
         self._repository = repository
         self._actions = actions
         self._host = host
+        self._trust = trust
         self._user, self._password, self._identity = _find(host, repository, secret)
         self._header = ""
 
@@ -78,11 +88,13 @@ class RegistryAuth:
         try:
             if self._identity:
                 form = {"grant_type": "refresh_token", "refresh_token": self._identity, "client_id": "slmops"}
-                response = httpx.post(realm, data=form | {"service": service, "scope": scope}, timeout=30.0)
+                form |= {"service": service, "scope": scope}
+                response = httpx.post(realm, data=form, timeout=30.0, verify=self._trust)
             else:
                 headers = {"Authorization": self._basic()} if self._user else {}
                 query = {"service": service, "scope": scope, "client_id": "slmops"}
-                response = httpx.get(realm.copy_merge_params(query), headers=headers, timeout=30.0)
+                url = realm.copy_merge_params(query)
+                response = httpx.get(url, headers=headers, timeout=30.0, verify=self._trust)
             if response.status_code >= 500 or response.status_code == 429:
                 raise ArtifactError(
                     "SourceUnavailable",

@@ -76,9 +76,11 @@ class Patience:
 
 
 class Http:
-    """A client for one server, named `where` in messages."""
+    """A client for one server, named `where` in messages. `trust` is as in httpx: True is for the usual authorities."""
 
-    def __init__(self, where: str, auth: Auth, patience: float | None = None) -> None:
+    def __init__(
+        self, where: str, auth: Auth, patience: float | None = None, trust: ssl.SSLContext | bool = True
+    ) -> None:
         logger = logging.getLogger("httpx")
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.WARNING)  # httpx logs whole URLs, and signed ones are secrets
@@ -90,7 +92,9 @@ class Http:
         # Half the silence, so that one lost answer is asked for again before the source is given up.
         read = max(_LEAST_READ, min(self._window, SILENCE) / 2)
         self._timeout = httpx.Timeout(read, connect=10.0, write=120.0)
-        self.client = httpx.Client(timeout=self._timeout, headers={"User-Agent": "slmops"}, follow_redirects=False)
+        self.client = httpx.Client(
+            timeout=self._timeout, headers={"User-Agent": "slmops"}, follow_redirects=False, verify=trust
+        )
 
     def patience(self) -> Patience:
         """Fresh patience, as much as this client was given."""
@@ -211,14 +215,18 @@ def unreachable(error: httpx.HTTPError, where: str) -> ArtifactError:
     while cause is not None and not isinstance(cause, ssl.SSLError):
         cause = cause.__cause__ or cause.__context__
     if "CERTIFICATE_VERIFY_FAILED" in text or isinstance(cause, ssl.SSLCertVerificationError):
+        why = text.partition("verify failed: ")[2].partition(" (_ssl")[0]
         return ArtifactError(
             "AccessDenied",
-            f"{where} has a certificate that is not trusted here. Mount its CA and set SSL_CERT_FILE.",
+            f"{where} has a certificate that is not trusted here{f' ({why})' if why else ''}. If its CA is your own, put "
+            "that CA's certificate as ca.crt into the Secret with the credentials: that of secretRef, or for the store "
+            "that of the chart's store.secretName.",
         )
     if "WRONG_VERSION_NUMBER" in text or "RECORD_LAYER_FAILURE" in text:
         return ArtifactError(
             "AccessDenied",
-            f"{where} does not speak TLS. If it shall be plain HTTP, name it in SLMOPS_PLAIN_HTTP.",
+            f"{where} does not speak TLS. If it shall be plain HTTP, name it in the chart's store.plainHttp (outside the "
+            "cluster in SLMOPS_PLAIN_HTTP).",
         )
     if isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout):
         return ArtifactError(

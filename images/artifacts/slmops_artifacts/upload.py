@@ -18,6 +18,8 @@ CHUNK_SIZE = 64 << 20
 _OCTETS = "application/octet-stream"
 _NO_CHUNKS = (400, 405, 413, 416)
 """Answers to a first chunk by registries that do not want it."""
+_NO_MORE_CHUNKS = (400, 405, 413)
+"""And to a later one: 416 then says that it is not the one that comes next."""
 
 Reader = Callable[[int, int], Iterator[bytes]]
 
@@ -45,7 +47,7 @@ def upload(http: Http, base: httpx.URL, entry: Entry, read: Reader, ticker: Tick
                     best = max(best, offset)
                     patience.progressed()
                     continue
-                if not last and offset == 0 and code in _NO_CHUNKS:
+                if not last and code in (_NO_CHUNKS if offset == 0 else _NO_MORE_CHUNKS):
                     http.takes_chunks, location = False, None
                     continue
                 failure, hint = http.failure(response), retry_after(response)

@@ -70,7 +70,8 @@ class ModelSource(Model):
     ref: ObjectRef | None = Field(default=None, description="Another object; this one waits until it is Ready.")
     secret_ref: SecretRef | None = Field(
         default=None,
-        description="Credentials: key .dockerconfigjson for oci://, key token for hf://.",
+        description="Credentials: key .dockerconfigjson for oci://, key token for hf://; "
+        "in key ca.crt, a CA of your own.",
     )
 
 
