@@ -25,15 +25,12 @@ def pki(tmp_path: Path) -> Path:
     """A CA of our own, ca.crt, and server.crt and server.key of 127.0.0.1."""
     folder = tmp_path / "pki"
     folder.mkdir()
-    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1".split()
-    usage = ["-addext", "keyUsage=critical,keyCertSign"]
-    commands = (
-        [*make, "-subj", "/CN=our own", *usage, "-keyout", "ca.key", "-out", "ca.crt"],
-        [*make, "-subj", "/CN=server", "-CA", "ca.crt", "-CAkey", "ca.key", "-addext", "subjectAltName=IP:127.0.0.1"]
-        + ["-keyout", "server.key", "-out", "server.crt"],
-    )
-    for command in commands:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    ca = ["-subj", "/CN=our own", "-addext", "keyUsage=critical,keyCertSign", "-keyout", "ca.key", "-out", "ca.crt"]
+    signed = ["-CA", "ca.crt", "-CAkey", "ca.key", "-addext", "subjectAltName=IP:127.0.0.1"]
+    server = ["-subj", "/CN=server", *signed, "-keyout", "server.key", "-out", "server.crt"]
+    for more in (ca, server):
+        subprocess.run([*make, *more], cwd=folder, check=True, capture_output=True)
     return folder
 
 
@@ -63,11 +60,8 @@ def test_a_ca_of_ones_own_is_trusted_where_the_credentials_name_it(
     for config in (store / ".dockerconfigjson", store):
         monkeypatch.setenv("SLMOPS_REGISTRY_AUTH", str(config))
         assert resolve(uri) == pushed.digest
-    with pytest.raises(ArtifactError, match=r"ca.crt in the Secret holds no certificate.* The Secret is mine\.") as caught:
-        try:
-            resolve(uri, secret={"ca.crt": "none"})
-        except ArtifactError as error:
-            raise error.from_secret("mine") from error
+    with pytest.raises(ArtifactError, match=r"ca.crt in the Secret holds no certificate") as caught:
+        resolve(uri, secret={"ca.crt": "none"})
     assert caught.value.reason == "AccessDenied"
 
 

@@ -82,7 +82,7 @@ def test_a_registry_that_makes_no_repositories_is_told_from_one_that_forgot_an_u
         log.append(request.method)
         return httpx.Response(404, json={"errors": [{"code": "NAME_UNKNOWN"}]})
 
-    with pytest.raises(ArtifactError, match="oci://registry/a:v1: .* no such repository .* Create it") as caught:
+    with pytest.raises(ArtifactError, match=r"oci://registry/a:v1: .* no such repository .* Create it") as caught:
         uploaded(registry)
     assert caught.value.reason == "Refused"
     assert log == ["POST"]

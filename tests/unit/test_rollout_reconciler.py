@@ -408,7 +408,7 @@ def test_a_candidate_whose_own_source_is_not_ready_any_more_goes_on():
 
 
 def test_the_pods_of_a_revision_pull_its_artifact_alone_from_a_folder_that_may_be_published_over():
-    world = Kubernetes(model={"ref": {"kind": "QuantizedModel", "name": "q"}})
+    world = Kubernetes(model={"ref": {"kind": "QuantizedModel", "name": "q"}}, rollout={"steps": []})
     source(world, "1")
     world.passes()
     before = world.status["stable"]["revision"]

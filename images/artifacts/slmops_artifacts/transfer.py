@@ -218,15 +218,15 @@ def unreachable(error: httpx.HTTPError, where: str) -> ArtifactError:
         why = text.partition("verify failed: ")[2].partition(" (_ssl")[0]
         return ArtifactError(
             "AccessDenied",
-            f"{where} has a certificate that is not trusted here{f' ({why})' if why else ''}. If its CA is your own, put "
-            "that CA's certificate as ca.crt into the Secret with the credentials: that of secretRef, or for the store "
-            "that of the chart's store.secretName.",
+            f"{where} has a certificate that is not trusted here{f' ({why})' if why else ''}. If its CA is your own, "
+            "put that CA's certificate as ca.crt into the Secret with the credentials: that of secretRef, or for the "
+            "store that of the chart's store.secretName.",
         )
     if "WRONG_VERSION_NUMBER" in text or "RECORD_LAYER_FAILURE" in text:
         return ArtifactError(
             "AccessDenied",
-            f"{where} does not speak TLS. If it shall be plain HTTP, name it in the chart's store.plainHttp (outside the "
-            "cluster in SLMOPS_PLAIN_HTTP).",
+            f"{where} does not speak TLS. If it shall be plain HTTP, name it in the chart's store.plainHttp (outside "
+            "the cluster in SLMOPS_PLAIN_HTTP).",
         )
     if isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout):
         return ArtifactError(
