@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import httpx
 import pytest
-from artifact_support import send, stand_in, uploaded
+from artifact_support import Registry, contents, safetensors, send, stand_in, uploaded, write
 
-from slmops_artifacts import ArtifactError, transfer, upload
+from slmops_artifacts import ArtifactError, Manifest, pull, push, transfer, upload
 
 PLACE = {"Location": "/v2/a/blobs/uploads/1"}
 
@@ -45,6 +48,28 @@ def test_a_registry_that_takes_no_chunk_gets_the_blob_whole(status: int, taken: 
     log.clear()
     send(http)  # it is not asked again
     assert log == whole
+
+
+def test_a_blob_sent_whole_arrives(registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    through = transfer.Http.send
+
+    def no_chunks(http: transfer.Http, method: str, url: str, headers: Any, body: Any = None) -> httpx.Response:
+        if method == "PATCH":
+            return httpx.Response(416, request=httpx.Request(method, url))
+        return through(http, method, url, headers, body)
+
+    monkeypatch.setattr(transfer.Http, "send", no_chunks)
+    files = {f"{name}.safetensors": safetensors(5 << 20, name.encode()) for name in ("one", "two")}
+    seen: list[int] = []
+    uri, pushed = push(
+        write(tmp_path / "big", files),
+        f"oci://{registry.host}/big:v1",
+        Manifest(kind="model"),
+        progress=lambda done, _: seen.append(done),
+    )
+    assert seen[-1] == pushed.size_bytes
+    pull(uri, tmp_path / "out")
+    assert contents(tmp_path / "out") == files
 
 
 def test_a_blob_sent_whole_begins_anew_after_a_fault() -> None:
