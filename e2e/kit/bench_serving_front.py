@@ -2,11 +2,11 @@
 
 python -m kit.bench_serving_front [--engines onnxruntime,openvino,llamacpp] [--streams 1,8] [--pairs N]
 
-Each pair is one short round of the same requests to the engine alone, in a process of its own (kit.serving_bare), and to
-the whole server over HTTP, streamed; which of them begins changes from pair to pair. Many short pairs, because the speed
-of a rented machine drifts within seconds. Greedy, the same threads and slots. Prompts are short (16 tokens), because the
-front's work is with the tokens of answers (48, all equal, so that no round ends with a lone straggler). The client runs
-on the same CPUs: its CPU time for each token is printed, and is not the front's.
+Each pair is one short round of the same requests to the engine alone, in a process of its own (kit.serving_bare), and
+to the whole server over HTTP, streamed; which of them begins changes from pair to pair. Many short pairs, because the
+speed of a rented machine drifts within seconds. Greedy, the same threads and slots. Prompts are short (16 tokens),
+because the front's work is with the tokens of answers (48, all equal, so that no round ends with a lone straggler). The
+client runs on the same CPUs: its CPU time for each token is printed, and is not the front's.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def requests(streams: int, number: int) -> list[Request]:
 
 
 def measure(bare: Bare, server: Server, streams: int, pairs: int) -> dict[str, list[float]]:
-    """Of the rounds: tokens per second by `bare` and `server`; seconds of the client's CPU time per token by `client`."""
+    """Of the rounds: tokens per second by `bare` and `server`, seconds of the client's CPU time a token by `client`."""
     speeds: dict[str, list[float]] = {"bare": [], "server": [], "client": []}
     for number in range(pairs):
         work = requests(streams, number)

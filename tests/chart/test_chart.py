@@ -298,8 +298,9 @@ def test_the_routers_pods_are_as_the_values_say() -> None:
 
     assert parts.resources(pod()) == parts.resources(Settings().router_pod)
     assert parts.placement(pod()) == {}
-    own = pod("router.resources.limits.cpu=2", "router.nodeSelector.kubernetes\\.io/arch=amd64", "router.priorityClassName=high")
-    assert parts.resources(own)["limits"] == {"cpu": 2, "memory": "512Mi"}
+    place = ("router.nodeSelector.kubernetes\\.io/arch=amd64", "router.priorityClassName=high")
+    own = pod("router.resources.limits.cpu=2", *place)
+    assert parts.resources(own)["limits"] == {"cpu": "2", "memory": "512Mi"}
     assert parts.placement(own) == {"nodeSelector": {"kubernetes.io/arch": "amd64"}, "priorityClassName": "high"}
 
 

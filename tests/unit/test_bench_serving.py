@@ -70,7 +70,8 @@ def test_the_cost_of_the_front_is_that_of_pairs_of_the_same_requests() -> None:
     assert line.endswith("server / bare 0.980 (0.890-0.985); client 20 us a token")
 
 
-FRAMES = b'HTTP/1.1 200 OK\r\nx: "finish_reason":null\r\n\r\n' + b'10\r\ndata: {"t":"a","finish_reason":null}\n\n\r\n' * 3
+HEAD = b'HTTP/1.1 200 OK\r\nx: "finish_reason":null\r\n\r\n'
+FRAMES = HEAD + b'10\r\ndata: {"t":"a","finish_reason":null}\n\n\r\n' * 3
 
 
 @pytest.mark.parametrize("size", [1, 7, 20, 50, 1000])
@@ -86,5 +87,5 @@ def test_a_bare_answer_has_a_byte_for_each_token() -> None:
 
 
 def test_a_refusal_ends_the_benchmark_with_what_the_server_says() -> None:
-    with pytest.raises(SystemExit, match="HTTP/1.1 503 Busy later"):
+    with pytest.raises(SystemExit, match=r"HTTP/1\.1 503 Busy later"):
         list(asking.tokens([b"HTTP/1.1 503 Busy\r\nx: y\r\n\r\nlater"], frames=True))

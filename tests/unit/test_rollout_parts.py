@@ -289,11 +289,12 @@ def test_routers_go_where_taints_let_the_servers_and_ask_for_none_of_their_nodes
 
 
 def test_the_charts_values_fit_the_routers_to_the_cluster():
-    values = '{"resources": {"limits": {"cpu": 1}}, "nodeSelector": {"kubernetes.io/arch": "amd64"}, "priorityClassName": "high"}'
-    settings = Settings.from_env({"SLMOPS_ROUTER_POD": values})
+    place = {"nodeSelector": {"kubernetes.io/arch": "amd64"}, "priorityClassName": "high"}
+    values = {"resources": {"limits": {"cpu": 1}}, **place}
+    settings = Settings.from_env({"SLMOPS_ROUTER_POD": json.dumps(values)})
     (one,) = pods_of(router.deployment(OWNER, spec(), "s3cret", settings))
     (plain,) = pods_of(router.deployment(OWNER, spec(), "s3cret", Settings()))
-    assert one["containers"][0]["resources"] == {"limits": {"cpu": 1}}
+    assert one["containers"][0]["resources"] == {"limits": {"cpu": "1"}}
     assert plain["containers"][0]["resources"] == {
         "requests": {"cpu": "50m", "memory": "64Mi"},
         "limits": {"memory": "512Mi"},

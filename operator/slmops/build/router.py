@@ -138,7 +138,7 @@ def deployment(owner: Object, spec: ModelDeploymentSpec, token: str, settings: S
                     "enableServiceLinks": False,
                     "terminationGracePeriodSeconds": GRACE_SECONDS,
                     "securityContext": parts.POD_SECURITY,
-                    # Not the object's node selector, priority and runtime: those are about what the models need, a GPU say.
+                    # Not the object's node selector, priority and runtime: they are for what models need, a GPU say.
                     **{name: theirs[name] for name in ("tolerations", "imagePullSecrets") if name in theirs},
                     **{name: ours[name] for name in ("nodeSelector", "priorityClassName") if name in ours},
                     "containers": [_container(name, settings)],
