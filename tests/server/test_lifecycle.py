@@ -229,13 +229,31 @@ def test_a_drain_waits_for_the_last_stream(start: Start) -> None:
     wait_for(lambda: not Path(f"/proc/{engine}").exists(), "the engine process is gone")
 
 
-def test_a_stuck_engine_fails_liveness(start: Start) -> None:
-    server = start("--step-timeout", "1.5")
+def test_a_stuck_engine_is_ended_and_started_again(start: Start) -> None:
+    server = start("--slots", "1", "--step-timeout", "1.5")
+    old = server.engine_pid or 0
+    sock = raw_request(server, **LONG, stream=True, n=8)  # one after the other: longer than the signal takes
+    first = sock.recv(1)
+    os.kill(old, signal.SIGSTOP)
+    *_, last = (first + read_all(sock)).split(b"data: ")
+    assert b'"code":"engine_restarted"' in last
+    wait_for(lambda: server.probe("readyz") == 200, "ready again")
+    assert server.engine_pid not in (None, old)
+    assert server.probe("livez") == 200
+    assert server.metric("slmops_engine_restarts_total") == 1
+    assert "the engine process said nothing for 1.5 seconds while ready" in server.log.read_text()
+    assert server.complete().status_code == 200
+
+
+def test_a_drain_does_not_wait_for_a_stuck_engine(start: Start) -> None:
+    server = start("--slots", "1", "--step-timeout", "1.5", "--drain-grace", "0")
+    sock = raw_request(server, **LONG, stream=True, n=8)  # one after the other: longer than the signal takes
+    first = sock.recv(1)
     os.kill(server.engine_pid or 0, signal.SIGSTOP)
-    wait_for(lambda: server.probe("livez") == 503, "liveness fails")
-    assert server.http.get("/livez").json()["phase"] == "stuck"
-    os.kill(server.engine_pid or 0, signal.SIGCONT)
-    wait_for(lambda: server.probe("livez") == 200, "liveness is back")
+    server.terminate()
+    assert b'"code":"engine_restarted"' in first + read_all(sock)
+    assert server.process.wait(30) == 0
+    assert "Traceback" not in server.log.read_text()
 
 
 def test_keys_and_a_metrics_port(start: Start, tmp_path: Path) -> None:

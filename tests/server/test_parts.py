@@ -116,6 +116,7 @@ def test_flags_win_over_the_environment() -> None:
         (["--model", "m", "--adapter", "\udcff=/x"], {}),
         (["--model", "m"], {"SLMOPS_SERVER_ADAPTER": "a=\udcff"}),
         (["--model", "m", "--drain-grace", "nan"], {}),
+        (["--model", "m", "--step-timeout", "0"], {}),
         (["--model", "m", "--por", "1"], {}),  # abbreviations would get around what an operator reserves
     ],
 )

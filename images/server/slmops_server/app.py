@@ -101,10 +101,9 @@ class Routes:
         return found
 
     async def _livez(self, _scope: asgi.Scope, _receive: asgi.Receive, send: asgi.Send) -> None:
-        """503 when only a restart of the container helps: an engine that is stuck or gave up."""
-        supervisor = self._service.supervisor
-        dead = supervisor.stuck or supervisor.phase == "failed"
-        await self._probe(send, not dead, "stuck" if supervisor.stuck else supervisor.phase)
+        """503 when only a restart of the container helps: an engine that does not end when killed, or given up."""
+        phase = self._service.supervisor.phase
+        await self._probe(send, phase not in ("stuck", "failed"), phase)
 
     async def _readyz(self, _scope: asgi.Scope, _receive: asgi.Receive, send: asgi.Send) -> None:
         """200 while the model is loaded, has answered, and new requests are welcome."""

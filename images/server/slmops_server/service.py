@@ -75,7 +75,7 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether a request sent now will be answered, and more should be sent here."""
-        return self.supervisor.ready and not self.draining and not self.supervisor.stuck
+        return self.supervisor.ready and not self.draining
 
     @property
     def _room(self) -> int:

@@ -175,7 +175,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
     option("adapter-root", None, _path, "folder below which adapters may be loaded and unloaded by the API; none: off")
     option("api-keys-dir", None, _path, "folder (or file) with the accepted API keys, re-read while running")
     option("drain-grace", "5", _seconds, "after SIGTERM, go on accepting requests for this long")
-    option("step-timeout", "120", _seconds, "an engine silent for this long is taken for stuck: /livez fails")
+    option("step-timeout", "120", _timeout, "an engine silent for this long is killed and started again")
     option("log-level", "info", _one_of(LOG_LEVELS), f"one of {', '.join(LOG_LEVELS)}")
     got = parser.parse_args(argv)
     if got.model is None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import socket
 import sys
 import time
@@ -26,6 +27,8 @@ BACKOFF = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds before the n-th restart in 
 STEADY = 30.0  # an engine that ran this long has earned a fresh count
 GIVE_UP = 5  # starts in a row that never came to be ready, after which the server ends and says why
 BEAT = 1.0  # seconds between pings
+RELOAD = 300.0  # seconds that loading or warming may take after the first time, or SLOWER times what it took then
+SLOWER = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,11 @@ class _Lines(asyncio.Protocol):
 
 
 class Supervisor:
-    """Keeps one engine process alive. `phase` is starting, loading, warming, ready, restarting or failed."""
+    """Keeps one engine process alive.
+
+    `phase` is starting, loading, warming, ready, stuck (silent for too long, told to end, and not yet gone),
+    restarting or failed.
+    """
 
     def __init__(self, model: Path, options: EngineOptions, log_level: str, step_timeout: float) -> None:
         self.phase = "starting"
@@ -125,18 +132,14 @@ class Supervisor:
         self.steps: dict[str, float] = {}  # what the engine process last told about its steps
         self._jobs: dict[int, _Job] = {}  # in order of arrival, which is the order in which they get slots
         self._transport: asyncio.WriteTransport | None = None
-        self._heard = time.monotonic()
+        self._unheard = 0  # pings sent since the engine process last said anything
+        self._unready = 0  # starts in a row that did not come to be ready
         self._closing = False
 
     @property
     def ready(self) -> bool:
         """Loaded, warmed and listening."""
         return self.phase == "ready"
-
-    @property
-    def stuck(self) -> bool:
-        """Ready by its own word, but silent for longer than any step may take."""
-        return self.ready and time.monotonic() - self._heard > self._step_timeout
 
     @property
     def slots(self) -> int:
@@ -234,10 +237,11 @@ class Supervisor:
 
     async def run(self) -> None:
         """Start the engine and start it again whenever it ends, until closed or given up (`failed` is set)."""
-        in_a_row = unready = 0
+        in_a_row = 0
         while not self._closing:
             begin = time.monotonic()
             code: int | None = None
+            self._unready += 1
             try:
                 code = await self._once()
             except OSError as error:
@@ -245,9 +249,8 @@ class Supervisor:
             if self._closing:
                 return
             in_a_row = 1 if time.monotonic() - begin > STEADY else in_a_row + 1
-            unready = 0 if self.ready else unready + 1
             log.error("Engine process ended code=%s phase=%s problem=%s", code, self.phase, self.problem or "none")
-            if unready >= GIVE_UP:
+            if self._unready >= GIVE_UP:
                 self.phase = "failed"
                 self.failed.set()
                 return
@@ -261,13 +264,13 @@ class Supervisor:
         """One life of the engine process; its exit code (negative: the signal that ended it). OSError: it has none."""
         process, ours = await _start_process()
         self.pid = process.pid
-        self._heard = time.monotonic()
+        self._unheard = 0
         transport, _ = await asyncio.get_running_loop().create_connection(lambda: _Lines(self._take), sock=ours)
         self._transport = cast("asyncio.WriteTransport", transport)  # uvloop's class does not derive from it
         # not as an argument: the names and folders of adapters may be more than one can hold
         options = asdict(self._options_now())
         self._send({"model": str(self._model), "log_level": self._log_level, "options": options})
-        beat = asyncio.create_task(self._beat())
+        beat = asyncio.create_task(self._beat(process))
         try:
             return await process.wait()
         finally:
@@ -301,24 +304,42 @@ class Supervisor:
         if self._transport is not None:
             self._transport.close()
 
-    async def _beat(self) -> None:
+    async def _beat(self, process: asyncio.subprocess.Process) -> None:
+        """Ping, and end a process that leaves too many unanswered: their number, as time passes in a frozen pod too."""
         for number in itertools.count():
             await asyncio.sleep(BEAT)
+            if self._unheard * BEAT > (patience := self._patience):
+                break
             self._send({"op": "ping", "n": number})
+            self._unheard += 1
+        self.problem = f"the engine process said nothing for {patience:g} seconds while {self.phase}"
+        self.phase = "stuck"
+        log.error("Killed the engine process problem=%s", self.problem)
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+
+    @property
+    def _patience(self) -> float:
+        """Seconds that the process may be silent. How long a first load may take, the startup probe decides."""
+        if self.ready:
+            return self._step_timeout
+        if not self.was_ready.is_set():
+            return math.inf
+        return max(RELOAD, SLOWER * max(self.info["load_seconds"], self.info["warm_seconds"]))
 
     def _send(self, message: dict[str, Any]) -> None:
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(orjson.dumps(message) + b"\n")
 
     def _take(self, message: dict[str, Any]) -> None:
-        self._heard = time.monotonic()
+        self._unheard = 0
         if events := message.get("ev"):
             for event in events:
                 self._deliver(*event)
         elif "phase" in message:
             self.phase = message["phase"]
         elif "ready" in message:
-            self.info, self.phase, self.problem = message["ready"], "ready", ""
+            self.info, self.phase, self.problem, self._unready = message["ready"], "ready", "", 0
             self.adapters = {name: self.adapters[name] for name in message["adapters"]}
             self.was_ready.set()
         elif "loaded" in message:

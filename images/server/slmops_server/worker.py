@@ -320,6 +320,8 @@ def main() -> int:
     except (model_folder.BadModelFolderError, EngineRefusedError, engines.DoesNotFitError) as error:
         channel.send({"fatal": str(error)})
         return 1
+    except (BrokenPipeError, ConnectionResetError):  # the front has ended meanwhile
+        return 0
     except Exception as error:
         log.exception("Failed to load the model")
         channel.send({"fatal": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"})
