@@ -1,6 +1,8 @@
-"""The one change to a model's graph: what it computes, and what damaged files do to it."""
+"""What is read of a model's graph, and the one change to it: what it computes, and what damaged files do to it."""
 
+import contextlib
 import random
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -65,6 +67,8 @@ def test_no_damage_gets_past_a_value_error(tiny: Path, seed: int) -> None:
     model = bytearray((tiny / "model.onnx").read_bytes())
     for _ in range(draw.choice([1, 5, 50])):
         model[draw.randrange(len(model))] = draw.randrange(256)
+    with contextlib.suppress(ValueError):
+        graph.rotary_switch(bytes(model))
     try:
         changed = graph.logits_from(bytes(model), "logits")
     except ValueError:
@@ -112,3 +116,51 @@ def test_an_empty_file_is_no_graph(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").touch()
     with pytest.raises(ValueError, match="empty"):
         graph.read(tmp_path / "model.onnx")
+
+
+def node(kind: str, inputs: list[str], outputs: list[str], attribute: bytes = b"") -> bytes:
+    """A field of a graph: a NodeProto."""
+    names = [graph._message(graph.NODE_INPUT, name.encode()) for name in inputs]
+    names += [graph._message(graph.NODE_OUTPUT, name.encode()) for name in outputs]
+    more = [graph._message(graph.NODE_ATTRIBUTE, attribute)] if attribute else []
+    return graph._message(graph.NODE, b"".join([*names, graph._message(graph.NODE_OP, kind.encode()), *more]))
+
+
+def longrope(limit: int, form: str, attention: str = "GroupQueryAttention") -> bytes:
+    """As the builder writes it: the constant as a node of its own, or as an initializer after a pass of Olive."""
+    raw = graph._number(2, graph.INT64) + graph._message(9, limit.to_bytes(8, "little"))
+    packed = graph._number(2, graph.INT64) + graph._message(7, graph._encoded(limit))
+    tensor = graph._message(8, b"limit") + (packed if form == "packed" else raw)
+    branch = graph._message(1, b"then_branch") + graph._message(6, node("Constant", [], ["cos_cache_large"]))
+    parts = [
+        node("Shape", ["attention_mask"], ["shape"]),
+        node("Gather", ["shape", "one"], ["length"]),
+        node("Greater", ["length", "limit"], ["longer"]),
+        node("If", ["longer"], ["cos_cache", "sin_cache"], branch),
+        node(attention, ["qkv", "", "", "past", "past", "seqlens", "total", "cos_cache", "sin_cache"], ["out"]),
+    ]
+    if form == "node":
+        parts.insert(0, node("Constant", [], ["limit"], graph._message(1, b"value") + graph._message(5, tensor)))
+    else:
+        parts.append(graph._message(graph.INITIALIZER, tensor))
+    return graph._message(graph.GRAPH, b"".join(parts))
+
+
+@pytest.mark.parametrize("form", ["node", "raw", "packed"])
+@pytest.mark.parametrize("attention", ["GroupQueryAttention", "RotaryEmbedding"])
+def test_the_length_from_which_other_rotary_tables_are_taken_is_read(form: str, attention: str) -> None:
+    assert graph.rotary_switch(longrope(4096, form, attention)) == 4096
+
+
+def test_most_graphs_have_one_rotary_table(tiny: Path) -> None:
+    assert graph.rotary_switch((tiny / "model.onnx").read_bytes()) is None
+    assert graph.rotary_switch(longrope(4096, "node", "Add")) is None  # the choice is about something else
+    assert graph.rotary_switch(b"") is None
+
+
+@pytest.mark.parametrize(("limit", "served"), [(128, 128), (4096, 512)])
+def test_no_context_goes_beyond_the_first_rotary_table(tiny: Path, tmp_path: Path, limit: int, served: int) -> None:
+    """Else chunks of one prompt would be turned by different tables, and short rows by those of their neighbours."""
+    copy = shutil.copytree(tiny, tmp_path / "model")
+    (copy / "model.onnx").write_bytes(longrope(limit, "node"))
+    assert model_folder.read(copy).context_length == served

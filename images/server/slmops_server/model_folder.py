@@ -1,10 +1,15 @@
 """A model folder, read once, checked, typed: as the onnxruntime-genai builder writes it, OpenVINO IR or GGUF."""
 
 import json
+import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from slmops_server.engines import graph as onnx_graph
+
+log = logging.getLogger(__name__)
 
 IR = "openvino_model.xml"  # as optimum-intel names it
 GGUF = ".gguf"
@@ -16,7 +21,7 @@ class BadModelFolderError(Exception):
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """Shapes are counts, `context_length` is tokens, `model_bytes` the graph with its weights.
+    """Shapes are counts, `context_length` is tokens that can be served, `model_bytes` the graph with its weights.
 
     `inputs`, `outputs` and `share_buffer` are an ONNX graph's; IR and GGUF have none.
     """
@@ -125,7 +130,23 @@ def read(path: Path) -> ModelFolder:
         raise BadModelFolderError(f"{path / 'genai_config.json'} is not a decoder-only model's: {error!r}") from None
     if not folder.graph.is_file():
         raise BadModelFolderError(f"{folder.graph} is missing")
-    return folder
+    return _within_one_table(folder)
+
+
+def _within_one_table(folder: ModelFolder) -> ModelFolder:
+    """With the context in which the graph computes a token the same, whatever comes after it or runs beside it."""
+    try:
+        limit = onnx_graph.rotary_switch(onnx_graph.read(folder.graph))
+    except (OSError, ValueError):  # the engine tells what is wrong with it
+        return folder
+    if limit is None or limit >= folder.context_length:
+        return folder
+    log.info(
+        "Lowered the context tokens=%d from=%d: a longer call takes other rotary tables for all that it computes",
+        limit,
+        folder.context_length,
+    )
+    return replace(folder, context_length=limit)
 
 
 def _other_graph(path: Path) -> Path | None:

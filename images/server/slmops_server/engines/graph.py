@@ -1,4 +1,4 @@
-"""A decoder's ONNX graph, read and changed at load: logits from a chosen position on, not for the whole prompt.
+"""A decoder's ONNX graph, read at load, and changed: logits from a chosen position on, not for the whole prompt.
 
 The output head is a large part of a small model with a large vocabulary, and its result for a prompt is a copy of the
 vocabulary for each token, of which one row is needed. A new input `logits_from` (int64, [1]) says where to begin.
@@ -19,12 +19,16 @@ HIDDEN = "slmops/hidden_from"
 END, AXIS = "slmops/end", "slmops/axis"
 HEADS = {"MatMul", "MatMulNBits"}
 BEHIND_HEADS = {"Cast", "Mul", "Div", "Tanh"}  # scaled and capped logits
+ROTARY = {"GroupQueryAttention", "RotaryEmbedding"}
 
 # field numbers of onnx.proto3
 GRAPH = 7
 NODE, INITIALIZER, INPUT = 1, 5, 11
-NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_OP = 1, 2, 3, 4
+NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_OP, NODE_ATTRIBUTE = 1, 2, 3, 4, 5
+ATTRIBUTE_TENSOR = 5
+TENSOR_INT64, TENSOR_NAME, TENSOR_RAW = 7, 8, 9
 INT64 = 7
+INT64_BYTES = 8
 BYTES = {1: 4, 10: 2, 16: 2}  # float, float16, bfloat16
 
 
@@ -70,6 +74,43 @@ def item_bytes(model: bytes | memoryview, name: str) -> int | None:
                 kind = next((part for number, part, _ in _fields(tensor) if number == 1), None)
                 return BYTES.get(kind) if isinstance(kind, int) else None
     return None
+
+
+def rotary_switch(model: bytes | memoryview) -> int | None:
+    """Tokens beyond which a call takes other rotary tables for all that it computes. ValueError: the file is damaged.
+
+    The builder's form of longrope (Phi-3.5, Phi-4-mini): If(Greater(length of the mask, constant)) before attention.
+    None where the tables are always the same.
+    """
+    parts = list(_all([memoryview(model)], GRAPH))
+    found = [(_node(value), value) for value in _all(parts, NODE)]
+    made_by = {name: (node, value) for node, value in found for name in node[NODE_OUTPUT]}
+
+    def maker(name: str, kind: str) -> tuple[dict[int, list[str]], memoryview] | None:
+        made = made_by.get(name)
+        return made if made and made[0][NODE_OP][0] == kind else None
+
+    names = {name for node, _ in found if node[NODE_OP][0] in ROTARY for name in node[NODE_INPUT]}
+    switches = [made[0][NODE_INPUT][0] for name in names if (made := maker(name, "If"))]
+    limits = [made[0][NODE_INPUT][-1] for name in switches if (made := maker(name, "Greater"))]
+    constants = {
+        bytes(name).decode(): tensor for tensor in _all(parts, INITIALIZER) for name in _all([tensor], TENSOR_NAME)
+    }
+    for name in limits:
+        if made := maker(name, "Constant"):
+            constants |= {name: tensor for tensor in _all(_all([made[1]], NODE_ATTRIBUTE), ATTRIBUTE_TENSOR)}
+    values = [_whole_number(constants[name]) for name in limits if name in constants]
+    return min((value for value in values if value > 0), default=None)
+
+
+def _whole_number(tensor: memoryview) -> int:
+    """The number of a TensorProto that holds one int64, 0 of any other."""
+    for number, value, _ in _fields(tensor):
+        if number == TENSOR_RAW and isinstance(value, memoryview) and len(value) == INT64_BYTES:
+            return int.from_bytes(value, "little", signed=True)
+        if number == TENSOR_INT64:
+            return value if isinstance(value, int) else _varint(value, 0)[0]
+    return 0
 
 
 def _all(messages: Iterable[memoryview], field: int) -> Iterator[memoryview]:
