@@ -1,5 +1,6 @@
 """Grammars: compiled beside the engine, kept, bounded, and harmless when they fail."""
 
+import asyncio
 import concurrent.futures
 import json
 import os
@@ -8,14 +9,20 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import openai
 import pytest
 from server_harness import TINY, Server, wait_for
 
 from slmops_server import compiling
-from slmops_server.compiling import Compiler
+from slmops_server.compiling import Compiler, CrowdedError
+from slmops_server.engines.base import Sampling
+from slmops_server.engines.choose import EngineOptions
+from slmops_server.errors import ApiError
 from slmops_server.guide import CACHED, CACHED_TEXT, BadGrammarError, Guides, MatcherGuide
+from slmops_server.supervisor import Supervisor
+from slmops_server.worker import Worker
 
 Start = Callable[..., Server]
 # about a second of work
@@ -167,13 +174,15 @@ def test_it_tells_when_something_is_done(guides: Guides) -> None:
 
 
 class Slow:
-    """Guides that take until they are let go."""
+    """Guides that take until they are let go, one grammar longer than others, and what was begun."""
 
-    def __init__(self) -> None:
-        self.go = threading.Event()
+    def __init__(self, longer: str = "") -> None:
+        self.go, self.late, self._longer = threading.Event(), threading.Event(), longer
+        self.made: list[str] = []
 
     def new(self, kind: str, text: str) -> MatcherGuide:
-        self.go.wait(20)
+        self.made.append(text)
+        (self.late if text == self._longer else self.go).wait(20)
         raise RuntimeError("let go")
 
 
@@ -182,6 +191,7 @@ def test_what_takes_too_long_is_refused_and_what_fails_is_told() -> None:
     slow = Slow()
     compiler = Compiler(slow, lambda: now)  # type: ignore[arg-type]
     compiler.start(1, "regex", "a")
+    wait_for(lambda: slow.made, "a thread has taken it up")
     assert compiler.done() == []
     now = compiling.SECONDS + 1
     [(number, error)] = compiler.done()
@@ -194,13 +204,60 @@ def test_what_takes_too_long_is_refused_and_what_fails_is_told() -> None:
     assert (number, type(error)) == (2, RuntimeError)
 
 
+def test_a_grammar_that_found_no_thread_is_not_at_fault() -> None:
+    now = 0.0
+    slow = Slow()
+    compiler = Compiler(slow, lambda: now)  # type: ignore[arg-type]
+    for number in range(compiling.THREADS + 1):
+        compiler.start(number, "regex", f"a{number}")
+    wait_for(lambda: len(slow.made) == compiling.THREADS, "all threads are taken")
+    now = compiling.SECONDS + 1
+    told = dict(compiler.done())
+    assert isinstance(told.pop(compiling.THREADS), CrowdedError)
+    assert [type(error) for error in told.values()] == [BadGrammarError] * compiling.THREADS
+    slow.go.set()
+
+
+def test_a_grammar_that_found_no_thread_may_be_sent_again(guides: Guides, monkeypatch: pytest.MonkeyPatch) -> None:
+    front = Supervisor(TINY, EngineOptions(), "info", 60)
+    front.phase = "ready"
+    stream = front.submit([1], 4, Sampling(), (), ignore_eos=False, stream=False)
+    [number] = stream.numbers
+    channel = SimpleNamespace(send=front._take)
+    worker = Worker(None, None, guides, channel)  # type: ignore[arg-type]  # neither is asked for anything
+    worker._compiled[number] = {}
+    monkeypatch.setattr(worker._compiler, "done", lambda: [(number, CrowdedError("Busy."))])
+    worker._take_compiled()
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(stream.get())
+    assert (caught.value.status, caught.value.code, caught.value.retry_after) == (503, "overloaded", 10)
+
+
+def test_the_time_of_a_grammar_begins_when_a_thread_takes_it_up() -> None:
+    now = 0.0
+    slow = Slow("late")
+    compiler = Compiler(slow, lambda: now)  # type: ignore[arg-type]
+    for number, text in enumerate([*"abcdefgh"[: compiling.THREADS], "late"]):
+        compiler.start(number, "regex", text)
+    wait_for(lambda: len(slow.made) == compiling.THREADS, "all threads are taken")
+    now = compiling.SECONDS - 1
+    slow.go.set()
+    wait_for(lambda: slow.made[-1] == "late", "one is taken up late")
+    wait(compiler, compiling.THREADS)
+    now = 2 * compiling.SECONDS - 2
+    assert compiler.done() == []
+    now = 2 * compiling.SECONDS
+    [(number, error)] = compiler.done()
+    assert (number, type(error)) == (compiling.THREADS, BadGrammarError)
+    slow.late.set()
+
+
 class Held(Slow):
-    """Guides that are compiled when they are let go, and what was begun."""
+    """Guides that are compiled when they are let go."""
 
     def __init__(self, guides: Guides) -> None:
         super().__init__()
         self._guides = guides
-        self.made: list[str] = []
 
     def new(self, kind: str, text: str) -> MatcherGuide:
         self.made.append(text)

@@ -9,7 +9,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from slmops_server.guide import BadGrammarError, Guides, MatcherGuide
 
 THREADS = 2  # so that one slow grammar does not hold up the small ones
-SECONDS = 10.0  # for one grammar, its wait for a thread included
+SECONDS = 10.0  # for one grammar, and as long again for a thread to be free
+
+
+class CrowdedError(Exception):
+    """No thread was free for the grammar in time: it may be as good as any."""
 
 
 class Compiler:
@@ -21,7 +25,8 @@ class Compiler:
         self._bell.setblocking(False)
         self._guides, self._clock = guides, clock
         self._pool = ThreadPoolExecutor(THREADS, "grammar")
-        self._open: dict[int, tuple[tuple[str, str], float]] = {}  # the grammar, and until when it is waited for
+        self._open: dict[int, tuple[tuple[str, str], float]] = {}  # the grammar, and since when it is waited for
+        self._begun: dict[tuple[str, str], float] = {}  # when a thread took it up; written by that thread
         self._running: dict[tuple[str, str], Future[MatcherGuide]] = {}  # once for all who wait for the same
 
     def known(self, kind: str, text: str) -> MatcherGuide | None:
@@ -30,10 +35,14 @@ class Compiler:
 
     def start(self, number: int, kind: str, text: str) -> None:
         """Compile; `done` tells the outcome under that number."""
-        self._open[number] = (kind, text), self._clock() + SECONDS
+        self._open[number] = (kind, text), self._clock()
         if (kind, text) not in self._running:
-            self._running[kind, text] = future = self._pool.submit(self._guides.new, kind, text)
+            self._running[kind, text] = future = self._pool.submit(self._compile, kind, text)
             future.add_done_callback(self._ring)
+
+    def _compile(self, kind: str, text: str) -> MatcherGuide:
+        self._begun[kind, text] = self._clock()
+        return self._guides.new(kind, text)
 
     def cancel(self, number: int) -> None:
         """Forget it. What runs is run to its end: a thread cannot be ended."""
@@ -44,20 +53,26 @@ class Compiler:
             del self._running[grammar]
 
     def done(self) -> list[tuple[int, MatcherGuide | BadGrammarError | BaseException]]:
-        """What was compiled, could not be (BadGrammarError: the grammar's fault), or took too long."""
+        """What was compiled, could not be or took too long (BadGrammarError: its own fault), or found no thread."""
         with contextlib.suppress(BlockingIOError):
             while self.wake.recv(1024):
                 pass
         # looked at once: what ends meanwhile has rung, and is told the next time
         ended = {grammar: future for grammar, future in self._running.items() if future.done()}
         told: list[tuple[int, MatcherGuide | BadGrammarError | BaseException]] = []
-        for number, (grammar, end) in self._open.items():
+        for number, (grammar, since) in self._open.items():
+            begun = self._begun.get(grammar)
             if grammar in ended:
                 told.append((number, ended[grammar].exception() or ended[grammar].result().copy()))
-            elif self._clock() > end:
+            elif self._clock() <= max(since, begun or since) + SECONDS:
+                continue
+            elif begun is None:
+                told.append((number, CrowdedError("Other grammars are being compiled.")))
+            else:
                 told.append((number, BadGrammarError(f"compiling it takes longer than {SECONDS:g} seconds")))
         for grammar in ended:
             del self._running[grammar]
+            self._begun.pop(grammar, None)
         for number, _ in told:
             self.cancel(number)
         return told

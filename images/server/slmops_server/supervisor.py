@@ -17,7 +17,7 @@ import orjson
 
 from slmops_server.engines.base import Sampling
 from slmops_server.engines.choose import EngineOptions
-from slmops_server.errors import ApiError, bad_request, format_failed, internal, unavailable
+from slmops_server.errors import ApiError, bad_request, format_failed, internal, overloaded, unavailable
 from slmops_server.grammar import Grammar
 from slmops_server.queue_time import Work
 
@@ -29,6 +29,7 @@ GIVE_UP = 5  # starts in a row that never came to be ready, after which the serv
 BEAT = 1.0  # seconds between pings
 RELOAD = 300.0  # seconds that loading or warming may take after the first time, or SLOWER times what it took then
 SLOWER = 10
+UNCROWDED = 10  # seconds after which grammars that are being compiled have been, or were given up
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,6 +366,8 @@ class Supervisor:
             stream.put(format_failed(text) if text else internal())
         elif finish == "refused":
             stream.put(bad_request(f"The grammar cannot be used: {text}", stream.grammar_param, "invalid_grammar"))
+        elif finish == "crowded":
+            stream.put(overloaded(f"{text} Try again in {UNCROWDED} seconds.", "grammars", UNCROWDED))
         else:
             started, first, last, gaps, cached = times
             stream.put(Delta(text, tokens, finish, started, first, last, tuple(gaps), cached, scores, choice))

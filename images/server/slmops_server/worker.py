@@ -6,7 +6,8 @@ It talks to the front over one inherited socket, its standard input, a JSON obje
 {"loaded": n, "problem": text or null}, {"ev": [[job, text, tokens, finish, times, scores], ...]};
 `times` comes with `finish` only: when the job got its slot, its first and its last token in seconds of CLOCK_MONOTONIC
 (one clock for all processes of a machine), the gaps between tokens in microseconds, and the prompt tokens that were
-taken from the cache. `finish` is one of the engine's, or "refused": the grammar is at fault, text says why.
+taken from the cache. `finish` is one of the engine's, or "refused": the grammar is at fault, text says why, or
+"crowded": too many others are being compiled.
 """
 
 import logging
@@ -24,7 +25,7 @@ import orjson
 from tokenizers import Tokenizer
 
 from slmops_server import model_folder
-from slmops_server.compiling import Compiler
+from slmops_server.compiling import Compiler, CrowdedError
 from slmops_server.detok import DetokenizerFactory, StopScanner
 from slmops_server.engines import choose as engines
 from slmops_server.engines.adapters import BadAdapterError
@@ -206,8 +207,12 @@ class Worker:
             if isinstance(outcome, MatcherGuide):
                 self._submit(message, outcome)
                 continue
-            finish = "refused" if isinstance(outcome, BadGrammarError) else "error"
-            if finish == "error":
+            finish = "error"
+            if isinstance(outcome, BadGrammarError):
+                finish = "refused"
+            elif isinstance(outcome, CrowdedError):
+                finish = "crowded"
+            else:
                 log.error("Failed to compile a grammar error=%r", outcome)
             reason = str(outcome) or type(outcome).__name__
             self._channel.send({"ev": [[number, reason, 0, finish, NO_TIMES, None]]})
