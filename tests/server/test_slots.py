@@ -101,6 +101,26 @@ def test_a_long_prompt_holds_up_a_running_answer_for_three_steps_at_most(running
     assert gaps(forward, slots, set(range(running)))[-1] <= 3.1 * step
 
 
+class Scoring(Timed):
+    """A prompt takes longer where each of its tokens is scored."""
+
+    def score(self, slot: int, tokens: Sequence[int], past: int, adapter: Adapter) -> Logits:
+        self.now += 0.013 + 0.008 * len(tokens)
+        return np.zeros((len(tokens), self.vocab), np.float32)
+
+
+def test_a_prompt_that_is_scored_holds_up_running_answers_no_longer_than_others() -> None:
+    forward, slots = engine(Scoring)
+    for number in range(4):
+        slots.submit(job(number, 8, 300))
+    for _ in range(8):
+        slots.step()
+    slots.submit(Job(99, [1] * 500, 1, Sampling(temperature=0.0, logprobs=0), ignore_eos=True, score_prompt=True))
+    *rest, first = gaps(forward, slots, {0})
+    assert first <= 3.5 * forward.decode_seconds[3]  # before it is known how long they take
+    assert rest[-1] <= 3.1 * forward.decode_seconds[3]
+
+
 @pytest.mark.parametrize("running", [1, 2, 4, 5])
 def test_running_answers_ride_on_the_chunks_of_a_prompt(running: int) -> None:
     """All of them or, where they are too many for such a call, none; a gap is no longer than without."""

@@ -149,7 +149,7 @@ class SlotEngine:
         self._used = [0] * info.slots  # when a row's answer ended, in answers
         self._ended = 0
         self._pace = Pace(forward.chunk, forward.prefill_seconds)
-        self._score_pace = Pace(forward.scored, {})
+        self._score_pace = Pace(forward.scored, forward.prefill_seconds)  # scores take longer, as it learns
         self._step_seconds = 0.0  # moving average of a step's decode calls
         self._slower = 1.0  # moving average of how many times as long they take as measured at start: longer rows do
         for adapter in (BASE,) if adapters is None else (BASE, Adapter({})):
@@ -252,17 +252,16 @@ class SlotEngine:
         """One chunk of a prompt."""
         self._start(row)
         prompt, left = row.job.prompt, len(row.job.prompt) - row.length
-        if row.prompt_scores is not None:
-            size = self._score_pace.chunk(left, math.inf)
-            logits = self._score(row, prompt[row.length : row.length + size], row.prompt_scores)
+        running = any(other is not None and other.last >= 0 for other in self._rows)
+        pace = self._pace if row.prompt_scores is None else self._score_pace
+        size = pace.chunk(left, self._bearable() if running else math.inf)
+        part = prompt[row.length : row.length + size]
+        begin = self._clock()
+        if row.prompt_scores is None:
+            logits = self._forward.prefill(row.slot, part, row.length, row.job.adapter)
         else:
-            running = any(other is not None and other.last >= 0 for other in self._rows)
-            size = self._pace.chunk(left, self._bearable() if running else math.inf)
-            begin = self._clock()
-            logits = self._forward.prefill(
-                row.slot, prompt[row.length : row.length + size], row.length, row.job.adapter
-            )
-            self._pace.note(size, self._clock() - begin)
+            logits = self._score(row, part, row.prompt_scores)
+        pace.note(size, self._clock() - begin)
         self._prefilled(row, size, logits, tokens)
 
     def _mix(self, forward: Mixing, row: _Row, riders: list[_Row], tokens: list[Token]) -> None:
