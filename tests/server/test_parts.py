@@ -172,6 +172,15 @@ def test_the_folder_is_read(tiny: Path) -> None:
 
 
 CONFIG = (TINY / "genai_config.json").read_text()
+SHAPES = ("max_position_embeddings", "vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size")
+
+
+def as_ir(folder: Path, more: dict[str, object]) -> None:
+    """The files of an IR folder, as far as they are looked at before it is loaded."""
+    (folder / "genai_config.json").unlink()
+    for name in ("openvino_model.xml", "openvino_model.bin"):
+        (folder / name).touch()
+    (folder / "config.json").write_text(json.dumps({"model_type": "x", **dict.fromkeys(SHAPES, 8), **more}))
 
 
 @pytest.mark.parametrize(
@@ -183,6 +192,8 @@ CONFIG = (TINY / "genai_config.json").read_text()
         (lambda p: (p / "genai_config.json").write_text("[" * 99_999), "nested too deeply"),
         (lambda p: (p / "genai_config.json").write_text(CONFIG.replace("512", "1e999")), "decoder-only"),
         (lambda p: (p / "genai_config.json").write_text(json.dumps(json.loads(CONFIG) | {"search": []})), "decoder"),
+        (lambda p: (p / "genai_config.json").write_text(CONFIG.replace("eos_token_id", "x")), "no eos_token_id in .*genai"),
+        (lambda p: as_ir(p, {"eos_token_id": None}), "no eos_token_id in .*: add the id of the token that ends an ans"),
         (lambda p: (p / "chat_template.jinja").write_bytes(b"\xff"), "chat_template.jinja cannot be read"),
         (lambda p: (p / "tokenizer.json").unlink(), "tokenizer.json is missing"),
         (lambda p: (p / "model.onnx").unlink(), "model.onnx is missing"),
@@ -195,6 +206,19 @@ def test_folders_that_cannot_be_served(tiny: Path, tmp_path: Path, breaking: obj
     breaking(copy)  # type: ignore[operator]
     with pytest.raises(model_folder.BadModelFolderError, match=message):
         model_folder.read(copy)
+
+
+@pytest.mark.parametrize(
+    ("generation", "ids"),
+    [({"eos_token_id": [3, 4]}, {3, 4}), ({"eos_token_id": 0}, {0}), ({"eos_token_id": None}, {7}), ({}, {7})],
+)
+def test_the_tokens_that_end_an_answer_are_found(
+    tiny: Path, tmp_path: Path, generation: dict[str, object], ids: set[int]
+) -> None:
+    copy = shutil.copytree(tiny, tmp_path / "model")
+    as_ir(copy, {"eos_token_id": 7})
+    (copy / "generation_config.json").write_text(json.dumps(generation))
+    assert model_folder.read(copy).eos_ids == ids
 
 
 def test_a_template_that_is_no_text_is_none(tiny: Path, tmp_path: Path) -> None:

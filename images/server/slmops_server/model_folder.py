@@ -108,7 +108,7 @@ def read(path: Path) -> ModelFolder:
         model = config["model"]
         decoder = model["decoder"]
         graph = path / decoder["filename"]
-        eos = model["eos_token_id"]
+        eos = model.get("eos_token_id")
         folder = ModelFolder(
             path=path,
             graph=graph,
@@ -118,7 +118,7 @@ def read(path: Path) -> ModelFolder:
             layers=int(decoder["num_hidden_layers"]),
             kv_heads=int(decoder["num_key_value_heads"]),
             head_size=int(decoder["head_size"]),
-            eos_ids=_ids(eos),
+            eos_ids=_ids(eos, str(path / "genai_config.json")),
             share_buffer=bool(config.get("search", {}).get("past_present_share_buffer", False)),
             inputs=dict(decoder["inputs"]),
             outputs=dict(decoder["outputs"]),
@@ -177,7 +177,7 @@ def _read_other(path: Path, graph: Path, settings: dict[str, Any]) -> ModelFolde
     generation = _json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
     try:
         heads = int(config["num_attention_heads"])
-        eos = generation.get("eos_token_id", config.get("eos_token_id"))
+        eos = next((ids for one in (generation, config) if (ids := one.get("eos_token_id")) is not None), None)
         return ModelFolder(
             path=path,
             graph=graph,
@@ -187,7 +187,7 @@ def _read_other(path: Path, graph: Path, settings: dict[str, Any]) -> ModelFolde
             layers=int(config["num_hidden_layers"]),
             kv_heads=int(config.get("num_key_value_heads") or heads),
             head_size=int(config.get("head_dim") or int(config["hidden_size"]) // heads),
-            eos_ids=_ids(eos),
+            eos_ids=_ids(eos, f"{path / 'config.json'} or generation_config.json"),
             share_buffer=False,
             inputs={},
             outputs={},
@@ -199,6 +199,8 @@ def _read_other(path: Path, graph: Path, settings: dict[str, Any]) -> ModelFolde
         raise BadModelFolderError(f"{path / 'config.json'} is not a decoder-only model's: {error!r}") from None
 
 
-def _ids(value: Any) -> frozenset[int]:
-    """One token id or several."""
+def _ids(value: Any, where: str) -> frozenset[int]:
+    """One token id or several; `where`: the files that should have it."""
+    if value in (None, []):
+        raise BadModelFolderError(f"no eos_token_id in {where}: add the id of the token that ends an answer")
     return frozenset(int(one) for one in (value if isinstance(value, list) else [value]))
