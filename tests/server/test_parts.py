@@ -192,7 +192,7 @@ def as_ir(folder: Path, more: dict[str, object]) -> None:
         (lambda p: (p / "genai_config.json").write_text("[" * 99_999), "nested too deeply"),
         (lambda p: (p / "genai_config.json").write_text(CONFIG.replace("512", "1e999")), "decoder-only"),
         (lambda p: (p / "genai_config.json").write_text(json.dumps(json.loads(CONFIG) | {"search": []})), "decoder"),
-        (lambda p: (p / "genai_config.json").write_text(CONFIG.replace("eos_token_id", "x")), "no eos_token_id in .*genai"),
+        (lambda p: (p / "genai_config.json").write_text(CONFIG.replace("eos_token_id", "x")), "no eos_token_id in"),
         (lambda p: as_ir(p, {"eos_token_id": None}), "no eos_token_id in .*: add the id of the token that ends an ans"),
         (lambda p: (p / "chat_template.jinja").write_bytes(b"\xff"), "chat_template.jinja cannot be read"),
         (lambda p: (p / "tokenizer.json").unlink(), "tokenizer.json is missing"),

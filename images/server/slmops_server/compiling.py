@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 from slmops_server.guide import BadGrammarError, Guides, MatcherGuide
 
@@ -38,7 +39,7 @@ class Compiler:
         self._open[number] = (kind, text), self._clock()
         if (kind, text) not in self._running:
             self._running[kind, text] = future = self._pool.submit(self._compile, kind, text)
-            future.add_done_callback(self._ring)
+            future.add_done_callback(self.ring)
 
     def _compile(self, kind: str, text: str) -> MatcherGuide:
         self._begun[kind, text] = self._clock()
@@ -77,6 +78,7 @@ class Compiler:
             self.cancel(number)
         return told
 
-    def _ring(self, _future: Future[MatcherGuide]) -> None:
+    def ring(self, _future: Future[Any]) -> None:
+        """End the wait for `wake`, from any thread, for something else that is done too."""
         with contextlib.suppress(BlockingIOError):  # it rings already
             self._bell.send(b"!")

@@ -326,7 +326,7 @@ class Supervisor:
             return self._step_timeout
         if not self.was_ready.is_set():
             return math.inf
-        return max(RELOAD, SLOWER * max(self.info["load_seconds"], self.info["warm_seconds"]))
+        return max(RELOAD, SLOWER * float(self.info["load_seconds"]), SLOWER * float(self.info["warm_seconds"]))
 
     def _send(self, message: dict[str, Any]) -> None:
         if self._transport is not None and not self._transport.is_closing():

@@ -16,6 +16,7 @@ import select
 import signal
 import socket
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -133,6 +134,8 @@ class Worker:
         self._engine, self._factory, self._channel = engine, factory, channel
         self._compiler = Compiler(guides)
         self._compiled: dict[int, dict[str, Any]] = {}  # messages whose grammar is being compiled
+        self._loader = ThreadPoolExecutor(1, "adapter")  # one at a time: each counts the memory of those before it
+        self._loading: dict[int, Future[None]] = {}
         self._answers: dict[int, Answer] = {}  # of the jobs that the engine has
         self._unstarted: dict[int, Answer] = {}  # those of them that wait for a slot, in order of arrival
         self._steps, self._step_seconds, self._step_tokens = 0, 0.0, 0
@@ -147,6 +150,7 @@ class Worker:
                 for message in self._channel.receive(None if busy else self._compiler.wake):
                     self._take(message)
                 self._take_compiled()  # whatever waits: only this silences the bell that ends the wait
+                self._tell_loaded()
                 listened = time.monotonic()
             if self._engine.busy:
                 self.step()
@@ -170,12 +174,19 @@ class Worker:
                 self._channel.send({"pong": message["n"], "steps": self.steps()})
 
     def _load(self, message: dict[str, Any]) -> None:
-        problem = None
-        try:
-            self._engine.adapters.load(message["name"], Path(message["path"]))
-        except BadAdapterError as error:
-            problem = str(error)
-        self._channel.send({"loaded": message["id"], "problem": problem})
+        """Beside the loop: the volume may be slow."""
+        load = self._loader.submit(self._engine.adapters.load, message["name"], Path(message["path"]))
+        self._loading[message["id"]] = load
+        load.add_done_callback(self._compiler.ring)
+
+    def _tell_loaded(self) -> None:
+        for number in [number for number, load in self._loading.items() if load.done()]:
+            problem = None
+            try:
+                self._loading.pop(number).result()
+            except BadAdapterError as error:
+                problem = str(error)
+            self._channel.send({"loaded": number, "problem": problem})
 
     def steps(self) -> dict[str, float]:
         """What the front cannot know: steps so far, their seconds and tokens, what was guessed; tokens in the cache."""

@@ -97,6 +97,7 @@ def read(path: Path) -> Tensors:
     import onnxruntime as ort  # type: ignore[import-untyped]  # it ships no types; the front reads no tensors
 
     try:
+        _warm(path)
         held = ort.AdapterFormat.read_adapter(str(path))  # owns the memory that its parameters show
         values = held.get_parameters()
         # A damaged shape may claim more than the file has, and onnxruntime would read beyond its end.
@@ -107,6 +108,14 @@ def read(path: Path) -> Tensors:
     except (OSError, RuntimeError, ValueError) as error:  # the last: names that are no text, types that numpy lacks
         what = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise BadAdapterError(f"{path} cannot be read as an adapter, it may be damaged: {what}") from None
+
+
+def _warm(path: Path) -> None:
+    """Have the machine read a file into its cache. onnxruntime holds Python's lock while it reads, this does not."""
+    part = bytearray(1 << 20)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(part):
+            pass
 
 
 def _bytes(kind: str, shape: list[int]) -> int:

@@ -83,23 +83,22 @@ def rotary_switch(model: bytes | memoryview) -> int | None:
     None where the tables are always the same.
     """
     parts = list(_all([memoryview(model)], GRAPH))
-    found = [(_node(value), value) for value in _all(parts, NODE)]
-    made_by = {name: (node, value) for node, value in found for name in node[NODE_OUTPUT]}
-
-    def maker(name: str, kind: str) -> tuple[dict[int, list[str]], memoryview] | None:
-        made = made_by.get(name)
-        return made if made and made[0][NODE_OP][0] == kind else None
-
-    names = {name for node, _ in found if node[NODE_OP][0] in ROTARY for name in node[NODE_INPUT]}
-    switches = [made[0][NODE_INPUT][0] for name in names if (made := maker(name, "If"))]
-    limits = [made[0][NODE_INPUT][-1] for name in switches if (made := maker(name, "Greater"))]
-    constants = {
-        bytes(name).decode(): tensor for tensor in _all(parts, INITIALIZER) for name in _all([tensor], TENSOR_NAME)
-    }
-    for name in limits:
-        if made := maker(name, "Constant"):
-            constants |= {name: tensor for tensor in _all(_all([made[1]], NODE_ATTRIBUTE), ATTRIBUTE_TENSOR)}
-    values = [_whole_number(constants[name]) for name in limits if name in constants]
+    nodes = [(_node(value), value) for value in _all(parts, NODE)]
+    made = {(node[NODE_OP][0], name): node[NODE_INPUT] for node, _ in nodes for name in node[NODE_OUTPUT]}
+    tables = {name for node, _ in nodes if node[NODE_OP][0] in ROTARY for name in node[NODE_INPUT]}
+    conditions = {made["If", name][0] for name in tables if ("If", name) in made}
+    limits = {made["Greater", name][-1] for name in conditions if ("Greater", name) in made}
+    constants = [
+        *((bytes(name).decode(), one) for one in _all(parts, INITIALIZER) for name in _all([one], TENSOR_NAME)),
+        *(
+            (name, tensor)
+            for node, value in nodes
+            if node[NODE_OP][0] == "Constant"
+            for name in node[NODE_OUTPUT]
+            for tensor in _all(_all([value], NODE_ATTRIBUTE), ATTRIBUTE_TENSOR)
+        ),
+    ]
+    values = [_whole_number(tensor) for name, tensor in constants if name in limits]
     return min((value for value in values if value > 0), default=None)
 
 
