@@ -3,11 +3,14 @@
 import asyncio
 import concurrent.futures
 import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import openai
 import pytest
-from server_harness import Server, wait_for
+from server_harness import TINY, Server, wait_for
+from tokenizers import Tokenizer
 
 MESSAGES = [{"role": "user", "content": "The printer failed again"}]
 
@@ -79,6 +82,33 @@ def test_many_async_streams_at_once_get_what_each_gets_alone(server: Server) -> 
             assert len(set(alone)) > 5
 
     asyncio.run(main())
+
+
+SAVED: dict[str, Callable[[Tokenizer], None]] = {
+    "truncation": lambda tokenizer: tokenizer.enable_truncation(max_length=8),
+    "padding": lambda tokenizer: tokenizer.enable_padding(length=64),
+}
+
+
+@pytest.mark.parametrize("saved", SAVED)
+def test_a_prompt_is_read_whole_whatever_a_training_run_left_in_its_tokenizer(
+    server: Server, start: Callable[..., Server], tmp_path: Path, saved: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    SAVED[saved](tokenizer)
+    tokenizer.save(str(model / "tokenizer.json"))
+    other = start("--slots", "4", model=model)
+    line = "The customer writes that the printer on floor three has failed again and asks for help before Friday. "
+    for text in ("The printer", line):
+        for told, expected in zip(
+            (other.complete(prompt=text), other.chat(text)), (server.complete(prompt=text), server.chat(text)), strict=True
+        ):
+            assert told.json()["usage"]["prompt_tokens"] == expected.json()["usage"]["prompt_tokens"]
+            assert told.json()["choices"] == expected.json()["choices"]
+    long = line * 200  # is tokenized in a thread; the refusal counts its tokens
+    assert other.complete(prompt=long).json() == server.complete(prompt=long).json()
 
 
 def test_stop_strings(server: Server) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from slmops_server.engines import graph as onnx_graph
 
 log = logging.getLogger(__name__)
@@ -147,6 +149,18 @@ def _within_one_table(folder: ModelFolder) -> ModelFolder:
         folder.context_length,
     )
     return replace(folder, context_length=limit)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The folder's tokenizer, which leaves texts whole. BadModelFolderError when it cannot be read."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    except Exception as error:  # noqa: BLE001 - the library raises nothing finer
+        raise BadModelFolderError(f"{path / 'tokenizer.json'} cannot be read: {error}") from None
+    # a training run leaves in the file how it cut and filled up its texts
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _other_graph(path: Path) -> Path | None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 
 from jinja2 import TemplateError
-from tokenizers import Tokenizer
 
 from slmops_server import model_folder
 from slmops_server.detok import DetokenizerFactory
@@ -36,10 +35,7 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.folder = model_folder.read(settings.model)
-        try:
-            self.tokenizer = Tokenizer.from_file(str(settings.model / "tokenizer.json"))
-        except Exception as error:  # noqa: BLE001 - the library raises nothing finer
-            raise BadModelFolderError(f"{settings.model / 'tokenizer.json'} cannot be read: {error}") from None
+        self.tokenizer = model_folder.read_tokenizer(settings.model)
         self.pieces = DetokenizerFactory(self.tokenizer)
         self.template = None
         if self.folder.chat_template is not None:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from tokenizers import Tokenizer
 
 from slmops_server import model_folder
 from slmops_server.compiling import Compiler, CrowdedError
@@ -307,7 +306,7 @@ def start(path: Path, options: engines.EngineOptions, channel: Channel) -> Worke
     begin = time.monotonic()
     channel.send({"phase": "loading"})
     folder = model_folder.read(path)
-    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer = model_folder.read_tokenizer(path)
     factory = DetokenizerFactory(tokenizer)
     engine = engines.load(folder, options)
     loaded = time.monotonic()
