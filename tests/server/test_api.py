@@ -84,6 +84,23 @@ def test_many_async_streams_at_once_get_what_each_gets_alone(server: Server) -> 
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("kind", ["chat", "completions"])
+def test_every_chunk_tells_the_tokens_so_far_where_that_is_asked_for(server: Server, kind: str) -> None:
+    ask = server.chat if kind == "chat" else server.complete
+    whole = ask(max_tokens=12, ignore_eos=True).json()
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    frames = ask(max_tokens=12, ignore_eos=True, stream=True, stream_options=options).text.split("\n\n")
+    chunks = [json.loads(frame[6:]) for frame in frames if frame.startswith("data: {")]
+    names = ("prompt_tokens", "completion_tokens", "total_tokens")
+    told = [tuple(chunk["usage"][name] for name in names) for chunk in chunks]
+    prompt = whole["usage"]["prompt_tokens"]
+    assert all(one == (prompt, made, prompt + made) for one, made in zip(told, [t[1] for t in told], strict=True))
+    assert [made for _, made, _ in told] == sorted(made for _, made, _ in told)
+    assert (told[0][1], told[-2][1], told[-1]) == (1, 12, tuple(whole["usage"][name] for name in names))
+    assert len({made for _, made, _ in told}) > 6  # they grow with the text, not at its end
+    assert (chunks[-1]["choices"], frames[-2:]) == ([], ["data: [DONE]", ""])
+
+
 SAVED: dict[str, Callable[[Tokenizer], None]] = {
     "truncation": lambda tokenizer: tokenizer.enable_truncation(max_length=8),
     "padding": lambda tokenizer: tokenizer.enable_padding(length=64),

@@ -54,7 +54,8 @@ BAD = [
     ({"repetition_penalty": 0}, "repetition_penalty"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 1.5}, "max_tokens"),
-    ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
+    ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
+    ({"max_tokens": 1, "max_completion_tokens": True}, "max_completion_tokens"),
     ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
     ({"stop": [""]}, "stop"),
     ({"stop": 3}, "stop"),
@@ -63,6 +64,10 @@ BAD = [
     ({"stream": "yes"}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"x": 1}}, "stream_options"),
+    (
+        {"stream": True, "stream_options": {"continuous_usage_stats": 1}},
+        "stream_options.continuous_usage_stats",
+    ),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"n": 0}, "n"),
     ({"n": 129}, "n"),
@@ -192,6 +197,18 @@ def test_sampling_fields_arrive() -> None:
     got = parse("chat", json.dumps(CHAT | fields | {"stop": "x", "max_completion_tokens": 9}).encode())
     assert {k: getattr(got.sampling, k) for k in fields} == fields
     assert (got.stop, got.max_tokens) == (("x",), 9)
+
+
+@pytest.mark.parametrize("kind", ["chat", "completions"])
+def test_what_load_generators_send_is_taken(kind: str) -> None:
+    """guidellm's and vLLM's: the length by both names, counts in every chunk."""
+    base = CHAT if kind == "chat" else TEXT
+    both = parse(kind, json.dumps(base | {"max_tokens": 9, "max_completion_tokens": 9, "ignore_eos": True}).encode())
+    newer = parse(kind, json.dumps(base | {"max_completion_tokens": 9}).encode())
+    assert (both.max_tokens, newer.max_tokens) == (9, 9)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    got = parse(kind, json.dumps(base | {"stream": True, "stream_options": options}).encode())
+    assert (got.include_usage, got.continuous_usage) == (True, True)
 
 
 def test_tool_messages_reach_the_template_with_arguments_as_objects() -> None:

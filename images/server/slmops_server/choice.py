@@ -41,6 +41,7 @@ class Choice:
     def frames(self, delta: Delta) -> bytes:
         """The bytes of a stream that this delta is worth."""
         delta = self._cut(delta)
+        self._frames.count(len(self.prompt), delta.tokens)
         out = b"" if self._begun else self._frames.role(self.number)
         text, calls = self._split(delta)
         if not self._begun:

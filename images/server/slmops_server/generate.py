@@ -54,7 +54,7 @@ class Generate:
         wanted = [Work(len(p), limit) for p, limit in zip(prompts, limits, strict=True) for _ in range(request.n)]
         service.admit(wanted, end)  # others may have come in meanwhile
         answer = self._submit(request, prompts, limits)
-        frames = Frames(self._kind, request.model, request.include_usage)
+        frames = Frames(self._kind, request.model, request.include_usage, request.continuous_usage)
         choices = [
             Choice(service, request, frames, number, prompts[number // request.n])
             for number in range(len(prompts) * request.n)

@@ -56,6 +56,7 @@ COMMON = frozenset(
         "seed",
         "stop",
         "max_tokens",
+        "max_completion_tokens",
         "ignore_eos",
         "n",
         "logprobs",
@@ -68,7 +69,6 @@ COMMON = frozenset(
 )
 CHAT = (
     "messages",
-    "max_completion_tokens",
     "top_logprobs",
     "tools",
     "tool_choice",
@@ -100,6 +100,7 @@ class Request:
     ignore_eos: bool
     stream: bool
     include_usage: bool
+    continuous_usage: bool
     grammar: Grammar | None
 
 
@@ -110,7 +111,7 @@ def parse(kind: str, body: bytes) -> Request:
     options = fields.get("stream_options", {})
     if not isinstance(options, dict):
         raise bad_request("stream_options is not an object.", "stream_options")
-    if unknown := set(options) - {"include_usage", "include_obfuscation"}:
+    if unknown := set(options) - {"include_usage", "continuous_usage_stats", "include_obfuscation"}:
         raise bad_request(f"stream_options.{min(unknown)} is not supported.", "stream_options")
     stream = flag(fields, "stream")
     if options and not stream:
@@ -139,6 +140,7 @@ def parse(kind: str, body: bytes) -> Request:
         ignore_eos=flag(fields, "ignore_eos"),
         stream=stream,
         include_usage=flag(options, "include_usage", shown="stream_options.include_usage"),
+        continuous_usage=flag(options, "continuous_usage_stats", shown="stream_options.continuous_usage_stats"),
         grammar=grammar,
     )
 
@@ -235,13 +237,12 @@ def _stop(value: Any) -> tuple[str, ...]:
 
 
 def _max_tokens(kind: str, fields: Mapping[str, Any]) -> int | None:
-    if "max_tokens" in fields and "max_completion_tokens" in fields:
-        raise bad_request("max_tokens and max_completion_tokens exclude each other.", "max_tokens")
-    name = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
-    if name not in fields:
-        return COMPLETION_TOKENS if kind == "completions" else None
     scoring = kind == "completions" and fields.get("echo") is True  # 0: the prompt and nothing more
-    return integer(fields, name, 0, 0 if scoring else 1, 1 << 30)
+    names = [name for name in ("max_tokens", "max_completion_tokens") if name in fields]
+    given = {integer(fields, name, 0, 0 if scoring else 1, 1 << 30) for name in names}
+    if len(given) > 1:  # some clients send both, for servers that know only one of them
+        raise bad_request("max_tokens and max_completion_tokens differ; send one of them.", "max_tokens")
+    return given.pop() if given else COMPLETION_TOKENS if kind == "completions" else None
 
 
 def _prompts(value: Any) -> list[str | list[int]]:

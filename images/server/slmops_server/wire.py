@@ -29,7 +29,7 @@ def error_frame(body: bytes) -> bytes:
 class Frames:
     """The answer to one request. kind is "chat" or "completions"."""
 
-    def __init__(self, kind: str, model: str, include_usage: bool = False) -> None:
+    def __init__(self, kind: str, model: str, include_usage: bool = False, continuous_usage: bool = False) -> None:
         self.kind, self._model = kind, model
         self.id = ("chatcmpl-" if kind == "chat" else "cmpl-") + secrets.token_hex(12)
         self._created = int(time.time())
@@ -37,7 +37,16 @@ class Frames:
         chunk = "chat.completion.chunk" if kind == "chat" else "text_completion"
         self._head = b"data: " + orjson.dumps(self._base(chunk))[:-1]
         self._tail = b',"usage":null}\n\n' if include_usage else b"}\n\n"
-        self._include_usage = include_usage
+        self._include_usage, self._continuous_usage = include_usage, continuous_usage
+
+    def count(self, prompt: int, completion: int) -> None:
+        """Tokens of a choice so far, for its next frames where these are to tell them (vLLM's continuous_usage_stats).
+
+        What was cached is known at the end only.
+        """
+        if self._continuous_usage:
+            told = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+            self._tail = b',"usage":' + orjson.dumps(told) + b"}\n\n"
 
     def _base(self, name: str) -> dict[str, object]:
         return {"id": self.id, "object": name, "created": self._created, "model": self._model}
