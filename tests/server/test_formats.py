@@ -5,10 +5,12 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import jsonschema
 import numpy as np
 import openai
+import pydantic
 import pytest
 from server_harness import TINY, Server
 from tokenizers import Tokenizer, decoders, models
@@ -176,6 +178,25 @@ def test_a_json_schema_is_kept(client: openai.OpenAI, temperature: float) -> Non
         )
         assert answer.choices[0].finish_reason == "stop"
         jsonschema.validate(json.loads(answer.choices[0].message.content or ""), SCHEMA)
+
+
+class Ticket(pydantic.BaseModel):
+    severity: Literal["low", "high"]
+    floor: int = pydantic.Field(ge=0, le=99)
+
+
+def test_a_parsed_answer_can_be_sent_back_as_it_is(client: openai.OpenAI) -> None:
+    messages: list[Any] = [{"role": "user", "content": "The printer on floor three"}]
+    first = client.chat.completions.parse(
+        model="tiny", messages=messages, response_format=Ticket, temperature=0, max_tokens=200
+    )
+    answer = first.choices[0].message
+    assert isinstance(answer.parsed, Ticket)
+    messages += [answer, {"role": "user", "content": "And now?"}]
+    second = client.chat.completions.create(model="tiny", messages=messages, temperature=0, max_tokens=5)
+    assert first.usage
+    assert second.usage
+    assert second.usage.prompt_tokens > first.usage.total_tokens
 
 
 @pytest.mark.parametrize(

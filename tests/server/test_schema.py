@@ -43,6 +43,9 @@ BAD = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0]"),
     ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls[0]"),
     ({"messages": [{"role": "assistant", "tool_calls": [{**CALL, "id": {}}]}]}, "messages[0].tool_calls[0].id"),
+    ({"messages": [{"role": "user", "content": "", "reasoning_content": "x"}]}, "messages[0].reasoning_content"),
+    ({"messages": [{"role": "assistant", "content": "", "reasoning_content": 1}]}, "messages[0].reasoning_content"),
+    ({"messages": [{"role": "user", "content": "", "made_up": 1}]}, "messages[0].made_up"),
     ({"temperature": "hot"}, "temperature"),
     ({"temperature": -1}, "temperature"),
     ({"temperature": 2.1}, "temperature"),
@@ -190,6 +193,16 @@ def test_content_parts_and_the_developer_role() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     got = parse("chat", json.dumps(CHAT | {"messages": [{"role": "developer", "content": parts}]}).encode())
     assert got.messages == [{"role": "system", "content": "a\nb"}]
+
+
+def test_answers_that_clients_send_back_are_taken_with_what_the_model_thought() -> None:
+    answer = {"role": "assistant", "content": "a", "refusal": None, "annotations": [], "parsed": {"a": 1}}
+    thought = {"role": "assistant", "content": "b", "type": "message", "reasoning_content": "hm", "parsed": None}
+    got = parse("chat", json.dumps(CHAT | {"messages": [answer, thought]}).encode()).messages
+    assert got == [
+        {"role": "assistant", "content": "a"},
+        {"role": "assistant", "content": "b", "reasoning_content": "hm"},
+    ]
 
 
 def test_sampling_fields_arrive() -> None:

@@ -5,6 +5,7 @@ from datetime import datetime
 import pytest
 
 from slmops_server.errors import ApiError
+from slmops_server.messages import read_messages
 from slmops_server.template import ChatTemplate
 
 USER = [{"role": "user", "content": "hi"}]
@@ -36,6 +37,15 @@ CASES = {
 def test_rendering(name: str) -> None:
     source, expected = CASES[name]
     assert ChatTemplate(source, TOKENS, now=lambda: datetime(2026, 5, 17)).render(USER) == expected
+
+
+def test_what_was_thought_reaches_a_template_that_prints_it() -> None:
+    source = (
+        "{% for m in messages %}{% if m.reasoning_content is string %}({{ m.reasoning_content }}){% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    thought = {"role": "assistant", "content": "42", "reasoning_content": "6 x 7"}
+    assert ChatTemplate(source, TOKENS).render(read_messages([*USER, thought])) == "hi(6 x 7)42"
 
 
 def test_raise_exception_reaches_the_user_with_its_words() -> None:

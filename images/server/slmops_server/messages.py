@@ -10,7 +10,11 @@ from slmops_server.errors import ApiError, bad_request
 from slmops_server.fields import flag
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
-KNOWN = frozenset({"role", "content", "name", "refusal", "annotations", "tool_calls", "tool_call_id"})
+TEXTS = ("name", "tool_call_id", "reasoning_content")
+READ = frozenset({"role", "content", "tool_calls", *TEXTS})
+OF_ASSISTANT = frozenset({"tool_calls", "reasoning_content"})
+# Fields of answers, which clients send back whole; what the model said is in its content
+HARMLESS = frozenset({"refusal", "annotations", "parsed", "type"})
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 MAX_TOOLS = 128
 
@@ -43,16 +47,17 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise bad_request(f"{where}.role is not one of {', '.join(sorted(ROLES))}.", f"{where}.role")
-    given = {name: content for name, content in message.items() if content is not None and content != []}
+    told = {name: content for name, content in message.items() if name not in HARMLESS}
+    given = {name: content for name, content in told.items() if content is not None and content != []}
     for name in given:
-        if name not in KNOWN or (name == "tool_calls" and role != "assistant"):
+        if name not in READ or (name in OF_ASSISTANT and role != "assistant"):
             raise _unsupported(f"{where}.{name}")
     calls = _calls(given["tool_calls"], f"{where}.tool_calls") if "tool_calls" in given else []
     content = "" if calls and "content" not in given else _content(given.get("content"), f"{where}.content")
     checked: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": content}
     if calls:
         checked["tool_calls"] = calls
-    for name in ("name", "tool_call_id"):
+    for name in TEXTS:
         if name in given:
             if not isinstance(given[name], str):
                 raise bad_request(f"{where}.{name} is not a string.", f"{where}.{name}")
