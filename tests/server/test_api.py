@@ -119,11 +119,10 @@ def test_a_prompt_is_read_whole_whatever_a_training_run_left_in_its_tokenizer(
     other = start("--slots", "4", model=model)
     line = "The customer writes that the printer on floor three has failed again and asks for help before Friday. "
     for text in ("The printer", line):
-        for told, expected in zip(
-            (other.complete(prompt=text), other.chat(text)), (server.complete(prompt=text), server.chat(text)), strict=True
-        ):
-            assert told.json()["usage"]["prompt_tokens"] == expected.json()["usage"]["prompt_tokens"]
-            assert told.json()["choices"] == expected.json()["choices"]
+        both = [(one.complete(prompt=text).json(), one.chat(text).json()) for one in (other, server)]
+        for told, expected in zip(*both, strict=True):
+            assert told["usage"]["prompt_tokens"] == expected["usage"]["prompt_tokens"]
+            assert told["choices"] == expected["choices"]
     long = line * 200  # is tokenized in a thread; the refusal counts its tokens
     assert other.complete(prompt=long).json() == server.complete(prompt=long).json()
 

@@ -8,6 +8,7 @@ import pytest
 from slmops_server.tools import ToolParser
 
 CALL = '{"name": "f", "arguments": {"a": "ü"}}'
+NESTED = '{"name": "f", "arguments": {"a": "<tool_call>"}}'
 LONE = r'{"name": "f", "arguments": {"ü": "\ud83d", "\udc00": 1}}'  # JSON can spell half a character, UTF-8 cannot
 CASES = [
     (True, "no call < here", "no call < here", []),
@@ -33,7 +34,24 @@ CASES = [
     (False, '{"name": "f", "parameters": {}}', "", [{}]),
     (False, '{"json": true}', '{"json": true}', []),
     (False, f"Sure: {CALL}", f"Sure: {CALL}", []),
+    (False, "[]", "[]", []),
     (False, "", "", []),
+    # tags that the text only speaks of, or that were opened twice
+    (True, f"use <tool_call> tags\n<tool_call>\n{CALL}\n</tool_call>", "use <tool_call> tags\n", [{"a": "ü"}]),
+    (True, f"use <tool_call> tags\n<tool_call>\n{CALL}\n", "use <tool_call> tags\n", [{"a": "ü"}]),
+    (True, f'<tool_call>{{"na<tool_call>{CALL}</tool_call>', '<tool_call>{"na', [{"a": "ü"}]),
+    (True, f'<tool_call>{{"na<tool_call>{CALL}', '<tool_call>{"na', [{"a": "ü"}]),
+    (True, f"<tool_call>{NESTED}</tool_call>", "", [{"a": "<tool_call>"}]),
+    (True, "a <tool_call>", "a <tool_call>", []),
+]
+ONE = [
+    # where one call is allowed
+    (True, f"a<tool_call>{CALL}</tool_call>\n<tool_call>\n{CALL}\n</tool_call>\n", "a", 1),
+    (True, f"<tool_call>nonsense</tool_call><tool_call>{CALL}", "<tool_call>nonsense</tool_call>", 1),
+    (True, f"<tool_call>[{CALL}, {CALL}]</tool_call>", "", 1),
+    (True, f"<tool_call>{CALL}</tool_call><tool_call>nonsense</tool_call>", "<tool_call>nonsense</tool_call>", 1),
+    (False, f"[{CALL}, {CALL}]", "", 1),
+    (False, CALL, "", 1),
 ]
 
 
@@ -47,3 +65,18 @@ def test_calls_and_text(tagged: bool, answer: str, shown: str, arguments: list[o
     assert [json.loads(orjson.loads(orjson.dumps(call.arguments))) for call in calls] == arguments
     assert parser.called == len(calls) == len({call.id for call in calls})
     assert {call.name for call in calls} <= {"f"}
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize(("tagged", "answer", "shown", "count"), ONE, ids=[c[1][:30] for c in ONE])
+def test_calls_beyond_those_allowed_are_left_out(tagged: bool, answer: str, shown: str, count: int, size: int) -> None:
+    parser = ToolParser(tagged, {"f"}, most=1)
+    got = [parser.feed(answer[at : at + size]) for at in range(0, len(answer), size)] + [parser.end()]
+    assert "".join(text for text, _ in got) == shown
+    assert parser.called == len([call for _, some in got for call in some]) == count
+
+
+def test_text_goes_on_behind_a_tag_that_it_only_speaks_of() -> None:
+    parser = ToolParser(tagged=True, names={"f"})
+    fed = ("use <tool_call>", " tags", " then")
+    assert [parser.feed(text)[0] for text in fed] == ["use ", "<tool_call> tags", " then"]

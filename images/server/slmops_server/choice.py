@@ -20,7 +20,8 @@ class Choice:
         self._scoring = request.max_tokens == 0
         self._parser = None
         if request.tools and service.template:
-            self._parser = ToolParser(service.template.tags_calls, request.tools.schemas)
+            most = None if request.tools.parallel else 1
+            self._parser = ToolParser(service.template.tags_calls, request.tools.schemas, most)
         self._alternatives = request.sampling.logprobs
         self._text_logprobs = TextLogprobs()
         self._echo = ""

@@ -24,11 +24,11 @@ class ToolParser:
 
     tagged: calls stand between <tool_call> and </tool_call> (Hermes, Qwen). Otherwise an answer that is nothing but
     JSON {"name": ..., "arguments" or "parameters": ...}, or a list of these, is a call (Llama, Phi). What looks like a
-    call and is none stays text, so that nothing is lost.
+    call and is none stays text, so that nothing is lost; but calls beyond `most` are left out.
     """
 
-    def __init__(self, tagged: bool, names: Collection[str]) -> None:
-        self._tagged, self._names = tagged, names
+    def __init__(self, tagged: bool, names: Collection[str], most: int | None = None) -> None:
+        self._tagged, self._names, self._most = tagged, names, most
         self._inside = False  # between tags
         self._plain = False  # nothing more can be a call
         self._held = ""
@@ -46,22 +46,23 @@ class ToolParser:
         held, self._held = self._held, ""
         if self._tagged and not self._inside:
             return self._trim(held), []
-        calls = self._read(held) if held else []
-        if calls:
-            return "", calls
-        return (OPEN if self._inside else "") + held, []
+        if self._inside:
+            return self._within(held, "")
+        calls = self._read(held)
+        return (held, []) if calls is None else ("", calls)
 
     def _feed_tagged(self) -> tuple[str, list[Call]]:
         shown, calls = "", []
         while True:
+            if self._inside and self._held.lstrip()[:1] not in ("", "{", "["):  # a tag that the text only speaks of
+                self._inside, shown = False, shown + OPEN
             before, tag, after = self._held.partition(CLOSE if self._inside else OPEN)
             if not tag:
                 break
             self._held = after
             if self._inside:
-                found = self._read(before)
-                calls += found
-                shown += "" if found else OPEN + before + CLOSE
+                text, found = self._within(before, CLOSE)
+                shown, calls = shown + text, calls + found
             else:
                 shown += self._trim(before)
             self._inside = not self._inside
@@ -81,15 +82,27 @@ class ToolParser:
         """Blanks around calls are the template's, not the answer's."""
         return "" if self.called and not text.strip() else text
 
-    def _read(self, text: str) -> list[Call]:
+    def _within(self, text: str, end: str) -> tuple[str, list[Call]]:
+        """What stood behind an open tag: a call, or text with one behind its last open tag, or text only."""
+        if (calls := self._read(text)) is not None:
+            return "", calls
+        before, tag, after = text.rpartition(OPEN)
+        if tag and (calls := self._read(after)) is not None:
+            return OPEN + before, calls
+        return OPEN + text + end, []
+
+    def _read(self, text: str) -> list[Call] | None:
+        """The calls that the text is and that may be made; None when it is no call."""
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
-            return []
+            return None
         calls = [self._call(one) for one in (value if isinstance(value, list) else [value])]
         good = [call for call in calls if call is not None]
-        if len(good) < len(calls):
-            return []
+        if not good or len(good) < len(calls):
+            return None
+        if self._most is not None:
+            good = good[: self._most - self.called]
         self.called += len(good)
         return good
 
