@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -12,16 +14,24 @@ from numpy.typing import NDArray
 from server_harness import TINY, Server
 from tokenizers import Tokenizer
 
-TASK = """\
-task: ours
+HEAD = """\
+task: %s
 dataset_path: json
 dataset_kwargs: {data_files: {test: %s}}
 test_split: test
-output_type: multiple_choice
 doc_to_text: "{{question}}"
+"""
+CHOOSING = """\
+output_type: multiple_choice
 doc_to_choice: "{{choices}}"
 doc_to_target: answer
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+WRITING = """\
+output_type: generate_until
+doc_to_target: "{{choices[0]}}"
+generation_kwargs: {until: %s, max_gen_toks: 40}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
 QUESTIONS = [
     {"question": "The printer on floor three", "choices": ["has failed again", "is green"], "answer": 0},
@@ -56,17 +66,18 @@ class Model:
         return float(told.sum()), bool(np.all(told == table[at - 1].max(-1)))
 
 
-def test_loglikelihoods_are_those_of_the_model(server: Server, programs: Path, tmp_path: Path) -> None:
-    data = tmp_path / "questions.jsonl"
+def evaluate(server: Server, programs: Path, folder: Path, name: str, task: str) -> tuple[list[Any], dict[str, float]]:
+    """What the harness was told for each question, and what it made of it."""
+    data = folder / "questions.jsonl"
     data.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
-    (tmp_path / "ours.yaml").write_text(TASK % data)
+    (folder / f"{name}.yaml").write_text(HEAD % (name, data) + task)
     # the tiny model calls its tokenizer a Qwen2 one, whose class cuts digits differently from the file itself
-    (tmp_path / "tokenizer.json").write_bytes((TINY / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (folder / "tokenizer.json").write_bytes((TINY / "tokenizer.json").read_bytes())
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     how = {
         "model": "tiny",
         "base_url": f"{server.url}/v1/completions",
-        "tokenizer": tmp_path,
+        "tokenizer": folder,
         "tokenizer_backend": "huggingface",
         "num_concurrent": 4,
         "max_length": 512,
@@ -75,21 +86,26 @@ def test_loglikelihoods_are_those_of_the_model(server: Server, programs: Path, t
     command = [
         str(programs / "lm_eval"),
         *("--model", "local-completions", "--model_args", ",".join(f"{name}={value}" for name, value in how.items())),
-        *("--include_path", str(tmp_path), "--tasks", "ours", "--output_path", str(tmp_path / "out"), "--log_samples"),
+        *("--include_path", str(folder), "--tasks", name, "--output_path", str(folder / "out"), "--log_samples"),
     ]
     ran = subprocess.run(
         command,
-        env={**os.environ, **offline, "HF_HOME": str(tmp_path / "hf")},
+        env={**os.environ, **offline, "HF_HOME": str(folder / "hf")},
         capture_output=True,
         text=True,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    [samples] = (tmp_path / "out").rglob("samples_*.jsonl")
-    [results] = (tmp_path / "out").rglob("results_*.json")
-    model, right = Model(), 0
+    [samples] = (folder / "out").rglob("samples_*.jsonl")
+    [results] = (folder / "out").rglob("results_*.json")
     told = [json.loads(line) for line in samples.read_text().splitlines()]
     assert len(told) == len(QUESTIONS)
+    return told, json.loads(results.read_text())["results"][name]
+
+
+def test_loglikelihoods_are_those_of_the_model(server: Server, programs: Path, tmp_path: Path) -> None:
+    told, results = evaluate(server, programs, tmp_path, "choosing", CHOOSING)
+    model, right = Model(), 0
     for sample in told:
         asked = [(a["arg_0"], a["arg_1"]) for a in sample["arguments"].values()]
         direct = [model.score(*pair) for pair in asked]
@@ -97,4 +113,18 @@ def test_loglikelihoods_are_those_of_the_model(server: Server, programs: Path, t
         assert [g[0] for g in got] == pytest.approx([d[0] for d in direct], abs=1e-3)
         assert [g[1] for g in got] == [d[1] for d in direct]
         right += int(np.argmax([d[0] for d in direct]) == int(sample["target"]))
-    assert json.loads(results.read_text())["results"]["ours"]["acc,none"] == right / len(QUESTIONS)
+    assert results["acc,none"] == right / len(QUESTIONS)
+
+
+def test_answers_end_before_any_of_a_tasks_many_stop_strings(server: Server, programs: Path, tmp_path: Path) -> None:
+    texts = [
+        server.complete(prompt=question["question"], max_tokens=40).json()["choices"][0]["text"]
+        for question in QUESTIONS
+    ]
+    met = [found[0] for text in texts for found in [re.search("[a-z]{2}", text[5:])] if found]
+    until = ["Question:", "Q:", "</s>", "<|im_end|>", *sorted({*met})]
+    assert len(until) > 4
+    told, _ = evaluate(server, programs, tmp_path, "writing", WRITING % json.dumps(until))
+    expected = [re.split("|".join(map(re.escape, until)), text)[0] for text in texts]
+    assert expected != texts
+    assert [sample["resps"][0][0] for sample in told] == expected

@@ -77,7 +77,7 @@ CHAT = (
 )
 FIELDS = {"chat": COMMON.union(CHAT), "completions": COMMON | {"prompt", "echo"}}
 TOKEN_ID = re.compile(r"[0-9]{1,10}")  # no vocabulary has more
-MAX_STOPS = 4
+MAX_STOPS = 16  # OpenAI takes 4; tasks of lm-evaluation-harness have more
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for /v1/completions
