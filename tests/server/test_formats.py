@@ -264,6 +264,21 @@ def test_a_forced_tool_may_say_what_cannot_be_enforced(with_tools: Server) -> No
     assert answer.json()["choices"][0]["finish_reason"] == "tool_calls"
 
 
+@pytest.mark.parametrize("kind", [{}, {"type": ["object", "null"]}])
+def test_arguments_of_a_forced_tool_are_an_object_though_its_schema_leaves_that_open(
+    with_tools: Server, kind: dict[str, object]
+) -> None:
+    parameters = {"properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False, **kind}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    choices = with_tools.chat(
+        tools=[tool], tool_choice="required", parallel_tool_calls=False, temperature=2, n=20, seed=1, max_tokens=300
+    ).json()["choices"]
+    for choice in choices:
+        (call,) = choice["message"]["tool_calls"]
+        assert choice["finish_reason"] == "tool_calls"
+        assert set(json.loads(call["function"]["arguments"])) == {"a"}
+
+
 def test_a_call_with_half_a_character_can_be_sent_back(with_tools: Server) -> None:
     """A model may make one, and a client has to show it in the next turn."""
     call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": r'{"days": "\ud83d"}'}}

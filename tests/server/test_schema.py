@@ -16,6 +16,11 @@ TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
 CALL: dict[str, Any] = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
+def tool(parameters: object) -> dict[str, Any]:
+    """One with that schema of its arguments."""
+    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+
 def refused(kind: str, fields: object) -> ApiError:
     with pytest.raises(ApiError) as caught:
         parse(kind, json.dumps(fields).encode())
@@ -100,7 +105,10 @@ BAD = [
     ({"tools": [{}]}, "tools[0]"),
     ({"tools": [TOOL, TOOL]}, "tools"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
-    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": 1}}]}, "tools[0].function.parameters"),
+    ({"tools": [tool(1)]}, "tools[0].function.parameters"),
+    ({"tools": [tool({"type": "array"})]}, "tools[0].function.parameters"),
+    ({"tools": [tool({"type": ["string", "null"]})]}, "tools[0].function.parameters"),
+    ({"tools": [tool({"type": {}})]}, "tools[0].function.parameters"),
     ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
     ({"tools": [TOOL], "parallel_tool_calls": 1}, "parallel_tool_calls"),
@@ -148,6 +156,8 @@ def test_prompts_that_are_taken(prompt: object, prompts: list[object]) -> None:
         {"stop": ["a", "b", "c", "d", "e", "f"]},
         {"tool_choice": "none"},
         {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False},
+        {"tools": [tool({})]},
+        {"tools": [tool({"type": ["object", "null"]})]},
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}},
         {"structured_outputs": {"choice": ["a", "b"]}},
         {"n": 3, "logprobs": True, "top_logprobs": 20, "logit_bias": {"5": -100}, "stop_token_ids": [1]},

@@ -103,7 +103,8 @@ def calls_grammar(tools: Tools, tagged: bool) -> Grammar:
     for index, name in enumerate(names):
         head = _literal('{"name": ' + json.dumps(name) + ', "arguments": ')
         rules.append(f"tool_{index}: {head} arguments_{index} {_literal('}')}")
-        schema = _dumps({**tools.schemas[name], "x-guidance": JSON_OPTIONS}, "tools")
+        # a schema need not say that arguments are an object, but they always are
+        schema = _dumps({**tools.schemas[name], "type": "object", "x-guidance": JSON_OPTIONS}, "tools")
         rules.append(f"arguments_{index}: %json {schema}")
     tool = " | ".join(f"tool_{index}" for index in range(len(names)))
     if not tagged:

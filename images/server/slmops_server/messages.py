@@ -141,6 +141,12 @@ def _tool(tool: Any, where: str) -> tuple[str, dict[str, Any]]:
         schema = {"type": "object", "properties": {}}
     if not isinstance(schema, dict):
         raise bad_request(f"{where}.function.parameters is not a JSON schema.", f"{where}.function.parameters")
+    kind = schema.get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        raise bad_request(
+            f'{where}.function.parameters is not the schema of an object; its type has to be "object".',
+            f"{where}.function.parameters",
+        )
     return name, schema
 
 
