@@ -117,6 +117,8 @@ def test_flags_win_over_the_environment() -> None:
         (["--model", "m"], {"SLMOPS_SERVER_ADAPTER": "a=\udcff"}),
         (["--model", "m", "--drain-grace", "nan"], {}),
         (["--model", "m", "--step-timeout", "0"], {}),
+        (["--model", "m", "--allowed-origins", "https://chat.example.com/"], {}),  # a browser sends none with a slash
+        (["--model", "m", "--allowed-origins", "*, chat.example.com"], {}),
         (["--model", "m", "--por", "1"], {}),  # abbreviations would get around what an operator reserves
     ],
 )

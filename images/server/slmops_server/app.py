@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import orjson
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from slmops_server import asgi
+from slmops_server import asgi, cors
 from slmops_server.adapter_verbs import AdapterVerbs
 from slmops_server.errors import ApiError, bad_request, internal, too_many_connections
 from slmops_server.generate import Generate
@@ -55,6 +55,9 @@ class Routes:
         crowded = bool(scope["state"].get("crowded"))
         started = 0
         extra = [(b"x-request-id", _request_id(scope))]
+        origins = self._service.settings.allowed_origins if api else ()
+        extra += cors.allowance(scope, origins)
+        asked = bool(origins) and cors.is_question(scope)
 
         async def sending(message: asgi.Message) -> None:
             nonlocal started
@@ -71,8 +74,9 @@ class Routes:
             if api:
                 if crowded:  # probes are still answered
                     raise too_many_connections()
-                self._service.keys.check(asgi.header(scope, b"authorization"))
-            await self._find(scope)(scope, receive, sending)
+                if not asked:
+                    self._service.keys.check(asgi.header(scope, b"authorization"))
+            await (cors.answer if asked else self._find(scope))(scope, receive, sending)
         except ApiError as error:
             if api and error.status in REJECTED:
                 self._service.metrics.rejected(error.reason or "other")

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 PREFIX = "SLMOPS_SERVER_"
 GUESSES_MAX = 16
 ADAPTER_NAME = 256  # characters
+ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")  # without a slash at its end, as browsers send it
 LARGEST = (1 << 63) - 1  # whole number that the front can tell the engine
 
 
@@ -39,6 +41,7 @@ class Settings:
     adapters: tuple[tuple[str, Path], ...] = ()
     adapter_root: Path | None = None
     api_keys_dir: Path | None = None
+    allowed_origins: tuple[str, ...] = ()
     drain_grace: float = 5.0
     step_timeout: float = 120.0
     log_level: str = "info"
@@ -84,6 +87,14 @@ def _guesses(text: str) -> int:
     if value > GUESSES_MAX:
         raise argparse.ArgumentTypeError(f"more than {GUESSES_MAX} tokens are never guessed right")
     return value
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    origins = tuple(origin for origin in (part.strip() for part in text.split(",")) if origin)
+    for origin in origins:
+        if not ORIGIN.fullmatch(origin):
+            raise argparse.ArgumentTypeError(f"{origin!r} is neither * nor an origin as in https://chat.example.com")
+    return origins
 
 
 def _seconds(text: str) -> float:
@@ -174,6 +185,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
     )
     option("adapter-root", None, _path, "folder below which adapters may be loaded and unloaded by the API; none: off")
     option("api-keys-dir", None, _path, "folder (or file) with the accepted API keys, re-read while running")
+    option("allowed-origins", "", _origins, "origins of web pages that may use the API, comma separated; *: all")
     option("drain-grace", "5", _seconds, "after SIGTERM, go on accepting requests for this long")
     option("step-timeout", "120", _timeout, "an engine silent for this long is killed and started again")
     option("log-level", "info", _one_of(LOG_LEVELS), f"one of {', '.join(LOG_LEVELS)}")
@@ -217,6 +229,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
         adapters=tuple(adapters),
         adapter_root=got.adapter_root,
         api_keys_dir=got.api_keys_dir,
+        allowed_origins=got.allowed_origins,
         drain_grace=got.drain_grace,
         step_timeout=got.step_timeout,
         log_level=got.log_level,
