@@ -52,7 +52,7 @@ class ToolParser:
         return (held, []) if calls is None else ("", calls)
 
     def _feed_tagged(self) -> tuple[str, list[Call]]:
-        shown, calls = "", []
+        shown, calls = "", list[Call]()
         while True:
             if self._inside and self._held.lstrip()[:1] not in ("", "{", "["):  # a tag that the text only speaks of
                 self._inside, shown = False, shown + OPEN
