@@ -195,7 +195,7 @@ def test_a_bad_setting_is_said_in_a_sentence(start: Start) -> None:
 
 
 def test_nothing_but_our_own_objects_is_asked_for(api: Api, start: Start, proxy: Proxy) -> None:
-    """Secrets and ConfigMaps are never listed; pods, Jobs and Deployments by our labels alone."""
+    """Secrets and ConfigMaps are never listed; pods, Jobs, Deployments and Services by our labels alone."""
     start().until_ready()
     tune(api)
     with Kubelet(api):
@@ -204,7 +204,7 @@ def test_nothing_but_our_own_objects_is_asked_for(api: Api, start: Start, proxy:
         path = request.split(" ", 1)[1]
         plural = path.split("?")[0].rsplit("/", 1)[-1]
         assert plural not in ("secrets", "configmaps", "namespaces", "customresourcedefinitions"), request
-        if plural in ("pods", "jobs", "deployments") and request.startswith("GET"):
+        if plural in ("pods", "jobs", "deployments", "services") and request.startswith("GET"):
             assert "labelSelector=" in path, request
 
 

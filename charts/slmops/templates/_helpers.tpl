@@ -99,7 +99,7 @@ tolerations: {{- toYaml . | nindent 2 }}
   verbs: [get, create, patch, delete]
 - apiGroups: [""]
   resources: [services]
-  verbs: [get, create, patch, delete]
+  verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [""]
   resources: [configmaps]  # read by name, written for routers
   verbs: [get, create, patch]

@@ -26,7 +26,7 @@ from slmops.handlers.known import Note, note_of
 
 log = logging.getLogger(__name__)
 
-CHILDREN = ("Job", "Pod", "Deployment")
+CHILDREN = ("Job", "Pod", "Deployment", "Service")
 SELECTOR = f"{LABEL_MANAGED_BY}={MANAGED_BY},{LABEL_OWNER_UID}"
 RESTART_FIRST, RESTART_MOST = 1.0, 30.0
 # Ours: kopf would ask for the user's name, and a container's numeric user has none. Without peers it says nothing.
