@@ -105,6 +105,7 @@ def ends() -> Iterator[tuple[str, Object | None]]:
     for reason in sorted(set(get_args(FailureReason)) - {"Interrupted"}):
         yield reason, said(reason, "x", EXIT_RETRY if reason in retried else EXIT_FATAL)
     yield "OutOfMemory", exited(137, reason="OOMKilled")
+    yield "NodeFailed", exited(137, reason="ContainerStatusUnknown")
     yield "BackoffLimitExceeded", None  # no pod is left
 
 

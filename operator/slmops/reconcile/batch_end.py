@@ -17,7 +17,10 @@ from slmops.reconcile.state import Event, Plan
 
 # Reasons for which the world is to blame: it may mend itself, or be mended, without a change of the object.
 WORLD = frozenset(
-    {"SourceUnavailable", "SourceNotFound", "StoreUnavailable", "TeacherUnavailable", "AccessDenied", "DiskFull"}
+    {
+        *("SourceUnavailable", "SourceNotFound", "StoreUnavailable", "TeacherUnavailable", "AccessDenied", "DiskFull"),
+        *("Evicted", "NodeRefused", "NodeFailed"),
+    }
 )
 RETRY_FIRST = timedelta(seconds=30)
 RETRY_MOST = timedelta(hours=1)

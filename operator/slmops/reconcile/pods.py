@@ -1,5 +1,6 @@
 """What a worker pod says about itself: its result, why it failed, why it does not start. Pure."""
 
+import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import get_args
@@ -15,6 +16,7 @@ from slmops.reconcile.conditions import cut
 
 INTERRUPTED = "Interrupted"
 NO_IMAGE = ("ImagePullBackOff", "InvalidImageName")
+_OWN_DISK = re.compile("local ephemeral storage limit|ephemeral local storage usage")  # as the kubelet says it
 LOST_AFTER = timedelta(seconds=60)  # beyond the time by which a deleted pod has to be gone
 
 # Why a container waits, as the kubelet says it -> our reason. Two words for one thing would make the status flap.
@@ -107,12 +109,15 @@ def trouble_of(pod: Object) -> Trouble | None:
         return None
     said = waiting.get("message") or waiting["reason"]
     if reason in NO_IMAGE:
-        image = pod["spec"]["containers"][0]["image"]
+        image = _asked(pod).get("image")
         return Trouble(reason, f"Image {image} cannot be pulled: {said}")
     return Trouble(reason, f"The container cannot start: {said}")
 
 
 def _named(pod: Object, end: Object, code: int | None) -> tuple[str, str]:
+    full = _over_its_disk(pod)
+    if full is not None:  # whatever else it says comes of that
+        return full
     result = result_of(pod)
     if result is not None and result.reason in get_args(FailureReason):
         return result.reason, result.message
@@ -129,6 +134,11 @@ def _named(pod: Object, end: Object, code: int | None) -> tuple[str, str]:
     status = pod.get("status") or {}
     words = [end["message"]] if end.get("message") else [status.get("reason"), status.get("message")]
     said = "".join(f": {word}" for word in words if word)
+    node = (pod.get("spec") or {}).get("nodeName") or "its node"
+    if code is None and status.get("reason"):
+        return "NodeRefused", f"The kubelet of {node} refused pod {name}{said}"
+    if end.get("reason") == "ContainerStatusUnknown":
+        return "NodeFailed", f"The kubelet of {node} lost pod {name}, as when a node is started anew{said}"
     if code is None:
         return "InternalError", f"Pod {name} failed before its container ran{said}"
     log = f"Its log: kubectl -n {namespace} logs {name}"
@@ -142,12 +152,22 @@ def _left(pod: Object) -> str:
 
 
 def _out_of_memory(pod: Object) -> str:
-    limit = ((pod["spec"]["containers"][0].get("resources") or {}).get("limits") or {}).get("memory")
+    limit = ((_asked(pod).get("resources") or {}).get("limits") or {}).get("memory")
     what = f"its memory limit of {limit}" if limit else "the memory of its node"
     return (
         f"The container needed more than {what} and was killed. Make a new object with a larger "
         "spec.pod.resources.limits.memory, or with a smaller batch size or length."
     )
+
+
+def _over_its_disk(pod: Object) -> tuple[str, str] | None:
+    """For its own limit a pod is evicted like for its node's full disk, but any other node would do the same."""
+    status = pod.get("status") or {}
+    said = str(status.get("message") or "")
+    if status.get("reason") != "Evicted" or not _OWN_DISK.search(said):
+        return None
+    remedy = "Make a new object with a larger spec.pod.resources.limits.ephemeral-storage."
+    return "DiskFull", f"The pod wrote more than it may: {said.strip()} {remedy}"
 
 
 def _disruption(pod: Object) -> tuple[str, str] | None:
@@ -161,12 +181,17 @@ def _disruption(pod: Object) -> tuple[str, str] | None:
     return None
 
 
+def _asked(pod: Object) -> Object:
+    """The worker's container in the pod's spec: webhooks put theirs before it."""
+    return _worker(pod["spec"]["containers"])
+
+
 def _container(pod: Object) -> Object:
-    for container in (pod.get("status") or {}).get("containerStatuses") or []:
-        if container.get("name") == CONTAINER:
-            found: Object = container
-            return found
-    return {}
+    return _worker((pod.get("status") or {}).get("containerStatuses") or [])
+
+
+def _worker(containers: list[Object]) -> Object:
+    return next((one for one in containers if one.get("name") == CONTAINER), {})
 
 
 def terminated(pod: Object) -> Object | None:
