@@ -1,4 +1,4 @@
-"""The small parts: identity, queries, verdicts, verbs, sizes, what pods say, and the manifests."""
+"""The small parts: identity, queries, verdicts, verbs, sizes, and the manifests."""
 
 import json
 import re
@@ -15,7 +15,6 @@ from slmops.api.deployment import AnalysisMetric, ModelDeploymentSpec, Revision,
 from slmops.api.meta import Artifact, SecretRef
 from slmops.api.run import Input
 from slmops.build import router, serving
-from slmops.reconcile.serverpods import is_ready, problem_of
 from slmops.rollout.queries import Context, promql
 from slmops.rollout.revision import identify
 from slmops.rollout.verbs import Verb, obey
@@ -169,69 +168,6 @@ def test_verbs(verb, value, phase, wanted, handled):
     assert done == ({verb: value} if handled else {})
     again = obey({verb: value}, RolloutStatus(phase=phase, handled=done), revision("aaa"), revision("bbb"))
     assert again[1] == (None if handled else wanted)
-
-
-# What pods say.
-
-
-def pod(*, ready: bool = False, init: Any = None, server: Any = None, **status: Any) -> Any:
-    words = [{"type": "Ready", "status": "True" if ready else "False"}, *status.pop("conditions", [])]
-    return {
-        "metadata": {"name": "p"},
-        "status": {
-            "conditions": words,
-            "initContainerStatuses": [{"name": "pull", "image": "server:1", **init}] if init else [],
-            "containerStatuses": [{"name": "server", "image": "server:1", **server}] if server else [],
-            **status,
-        },
-    }
-
-
-def waiting(reason: str, message: str = "") -> Any:
-    return {"state": {"waiting": {"reason": reason, "message": message}}}
-
-
-def died(code: int, reason: str = "Error", message: str = "") -> Any:
-    return {
-        "state": {"waiting": {"reason": "CrashLoopBackOff"}},
-        "lastState": {"terminated": {"exitCode": code, "reason": reason, "message": message}},
-    }
-
-
-@pytest.mark.parametrize(
-    ("found", "reason", "words"),
-    [
-        (pod(init=waiting("ImagePullBackOff", "not found")), "ImagePullFailed", "server:1 cannot be pulled: not found"),
-        (pod(init=died(3, message='{"reason": "AccessDenied", "message": "Wrong key."}')), "AccessDenied", "Wrong"),
-        # Named as the same failure of a run is, so that docs/errors.md has a row for it.
-        (pod(init=died(3, message='{"reason": "BadUri", "message": "Not one."}')), "BadSpec", "Not one"),
-        (pod(server=died(137, "OOMKilled")), "OutOfMemory", "limits.memory"),
-        (pod(server=died(2, message="usage:\nerror: no --such-flag\n")), "CrashLoopBackOff", "exit code 2: error: no"),
-        (pod(server=waiting("CreateContainerConfigError", 'secret "x"')), "CreateContainerConfigError", 'secret "x"'),
-        (pod(conditions=[{"type": "PodScheduled", "status": "False", "message": "0/1 free"}]), "Unschedulable", "0/1"),
-    ],
-)
-def test_pods_say_why_they_are_not_ready(found, reason, words):
-    problem = problem_of({}, [pod(ready=True), found])
-    assert problem is not None
-    assert problem.reason == reason
-    assert words in problem.message
-
-
-def test_pods_that_just_start_have_no_problem():
-    assert problem_of({}, [pod(init=waiting("PodInitializing")), pod(server={"state": {"running": {}}})]) is None
-    assert problem_of({}, [pod(ready=True, server=died(1))]) is None
-    leaving = pod(server=died(1))
-    leaving["metadata"]["deletionTimestamp"] = "now"
-    assert problem_of({}, [leaving]) is None
-    assert not is_ready({**pod(ready=True), "metadata": {"deletionTimestamp": "now"}})
-
-
-def test_a_quota_that_forbids_pods_is_named():
-    deployment = {"status": {"conditions": [{"type": "ReplicaFailure", "status": "True", "message": "exceeded quota"}]}}
-    problem = problem_of(deployment, [])
-    assert problem is not None
-    assert (problem.reason, "exceeded quota" in problem.message) == ("PodsForbidden", True)
 
 
 # Manifests.

@@ -31,11 +31,10 @@ from slmops.reconcile import conditions, needs, sources
 from slmops.reconcile.batch_life import decide
 from slmops.reconcile.batch_pass import ANNOTATION_IMAGE, ANNOTATION_INPUTS, Blocked, Pass, Seen
 from slmops.reconcile.ownership import check_ours
-from slmops.reconcile.pods import created, ended, running, trouble_of
+from slmops.reconcile.pods import LATE_SECONDS, created, ended, running, trouble_of
 from slmops.reconcile.protocol import World
 from slmops.reconcile.state import Plan, Retry, Terminal
 
-LATE_SECONDS = 30.0  # a pod that has not started by then is asked why
 ReadProgress = Callable[[str], Progress | None]
 
 

@@ -11,13 +11,23 @@ from slmops.cluster.port import Object
 from slmops.reconcile import conditions
 from slmops.reconcile.batch_end import collected, conclude, retry_requeue, worth_again
 from slmops.reconcile.batch_pass import ANNOTATION_IMAGE, ANNOTATION_INPUTS, Pass, going_on, plan, progress
-from slmops.reconcile.pods import INTERRUPTED, NO_IMAGE, Trouble, created, ended, failure_of, lost, running, trouble_of
+from slmops.reconcile.pods import (
+    INTERRUPTED,
+    NO_IMAGE,
+    Trouble,
+    created,
+    ended,
+    failure_of,
+    lost,
+    running,
+    told,
+    trouble_of,
+)
 from slmops.reconcile.state import Event, Plan
 
 POLL_RUNNING = 3.0  # seconds between two looks at a run's progress
 POLL_STARTING = 15.0  # at a pod that does not start: some causes are told by Events alone
 _POD_FORBIDDEN = re.compile(r'^pods "[^"]*" is forbidden: ')
-_GOT_ON = ("Scheduled", "SuccessfulAttachVolume", "Pulling", "Pulled")  # Events of a pod on its way
 POLL_PODLESS = 5.0  # and at the Job's events while it has no pod: nothing else tells why
 _TRIED_AGAIN = "It is tried again; the Job of the last try is removed first."
 
@@ -149,7 +159,7 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
     if p.spec.queue_name and job["spec"].get("suspend"):
         message = f"Waits in queue {p.spec.queue_name} to be admitted."
         return plan(going_on(p, "Queued", "Queued", message, last_failure=failure), *news, apply=apply)
-    trouble = (trouble_of(pod) or _told(p, pod)) if pod is not None else _refused(p, job)
+    trouble = (trouble_of(pod) or told(pod, p.seen.events)) if pod is not None else _refused(p, job)
     if trouble is not None:
         if trouble.reason in NO_IMAGE and _image_changed(p, job):
             return _again(p)
@@ -192,22 +202,6 @@ def _last_failure(p: Pass) -> Failure | None:
 
 def _attempt_failed(failure: Failure) -> Event:
     return Event("AttemptFailed", f"{failure.reason}: {failure.message}", warning=True)
-
-
-def _told(p: Pass, pod: Object) -> Trouble | None:
-    """Why a pod is long in starting: the kubelet tells of volumes and sandboxes by Events alone.
-
-    What came before the pod got on is over. All else between the failures is passed over, or the reason would flap.
-    """
-    for event in reversed(p.seen.events):
-        about, reason = (event.get("involvedObject") or {}).get("uid"), str(event.get("reason"))
-        if about != pod["metadata"]["uid"]:
-            continue
-        if reason in _GOT_ON:
-            return None
-        if reason.startswith("Failed"):
-            return Trouble(reason, f"The pod cannot start: {event.get('message') or reason}")
-    return None
 
 
 def _refused(p: Pass, job: Object) -> Trouble | None:

@@ -4,7 +4,7 @@ A problem of the new revision (its source is not ready, a Secret is missing, it 
 the stable revision is looked after in any case.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
@@ -17,9 +17,10 @@ from slmops.build import serving
 from slmops.cluster.port import Cluster, Key, Object
 from slmops.reconcile import conditions, sources
 from slmops.reconcile.deployment_measure import measure
+from slmops.reconcile.deployment_pods import pods_of, problem, role
 from slmops.reconcile.deployment_report import Facts, report
 from slmops.reconcile.protocol import World
-from slmops.reconcile.serverpods import drains, is_ready, problem_of
+from slmops.reconcile.serverpods import drains, is_ready, mute
 from slmops.reconcile.state import Count, Event, Plan, Retry, Routes
 from slmops.remote import prometheus, router
 from slmops.remote.errors import RemoteError
@@ -27,7 +28,7 @@ from slmops.remote.router import Report
 from slmops.rollout.machine import decide, measurement_due
 from slmops.rollout.phases import PREPARING
 from slmops.rollout.revision import identify
-from slmops.rollout.seen import Decision, Pods, Problem, Router, Seen
+from slmops.rollout.seen import Decision, Problem, Router, Seen
 from slmops.settings import Settings
 
 OUTCOMES = {  # of a rollout, by the reason of the Event that tells it
@@ -38,7 +39,8 @@ OUTCOMES = {  # of a rollout, by the reason of the Event that tells it
     "RolloutSuperseded": "Superseded",
 }
 STRAY_SECONDS = 1.0  # until what is left of a revision is looked for again
-RECHECK_SECONDS = 10.0  # until a missing Secret is looked for again
+RECHECK_SECONDS = 10.0  # until a Secret that is missing, or that may not be read, is looked for again
+EVENTS_SECONDS = 15.0  # until the Events of a pod that does not start are read again: nothing tells of them
 
 Ask = Callable[[str, str], Report]
 Query = Callable[[str, str, datetime], prometheus.Answer]
@@ -76,6 +78,7 @@ class Observed:
     records: Mapping[str, Object] = field(default_factory=dict)
     strays: frozenset[str] = frozenset()  # revisions on record that have a Service, but no Deployment
     budgets: frozenset[str] = frozenset()  # names of disruption budgets that exist
+    mute: bool = False  # a pod does not start and does not say why
 
 
 class DeploymentReconciler:
@@ -106,8 +109,8 @@ class DeploymentReconciler:
             for found in deployments
             if keys.LABEL_REVISION in found["metadata"]["labels"] and not found["metadata"].get("deletionTimestamp")
         }
-        routers = [pod for pod in pods if _role(pod) == keys.ROLE_ROUTER]
-        front = next((found for found in deployments if _role(found) == keys.ROLE_ROUTER), {})
+        routers = [pod for pod in pods if role(pod) == keys.ROLE_ROUTER]
+        front = next((found for found in deployments if role(found) == keys.ROLE_ROUTER), {})
         agents = tuple(
             self._agent(obj, pod, world.settings)
             for pod in routers
@@ -116,9 +119,9 @@ class DeploymentReconciler:
         seen = Seen(
             target=wanted.revision,
             other=wanted.waiting if wanted.other else None,
-            pods={name: _pods(found, pods) for name, found in live.items()},
+            pods={name: pods_of(world, found, pods) for name, found in live.items()},
             routers=tuple(_router(agent.report) for agent in agents if not agent.leaving),
-            router_problem=problem_of(front, routers),
+            router_problem=problem(world, front, routers),
             refusal=_refusal(obj, status),
             annotations=obj["metadata"].get("annotations") or {},
         )
@@ -141,6 +144,7 @@ class DeploymentReconciler:
             records=records,
             strays=strays,
             budgets=frozenset(n for n in names if cluster.get(Key("PodDisruptionBudget", namespace, n))),
+            mute=mute(pods) is not None,
         )
 
     def decide(self, obj: Object, observed: Observed, now: datetime) -> Plan:
@@ -238,13 +242,6 @@ def _lineage(stable: Revision | None, asked: Lineage | None, before: Lineage | N
     return next(known, Lineage(digest=stable.digest))
 
 
-def _pods(deployment: Object, pods: Sequence[Object]) -> Pods:
-    revision = deployment["metadata"]["labels"][keys.LABEL_REVISION]
-    mine = [p for p in pods if p["metadata"]["labels"].get(keys.LABEL_REVISION) == revision]
-    ready = sum(is_ready(pod) for pod in mine if _role(pod) == keys.ROLE_SERVER)
-    return Pods(deployment["spec"].get("replicas", 1), ready, problem_of(deployment, mine))
-
-
 def _router(said: Report | None) -> Router:
     if said is None:
         return Router()
@@ -266,10 +263,6 @@ def _refusal(obj: Object, status: ModelDeploymentStatus) -> Problem | None:
         return None
     name = f"Deployment {serving.revision_name(obj, status.candidate.revision)}"
     return Problem(said.reason, said.message) if name in said.message else None
-
-
-def _role(pod: Object) -> str:
-    return str((pod["metadata"].get("labels") or {}).get(keys.LABEL_ROLE, ""))
 
 
 def _address(pod: Object) -> str:
@@ -402,8 +395,10 @@ def _requeue(observed: Observed, decision: Decision) -> float | None:
     if observed.strays - decision.replicas.keys():
         wakes.append(STRAY_SECONDS)
     wanted = observed.wanted
-    if wanted.waiting and wanted.waiting.reason == "SecretNotFound":
+    if wanted.waiting and wanted.waiting.reason in ("SecretNotFound", "Forbidden"):
         wakes.append(RECHECK_SECONDS)
+    if observed.mute:
+        wakes.append(EVENTS_SECONDS)
     return min(wakes, default=None)
 
 

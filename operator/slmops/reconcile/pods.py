@@ -1,6 +1,7 @@
 """What a worker pod says about itself: its result, why it failed, why it does not start. Pure."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import get_args
@@ -17,6 +18,8 @@ from slmops.reconcile.conditions import cut
 INTERRUPTED = "Interrupted"
 NO_IMAGE = ("ImagePullBackOff", "InvalidImageName")
 _OWN_DISK = re.compile("local ephemeral storage limit|ephemeral local storage usage")  # as the kubelet says it
+_GOT_ON = ("Scheduled", "SuccessfulAttachVolume", "Pulling", "Pulled")  # Events of a pod on its way
+LATE_SECONDS = 30.0  # a pod that has not started by then is asked why
 LOST_AFTER = timedelta(seconds=60)  # beyond the time by which a deleted pod has to be gone
 
 # Why a container waits, as the kubelet says it -> our reason. Two words for one thing would make the status flap.
@@ -95,14 +98,9 @@ def lost(pod: Object, now: datetime) -> Trouble | None:
 
 def trouble_of(pod: Object) -> Trouble | None:
     """Why the pod does not start, if it says so."""
-    status = pod.get("status") or {}
-    for condition in status.get("conditions") or []:
-        if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
-            reason = condition.get("reason") or "Unschedulable"
-            said = condition.get("message") or reason
-            if "persistentvolumeclaim" in said and "not found" in said:
-                return Trouble("ClaimNotFound", f"A PersistentVolumeClaim does not exist: create it. ({said})")
-            return Trouble(reason, f"No node takes the pod: {said}")
+    nowhere = unscheduled(pod)
+    if nowhere is not None:
+        return nowhere
     waiting = (_container(pod).get("state") or {}).get("waiting") or {}
     reason = _WAITING.get(waiting.get("reason", ""))
     if reason is None:
@@ -112,6 +110,34 @@ def trouble_of(pod: Object) -> Trouble | None:
         image = _asked(pod).get("image")
         return Trouble(reason, f"Image {image} cannot be pulled: {said}")
     return Trouble(reason, f"The container cannot start: {said}")
+
+
+def unscheduled(pod: Object) -> Trouble | None:
+    """Why the scheduler finds no node for the pod; None where it has one, or was not looked at yet."""
+    for condition in (pod.get("status") or {}).get("conditions") or []:
+        if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
+            reason = condition.get("reason") or "Unschedulable"
+            said = condition.get("message") or reason
+            if "persistentvolumeclaim" in said and "not found" in said:
+                return Trouble("ClaimNotFound", f"A PersistentVolumeClaim does not exist: create it. ({said})")
+            return Trouble(reason, f"No node takes the pod: {said}")
+    return None
+
+
+def told(pod: Object, events: Iterable[Object]) -> Trouble | None:
+    """Why a pod is long in starting, by `events`, oldest first: of volumes and sandboxes the kubelet tells there alone.
+
+    What came before the pod got on is over. All else between the failures is passed over, or the reason would flap.
+    """
+    for event in reversed(list(events)):
+        about, reason = (event.get("involvedObject") or {}).get("uid"), str(event.get("reason"))
+        if about != pod["metadata"]["uid"]:
+            continue
+        if reason in _GOT_ON:
+            return None
+        if reason.startswith("Failed"):
+            return Trouble(reason, f"The pod cannot start: {event.get('message') or reason}")
+    return None
 
 
 def _named(pod: Object, end: Object, code: int | None) -> tuple[str, str]:

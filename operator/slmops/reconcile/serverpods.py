@@ -7,6 +7,7 @@ from datetime import datetime
 from slmops.api.times import parse
 from slmops.cluster.port import Object
 from slmops.reconcile.conditions import cut
+from slmops.reconcile.pods import created, told, unscheduled
 from slmops.rollout.seen import Problem
 
 _IMAGE = {"ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull"}
@@ -38,21 +39,48 @@ def problem_of(deployment: Object, pods: Iterable[Object]) -> Problem | None:
     for condition in (deployment.get("status") or {}).get("conditions") or []:
         if condition.get("type") == "ReplicaFailure" and condition.get("status") == "True":
             return Problem("PodsForbidden", cut(f"The API server refuses the pods: {condition.get('message')}"))
-    for pod in pods:
-        if not is_ready(pod) and not pod["metadata"].get("deletionTimestamp"):
-            found = _problem(pod)
-            if found:
-                return found
+    for pod in _missed(pods):
+        found = _problem(pod)
+        if found:
+            return found
     return None
 
 
-def _problem(pod: Object) -> Problem | None:
+def mute(pods: Iterable[Object]) -> Object | None:
+    """The oldest pod that has not come to its first container and does not say why: Events may."""
+    waiting = [pod for pod in _missed(pods) if not _begun(pod) and _problem(pod) is None]
+    return min(waiting, key=created, default=None)
+
+
+def by_events(pod: Object, events: Iterable[Object]) -> Problem | None:
+    """What Events, oldest first, tell of a mute pod."""
+    found = told(pod, events)
+    return Problem(found.reason, cut(found.message)) if found else None
+
+
+def _missed(pods: Iterable[Object]) -> list[Object]:
+    """Pods that shall be ready and are not. One that has ended has a successor, and is heard where that is not there."""
+    staying = [pod for pod in pods if not pod["metadata"].get("deletionTimestamp")]
+    living = [pod for pod in staying if (pod.get("status") or {}).get("phase") not in ("Succeeded", "Failed")]
+    return [pod for pod in living or staying if not is_ready(pod)]
+
+
+def _begun(pod: Object) -> bool:
+    states = [container.get("state") or {} for container in _containers(pod)]
+    return any("running" in state or "terminated" in state for state in states)
+
+
+def _containers(pod: Object) -> list[Object]:
+    """What the pod's containers say, in the order in which they start."""
     status = pod.get("status") or {}
-    for condition in status.get("conditions") or []:
-        if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
-            return Problem("Unschedulable", cut(f"No node takes the pod: {condition.get('message')}"))
-    containers = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
-    for container in containers:
+    return [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
+
+
+def _problem(pod: Object) -> Problem | None:
+    nowhere = unscheduled(pod)
+    if nowhere:
+        return Problem(nowhere.reason, cut(nowhere.message))
+    for container in _containers(pod):
         found = _container(container)
         if found:
             return found

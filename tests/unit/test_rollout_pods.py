@@ -1,0 +1,171 @@
+"""What the pods of a ModelDeployment say of themselves, and what Events tell of those that cannot speak yet."""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from tests.unit.serving_world import KEY, Kubernetes
+
+from slmops.api.times import stamp
+from slmops.cluster.port import ClusterError, Objects
+from slmops.reconcile.deployment import EVENTS_SECONDS
+from slmops.reconcile.pods import LATE_SECONDS
+from slmops.reconcile.serverpods import is_ready, mute, problem_of
+
+
+def pod(*, ready: bool = False, init: Any = None, server: Any = None, **status: Any) -> Any:
+    words = [{"type": "Ready", "status": "True" if ready else "False"}, *status.pop("conditions", [])]
+    return {
+        "metadata": {"name": "p"},
+        "status": {
+            "conditions": words,
+            "initContainerStatuses": [{"name": "pull", "image": "server:1", **init}] if init else [],
+            "containerStatuses": [{"name": "server", "image": "server:1", **server}] if server else [],
+            **status,
+        },
+    }
+
+
+def waiting(reason: str, message: str = "") -> Any:
+    return {"state": {"waiting": {"reason": reason, "message": message}}}
+
+
+def died(code: int, reason: str = "Error", message: str = "") -> Any:
+    return {
+        "state": {"waiting": {"reason": "CrashLoopBackOff"}},
+        "lastState": {"terminated": {"exitCode": code, "reason": reason, "message": message}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("found", "reason", "words"),
+    [
+        (pod(init=waiting("ImagePullBackOff", "not found")), "ImagePullFailed", "server:1 cannot be pulled: not found"),
+        (pod(init=died(3, message='{"reason": "AccessDenied", "message": "Wrong key."}')), "AccessDenied", "Wrong"),
+        # Named as the same failure of a run is, so that docs/errors.md has a row for it.
+        (pod(init=died(3, message='{"reason": "BadUri", "message": "Not one."}')), "BadSpec", "Not one"),
+        (pod(server=died(137, "OOMKilled")), "OutOfMemory", "limits.memory"),
+        (pod(server=died(2, message="usage:\nerror: no --such-flag\n")), "CrashLoopBackOff", "exit code 2: error: no"),
+        (pod(server=waiting("CreateContainerConfigError", 'secret "x"')), "CreateContainerConfigError", 'secret "x"'),
+        (pod(conditions=[{"type": "PodScheduled", "status": "False", "message": "0/1 free"}]), "Unschedulable", "0/1"),
+    ],
+)
+def test_pods_say_why_they_are_not_ready(found, reason, words):
+    problem = problem_of({}, [pod(ready=True), found])
+    assert problem is not None
+    assert problem.reason == reason
+    assert words in problem.message
+
+
+def test_pods_that_just_start_have_no_problem():
+    assert problem_of({}, [pod(init=waiting("PodInitializing")), pod(server={"state": {"running": {}}})]) is None
+    assert problem_of({}, [pod(ready=True, server=died(1))]) is None
+    leaving = pod(server=died(1))
+    leaving["metadata"]["deletionTimestamp"] = "now"
+    assert problem_of({}, [leaving]) is None
+    assert not is_ready({**pod(ready=True), "metadata": {"deletionTimestamp": "now"}})
+
+
+def test_a_quota_that_forbids_pods_is_named():
+    deployment = {"status": {"conditions": [{"type": "ReplicaFailure", "status": "True", "message": "exceeded quota"}]}}
+    problem = problem_of(deployment, [])
+    assert problem is not None
+    assert (problem.reason, "exceeded quota" in problem.message) == ("PodsForbidden", True)
+
+
+def ended(found: Any, phase: str = "Failed") -> Any:
+    return {**found, "status": {**found["status"], "phase": phase}}
+
+
+def test_a_pod_that_ended_does_not_speak_for_those_that_live():
+    """An evicted pod is kept as a record, and a preempted one may have ended with any code."""
+    old = ended(pod(server=died(137)))
+    assert problem_of({}, [old, pod(server={"state": {"running": {}}})]) is None
+    assert problem_of({}, [old, ended(pod(ready=True), "Succeeded"), pod(ready=True)]) is None
+    stuck = problem_of({}, [old, pod(server=waiting("CreateContainerConfigError", 'secret "x"'))])
+    assert stuck is not None
+    assert stuck.reason == "CreateContainerConfigError"
+    alone = problem_of({}, [old])
+    assert alone is not None
+    assert alone.reason == "CrashLoopBackOff"
+
+
+def test_a_claim_that_is_not_there_is_named():
+    text = '0/1 nodes are available: persistentvolumeclaim "models" not found.'
+    found = problem_of({}, [pod(conditions=[{"type": "PodScheduled", "status": "False", "message": text}])])
+    assert found is not None
+    assert found.reason == "ClaimNotFound"
+    assert '"models"' in found.message
+    assert "create it" in found.message
+
+
+def aged(found: Any, created: str) -> Any:
+    return {**found, "metadata": {**found["metadata"], "creationTimestamp": created}}
+
+
+def test_who_says_nothing_is_the_oldest_before_its_first_container():
+    old, new = "2026-05-01T11:00:00Z", "2026-05-01T12:00:00Z"
+    first = aged(pod(init=waiting("PodInitializing")), old)
+    second = aged(pod(), new)
+    assert mute([second, first]) == first
+    assert mute([aged(pod(init={"state": {"running": {}}}, server=waiting("PodInitializing")), old)]) is None
+    assert mute([aged(pod(init=waiting("ImagePullBackOff")), old), aged(pod(ready=True), old)]) is None
+
+
+# Events, by whole passes.
+
+MESSAGE = "Multi-Attach error for volume pvc-1: it is used by another node."
+
+
+def hanging(*reasons: str, age: float = LATE_SECONDS) -> Kubernetes:
+    """The pods of the first revision have a node, and no container; their Events have these reasons."""
+    world = Kubernetes()
+    world.driver().run(KEY)
+    (revision,) = world.deployments()
+    world.broken[revision] = {"phase": "Pending"}
+    world.kubelet()
+    for key in [key for key in world.cluster.objects if key.kind == "Pod" and revision in key.name]:
+        metadata = world.cluster.objects[key]["metadata"]
+        metadata["creationTimestamp"] = stamp(world.now - timedelta(seconds=age))
+        for reason in reasons:
+            about = {"uid": metadata["uid"]}
+            world.cluster.add_event(key, {"reason": reason, "message": MESSAGE, "involvedObject": about})
+    return world
+
+
+@pytest.mark.parametrize("reason", ["FailedAttachVolume", "FailedMount", "FailedCreatePodSandBox"])
+def test_a_pod_that_hangs_before_its_containers_is_told_of_by_its_events(reason: str):
+    world = hanging("Scheduled", reason)
+    assert world.passes(2) == EVENTS_SECONDS  # no event of the watches will tell
+    assert world.condition("Ready")[:2] == ("False", reason)
+    assert MESSAGE in world.condition("Ready")[2]
+    world.broken.clear()
+    world.passes()
+    assert world.condition("Ready")[:2] == ("True", "Serving")
+
+
+@pytest.mark.parametrize("reasons", [("Scheduled",), ("Scheduled", "FailedMount", "Pulling"), ()])
+def test_a_pod_that_got_on_has_no_problem(reasons: tuple[str, ...]):
+    world = hanging(*reasons)
+    world.passes(2)
+    assert MESSAGE not in str(world.status)
+
+
+def test_a_pod_that_has_just_been_made_is_not_asked_yet():
+    world = hanging("Scheduled", "FailedMount", age=LATE_SECONDS - 1)
+    world.passes(2)
+    assert MESSAGE not in str(world.status)
+    world.passes(1, seconds=2)
+    assert world.condition("Ready")[1] == "FailedMount"
+
+
+def test_events_that_may_not_be_read_stop_no_pass(monkeypatch: pytest.MonkeyPatch):
+    def forbidden(*_: Any, **__: Any) -> Objects:
+        raise ClusterError(403, "Forbidden", "events is forbidden")
+
+    world = hanging("Scheduled", "FailedMount")
+    monkeypatch.setattr(world.cluster, "events", forbidden)
+    world.passes()
+    world.broken.clear()
+    world.passes()
+    assert world.condition("Ready")[:2] == ("True", "Serving")
