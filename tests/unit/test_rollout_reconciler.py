@@ -395,6 +395,33 @@ def test_a_candidate_that_waits_for_the_next_one_is_rolled_back_where_it_fails()
     assert world.status["phase"] == "RolledBack"
 
 
+def test_a_secret_that_may_not_be_read_stops_neither_the_candidate_nor_the_stable_revision(monkeypatch):
+    """A policy that guards one Secret of the next revision must not let a bad one serve on."""
+    world = Kubernetes(rollout=CANARY)
+    world.passes()
+    stable = world.status["stable"]["revision"]
+    world.edit(model=uri("b"))
+    world.passes()
+    whole = world.cluster.get
+
+    def guarded(key: Key) -> Object | None:
+        if (key.kind, key.name) == ("Secret", "keys"):
+            raise ClusterError(403, "Forbidden", 'secrets "keys" is forbidden')
+        return whole(key)
+
+    monkeypatch.setattr(world.cluster, "get", guarded)
+    world.edit(**EDITS["SecretNotFound"])
+    world.requests, world.answers = 100, [prometheus.Value(0.2)]
+    assert world.passes(seconds=10) is not None  # no event will tell
+    assert (world.status["phase"], world.status["stable"]["revision"]) == ("RolledBack", stable)
+    assert world.condition("Ready")[1] == "Forbidden"
+    assert '"keys"' in world.condition("Ready")[2]
+    monkeypatch.undo()
+    world.cluster.put({"kind": "Secret", "metadata": {"name": "keys", "namespace": "ns"}, "data": {"a": "Yg=="}})
+    world.passes()
+    assert world.status["candidate"]["revision"] != stable
+
+
 def test_a_candidate_whose_own_source_is_not_ready_any_more_goes_on():
     world = Kubernetes(model=EDITS["SourceNotReady"]["model"], rollout={"steps": [{"weight": 10, "pauseSeconds": 60}]})
     source(world, "1")

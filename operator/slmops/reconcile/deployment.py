@@ -14,7 +14,7 @@ from slmops.api.meta import Lineage
 from slmops.api.run import Input
 from slmops.build import router as router_parts
 from slmops.build import serving
-from slmops.cluster.port import Cluster, Key, Object
+from slmops.cluster.port import Cluster, ClusterError, Key, Object
 from slmops.reconcile import conditions, sources
 from slmops.reconcile.deployment_measure import measure
 from slmops.reconcile.deployment_pods import pods_of, problem, role
@@ -53,7 +53,7 @@ class Wanted:
     revision: Revision | None = None
     model: Input | None = None
     lineage: Lineage | None = None  # of the model that is asked for
-    waiting: Problem | None = None  # SourceNotReady, SecretNotFound: mends itself
+    waiting: Problem | None = None  # SourceNotReady, SecretNotFound, Forbidden: mends itself
     other: bool = False  # what is waited for is sure to be another revision than the candidate
 
 
@@ -204,7 +204,13 @@ def _wanted(cluster: Cluster, obj: Object, spec: ModelDeploymentSpec, status: Mo
     if not digest and "@sha256:" in model.uri:  # a pinned URI names its content
         revision = revision.model_copy(update={"digest": model.uri.rpartition("@")[2]})
     known = {r.revision for r in (status.stable, status.candidate) if r}
-    missing = None if revision.revision in known else _missing_secret(cluster, namespace, spec, model)
+    try:
+        missing = "" if revision.revision in known else _missing_secret(cluster, namespace, spec, model)
+    except ClusterError as error:
+        if error.status != 403:
+            raise
+        message = f"The operator may not read a Secret that the spec names: {error.message}"
+        return Wanted(waiting=Problem("Forbidden", message), other=True)
     if missing:
         return Wanted(waiting=Problem("SecretNotFound", f"Secret {missing} does not exist: create it."), other=True)
     return Wanted(revision=revision, model=model, lineage=lineage)
