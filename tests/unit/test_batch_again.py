@@ -3,9 +3,10 @@
 from typing import Any
 
 import pytest
-from tests.unit.objects import RUNNING, Object, at, condition, exited, finetune, job, of, pod, said
+from tests.unit.objects import RUNNING, Object, at, condition, exited, finetune, job, of, pod, said, succeeded
 from tests.unit.test_batch_life import FAILED_JOB, FATAL_JOB, WANTED, after, kstatus, ready, run
 
+from slmops.reconcile.batch_pass import Blocked
 from slmops.reconcile.state import Plan
 
 # Suspending and queueing.
@@ -229,6 +230,22 @@ def test_a_failed_run_without_configmaps_is_not_looked_at_every_minute() -> None
     bad = pod(obj, phase="Failed", state=said("LossDiverged", "x", 3))
     failed = after(obj, run(obj, pods=(bad,), **jobs))
     assert run(failed, inputs=".s2", **jobs).requeue is None
+
+
+def test_a_configmap_that_is_mended_in_two_steps_is_looked_at_until_it_is_whole() -> None:
+    """Deleted and made anew, or broken in another place for a while: nothing is watched that would tell."""
+    obj = failed_for_good(said("BadDataset", "line 3", 3), FATAL_JOB)
+    gone = run(obj, job=job(obj, **FATAL_JOB), blocked=Blocked("ConfigMapNotFound", "ConfigMap data.", 5.0))
+    assert (gone.status, gone.requeue) == (obj["status"], 60.0)
+    plan = run(after(obj, gone), job=job(obj, **FATAL_JOB), inputs="m2.s1")
+    assert ready(plan) == ("False", "Retrying")
+
+
+def test_a_run_that_succeeded_is_not_looked_at_for_its_configmaps() -> None:
+    obj = finetune()
+    done = after(obj, run(obj, job=job(obj), pods=(pod(obj, phase="Succeeded", state=succeeded()),)))
+    assert done["status"]["inputs"] == "m1.s1"
+    assert run(done, job=job(obj, conditions=[condition("Complete")])).requeue is None
 
 
 def test_a_mended_configmap_lets_a_failed_object_go_on() -> None:

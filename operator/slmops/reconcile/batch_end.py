@@ -53,7 +53,8 @@ def collected(p: Pass) -> Plan:
             "conditions": [c.model_copy(update={"observed_generation": p.generation}) for c in p.status.conditions],
         }
     )
-    again = RECHECK_FAILED if _maps(p.seen.inputs) else None
+    maps = _maps(p.seen.inputs or p.status.inputs or "")  # as they are, or were: one that is missing comes back
+    again = RECHECK_FAILED if maps and p.status.artifact is None else None
     job, ttl, end = p.seen.job, p.spec.ttl_seconds_after_finished, p.status.completion_time
     if job is None or ttl is None or end is None or job["metadata"].get("deletionTimestamp"):
         return plan(status, requeue=again)
