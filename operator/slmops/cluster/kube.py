@@ -16,6 +16,7 @@ from typing import Any
 import urllib3
 from kubernetes import client, config
 from kubernetes.client.exceptions import OpenApiException
+from kubernetes.client.rest import should_bypass_proxies
 
 from slmops.api.keys import FIELD_MANAGER
 from slmops.api.times import stamp
@@ -52,6 +53,12 @@ def configuration(env: dict[str, str] | None = None) -> client.Configuration:
         raise ClusterError(0, "NoConfiguration", f"No way to reach a cluster, by {where}: {said}") from error
     found.retries = False
     return found
+
+
+def proxy_of(found: client.Configuration) -> str | None:
+    """The proxy on the way to the API server, where there is one."""
+    passed_by = should_bypass_proxies(found.host, found.no_proxy or "")  # type: ignore[no-untyped-call]  # of the client
+    return None if passed_by else found.proxy
 
 
 class KubeCluster:

@@ -11,7 +11,6 @@ shared loop it cancels whatever was started after it, and after an error at star
 
 import asyncio
 import logging
-import os
 import random
 import threading
 from collections.abc import Callable, Coroutine, Iterator
@@ -22,6 +21,7 @@ import kopf
 
 from slmops.api.keys import GROUP, LABEL_MANAGED_BY, LABEL_OWNER_UID, MANAGED_BY, VERSION
 from slmops.cluster.kinds import OURS, PLACES
+from slmops.cluster.kube import configuration, proxy_of
 from slmops.handlers.known import Note, note_of
 
 log = logging.getLogger(__name__)
@@ -168,10 +168,20 @@ def _abandoned(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> Non
     log.debug("Watch left something behind", extra={"context": str(context.get("message"))})
 
 
-def log_in(**kwargs: Any) -> kopf.ConnectionInfo | None:
-    """KUBECONFIG if it is set, else the pod's service account: the same order as cluster.kube.configuration."""
-    return kopf.login_with_kubeconfig(**kwargs) if _outside() else kopf.login_with_service_account(**kwargs)
+def log_in(**_: Any) -> kopf.ConnectionInfo:
+    """The way that passes take: a token of a program or of a file is one too, and kopf's own way knows neither.
 
-
-def _outside() -> bool:
-    return bool(os.environ.get("KUBECONFIG")) or not os.environ.get("KUBERNETES_SERVICE_HOST")
+    Asked again whenever the API server refuses the token. Raises ClusterError.
+    """
+    found = configuration()
+    scheme, _blank, token = (found.get_api_key_with_prefix("BearerToken") or "").partition(" ")
+    return kopf.ConnectionInfo(
+        server=found.host,
+        ca_path=found.ssl_ca_cert,
+        insecure=not found.verify_ssl,
+        scheme=scheme or None,
+        token=token.strip() or None,
+        certificate_path=found.cert_file,
+        private_key_path=found.key_file,
+        proxy_url=proxy_of(found),
+    )
