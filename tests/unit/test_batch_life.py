@@ -58,6 +58,7 @@ def kstatus(plan: Plan) -> str:
     return "Current" if said["Ready"] == "True" else "InProgress"
 
 
+COMPLETE_JOB: dict[str, Any] = {"conditions": [condition("Complete")]}
 FAILED_JOB: dict[str, Any] = {
     "conditions": [condition("Failed", "BackoffLimitExceeded", "Job has reached the limit")],
     "failed": 4,
@@ -273,16 +274,17 @@ def test_a_finished_object_whose_job_is_gone_is_left_alone() -> None:
 
 def test_a_finished_job_stays_until_its_time_and_then_goes() -> None:
     obj = finished(ttlSecondsAfterFinished=100)
-    assert run(obj, job=job(obj)).requeue == 95.0
+    assert run(obj, job=job(obj, **COMPLETE_JOB)).requeue == 95.0
     late = finished(ttlSecondsAfterFinished=3)
-    plan = run(late, job=job(late))
+    plan = run(late, job=job(late, **COMPLETE_JOB))
     assert [key.name for key in plan.delete] == ["tune-finetune"]
     assert plan.status == late["status"]
 
 
 def test_a_job_without_time_limit_stays() -> None:
     obj = finished()
-    assert run(obj, job=job(obj)).delete == ()
+    plan = run(obj, job=job(obj, **COMPLETE_JOB))
+    assert (plan.delete, plan.requeue) == ((), None)
 
 
 # What is said, and when.

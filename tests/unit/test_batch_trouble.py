@@ -21,7 +21,7 @@ from tests.unit.objects import (
     succeeded,
     waiting,
 )
-from tests.unit.test_batch_life import FAILED_JOB, FATAL_JOB, WANTED, after, kstatus, ready, run
+from tests.unit.test_batch_life import COMPLETE_JOB, FAILED_JOB, FATAL_JOB, WANTED, after, kstatus, ready, run
 
 from slmops import crdgen
 from slmops.api.batch import SECONDS_MAX
@@ -179,7 +179,7 @@ def test_the_largest_spec_fits_into_its_variable() -> None:
 def test_the_largest_ttl_is_a_date() -> None:
     obj = finetune(ttlSecondsAfterFinished=SECONDS_MAX)
     done = run(obj, job=job(obj), pods=(pod(obj, phase="Succeeded", state=succeeded()),))
-    plan = run(after(obj, done), job=job(obj))
+    plan = run(after(obj, done), job=job(obj, **COMPLETE_JOB))
     assert plan.requeue is not None
     assert plan.requeue > timedelta(days=20000).total_seconds()
 
@@ -288,73 +288,6 @@ def test_a_pod_that_does_not_say_when_it_failed_is_told_of_once(name: str) -> No
     driver.run(key_of(obj))
     assert cluster.objects[key_of(obj)]["status"] == before
     assert cluster.posted == told
-
-
-def evicted(obj: Object, said: str, code: int = 137, **status: Any) -> Object:
-    return pod(obj, phase="Failed", state=exited(code), reason="Evicted", message=said, **status)
-
-
-OWN_DISK = (
-    'Container worker exceeded its local ephemeral storage limit "2Gi". ',
-    "Pod ephemeral local storage usage exceeds the total limit of containers 2Gi. ",
-)
-
-
-@pytest.mark.parametrize("text", OWN_DISK)
-@pytest.mark.parametrize("code", [137, 143])  # killed, or ended by itself within the second that it has
-def test_a_pod_that_wrote_more_than_its_limit_is_told_which(text: str, code: int) -> None:
-    """The next one would do the same on any node: that it was taken off its node is no help."""
-    obj = finetune()
-    over = evicted(obj, text, code)
-    plan = run(obj, job=job(obj), pods=(over,))
-    assert (ready(plan)[1], plan.status["lastFailure"]["reason"]) == ("Retrying", "DiskFull")
-    assert text.strip() in message(plan)
-    assert "spec.pod.resources.limits.ephemeral-storage" in message(plan)
-    assert [event.reason for event in plan.events] == ["AttemptFailed"]
-    again = run(obj, job=job(obj, **FAILED_JOB), pods=(over,))
-    assert (ready(again)[1], again.status["nextRetryTime"]) == ("DiskFull", at(30))
-    node = evicted(obj, "The node was low on resource: ephemeral-storage. Threshold quantity: 1Gi, available: 9Mi. ")
-    assert run(obj, job=job(obj), pods=(node,)).status["lastFailure"]["reason"] == "Evicted"
-
-
-UNKNOWN = exited(137, reason="ContainerStatusUnknown", message="The container could not be located")
-NODES: dict[str, tuple[str, Object]] = {
-    "a broken device": ("NodeRefused", {"reason": "UnexpectedAdmissionError", "message": "no healthy devices"}),
-    "a device that is taken": ("NodeRefused", {"reason": "OutOfnvidia.com/gpu", "message": "requested: 1, used: 1"}),
-    "a label that is gone": ("NodeRefused", {"reason": "NodeAffinity", "message": "Predicate NodeAffinity failed"}),
-    "a node that was started anew": ("NodeFailed", {"state": UNKNOWN}),
-    "a full node of an older kubelet": ("Evicted", {"state": exited(137), "reason": "Evicted", "message": "low"}),
-}
-
-
-@pytest.mark.parametrize("name", NODES)
-def test_attempts_that_a_node_used_up_do_not_end_the_run(name: str) -> None:
-    """A broken GPU refuses four pods within a minute."""
-    reason, said = NODES[name]
-    obj = finetune()
-    pods = [pod(obj, name=f"tune-{number}", phase="Failed", **said) for number in range(4)]
-    for one in pods:
-        one["spec"]["nodeName"] = "node-7"
-    plan = run(obj, job=job(obj, **FAILED_JOB), pods=tuple(pods))
-    assert (kstatus(plan), ready(plan)[1], plan.status["nextRetryTime"]) == ("InProgress", reason, at(30))
-    assert all(word in message(plan) for word in ([] if reason == "Evicted" else ["node-7", "tune-3"]))
-    assert str(said.get("message", "could not be located")) in message(plan)
-
-
-def test_a_pod_whose_injected_first_container_failed_is_no_fault_of_its_node() -> None:
-    obj = finetune()
-    plan = run(obj, job=job(obj, **FAILED_JOB), pods=(pod(obj, phase="Failed"),))
-    assert (kstatus(plan), ready(plan)[1]) == ("Failed", "InternalError")
-
-
-def test_a_webhooks_container_before_ours_is_not_taken_for_it() -> None:
-    obj = finetune()
-    proxy = {"name": "istio-proxy", "image": "proxy:1", "resources": {"limits": {"memory": "1Gi"}}}
-    killed = pod(obj, phase="Failed", state=exited(137, reason="OOMKilled"), limits={"memory": "512Mi"})
-    stuck = pod(obj, phase="Pending", state=waiting("ErrImagePull", "not found"))
-    for one, word in ((killed, "512Mi"), (stuck, "trainer:1")):
-        one["spec"]["containers"].insert(0, proxy)
-        assert word in message(run(obj, job=job(obj), pods=(one,)))
 
 
 def test_a_failed_run_whose_output_is_nowhere_any_more_is_looked_after() -> None:

@@ -86,7 +86,10 @@ def test_the_whole_job() -> None:
                 ]
             },
             "template": {
-                "metadata": {"labels": labels},
+                "metadata": {
+                    "labels": {**labels, "sidecar.istio.io/inject": "false"},
+                    "annotations": {"linkerd.io/inject": "disabled"},
+                },
                 "spec": {
                     "restartPolicy": "Never",
                     "automountServiceAccountToken": False,

@@ -24,6 +24,9 @@ GRACE_SECONDS = 60  # for the checkpoint on SIGTERM
 
 _GPUS = ("nvidia.com/gpu", "nvidia.com/mig-")  # how the names of these resources begin
 
+# A mesh's sidecar does not end with the worker, and neither does its pod then, nor the Job.
+_NO_SIDECAR = {"sidecar.istio.io/inject": "false"}
+
 SUFFIX = {"DistillationJob": "distill", "FineTuneJob": "finetune", "QuantizedModel": "quantize"}
 
 _POLICY = ("suspend", "backoffLimit", "activeDeadlineSeconds")
@@ -59,7 +62,10 @@ def job(owner: Object, spec: BatchSpec, run: RunSpec, settings: Settings) -> Obj
                 ]
             },
             "template": {
-                "metadata": {"labels": parts.labels(owner, keys.ROLE_WORKER)},
+                "metadata": {
+                    "labels": {**parts.labels(owner, keys.ROLE_WORKER), **_NO_SIDECAR},
+                    "annotations": {"linkerd.io/inject": "disabled"},
+                },
                 "spec": _pod(spec, run, settings),
             },
         },

@@ -12,7 +12,7 @@ from slmops.reconcile import conditions
 from slmops.reconcile.batch_pass import Pass, complete, failed, going_on, plan
 from slmops.reconcile.conditions import cut
 from slmops.reconcile.needs import RECHECK_SECONDS
-from slmops.reconcile.pods import INTERRUPTED, failure_of, result_of, terminated
+from slmops.reconcile.pods import HELD_AFTER, INTERRUPTED, failure_of, result_of, terminated
 from slmops.reconcile.state import Event, Plan
 
 # Reasons for which the world is to blame: it may mend itself, or be mended, without a change of the object.
@@ -35,7 +35,7 @@ def conclude(p: Pass, job: Object) -> Plan | None:
     for pod in reversed(p.seen.pods):
         result = result_of(pod)
         if result is not None and result.succeeded and result.artifact is not None and failure_of(pod) is None:
-            return _succeeded(p, pod, result)
+            return _succeeded(p, job, pod, result)
     if _is(job, "Complete"):
         return _without_result(p)
     if _is(job, "Failed"):
@@ -55,10 +55,11 @@ def collected(p: Pass) -> Plan:
     )
     maps = _maps(p.seen.inputs or p.status.inputs or "")  # as they are, or were: one that is missing comes back
     again = RECHECK_FAILED if maps and p.status.artifact is None else None
-    job, ttl, end = p.seen.job, p.spec.ttl_seconds_after_finished, p.status.completion_time
-    if job is None or ttl is None or end is None or job["metadata"].get("deletionTimestamp"):
+    job, end = p.seen.job, p.status.completion_time
+    kept = None if job is None else _kept(p, job)
+    if job is None or kept is None or end is None or job["metadata"].get("deletionTimestamp"):
         return plan(status, requeue=again)
-    left = p.until(stamp(parse(end) + timedelta(seconds=ttl)))
+    left = p.until(stamp(parse(end) + timedelta(seconds=kept)))
     if left > 0:
         return plan(status, requeue=min(left, again or left))
     return plan(status, requeue=again, delete=(p.job_key,))
@@ -94,7 +95,7 @@ def retry_requeue(p: Pass, at: str) -> float:
     return min(p.until(at), conditions.patiently(RECHECK_SECONDS, p.status.conditions, p.now))
 
 
-def _succeeded(p: Pass, pod: Object, result: RunResult) -> Plan:
+def _succeeded(p: Pass, job: Object, pod: Object, result: RunResult) -> Plan:
     assert result.artifact is not None
     artifact = result.artifact
     table = {name: cut(getattr(result, name), limit) or None for name, limit in TABLE.items()}
@@ -110,7 +111,19 @@ def _succeeded(p: Pass, pod: Object, result: RunResult) -> Plan:
         progress=Progress(percent=100, stage="Done", time=p.stamp()),
         **known,
     )
-    return plan(status, Event("Succeeded", message), requeue=p.spec.ttl_seconds_after_finished)
+    return plan(status, Event("Succeeded", message), requeue=_kept(p, job))
+
+
+def _kept(p: Pass, job: Object) -> float | None:
+    """Seconds after the run's end for which its Job is kept; None for ever.
+
+    A Job that does not end after its run has a pod that does not: its GPU is not kept for a sidecar.
+    """
+    ttl = p.spec.ttl_seconds_after_finished
+    if _is(job, "Complete") or _is(job, "Failed"):
+        return ttl
+    held = HELD_AFTER.total_seconds()
+    return held if ttl is None else min(ttl, held)
 
 
 def _without_result(p: Pass) -> Plan:

@@ -18,6 +18,7 @@ from slmops.reconcile.pods import (
     created,
     ended,
     failure_of,
+    held_up,
     lost,
     running,
     told,
@@ -159,7 +160,10 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
     if p.spec.queue_name and job["spec"].get("suspend"):
         message = f"Waits in queue {p.spec.queue_name} to be admitted."
         return plan(going_on(p, "Queued", "Queued", message, last_failure=failure), *news, apply=apply)
-    trouble = (trouble_of(pod) or told(pod, p.seen.events)) if pod is not None else _refused(p, job)
+    if pod is not None:
+        trouble = trouble_of(pod) or told(pod, p.seen.events)
+    else:
+        trouble = (held_up(p.seen.pods[-1], p.now) if p.seen.pods else None) or _refused(p, job)
     if trouble is not None:
         if trouble.reason in NO_IMAGE and _image_changed(p, job):
             return _again(p)

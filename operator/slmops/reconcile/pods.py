@@ -8,6 +8,7 @@ from typing import get_args
 
 from pydantic import ValidationError
 
+from slmops.api.keys import LABEL_ROLE, ROLE_WORKER
 from slmops.api.meta import Failure
 from slmops.api.run import EXIT_INTERRUPTED, FailureReason, RunResult
 from slmops.api.times import parse
@@ -20,6 +21,7 @@ NO_IMAGE = ("ImagePullBackOff", "InvalidImageName")
 _OWN_DISK = re.compile("local ephemeral storage limit|ephemeral local storage usage")  # as the kubelet says it
 _GOT_ON = ("Scheduled", "SuccessfulAttachVolume", "Pulling", "Pulled")  # Events of a pod on its way
 LATE_SECONDS = 30.0  # a pod that has not started by then is asked why
+HELD_AFTER = timedelta(seconds=60)  # the kubelet needs some seconds to say that a pod has ended
 LOST_AFTER = timedelta(seconds=60)  # beyond the time by which a deleted pod has to be gone
 
 # Why a container waits, as the kubelet says it -> our reason. Two words for one thing would make the status flap.
@@ -93,6 +95,24 @@ def lost(pod: Object, now: datetime) -> Trouble | None:
         "NodeLost",
         f"Pod {name} should have ended by {gone_by}, but {node} does not say so. If the node is dead, delete it, or: "
         f"kubectl -n {namespace} delete pod {name} --force. The run then goes on from its checkpoint.",
+    )
+
+
+def held_up(pod: Object, now: datetime) -> Trouble | None:
+    """A pod that does not end though its worker has: a webhook added containers that know of no end."""
+    end, status = terminated(pod), pod.get("status") or {}
+    if end is None or status.get("phase") in ("Succeeded", "Failed") or pod["metadata"].get("deletionTimestamp"):
+        return None
+    if now < parse(end.get("finishedAt") or pod["metadata"]["creationTimestamp"]) + HELD_AFTER:
+        return None
+    others = [one["name"] for one in status.get("containerStatuses") or [] if "running" in (one.get("state") or {})]
+    if not others:
+        return None
+    name, namespace, which = pod["metadata"]["name"], pod["metadata"]["namespace"], ", ".join(others)
+    return Trouble(
+        "SidecarRuns",
+        f"Pod {name} has done its work, but {which} runs on in it. Keep what adds that away from pods with the label "
+        f"{LABEL_ROLE}={ROLE_WORKER}, or make it a native sidecar; then: kubectl -n {namespace} delete pod {name}",
     )
 
 
