@@ -80,7 +80,7 @@ def test_every_reason_has_a_row() -> None:
 
 # Said by Kubernetes itself, and passed on as they are.
 PASSED_ON = {"SchedulingGated", "BackoffLimitExceeded", "DeadlineExceeded", "FailedMount", "FailedAttachVolume",
-             "FailedCreatePodSandBox"}  # fmt: skip
+             "FailedCreatePodSandBox", "Unschedulable"}  # fmt: skip
 
 
 def test_every_row_is_a_reason() -> None:

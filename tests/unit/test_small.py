@@ -241,7 +241,7 @@ def test_a_pod_that_was_not_admitted_passes_the_kubelets_words_on() -> None:
     told = {"reason": "UnexpectedAdmissionError", "message": "Allocate failed: no healthy devices"}
     found = failure_of(pod(finetune(), phase="Failed", **told))
     assert found is not None
-    assert found.message.endswith("its container ran: UnexpectedAdmissionError: Allocate failed: no healthy devices")
+    assert found.message.endswith("refused pod tune-abc: UnexpectedAdmissionError: Allocate failed: no healthy devices")
 
 
 def test_a_bare_exit_code_names_the_log() -> None:

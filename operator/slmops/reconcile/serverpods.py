@@ -59,7 +59,7 @@ def by_events(pod: Object, events: Iterable[Object]) -> Problem | None:
 
 
 def _missed(pods: Iterable[Object]) -> list[Object]:
-    """Pods that shall be ready and are not. One that has ended has a successor, and is heard where that is not there."""
+    """Pods that shall be ready and are not. One that has ended is heard only where nobody has taken its place."""
     staying = [pod for pod in pods if not pod["metadata"].get("deletionTimestamp")]
     living = [pod for pod in staying if (pod.get("status") or {}).get("phase") not in ("Succeeded", "Failed")]
     return [pod for pod in living or staying if not is_ready(pod)]
