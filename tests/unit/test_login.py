@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from kubernetes.config import kube_config
+from kubernetes.config import incluster_config, kube_config
 
 from slmops.handlers.watches import log_in
 
@@ -50,3 +50,18 @@ def test_tokens_of_every_kind(
     assert (found.server, found.proxy_url) == ("http://api:6443", "http://proxy:3128")
     monkeypatch.setenv("NO_PROXY", "api")
     assert log_in().proxy_url is None
+
+
+def test_in_a_pod_it_is_the_service_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("token", "ca.crt"):
+        (tmp_path / name).write_text(f"{name}-of-the-pod\n")
+    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
+    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(tmp_path / "ca.crt"))
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    for name, value in {"HOST": "10.0.0.1", "PORT": "443"}.items():
+        monkeypatch.setenv(f"KUBERNETES_SERVICE_{name}", value)
+    found = log_in()
+    assert (found.server, found.ca_path, found.insecure) == ("https://10.0.0.1:443", str(tmp_path / "ca.crt"), False)
+    assert found.as_http_headers() == {"Authorization": "bearer token-of-the-pod"}
+    (tmp_path / "token").write_text("renewed")
+    assert log_in().token == "renewed"

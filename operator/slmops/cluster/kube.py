@@ -57,8 +57,7 @@ def configuration(env: dict[str, str] | None = None) -> client.Configuration:
 
 def proxy_of(found: client.Configuration) -> str | None:
     """The proxy on the way to the API server, where there is one."""
-    passed_by = should_bypass_proxies(found.host, found.no_proxy or "")  # type: ignore[no-untyped-call]  # of the client
-    return None if passed_by else found.proxy
+    return None if should_bypass_proxies(found.host, found.no_proxy or "") else found.proxy
 
 
 class KubeCluster:
