@@ -109,6 +109,7 @@ def test_who_says_nothing_is_the_oldest_before_its_first_container():
     second = aged(pod(), new)
     assert mute([second, first]) == first
     assert mute([aged(pod(init={"state": {"running": {}}}, server=waiting("PodInitializing")), old)]) is None
+    assert mute([ended(first)]) is None  # scaled to zero, it would be asked for ever
     assert mute([aged(pod(init=waiting("ImagePullBackOff")), old), aged(pod(ready=True), old)]) is None
 
 

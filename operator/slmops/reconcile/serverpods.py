@@ -48,7 +48,7 @@ def problem_of(deployment: Object, pods: Iterable[Object]) -> Problem | None:
 
 def mute(pods: Iterable[Object]) -> Object | None:
     """The oldest pod that has not come to its first container and does not say why: Events may."""
-    waiting = [pod for pod in _missed(pods) if not _begun(pod) and _problem(pod) is None]
+    waiting = [pod for pod in _missed(pods) if not (_ended(pod) or _begun(pod)) and _problem(pod) is None]
     return min(waiting, key=created, default=None)
 
 
@@ -61,8 +61,12 @@ def by_events(pod: Object, events: Iterable[Object]) -> Problem | None:
 def _missed(pods: Iterable[Object]) -> list[Object]:
     """Pods that shall be ready and are not. One that has ended is heard only where nobody has taken its place."""
     staying = [pod for pod in pods if not pod["metadata"].get("deletionTimestamp")]
-    living = [pod for pod in staying if (pod.get("status") or {}).get("phase") not in ("Succeeded", "Failed")]
+    living = [pod for pod in staying if not _ended(pod)]
     return [pod for pod in living or staying if not is_ready(pod)]
+
+
+def _ended(pod: Object) -> bool:
+    return (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed")
 
 
 def _begun(pod: Object) -> bool:
@@ -98,10 +102,10 @@ def _container(container: Object) -> Problem | None:
     ended = state.get("terminated") or (container.get("lastState") or {}).get("terminated") or {}
     if ended.get("exitCode", 0) == 0:
         return None
-    return _ended(container, ended)
+    return _died(container, ended)
 
 
-def _ended(container: Object, ended: Object) -> Problem:
+def _died(container: Object, ended: Object) -> Problem:
     said = str(ended.get("message") or "").strip()
     try:
         told = json.loads(said)
