@@ -4,19 +4,20 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from tests.unit.objects import NOW
 from tests.unit.serving_world import KEY, Kubernetes
 
 from slmops.api.times import stamp
 from slmops.cluster.port import ClusterError, Objects
 from slmops.reconcile.deployment import EVENTS_SECONDS
 from slmops.reconcile.pods import LATE_SECONDS
-from slmops.reconcile.serverpods import is_ready, mute, problem_of
+from slmops.reconcile.serverpods import LATELY, ended_lately, is_ready, mute, problem_of
 
 
 def pod(*, ready: bool = False, init: Any = None, server: Any = None, **status: Any) -> Any:
     words = [{"type": "Ready", "status": "True" if ready else "False"}, *status.pop("conditions", [])]
     return {
-        "metadata": {"name": "p"},
+        "metadata": {"name": "p", "namespace": "ns"},
         "status": {
             "conditions": words,
             "initContainerStatuses": [{"name": "pull", "image": "server:1", **init}] if init else [],
@@ -99,6 +100,25 @@ def test_a_claim_that_is_not_there_is_named():
     assert "create it" in found.message
 
 
+FULL = {"reason": "Evicted", "message": "Pod ephemeral local storage usage exceeds the total limit of containers 1Gi. "}
+REFUSED = {"reason": "UnexpectedAdmissionError", "message": "Allocate failed: no healthy devices"}
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "words"),
+    [(FULL, "DiskFull", "limits.ephemeral-storage"), (REFUSED, "NodeRefused", "no healthy devices")],
+)
+def test_what_a_node_did_to_the_last_pod_is_told_while_the_next_one_says_nothing(status: Any, reason: str, words: str):
+    """A model that is larger than the pod's disk limit is pulled, evicted, and pulled again."""
+    over = aged(ended(pod(**status)), stamp(NOW))
+    found = ended_lately([over, pod(init={"state": {"running": {}}})], NOW + timedelta(minutes=5))
+    assert found is not None
+    assert found.reason == reason
+    assert words in found.message
+    assert ended_lately([over], NOW + LATELY) is None
+    assert ended_lately([aged(ended(pod(server=died(1))), stamp(NOW))], NOW) is None  # no node's doing
+
+
 def aged(found: Any, created: str) -> Any:
     return {**found, "metadata": {**found["metadata"], "creationTimestamp": created}}
 
@@ -158,6 +178,18 @@ def test_a_pod_that_has_just_been_made_is_not_asked_yet():
     assert MESSAGE not in str(world.status)
     world.passes(1, seconds=2)
     assert world.condition("Ready")[1] == "FailedMount"
+
+
+def test_an_evicted_pod_is_told_of_by_the_pass():
+    world = Kubernetes()
+    world.passes()
+    revision = world.status["stable"]["revision"]
+    world.broken[revision] = {"phase": "Failed", **FULL}
+    for key, found in world.cluster.objects.items():
+        if key.kind == "Pod" and revision in key.name:
+            found["metadata"]["creationTimestamp"] = stamp(world.now)
+    world.passes()
+    assert world.condition("Ready")[:2] == ("False", "DiskFull")
 
 
 def test_events_that_may_not_be_read_stop_no_pass(monkeypatch: pytest.MonkeyPatch):

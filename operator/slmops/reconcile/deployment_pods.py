@@ -7,7 +7,7 @@ from slmops.api import keys
 from slmops.cluster.port import ClusterError, Object
 from slmops.reconcile.pods import LATE_SECONDS, created
 from slmops.reconcile.protocol import World
-from slmops.reconcile.serverpods import by_events, is_ready, mute, problem_of
+from slmops.reconcile.serverpods import by_events, ended_lately, is_ready, mute, problem_of
 from slmops.rollout.seen import Pods, Problem
 
 log = logging.getLogger(__name__)
@@ -27,10 +27,14 @@ def pods_of(world: World, deployment: Object, pods: Sequence[Object]) -> Pods:
 
 
 def problem(world: World, deployment: Object, pods: Sequence[Object]) -> Problem | None:
-    """Why `pods` are missing or not ready, by their own words, else by the Events of one that is late."""
-    found, pod = problem_of(deployment, pods), mute(pods)
-    if found or pod is None or (world.now - created(pod)).total_seconds() < LATE_SECONDS:
-        return found
+    """Why `pods` are missing or not ready: their own words, else Events of one that is late, else how others ended."""
+    return problem_of(deployment, pods) or _by_events(world, pods) or ended_lately(pods, world.now)
+
+
+def _by_events(world: World, pods: Sequence[Object]) -> Problem | None:
+    pod = mute(pods)
+    if pod is None or (world.now - created(pod)).total_seconds() < LATE_SECONDS:
+        return None
     name, namespace = pod["metadata"]["name"], pod["metadata"]["namespace"]
     try:
         return by_events(pod, world.cluster.events(namespace, kind="Pod", name=name))

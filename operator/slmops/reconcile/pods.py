@@ -212,7 +212,7 @@ def _over_its_disk(pod: Object) -> tuple[str, str] | None:
     said = str(status.get("message") or "")
     if status.get("reason") != "Evicted" or not _OWN_DISK.search(said):
         return None
-    remedy = "Make a new object with a larger spec.pod.resources.limits.ephemeral-storage."
+    remedy = "Raise spec.pod.resources.limits.ephemeral-storage; for a run, in a new object."
     return "DiskFull", f"The pod wrote more than it may: {said.strip()} {remedy}"
 
 

@@ -2,18 +2,20 @@
 
 import json
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from slmops.api.times import parse
 from slmops.cluster.port import Object
 from slmops.reconcile.conditions import cut
-from slmops.reconcile.pods import created, told, unscheduled
+from slmops.reconcile.pods import created, failure_of, told, unscheduled
 from slmops.rollout.seen import Problem
 
 _IMAGE = {"ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull"}
 _CONFIG = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
 # What the pulling container (slmops_artifacts) says, by the names that it has in docs/errors.md.
 PULLED = {"DigestMismatch": "SourceUnavailable", "UnsupportedFormat": "UnsupportedModel", "BadUri": "BadSpec"}
+_BY_NODE = ("DiskFull", "Evicted", "NodeRefused")
+LATELY = timedelta(minutes=15)  # so long may the next one need to come as far
 SAID_MAX = 400  # characters of what a container said
 
 
@@ -56,6 +58,13 @@ def by_events(pod: Object, events: Iterable[Object]) -> Problem | None:
     """What Events, oldest first, tell of a mute pod."""
     found = told(pod, events)
     return Problem(found.reason, cut(found.message)) if found else None
+
+
+def ended_lately(pods: Iterable[Object], now: datetime) -> Problem | None:
+    """Why the last pod ended, where that was its node's doing: the one in its place may meet the same end."""
+    failures = [found for pod in pods if _ended(pod) and (found := failure_of(pod)) and found.reason in _BY_NODE]
+    last = max(failures, key=lambda found: found.time, default=None)
+    return Problem(last.reason, last.message) if last and now < parse(last.time) + LATELY else None
 
 
 def _missed(pods: Iterable[Object]) -> list[Object]:
