@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import CHATML, EMPTY_THOUGHTS, write_tokenizer
+from tiny import CHATML, EMPTY_THOUGHTS, MARKED, write_tokenizer
 from tokenizers import normalizers
 
 from slmops_trainer import encoding, evaluate
@@ -12,11 +12,6 @@ from slmops_trainer.data import Example, Message
 from slmops_trainer.encoding import IGNORED
 from slmops_trainer.failure import RunFailure
 
-MARKED = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] }}{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}"
-    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 # Shows earlier answers without their end: the text of a shorter conversation is no prefix of a longer one's.
 FORGETFUL = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}"

@@ -3,14 +3,16 @@
 import json
 import shutil
 from collections.abc import Callable
+from datetime import datetime, tzinfo
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
-from tiny import EMPTY_THOUGHTS, chat, task, write_model
+from tiny import CHATML, EMPTY_THOUGHTS, MARKED, chat, task, write_model
 
 from slmops.api.finetune import Lora
+from slmops.api.run import RunResult
 from slmops_artifacts import ArtifactError, Manifest, push, read_manifest
 from slmops_trainer import context, finetune, generate, models
 from slmops_trainer.context import Context
@@ -123,23 +125,67 @@ def test_lora_merges_into_a_model_that_answers_like_the_adapter(
     assert sizes == [sum(value.numel() for name, value in adapted.named_parameters() if "lora_" in name)] * 2
 
 
+def stopped_after_two_steps(ctx: Context) -> None:
+    """Run in a pod that is asked to stop within the training's second step of four."""
+    report = ctx.report
+
+    def stopping(stage: str, step: int, *rest: Any, **more: Any) -> None:
+        report(stage, step, *rest, **more)
+        if stage == finetune.TRAINING and step == 2:
+            ctx.stop.set()
+
+    ctx.report = stopping  # type: ignore[method-assign]
+    with pytest.raises(RunFailure, match="Stopped after step 2 of 4; the checkpoint is written"):
+        finetune.run(ctx)
+
+
+def timeless(result: RunResult) -> dict[str, float]:
+    """The metrics that equal runs have in common."""
+    return {name: value for name, value in result.metrics.items() if name != "training_seconds"}
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["plain", "generation-marks"])
+def test_a_template_that_writes_the_date_writes_one_date_in_all_pods_of_a_run(
+    make_run: Callable[..., Context],
+    sets: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    template: str,
+) -> None:
+    """As Llama 3's does. Else a run that goes on after midnight would begin anew, with other prompts."""
+
+    class Clock(datetime):
+        day = 1
+
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return cls(2026, 1, cls.day, 23, 59, tzinfo=tz)
+
+    monkeypatch.setattr("slmops_trainer.context.datetime", Clock)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+    caplog.set_level("INFO")
+    model = write_model(tmp_path / "dated", "{{ 'Today is ' + strftime_now('%d %b %Y') + '.\n' }}" + template)
+    asked = spec(*sets, training={"maxSteps": 4, "seed": 7})
+    whole = finetune.run(make_run(model=model, uid="uid-2", output="pvc://store/whole", finetune=asked))
+    stopped_after_two_steps(make_run(model=model, finetune=asked))
+    Clock.day = 2
+    torn = finetune.run(make_run(model=model, finetune=asked))
+    assert "Resumed at step 2 of 4" in caplog.text
+    assert timeless(torn) == timeless(whole)
+    weights = [(tmp_path / f"store/{name}/model.safetensors").read_bytes() for name in ("out", "whole")]
+    assert weights[0] == weights[1]
+    later = finetune.run(make_run(model=model, uid="uid-3", output="pvc://store/later", finetune=asked))
+    assert later.metrics["base_perplexity"] != whole.metrics["base_perplexity"]  # it does write the date
+
+
 def test_a_tag_that_moves_between_two_pods_leaves_nothing_of_the_old_base(
     make_run: Callable[..., Context], tiny_model: Path, sets: tuple[str, str], tmp_path: Path
 ) -> None:
     lora = spec(*sets, method="lora", lora={"r": 4, "alpha": 8}, training={"maxSteps": 4, "seed": 7})
     tag = tmp_path / "tag"
     shutil.copytree(tiny_model, tag)
-    first = make_run(model=tag, finetune=lora)
-    report = first.report
-
-    def stopping(stage: str, step: int, *rest: Any, **more: Any) -> None:
-        report(stage, step, *rest, **more)
-        if stage == finetune.TRAINING and step == 2:
-            first.stop.set()
-
-    first.report = stopping  # type: ignore[method-assign]
-    with pytest.raises(RunFailure, match="Stopped after step 2 of 4; the checkpoint is written"):
-        finetune.run(first)
+    stopped_after_two_steps(make_run(model=tag, finetune=lora))
     other = models.load(tiny_model, "tiny")
     with torch.no_grad():
         other.model.get_input_embeddings().weight.mul_(3)
@@ -147,9 +193,7 @@ def test_a_tag_that_moves_between_two_pods_leaves_nothing_of_the_old_base(
     models.write(other, other.model, tag)
     found = finetune.run(make_run(model=tag, finetune=lora))
     fresh = finetune.run(make_run(model=tag, uid="uid-2", output="pvc://store/fresh", finetune=lora))
-    timeless = [{name: result.metrics[name] for name in result.metrics if name != "training_seconds"}
-                for result in (found, fresh)]  # fmt: skip
-    assert timeless[0] == timeless[1]
+    assert timeless(found) == timeless(fresh)
     weights = [(tmp_path / f"store/{name}/model.safetensors").read_bytes() for name in ("out", "fresh")]
     assert weights[0] == weights[1]
 

@@ -24,7 +24,7 @@ log = logging.getLogger("slmops")
 
 
 class Checkpoints:
-    """Saves and loads one folder. Its first-level subfolders are parts: `generation/`, `evaluation/`, `training/`.
+    """Saves and loads one folder. Its first-level subfolders are parts: `run/`, `generation/`, `evaluation/`, ...
 
     The folder is always the same (`folder`): `load` fills it, parts write into it, `save` publishes it.
     What another `uid` saved at the URI is neither used nor removed; an empty one is for what runs share.

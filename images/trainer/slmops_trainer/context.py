@@ -1,5 +1,6 @@
 """What every recipe is given: the spec, a scratch folder, ways to report, to pull, to push, and the wish to stop."""
 
+import json
 import logging
 import threading
 import time
@@ -18,6 +19,7 @@ from slmops_trainer.checkpoints import ANNOTATION_UID, Checkpoints
 from slmops_trainer.failure import RunFailure, from_artifact, interrupted
 from slmops_trainer.progress import Board
 
+BEGAN = "run/began.json"  # the checkpoint's file
 STORE_PATIENCE = 3600.0  # seconds for which a store that is away or full is waited for, with the result in hand
 STORE_PAUSE = 15.0  # seconds between two tries
 # Seconds for which a store that is away holds up the run, and the end of the pod (whose grace is 60 s).
@@ -95,6 +97,19 @@ class Context:
         """Load what an earlier pod of this run saved into the checkpoints' folder. Raises those of Checkpoints.load."""
         with self.told("Looking for checkpoints", "store"):
             self.checkpoints.load()
+
+    def began(self) -> datetime:
+        """When the run's first pod began: what a template that writes the date writes in every pod of the run.
+
+        Else a run that goes on after midnight would be asked and trained with other tokens than it began with.
+        Raises those of Checkpoints.load.
+        """
+        self.resume()
+        path = self.checkpoints.folder / BEGAN
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self.started))
+        return datetime.fromisoformat(json.loads(path.read_text()))
 
     def keep(self) -> str:
         """Save the checkpoint. Returns what prevented it, if the store may be mended: then the run goes on without.

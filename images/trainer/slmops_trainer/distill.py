@@ -41,12 +41,12 @@ def run(ctx: Context) -> RunResult:
     held_out = _held_out(ctx, spec, prompts)
     folder, base = ctx.pull(ctx.spec.model, "student")
     ctx.report("Loading", 0, 1, ctx.spec.model.uri)
-    loaded = models.load(folder, ctx.spec.model.uri)
+    began = ctx.began()
+    loaded = models.load(folder, ctx.spec.model.uri, began)
     unfit = synthetic.unfit(ctx, loaded, prompts, spec)
     gold = _instructed(held_out, settings.system_prompt)
     _watched(loaded, spec, gold)  # for what it raises, before any answer is paid for
     _check_held_out(loaded, gold, spec.evaluation)
-    ctx.resume()
     store = answers.Answers(ctx.checkpoints.folder / answers.PART)
     with ctx.told("Looking for answers", "store"):
         store.recall(answers.shared(ctx, "answers"))
@@ -74,7 +74,7 @@ def run(ctx: Context) -> RunResult:
     ctx.check()
     student = ctx.work / "trained"
     models.write(loaded, loaded.model, student)
-    _measure(ctx, models.load(student, "the trained student"), spec.evaluation, gold, AFTER, "")
+    _measure(ctx, models.load(student, "the trained student", began), spec.evaluation, gold, AFTER, "")
     _count(ctx, report, encoded, spec.evaluation)
     origin = publish.Origin(
         ctx.spec.model.uri,

@@ -11,6 +11,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 from jinja2.exceptions import TemplateError
@@ -20,6 +21,7 @@ from slmops_trainer.data import Example, Message
 from slmops_trainer.failure import RunFailure
 
 COMPLETED = "{# SLMOps: what stands before an answer that is given #}"  # ends a model's own chat template
+CLOCK = "strftime_now"  # what chat templates call, and where the tokenizer keeps it
 WORD = re.compile(r"<[^<>]+>|[^\s<>]+")
 IGNORED = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
@@ -143,6 +145,11 @@ def _nothing(tokenizer: Any, example: Example, source: str) -> RunFailure:
     )
 
 
+def date(tokenizer: Any, began: datetime) -> None:
+    """Make chat templates that write the date or the time write this one, whenever they are rendered."""
+    setattr(tokenizer, CLOCK, began.strftime)
+
+
 def encode_prompt(tokenizer: Any, example: Example) -> list[int]:
     """The ids that the model is given to answer the example's question."""
     if tokenizer.chat_template:
@@ -249,6 +256,7 @@ def _render(
     tokenizer: Any, turns: list[dict[str, str]], example: Example, *, prompt: bool = False
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text, and the character spans of what the template marks with {% generation %}."""
+    clock = {CLOCK: getattr(tokenizer, CLOCK)} if hasattr(tokenizer, CLOCK) else {}
     marked = not prompt and "{% generation" in tokenizer.chat_template.replace("{%-", "{%")
     try:
         texts, marks = render_jinja_template(
@@ -257,6 +265,7 @@ def _render(
             add_generation_prompt=prompt,
             return_assistant_tokens_mask=marked,
             **tokenizer.special_tokens_map,
+            **clock,
         )
     except (TemplateError, TypeError, ValueError) as error:
         raise RunFailure(

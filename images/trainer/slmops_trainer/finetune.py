@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def run(ctx: Context) -> RunResult:
         data.refuse_leaks(training, held_out)
     folder, base = ctx.pull(ctx.spec.model, "base")
     ctx.report("Loading", 0, 1, ctx.spec.model.uri)
-    loaded = models.load(folder, ctx.spec.model.uri)
+    began = ctx.began()
+    loaded = models.load(folder, ctx.spec.model.uri, began)
     encoding.complete(loaded.tokenizer, (*training.items, *(held_out.items if held_out else ())))
     limit = spec.training.max_length
     encoded = encoding.encode(
@@ -56,7 +58,7 @@ def run(ctx: Context) -> RunResult:
     )  # fmt: skip
     ctx.check()
     tuned = ctx.work / "tuned"
-    written = write(loaded, model, spec, tuned, ctx.spec.model.uri)
+    written = write(loaded, model, spec, tuned, ctx.spec.model.uri, began)
     _measure(ctx, written, spec, held_out, AFTER, "")
     _count(ctx, report, encoded, training)
     # The main metrics first: what does not fit into the termination message goes from the end.
@@ -111,7 +113,9 @@ def _check_targets(model: Any, wanted: Sequence[str]) -> None:
         )
 
 
-def write(loaded: models.Loaded, model: Any, spec: FineTuneJobSpec, folder: Path, base_uri: str) -> models.Loaded:
+def write(
+    loaded: models.Loaded, model: Any, spec: FineTuneJobSpec, folder: Path, base_uri: str, began: datetime
+) -> models.Loaded:
     """Write the result and give it back as it will be read: evaluation judges what is published, not what was meant."""
     if spec.method == "lora" and spec.merge is False:
         model.peft_config["default"].base_model_name_or_path = base_uri
@@ -121,7 +125,7 @@ def write(loaded: models.Loaded, model: Any, spec: FineTuneJobSpec, folder: Path
         return models.Loaded(folder, model, loaded.tokenizer, loaded.stop_ids, loaded.dtype)
     whole = model.merge_and_unload() if spec.method == "lora" else model
     models.write(loaded, whole, folder)
-    return models.load(folder, "the tuned model")
+    return models.load(folder, "the tuned model", began)
 
 
 def _measure(

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from slmops.api.run import ENV_GPU
-from slmops_trainer.encoding import turn_end
+from slmops_trainer import encoding
 from slmops_trainer.failure import RunFailure, translate
 
 # What a tokenizer consists of. Copied, not written anew: training changes no tokenizer, and rewriting one has
@@ -74,9 +75,10 @@ def in_bf16(precision: str, where: torch.device) -> bool:
     return precision == "bf16" or (precision == "auto" and native)
 
 
-def load(folder: Path, source: str) -> Loaded:
+def load(folder: Path, source: str, began: datetime | None = None) -> Loaded:
     """Load a pulled causal language model from safetensors, never from code. `source` names it to people.
 
+    `began`: what a chat template that writes the date takes for now (Context.began).
     Raises RunFailure(UnsupportedModel).
     """
     check(folder, source)
@@ -109,6 +111,8 @@ def load(folder: Path, source: str) -> Loaded:
         )
     if isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = tokenizer.chat_template.get("default")
+    if began is not None:
+        encoding.date(tokenizer, began)
     if tokenizer.eos_token_id is None:
         raise RunFailure(
             "UnsupportedModel", f"The tokenizer of {source} has no eos_token, so no answer could ever end. Set one."
@@ -237,7 +241,7 @@ def _one_or_all(ids: Sequence[int]) -> int | list[int]:
 def _stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """The tokenizer's end first, then what the two configs and the chat template add."""
     found: list[int] = [tokenizer.eos_token_id]
-    for declared in (model.generation_config.eos_token_id, model.config.eos_token_id, turn_end(tokenizer)):
+    for declared in (model.generation_config.eos_token_id, model.config.eos_token_id, encoding.turn_end(tokenizer)):
         found += declared if isinstance(declared, list) else [] if declared is None else [declared]
     return tuple(dict.fromkeys(found))
 

@@ -62,7 +62,7 @@ def run(ctx: Context) -> RunResult:
         onnx_build.build(ctx, folder, fresh, onnx_build.options(spec), uri)
         ctx.check()
     ctx.report("Loading", 0, 1, uri)
-    loaded = models.load(folder, uri)
+    loaded = models.load(folder, uri, ctx.began())
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     facts = onnx_graph.read(made or fresh)
     if made is None:
