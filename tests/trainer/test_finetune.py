@@ -125,6 +125,25 @@ def test_lora_merges_into_a_model_that_answers_like_the_adapter(
     assert sizes == [sum(value.numel() for name, value in adapted.named_parameters() if "lora_" in name)] * 2
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_tuned_model_is_loaded_when_the_one_that_was_tuned_is_gone(
+    make_run: Callable[..., Context], sets: tuple[str, str], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """An adapter's training needs little more than its model: two models would not fit where it did."""
+    load, loaded = models.load, list[Any]()
+
+    def loading(*given: Any) -> models.Loaded:
+        for model in loaded:
+            assert {value.device.type for value in model.parameters()} == {"meta"}
+        found = load(*given)
+        loaded.append(found.model)
+        return found
+
+    monkeypatch.setattr(models, "load", loading)
+    assert finetune.run(make_run(finetune=spec(*sets, method=method, training={"maxSteps": 1}))).succeeded
+    assert len(loaded) == 2
+
+
 def stopped_after_two_steps(ctx: Context) -> None:
     """Run in a pod that is asked to stop within the training's second step of four."""
     report = ctx.report

@@ -116,7 +116,10 @@ def _check_targets(model: Any, wanted: Sequence[str]) -> None:
 def write(
     loaded: models.Loaded, model: Any, spec: FineTuneJobSpec, folder: Path, base_uri: str, began: datetime
 ) -> models.Loaded:
-    """Write the result and give it back as it will be read: evaluation judges what is published, not what was meant."""
+    """Write the result and give it back as it will be read: evaluation judges what is published, not what was meant.
+
+    A model that is written whole has lost its weights afterwards, in `model` as in `loaded`.
+    """
     if spec.method == "lora" and spec.merge is False:
         model.peft_config["default"].base_model_name_or_path = base_uri
         # Without save_embedding_layers=False peft would look the base up on the Hub.
@@ -125,6 +128,7 @@ def write(
         return models.Loaded(folder, model, loaded.tokenizer, loaded.stop_ids, loaded.dtype)
     whole = model.merge_and_unload() if spec.method == "lora" else model
     models.write(loaded, whole, folder)
+    whole.to("meta")  # two models side by side need more memory than the training of an adapter did
     return models.load(folder, "the tuned model", began)
 
 
