@@ -302,7 +302,7 @@ def test_every_target_module_has_to_mean_something(tiny_model: Path) -> None:
     assert names == {"q_proj", "gate_proj"}
 
 
-@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "model.embed_tokens"])
 def test_layers_that_share_their_weights_take_no_adapter(tiny_model: Path, target: str) -> None:
     with pytest.raises(RunFailure, match="share their weights") as caught:
         finetune.adapt(models.load(tiny_model, "tiny").model, Lora(target_modules=["q_proj", target]), 1)

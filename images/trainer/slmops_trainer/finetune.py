@@ -96,7 +96,7 @@ def adapt(model: Any, lora: Lora, seed: int) -> Any:
 def _check_targets(model: Any, wanted: Sequence[str]) -> None:
     """Every name has to mean something: peft is content when one of them does. Raises RunFailure(BadSpec)."""
     names = [name for name, _ in model.named_modules()]
-    absent = [target for target in wanted if not any(name == target or name.endswith(f".{target}") for name in names)]
+    absent = [target for target in wanted if not any(_means(target, name) for name in names)]
     if absent:
         leaves = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
         raise RunFailure(
@@ -104,13 +104,19 @@ def _check_targets(model: Any, wanted: Sequence[str]) -> None:
             f"lora.targetModules {', '.join(absent)} fits no module of the model; it has {', '.join(leaves)}.",
         )
     ends = {model.get_input_embeddings(), model.get_output_embeddings()}
-    tied = [name for name, module in model.named_modules() if module in ends and name.rpartition(".")[2] in wanted]
+    shared = [name for name, module in model.named_modules() if module in ends]
+    tied = [target for target in wanted if any(_means(target, name) for name in shared)]
     if tied and model.config.tie_word_embeddings:
         raise RunFailure(
             "BadSpec",
-            f"lora.targetModules {tied[0].rpartition('.')[2]}: the model's first and last layer share their weights, "
+            f"lora.targetModules {tied[0]}: the model's first and last layer share their weights, "
             "so an adapter for one of them cannot be merged. Leave it out.",
         )
+
+
+def _means(target: str, name: str) -> bool:
+    """Whether peft takes the module of this name for the target: by its whole name, or by the end of it."""
+    return name == target or name.endswith(f".{target}")
 
 
 def write(
