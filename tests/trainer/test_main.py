@@ -273,6 +273,8 @@ def test_metrics_that_json_cannot_say_are_left_out() -> None:
         (MemoryError(), "OutOfMemory", 3),
         (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "OutOfMemory", 3),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "OutOfMemory", 3),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), "OutOfMemory", 3),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "OutOfMemory", 3),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), "DiskFull", 1),
         (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "DiskFull", 1),
         (RuntimeError("something else"), "InternalError", 1),

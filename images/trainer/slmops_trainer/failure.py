@@ -89,9 +89,9 @@ def _says_no_space(error: BaseException) -> bool:
 
 
 def _says_no_memory(error: BaseException) -> bool:
-    """Torch's CPU allocator raises a bare RuntimeError."""
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "CUDA out of memory" in text)
+    """Torch's CPU allocator and CUDA's libraries raise a bare RuntimeError, or one of the driver's."""
+    signs = ("can't allocate memory", "CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def _first_line(error: BaseException) -> str:
