@@ -108,27 +108,45 @@ def test_a_run_stopped_within_a_step_does_that_step_again(
     assert all(torch.equal(whole[name], torn[name]) for name in whole)
 
 
+@pytest.mark.parametrize("stops", [1, 2])
 def test_an_evaluation_that_was_stopped_is_done_by_the_next_pod(
-    make_run: Callable[..., Context], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    make_run: Callable[..., Context], tiny_model: Path, monkeypatch: pytest.MonkeyPatch, stops: int
 ) -> None:
-    training = recipe(learningRate=1e-8, earlyStopping={"patience": 1, "everySteps": 2, "minDelta": 0.5})
-    _, report = fit(make_run(uid="whole", finetune=None), tiny_model, training, watch=12)
-    ctx = make_run(uid="torn", finetune=None)
+    """And by the one after it, if that was stopped in it as well."""
+    rule = {"patience": 1, "everySteps": 2, "minDelta": 0.5}
+    training = recipe(learningRate=1e-8, gradientAccumulation=1, earlyStopping=rule)  # no step ends within itself
+    _, report = fit(make_run(uid="whole", finetune=None), tiny_model, training, lora=True, watch=12)
     measured: list[int] = []
 
     def stopping(*arguments: Any) -> float:
         measured.append(1)
-        if len(measured) == 2:
+        if 2 <= len(measured) < 2 + stops:
             ctx.stop.set()
         return mean_loss(*arguments)
 
     monkeypatch.setattr("slmops_trainer.train.mean_loss", stopping)
-    with pytest.raises(RunFailure, match="Stopped after step 4 of 6"):
-        fit(ctx, tiny_model, training, watch=12)
-    _, resumed = fit(make_run(uid="torn", finetune=None), tiny_model, training, watch=12)
+    for _ in range(stops):
+        ctx = make_run(uid="torn", finetune=None)
+        with pytest.raises(RunFailure, match=r"Stopped after step 4 of 6|was asked to stop") as caught:
+            fit(ctx, tiny_model, training, lora=True, watch=12)
+        assert caught.value.exit_code == 143
+    _, resumed = fit(make_run(uid="torn", finetune=None), tiny_model, training, lora=True, watch=12)
     assert resumed.resumed_at == 4
     assert (resumed.steps, resumed.evaluation_loss) == (report.steps, report.evaluation_loss)
     assert resumed.steps == 4  # the second measurement, taken by the second pod, did not fall
+
+
+def test_a_measurement_that_is_broken_off_leaves_the_model_in_its_mode(tiny_model: Path) -> None:
+    loaded = models.load(tiny_model, "tiny")
+    encoded = encoding.encode(loaded.tokenizer, examples()[:2], loaded.stop_ids, "assistant", 256).items
+    loaded.model.train()
+
+    def stop(done: int, total: int) -> None:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        mean_loss(loaded.model, encoded, 0, 1, stop)
+    assert loaded.model.training
 
 
 def measuring(monkeypatch: pytest.MonkeyPatch, *losses: float) -> list[dict[str, torch.Tensor]]:

@@ -66,19 +66,24 @@ def perplexity(
 def mean_loss(
     model: Any, encoded: Sequence[Encoded], pad_id: int, batch_size: int, on_batch: OnBatch | None = None
 ) -> float:
-    """Mean negative log likelihood of the trained tokens, in nats; the model's mode is left as it was."""
+    """Mean negative log likelihood of the trained tokens, in nats; the model's mode is left as it was.
+
+    `on_batch` may raise.
+    """
     was_training = model.training
     model.eval()
     total, tokens = 0.0, 0
     order = sorted(range(len(encoded)), key=lambda at: -len(encoded[at].input_ids))
-    with torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            batch = collate([encoded[index] for index in order[start : start + batch_size]], pad_id, model.device)
-            total += float(loss_sum(model, batch))
-            tokens += batch.trained
-            if on_batch is not None:
-                on_batch(min(start + batch_size, len(order)), len(order))
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            for start in range(0, len(order), batch_size):
+                batch = collate([encoded[index] for index in order[start : start + batch_size]], pad_id, model.device)
+                total += float(loss_sum(model, batch))
+                tokens += batch.trained
+                if on_batch is not None:
+                    on_batch(min(start + batch_size, len(order)), len(order))
+    finally:
+        model.train(was_training)
     return total / max(1, tokens)
 
 

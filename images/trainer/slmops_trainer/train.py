@@ -130,6 +130,7 @@ class _Run:
         began = f"Training began, in {'bf16' if self.bf16 else 'fp32'}"
         self.ctx.report(self.stage, self.counters.step, self.total, began)
         self.maybe_evaluate()  # the last pod may have been stopped in the middle of it
+        self.ctx.check()  # and this one, too: a step more would leave that measurement out for good
 
     def one_step(self) -> None:
         """One optimizer step: the loss is the mean over all trained tokens of its batches together."""
