@@ -126,11 +126,11 @@ def silent(hold: threading.Event) -> Fault:
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
-@pytest.mark.parametrize("hangs", [False, True])
+@pytest.mark.parametrize("status", [500, 504, 0, 200], ids=["500", "504", "cut", "hangs"])
 def test_a_teacher_that_breaks_down_is_not_taken_for_one_that_rejects(
-    pod: Callable[[], Context], monkeypatch: pytest.MonkeyPatch, concurrency: int, hangs: bool
+    pod: Callable[[], Context], monkeypatch: pytest.MonkeyPatch, concurrency: int, status: int
 ) -> None:
-    """HTTP 500 and no answer in time may be a question's own fault, but not every question's."""
+    """HTTP 500, a cut connection and no answer in time may be a question's own fault, but not every question's."""
     monkeypatch.setenv(teacher.ENV_PATIENCE, "0.4")
     hold, lock = threading.Event(), threading.Lock()
     answered: set[str] = set()
@@ -140,7 +140,7 @@ def test_a_teacher_that_breaks_down_is_not_taken_for_one_that_rejects(
             if question in answered or len(answered) < 5:
                 answered.add(question)  # again, should the answer have come too late
                 return None
-        return silent(hold) if hangs else Fault(500)
+        return silent(hold) if status == 200 else Fault(status)
 
     with FakeTeacher(upper, broken) as fake:
         with pytest.raises(RunFailure, match="5 of 12 answers came, and are saved") as caught:
@@ -152,12 +152,12 @@ def test_a_teacher_that_breaks_down_is_not_taken_for_one_that_rejects(
     assert texts == [text.upper() for text in TEXTS]
 
 
-@pytest.mark.parametrize("place", [0, 5, 11])
+@pytest.mark.parametrize(("place", "status"), [(0, 500), (5, 500), (11, 500), (5, 524), (5, 0)])
 def test_a_question_that_the_teacher_never_survives_is_given_up_when_asked_one_by_one(
-    pod: Callable[[], Context], monkeypatch: pytest.MonkeyPatch, place: int
+    pod: Callable[[], Context], monkeypatch: pytest.MonkeyPatch, place: int, status: int
 ) -> None:
     monkeypatch.setenv(teacher.ENV_PATIENCE, "0.4")
-    poison = lambda _, question, __: Fault(500) if question == TEXTS[place] else None  # noqa: E731
+    poison = lambda _, question, __: Fault(status) if question == TEXTS[place] else None  # noqa: E731
     with FakeTeacher(upper, poison) as fake:
         outcome, texts = ask(pod(), fake.url, TEXTS, concurrency=1, min_success_ratio=0.9)
     assert [text for text in texts if text is None] == [None]
@@ -176,13 +176,23 @@ def test_a_slow_request_is_cut_off_and_asked_again(pod: Callable[[], Context]) -
     assert sum(fake.asked.values()) == len(TEXTS) + 1
 
 
-def test_one_poisonous_question_does_not_hold_up_the_rest(pod: Callable[[], Context]) -> None:
-    poison = lambda number, question, _: Fault(500, "boom") if question == TEXTS[0] else None  # noqa: E731
+@pytest.mark.parametrize(
+    ("status", "what"),
+    [(500, "HTTP 500"), (502, "HTTP 502"), (504, "HTTP 504"), (0, "Server disconnected without sending a response.")],
+)
+def test_one_poisonous_question_does_not_hold_up_the_rest(pod: Callable[[], Context], status: int, what: str) -> None:
+    def poison(number: int, question: str, body: dict[str, Any]) -> Fault | None:
+        if question == TEXTS[0]:
+            return Fault(status, "boom")
+        tries = min(TEXTS.index(question), 8)
+        wait_until(lambda: fake.asked[TEXTS[0]] >= tries)  # others are answered between its tries
+        return None
+
     with FakeTeacher(upper, poison) as fake:
         outcome, texts = ask(pod(), fake.url, TEXTS, min_success_ratio=0.9)
     assert texts[0] is None
     assert texts[1:] == [text.upper() for text in TEXTS[1:]]
-    assert list(outcome.rejected.values()) == ["HTTP 500, 8 times, while other questions were answered"]
+    assert list(outcome.rejected.values()) == [f"{what}, 8 times, while other questions were answered"]
 
 
 GARBAGE = {

@@ -29,6 +29,7 @@ PATIENCE = 300.0  # seconds without any answer before the pod gives up; the next
 TRIES = 3  # of a question whose answer is garbage
 OWN_TRIES = 8  # of a question that alone runs into trouble, over half a minute, while others are answered
 OWN_PROOFS = 3  # so often others were answered between two of its tries: one such answer may be the teacher's last
+OWN_CODES = (408, 500, 502, 504, 524)  # a question may bring a worker down, or take longer than a gateway waits
 CONNECT_SECONDS = 10.0
 FIRST_PAUSE, LONGEST_PAUSE, LONGEST_HINT = 0.25, 15.0, 900.0  # seconds
 BODY_MAX = 16 << 20  # bytes of a response
@@ -197,7 +198,9 @@ class Teacher:
         except TimeoutError:
             return _Trouble(f"no answer within {self._timeout:.0f} s", own=True)
         except httpx.HTTPError as error:
-            return _Trouble(f"{str(error) or type(error).__name__}"[:EXCERPT])
+            # A connection that is taken and then cut may be what one question does to a worker or to a gateway.
+            cut = isinstance(error, httpx.ReadError | httpx.RemoteProtocolError)
+            return _Trouble(f"{str(error) or type(error).__name__}"[:EXCERPT], own=cut)
         except (httpx.InvalidURL, UnicodeError) as error:
             raise RunFailure("BadSpec", f"The teacher's URL {self._endpoint.url} cannot be used: {error}.") from error
         return self._judge(response, bytes(raw))
@@ -211,7 +214,7 @@ class Teacher:
             raise self._misdirected(response, raw)
         if code in (404, 408, 425, 429) or code >= 500:
             said = f": {self._excerpt(raw)}" if raw.lstrip().startswith(b"{") else ""
-            return _Trouble(f"HTTP {code}{said}", _retry_after(response), own=code in (408, 500))
+            return _Trouble(f"HTTP {code}{said}", _retry_after(response), own=code in OWN_CODES)
         self._alive()
         if code != 200:
             return Rejected(f"HTTP {code}: {self._excerpt(raw)}", final=True)
