@@ -20,7 +20,7 @@ class Fault(NamedTuple):
     wait: threading.Event | None = None
 
 
-def answer(text: str, finish: str = "stop", tokens: int = 7) -> str:
+def answer(text: str | None, finish: str = "stop", tokens: int = 7) -> str:
     """A whole response."""
     choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}
     return json.dumps({"object": "chat.completion", "choices": [choice], "usage": {"completion_tokens": tokens}})

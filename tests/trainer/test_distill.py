@@ -185,6 +185,19 @@ def test_the_system_prompt_is_asked_with_and_trained_on_and_thoughts_are_neither
     assert {request["max_tokens"] for request in fake.requests} == {200}
 
 
+def test_a_teacher_that_thinks_aside_has_room_to_answer_what_is_held_out(
+    make_run: Callable[..., Context], job: Callable[..., dict[str, Any]]
+) -> None:
+    """Its thoughts count as tokens of the answer, and are not a part of it."""
+
+    def script(number: int, question: str, body: dict[str, Any]) -> Fault | None:
+        return Fault(body=answer(None, "length")) if body["max_tokens"] < 1000 else None
+
+    with FakeTeacher(knows, script) as fake:
+        found = distill.run(make_run(**job(fake, data={"generation": {"maxTokens": 1000}}))).metrics
+    assert found["teacher_exactMatch"] > 0.8
+
+
 def test_what_the_filters_drop_is_reported_and_held_out_prompts_are_not_asked(
     make_run: Callable[..., Context], job: Callable[..., dict[str, Any]], jsonl: Callable[..., str]
 ) -> None:

@@ -151,9 +151,8 @@ def _measure_teacher(
     if held_out is None or spec.evaluation is None:
         return
     settings = spec.data.generation
-    longest = spec.evaluation.max_tokens
-    if settings.chain_of_thought:
-        longest = max(longest, settings.max_tokens)  # its thoughts need room before the answer
+    # Thoughts need room before the answer, and many teachers think aside, unasked.
+    longest = max(spec.evaluation.max_tokens, settings.max_tokens)
     greedy = replace(terms, sampling=Sampling(0.0, 1.0, longest), min_success_ratio=0.0, budget=None)
     shown = [synthetic.instructed(item, None, think=settings.chain_of_thought) for item in held_out.items]
     teacher, seed = answers.teacher_key(terms.endpoint), spec.training.seed
