@@ -274,6 +274,43 @@ def test_what_would_be_refused_again_is_asked_once(pod: Callable[[], Context], s
     assert list(fake.asked.values()) == [1, 1]
 
 
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_teacher_that_takes_no_temperature_and_another_limit_is_asked_as_it_wants(
+    pod: Callable[[], Context], caplog: pytest.LogCaptureFixture, concurrency: int
+) -> None:
+    """As OpenAI's models that think: they name one parameter at a time."""
+    refusals = {
+        "max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model. "
+        "Use 'max_completion_tokens' instead.",
+        "temperature": "Unsupported value: 'temperature' does not support 0.7 with this model. "
+        "Only the default (1) value is supported.",
+        "top_p": "Unsupported parameter: 'top_p' is not supported with this model.",
+    }
+
+    def script(number: int, question: str, body: dict[str, Any]) -> Fault | None:
+        odd = next((name for name in refusals if name in body), None)
+        error = {"message": refusals[odd], "type": "invalid_request_error", "param": odd} if odd else None
+        return Fault(400, json.dumps({"error": error}, indent=2)) if odd else None
+
+    with FakeTeacher(upper, script) as fake:
+        outcome, texts = ask(pod(), fake.url, TEXTS, concurrency=concurrency, min_success_ratio=1.0)
+        assert (texts, outcome.rejected) == ([text.upper() for text in TEXTS], {})
+        last = fake.requests[-1]
+        assert (last["max_completion_tokens"], set(last) & set(refusals)) == (16, set())
+        assert len(fake.requests) <= len(TEXTS) + 3 * concurrency
+        assert caplog.text.count("The teacher takes no temperature") == 1
+        count = len(fake.requests)
+        assert ask(pod(), fake.url, TEXTS)[1] == texts  # the answers are found under what was asked for
+        assert len(fake.requests) == count
+
+
+def test_a_parameter_that_is_refused_although_it_is_left_out_is_a_rejection(pod: Callable[[], Context]) -> None:
+    fault = Fault(400, '{"error": {"message": "Unsupported parameter: \'top_p\' is not supported"}}')
+    with FakeTeacher(upper, lambda *_: fault) as fake, pytest.raises(RunFailure, match="is not supported"):
+        ask(pod(), fake.url, TEXTS[:1], min_success_ratio=1.0)
+    assert len(fake.requests) == 2
+
+
 def test_thoughts_that_leave_no_room_are_paid_once_and_count_for_the_budget(pod: Callable[[], Context]) -> None:
     thoughts = lambda _, question, __: Fault(body=answer("", "length", 16)) if question == TEXTS[0] else None  # noqa: E731
     with FakeTeacher(upper, thoughts) as fake:

@@ -5,13 +5,15 @@ Three things can go wrong, and they end differently:
   trouble       429, 5xx, no connection, no answer in time: asked again, with jittered backoff and Retry-After, until
                 nothing was heard for `patience` seconds: then Silent
   rejection     the endpoint answers, but not with an answer: Rejected, after TRIES if another try may help (no JSON,
-                no choices, empty text), at once if not (HTTP 400)
+                no choices, empty text), at once if not (HTTP 400, but for a parameter that can be done without)
 """
 
 import asyncio
 import json
+import logging
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +36,12 @@ CONNECT_SECONDS = 10.0
 FIRST_PAUSE, LONGEST_PAUSE, LONGEST_HINT = 0.25, 15.0, 900.0  # seconds
 BODY_MAX = 16 << 20  # bytes of a response
 EXCERPT = 160  # characters of a bad response in messages
+# OpenAI's words: "Unsupported parameter: 'max_tokens' is ..", "Unsupported value: 'temperature' does not .."
+UNSUPPORTED = re.compile(
+    rb"unsupported (?:parameter|value): \W{0,2}(max_tokens|temperature|top_p|seed)\b", re.IGNORECASE
+)
+
+log = logging.getLogger("slmops")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +65,16 @@ class Reply:
 class Rejected(Exception):  # noqa: N818  # a verdict, not an error
     """A question got no usable answer. The text says what came instead.
 
-    final   asking again would bring the same
-    tokens  that the teacher wrote for it nevertheless
+    final        asking again would bring the same
+    tokens       that the teacher wrote for it nevertheless
+    unsupported  the parameter that the teacher does not take, if that was all that was wrong
     """
 
-    def __init__(self, what: str, *, final: bool = False, tokens: int = 0) -> None:
+    def __init__(self, what: str, *, final: bool = False, tokens: int = 0, unsupported: str = "") -> None:
         super().__init__(what)
         self.final = final
         self.tokens = tokens
+        self.unsupported = unsupported
 
 
 class Silent(Exception):  # noqa: N818  # a verdict, not an error
@@ -117,6 +127,7 @@ class Teacher:
         self._silent_since: float | None = None  # the first trouble after the last sign of life
         self._not_before = 0.0  # the endpoint asked all of us to wait
         self._last_answer = 0.0
+        self._unsupported: set[str] = set()  # parameters that the endpoint does not take
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.AsyncClient(
             headers={"User-Agent": "slmops", **headers},
@@ -150,6 +161,10 @@ class Teacher:
             if isinstance(found, Reply):
                 self._last_answer = time.monotonic()
                 return found
+            if isinstance(found, Rejected) and found.unsupported in body:
+                self._do_without(found.unsupported)
+                body = self._body(messages, sampling, seed)
+                continue
             if isinstance(found, Rejected):
                 garbage += 1
                 tokens += found.tokens
@@ -166,7 +181,7 @@ class Teacher:
                 raise Rejected(f"{found.what}, {tries} times, while other questions were answered", tokens=tokens)
             await self._pause(found, tries, troubled)
 
-    def _body(self, messages: Sequence[dict[str, str]], sampling: Sampling, seed: int) -> bytes:
+    def _body(self, messages: Sequence[dict[str, str]], sampling: Sampling, seed: int) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self._endpoint.model,
             "messages": list(messages),
@@ -178,15 +193,24 @@ class Teacher:
             body["seed"] = seed
         if sampling.top_p < 1:
             body["top_p"] = sampling.top_p
-        return json.dumps(body).encode()
+        if "max_tokens" in self._unsupported:
+            body["max_completion_tokens"] = body["max_tokens"]
+        return {name: value for name, value in body.items() if name not in self._unsupported}
 
-    async def _once(self, body: bytes) -> "Reply | Rejected | _Trouble":
+    def _do_without(self, name: str) -> None:
+        """Models of OpenAI that think call the limit otherwise, and set their temperature themselves."""
+        if name not in self._unsupported:
+            instead = "max_completion_tokens" if name == "max_tokens" else "the teacher's own"
+            log.warning("The teacher takes no %s: %s is used", name, instead)
+        self._unsupported.add(name)
+
+    async def _once(self, body: dict[str, Any]) -> "Reply | Rejected | _Trouble":
         """One exchange. Everything that the server says, as a value; only what is fatal is raised."""
         try:
             async with (
                 asyncio.timeout(self._timeout),
                 self._http.stream(
-                    "POST", self._url, content=body, headers={"Content-Type": "application/json"}
+                    "POST", self._url, content=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
                 ) as response,
             ):
                 raw = bytearray()
@@ -217,7 +241,9 @@ class Teacher:
             return _Trouble(f"HTTP {code}{said}", _retry_after(response), own=code in OWN_CODES)
         self._alive()
         if code != 200:
-            return Rejected(f"HTTP {code}: {self._excerpt(raw)}", final=True)
+            odd = UNSUPPORTED.search(raw) if code == 400 else None
+            name = odd[1].decode() if odd else ""
+            return Rejected(f"HTTP {code}: {self._excerpt(raw)}", final=True, unsupported=name)
         return self._read(raw)
 
     def _read(self, raw: bytes) -> Reply | Rejected:
