@@ -18,6 +18,8 @@ FORGETFUL = (
     "{% if loop.last or message['role'] != 'assistant' %}<|im_end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
+# Phi-3's way: the text ends, too, after the last turn.
+CLOSED = CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
 # Renders questions only.
 SILENT = CHATML.replace(
     "message['content'] + '<|im_end|>", "('' if message['role'] == 'assistant' else message['content']) + '<|im_end|>"
@@ -85,6 +87,13 @@ def test_every_answer_of_a_conversation_is_trained_with_its_end(tokenizer: Any) 
         "<|im_start|>user\ndoor?<|im_end|>\n<|im_start|>assistant\nhall<|im_end|>\n"
     )
     assert answers == "lab<|im_end|>|hall<|im_end|>"
+
+
+@pytest.mark.parametrize("tokenizer", [CLOSED], indirect=True)
+def test_a_template_that_ends_the_text_after_the_last_turn_hides_no_earlier_answer(tokenizer: Any) -> None:
+    whole, answers = trained(tokenizer, TALK)
+    assert whole == tokenizer.apply_chat_template(TALK.turns, tokenize=False)
+    assert answers == "lab<|im_end|>|hall<|im_end|>\n<|im_end|>"
 
 
 @pytest.mark.parametrize("tokenizer", [CHATML], indirect=True)

@@ -233,6 +233,11 @@ def _spans(tokenizer: Any, turns: list[dict[str, str]], whole: str, example: Exa
             continue
         before = _render(tokenizer, turns[:index], example, prompt=True)[0]
         through = _render(tokenizer, turns[: index + 1], example)[0]
+        shorter = through.removesuffix(tokenizer.eos_token)
+        if not whole.startswith(through) and not shorter.rstrip().endswith(turn["content"].strip()):
+            # Phi-3's ends a turn and then the text, which more turns go on with. A turn with no end of its own is not
+            # taken so: the model would learn not to stop there.
+            through = shorter
         if not whole.startswith(through):
             raise RunFailure(
                 "UnsupportedModel",
