@@ -58,6 +58,14 @@ def test_field_match_of_plain_text_is_refused() -> None:
         evaluate.evaluate(["{}"], ["hello"], ["fieldMatch"])
 
 
+def test_what_cannot_be_measured_is_known_before_anything_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scoring long references is slow, and ends for no pod that is asked to stop."""
+    monkeypatch.setattr(evaluate, "SCORES", {})
+    evaluate.check(["hello"], ["rougeL", "exactMatch", "perplexity"])
+    with pytest.raises(RunFailure, match="this wanted answer is none: 'hello'"):
+        evaluate.check(["{}", "hello"], ["rougeL", "fieldMatch"])
+
+
 def test_lengths_must_agree() -> None:
     with pytest.raises(ValueError, match="1 answers to 2 references"):
         evaluate.evaluate(["a"], ["a", "b"], ["exactMatch"])

@@ -8,7 +8,7 @@ from tiny import task
 
 from slmops.api.batch import Evaluation
 from slmops_artifacts import Parent
-from slmops_trainer import generate, measure, models
+from slmops_trainer import evaluate, generate, measure, models
 from slmops_trainer.context import Context
 from slmops_trainer.data import Example, Examples, Message
 from slmops_trainer.failure import RunFailure
@@ -39,6 +39,15 @@ def test_a_base_is_measured_once_by_all_pods_but_anew_on_other_examples_and_when
         with pytest.raises(RunFailure) as caught:
             measure.once(second, loaded, examples, ASKED, "Before", model)
         assert caught.value.reason == "Interrupted"
+
+
+def test_every_score_is_taken_once_for_each_answer(
+    make_run: Callable[..., Context], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[str] = []
+    monkeypatch.setitem(evaluate.SCORES, "tokenF1", lambda answer, reference: (scored.append(reference), 1.0)[1])
+    measure.measure(make_run(), models.load(tiny_model, "tiny"), held_out("1"), ASKED, "Before")
+    assert scored == held_out("1").references
 
 
 def test_generation_ends_within_a_batch(tiny_model: Path) -> None:

@@ -122,7 +122,7 @@ def _held_out(ctx: Context, spec: DistillationJobSpec, prompts: Examples) -> Exa
     if not spec.data.filters.decontaminate:
         data.refuse_leaks(prompts, found)
     # A metric that the references do not allow is known before any answer is paid for.
-    evaluate.evaluate(found.references, found.references, spec.evaluation.metrics)
+    evaluate.check(found.references, spec.evaluation.metrics)
     return found
 
 

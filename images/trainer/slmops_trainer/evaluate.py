@@ -21,6 +21,13 @@ def evaluate(answers: Sequence[str], references: Sequence[str], metrics: Sequenc
     return {name: sum(map(SCORES[name], answers, references)) / len(references) for name in metrics if name in SCORES}
 
 
+def check(references: Sequence[str], metrics: Sequence[str]) -> None:
+    """Raise RunFailure(BadDataset) when a metric cannot be taken of these references, whatever the answers."""
+    if "fieldMatch" in metrics:
+        for reference in references:
+            _fields(reference)
+
+
 def exact_match(answer: str, reference: str) -> float:
     """1 if the texts are equal but for white space around them."""
     return float(answer.strip() == reference.strip())
@@ -33,13 +40,7 @@ def json_valid(answer: str, reference: str) -> float:  # noqa: ARG001  # one sig
 
 def field_match(answer: str, reference: str) -> float:
     """Share of equal fields of two JSON objects; missing and surplus fields count as unequal."""
-    wanted, given = _parse(reference), _parse(answer)
-    if not isinstance(wanted, dict):
-        raise RunFailure(
-            "BadDataset",
-            f"fieldMatch compares JSON objects; this wanted answer is none: {reference[:80]!r}. "
-            "Use exactMatch, tokenF1 or rougeL, or correct the evaluation set.",
-        )
+    wanted, given = _fields(reference), _parse(answer)
     if not isinstance(given, dict):
         return 0.0
     names = wanted.keys() | given.keys()
@@ -86,6 +87,17 @@ def below(values: dict[str, float], thresholds: dict[str, float] | None) -> list
             side = "above" if name == "perplexity" else "below"
             missed.append(f"{name} {values[name]:.4g} is {side} {bar:.4g}")
     return missed
+
+
+def _fields(reference: str) -> dict[str, Any]:
+    wanted = _parse(reference)
+    if not isinstance(wanted, dict):
+        raise RunFailure(
+            "BadDataset",
+            f"fieldMatch compares JSON objects; this wanted answer is none: {reference[:80]!r}. "
+            "Use exactMatch, tokenF1 or rougeL, or correct the evaluation set.",
+        )
+    return wanted
 
 
 def _f1(common: int, given: int, wanted: int) -> float:

@@ -23,7 +23,7 @@ def measure(
     Raises RunFailure(Interrupted) between two tokens, RunFailure(BadDataset) when a metric cannot be taken.
     """
     # A metric that the references do not allow is known before any answer is paid for.
-    evaluate.evaluate(examples.references, examples.references, evaluation.metrics)
+    evaluate.check(examples.references, evaluation.metrics)
     texts = [name for name in evaluation.metrics if name != "perplexity"]
     total = len(examples.items)
 

@@ -151,7 +151,7 @@ def _held_out(ctx: Context, gate: Gate | None) -> Examples | None:
         return None
     found = data.load(ctx, gate.dataset, "evaluation")
     # A metric that the references do not allow is known before anything is converted.
-    evaluate.evaluate(found.references, found.references, [gate.metric])
+    evaluate.check(found.references, [gate.metric])
     return found
 
 
