@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import CHATML, chat, task, write_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from slmops_trainer import quantize
 from slmops_trainer.context import Context
@@ -35,8 +35,14 @@ def phi() -> Any:
     return Phi3ForCausalLM(config)
 
 
+def gemma() -> Any:
+    """As Gemma: the embedding is scaled where it is looked up, and its config.json does not say that it is tied."""
+    shape = {name: value for name, value in SHAPE.items() if name != "tie_word_embeddings"}
+    return GemmaForCausalLM(GemmaConfig(**shape, head_dim=16))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [llama, phi])
+@pytest.mark.parametrize("family", [llama, phi, gemma])
 def test_a_converted_model_computes_what_its_source_computes(
     make_run: Callable[..., Context], jsonl: Callable[..., str], tmp_path: Path, family: Callable[[], Any]
 ) -> None:

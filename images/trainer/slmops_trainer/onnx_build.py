@@ -180,7 +180,11 @@ def _run(order: Mapping[str, Any]) -> None:
 
 
 def _tied(source: Path) -> bool:
-    return json.loads((source / "config.json").read_text()).get("tie_word_embeddings") is True
+    """Gemma's config.json does not say it: it is the class that does."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    return bool(config.tie_word_embeddings)
 
 
 def check_options(wanted: Mapping[str, Any], known: Mapping[str, Any]) -> None:
