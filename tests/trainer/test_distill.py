@@ -253,6 +253,24 @@ def test_an_object_that_corrects_another_asks_nothing_again(
             assert len(fake.requests) == before + 16
 
 
+def test_an_object_that_allows_longer_answers_asks_again_for_those_that_were_cut(
+    make_run: Callable[..., Context], job: Callable[..., dict[str, Any]]
+) -> None:
+    cut = set(list(RIGHT)[:3])
+
+    def script(number: int, question: str, body: dict[str, Any]) -> Fault | None:
+        short = question in cut and body["max_tokens"] < 100
+        return Fault(body=answer("{", "length", 20)) if short else None
+
+    with FakeTeacher(knows, script) as fake:
+        for number, (limit, asked) in enumerate(((20, 16), (100, 3), (50, 0), (6, 16), (100, 0))):
+            before = len(fake.requests)
+            spec = job(fake, data={"generation": {"maxTokens": limit}}, training={"seed": 1, "maxSteps": 1})
+            result = distill.run(make_run(**spec | {"uid": f"{number:08}"}))
+            training = [body for body in fake.requests[before:] if body["temperature"]]
+            assert (len(training), result.metrics["answers_reused"]) == (asked, 16 - asked), limit
+
+
 def test_a_greedy_teacher_is_asked_each_prompt_once(
     make_run: Callable[..., Context], job: Callable[..., dict[str, Any]], jsonl: Callable[..., str]
 ) -> None:

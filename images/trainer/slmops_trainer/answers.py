@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from slmops.api.run import TeacherEndpoint
 from slmops_artifacts import ArtifactError
@@ -38,10 +38,26 @@ def teacher_key(endpoint: TeacherEndpoint) -> str:
     return json.dumps([endpoint.url, endpoint.model, *(row.digest for row in endpoint.lineage[:1])])
 
 
-def answer_key(messages: Sequence[dict[str, str]], sample: int, teacher: str, sampling: Sampling, seed: int) -> str:
-    """Identity of an answer: the question as asked, the number of the sample, who is asked, and how it is drawn."""
-    text = json.dumps([list(messages), sample, teacher, asdict(sampling), seed], sort_keys=True, ensure_ascii=False)
+def answer_key(
+    messages: Sequence[dict[str, str]], sample: int, teacher: str, sampling: Sampling, seed: int, *, limit: bool = True
+) -> str:
+    """Identity of an answer: the question as asked, the number of the sample, who is asked, and how it is drawn.
+
+    `limit`: its longest length is a part of that. An answer that came to its own end is the same with another.
+    """
+    drawn = asdict(sampling)
+    if not limit:
+        del drawn["max_tokens"]
+    text = json.dumps([list(messages), sample, teacher, drawn, seed], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+class _Row(NamedTuple):
+    """A line of a file. `whole`: the key without the limit, of an answer that came to its own end; else empty."""
+
+    key: str
+    reply: Reply
+    whole: str = ""
 
 
 class Answers:
@@ -52,40 +68,48 @@ class Answers:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._replies: dict[str, Reply] = {}
+        self._rows: dict[str, _Row] = {}
         # Of earlier objects there may be many more than this run asks for: they stay on the disk.
-        self._earlier: dict[str, int] = {}  # where the line of each begins, in this file:
+        self._earlier: dict[str, int] = {}  # where the line of each begins, by both keys, in this file:
         self._earlier_file = folder
         self._open: IO[bytes] | None = None
         self.recalled = 0
         for path in sorted(folder.glob("*.jsonl")) if folder.is_dir() else []:
-            self._replies |= {key: reply for key, reply, _ in _rows(path)}
+            self._rows |= {row.key: row for row, _ in _rows(path)}
 
     def __len__(self) -> int:
-        return len(self._replies)
+        return len(self._rows)
 
-    def get(self, key: str) -> Reply | None:
-        """The saved answer, if there is one; an earlier object's becomes one of this run."""
-        if key not in self._replies and key in self._earlier:
-            self.add(key, _parse(_line_at(self._earlier_file, self._earlier[key]))[1])
-            self.recalled += 1
-        return self._replies.get(key)
+    def get(self, key: str, whole: str = "", limit: int = 0) -> Reply | None:
+        """The saved answer, if there is one; an earlier object's becomes one of this run.
 
-    def add(self, key: str, reply: Reply) -> None:
-        """Keep an answer."""
+        `whole`: the key without the limit, by which an earlier answer is found that ended by itself and has no more
+        than `limit` tokens.
+        """
+        start = self._earlier.get(key, self._earlier.get(whole))
+        if key not in self._rows and start is not None:
+            row = _parse(_line_at(self._earlier_file, start))
+            if row.key == key or row.reply.tokens <= limit:
+                self.add(key, row.reply, whole)
+                self.recalled += 1
+        return self._rows[key].reply if key in self._rows else None
+
+    def add(self, key: str, reply: Reply, whole: str = "") -> None:
+        """Keep an answer. `whole`: its key without the limit."""
         if self._open is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._open = (self._folder / OPEN).open("wb", buffering=0)
-        whole = self._open.tell()
-        line = _line(key, reply)
+        end = self._open.tell()
+        row = _Row(key, reply, "" if reply.finish == "length" else whole)
+        line = _line(row)
         try:
             while line:
                 line = line[self._open.write(line) :]
         except OSError:
             # A full disk takes a part of a line, which would spoil all that came before it.
-            self._open.truncate(whole)
+            self._open.truncate(end)
             raise
-        self._replies[key] = reply
+        self._rows[key] = row
 
     def seal(self) -> bool:
         """Close the open chunk, on the disk and under its final name. False when nothing is new."""
@@ -124,7 +148,7 @@ class Answers:
         if not _loads(shared) or not self._earlier_file.is_file():
             return
         try:
-            self._earlier = {key: start for key, _, start in _rows(self._earlier_file)}
+            self._earlier = {key: at for row, at in _rows(self._earlier_file) for key in (row.key, row.whole) if key}
         except (ValueError, KeyError, TypeError):
             log.warning("Ignored answers that another version of this program left")
 
@@ -134,16 +158,16 @@ class Answers:
         `shared`: not loaded yet, for other objects may have left theirs since this one looked.
         `patience`: seconds for which a store that is away is waited for.
         """
-        if self._replies.keys() <= self._earlier.keys():
+        if self._rows.keys() <= self._earlier.keys():
             return
         try:
             path = shared.folder / SHARED
             known = _keys(path) if _loads(shared, patience) else set()
-            fresh = [key for key in self._replies if key not in known]
+            fresh = [row for key, row in self._rows.items() if key not in known]
             if fresh:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("ab" if known else "wb") as stream:
-                    stream.writelines(_line(key, self._replies[key]) for key in fresh)
+                    stream.writelines(map(_line, fresh))
                 shared.save(patience=patience)
         except (RunFailure, OSError) as error:
             log.warning("The answers were not left for later objects: %s", error)
@@ -171,8 +195,9 @@ def _loads(shared: Checkpoints, patience: float | None = None) -> bool:
         return False
 
 
-def _line(key: str, reply: Reply) -> bytes:
-    return (json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False) + "\n").encode()
+def _line(row: _Row) -> bytes:
+    whole = {"whole": row.whole} if row.whole else {}
+    return (json.dumps({"key": row.key, **whole, **asdict(row.reply)}, ensure_ascii=False) + "\n").encode()
 
 
 def _line_at(path: Path, start: int) -> bytes:
@@ -181,23 +206,23 @@ def _line_at(path: Path, start: int) -> bytes:
         return stream.readline()
 
 
-def _parse(line: bytes) -> tuple[str, Reply]:
+def _parse(line: bytes) -> _Row:
     row = json.loads(line)
-    return row["key"], Reply(row["text"], row["finish"], row["tokens"])
+    return _Row(row["key"], Reply(row["text"], row["finish"], row["tokens"]), row.get("whole", ""))
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Reply, int]]:
-    """Key, answer and first byte of each line. Raises ValueError, KeyError or TypeError for what is none of ours."""
+def _rows(path: Path) -> Iterator[tuple[_Row, int]]:
+    """Each line and its first byte. Raises ValueError, KeyError or TypeError for what is none of ours."""
     start = 0
     with path.open("rb") as stream:
         for line in stream:
-            yield *_parse(line), start
+            yield _parse(line), start
             start += len(line)
 
 
 def _keys(path: Path) -> set[str]:
     """Those in a file; none if it is not there, or of another version of this program."""
     try:
-        return {key for key, _, _ in _rows(path)}
+        return {row.key for row, _ in _rows(path)}
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return set()

@@ -27,9 +27,13 @@ log = logging.getLogger("slmops")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One request. `prompt` is the number of its prompt: several samples share one."""
+    """One request. `prompt` is the number of its prompt: several samples share one.
+
+    `whole`: the key of the same question with whatever limit to the answer's length.
+    """
 
     key: str
+    whole: str
     prompt: int
     messages: tuple[dict[str, str], ...]
     seed: int
@@ -77,8 +81,9 @@ def questions(
     for number, messages in enumerate(prompts):
         for sample in range(samples):
             key = answer_key(messages, sample, teacher, sampling, seed)
+            whole = answer_key(messages, sample, teacher, sampling, seed, limit=False)
             digest = hashlib.sha256(key.encode()).digest()
-            found.append(Question(key, number, tuple(messages), int.from_bytes(digest[:4], "big") >> 1))
+            found.append(Question(key, whole, number, tuple(messages), int.from_bytes(digest[:4], "big") >> 1))
     return found
 
 
@@ -105,7 +110,7 @@ class _Run:
         self.outcome = Outcome()
         self.turns: deque[_Turn] = deque()
         for question in self.all:
-            saved = store.get(question.key)
+            saved = store.get(question.key, question.whole, terms.sampling.max_tokens)
             if saved is None:
                 self.turns.append(_Turn(question))
             else:
@@ -173,7 +178,7 @@ class _Run:
                 self._put_off(turn, began, silent)
                 continue
             else:
-                self.store.add(question.key, reply)
+                self.store.add(question.key, reply, question.whole)
                 self.open[question.prompt] -= 1
                 self.answered.add(question.prompt)
                 self.outcome.tokens += reply.tokens
