@@ -131,12 +131,15 @@ def test_an_engine_comes_back_beside_many_connections(start: Start) -> None:
 def test_a_stream_that_loses_its_engine_ends_with_an_error_frame(start: Start) -> None:
     server = start("--slots", "1")
     body = {"model": "tiny", **LONG, "stream": True, "n": 8}  # one after the other: longer than the signal takes
+    assert 'slmops_streams_cut_total{model_name="tiny"} 0.0' in server.http.get("/metrics").text  # a rate begins there
     with server.http.stream("POST", "/v1/completions", json=body) as answer:
         lines = answer.iter_lines()
         assert next(lines).startswith("data: {")
         os.kill(server.engine_pid or 0, signal.SIGKILL)
         rest = [line for line in lines if line]
     assert json.loads(rest[-1][6:])["error"]["code"] == "engine_restarted"
+    assert server.metric("slmops_streams_cut_total") == 1
+    assert server.metric("slmops_http_requests_total", code="200") == 1  # which is all that a router sees
     wait_for(lambda: server.probe("readyz") == 200, "ready again")
 
 

@@ -63,6 +63,6 @@ def test_every_row_is_a_metric() -> None:
 
 def test_what_rollouts_ask_for_is_on_the_page() -> None:
     queries = (ROOT / "operator/slmops/rollout/queries.py").read_text()
-    asked = set(re.findall(r"haproxy_[a-z_]+|vllm:[a-z0-9_]+", queries))
+    asked = set(re.findall(rf"haproxy_[a-z_]+|{OURS}(?={{)", queries))
     assert asked
     assert {name for name in asked if name not in PAGE} == set()

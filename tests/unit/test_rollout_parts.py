@@ -136,6 +136,8 @@ def test_queries_are_filled_in():
     assert promql(mine, context) == 'x{ns="ns",o="shop",r=~"bbb|aaa"}[60s]'
     errors = promql(AnalysisMetric(name="m", builtin="errorRate", max=1), context)
     assert '_responses_total{namespace="ns",slmops_owner="shop",proxy="bbb",code="5xx"}[60s]' in errors
+    cut = 'slmops_streams_cut_total{namespace="ns",slmops_owner="shop",slmops_revision="bbb"}[60s]'
+    assert f"(sum(rate({cut})) or vector(0))" in errors  # another image's servers do not have it
     latency = promql(AnalysisMetric(name="m", builtin="latencyP95", max=1), context)
     assert '_seconds_bucket{namespace="ns",slmops_owner="shop",slmops_revision="bbb"}[60s]' in latency
     long = promql(AnalysisMetric(name="m", builtin="errorRate", max=1), Context("ns", "m" * 63 + ".x", "b", "a", 5))

@@ -25,6 +25,8 @@ SSE_HEADERS = [
     (b"x-accel-buffering", b"no"),
 ]
 
+SERVER_FAILED = (500, 503)  # whose fault a cut stream is: 504 is the end of the time that its client gave
+
 
 class Watch(NamedTuple):
     """What ends an answer early: the client that leaves, and its deadline (of CLOCK_MONOTONIC, in seconds)."""
@@ -154,6 +156,8 @@ class Generate:
                 arrived = await self._next(answer, watch)
             except ApiError as error:
                 self._service.metrics.ended("error")
+                if error.status in SERVER_FAILED:
+                    self._service.metrics.cut()
                 log.warning("Cut a stream short reason=%s", error.code)
                 await send({"type": "http.response.body", "body": error_frame(error.body()), "more_body": False})
                 return

@@ -180,6 +180,7 @@ class Metrics:
         )
         for reason in ("queue_full", "queue_tokens", "deadline_unreachable", "not_ready"):
             self._rejected.labels(model, reason)
+        self._cut = counter("slmops_streams_cut", "Streams that began with 200 and ended with an error of the server.")
         self._restarts = counter("slmops_engine_restarts", "Times the engine process was started again.")
         self._prompt = counter("vllm:prompt_tokens", "Prompt tokens read.")
         self._queries = counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache.")
@@ -240,6 +241,10 @@ class Metrics:
     def ended(self, reason: str) -> None:
         """An answer ended without its last token: "abort" (the client left) or "error"."""
         self._success[reason].inc()
+
+    def cut(self) -> None:
+        """A stream that had begun ended with an error that is the server's: its status cannot say so any more."""
+        self._cut.inc()
 
     def finished(self, kind: str, last: Delta, arrival: float, prompt: int) -> None:
         """A whole answer, by its last delta. Times are of CLOCK_MONOTONIC in seconds."""

@@ -91,7 +91,8 @@ class AnalysisMetric(Model):
     )
     builtin: Literal["errorRate", "latencyP95"] | None = Field(
         default=None,
-        description="errorRate: share of 5xx and unanswered requests (0 to 1) seen by the router; "
+        description="errorRate: share (0 to 1) of 5xx and unanswered requests, seen by the router, and of streams that "
+        "their server ended with an error; "
         "latencyP95: seconds to the whole answer, by the servers' own histogram.",
     )
     query: str | None = Field(

@@ -18,10 +18,12 @@ class Context:
 
 
 # Seen by the router: every answer of a revision's pods, also one that a client never saw because another revision
-# answered in its place. An answer that broke off in the middle counts as an error.
+# answered in its place. An answer that broke off in the middle counts as an error; so does a stream that ends with an
+# error frame, by its server's own count: HAProxy saw 200 and a proper end. Servers of another image may not count them.
 _ERROR_RATE = (
     '(sum(rate(haproxy_backend_http_responses_total{%(router)s,code="5xx"}[%(window)ds]))'
-    " + sum(rate(haproxy_backend_server_aborts_total{%(router)s}[%(window)ds])))"
+    " + sum(rate(haproxy_backend_server_aborts_total{%(router)s}[%(window)ds]))"
+    " + (sum(rate(slmops_streams_cut_total{%(server)s}[%(window)ds])) or vector(0)))"
     ' / sum(rate(haproxy_backend_http_responses_total{%(router)s,code=~"2xx|3xx|4xx|5xx"}[%(window)ds]))'
 )
 _LATENCY_P95 = (
