@@ -18,7 +18,7 @@ def test_one_failure_more_than_tolerated_rolls_back_weight_first_pods_later():
     world.measured = ["Fail", "Pass", "Fail"]
     world.after(10), world.after(10)
     assert (world.phase, world.status.rollout.failures) == ("Step", 1)
-    world.after(10)
+    world.after(60)
     assert (world.phase, world.candidate, world.stable) == ("RolledBack", "bbb", "aaa")
     assert world.routers[0].weights == {"aaa": 100, "bbb": 0}
     assert "bbb" in world.deployments

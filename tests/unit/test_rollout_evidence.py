@@ -73,6 +73,43 @@ def test_an_unknown_between_two_passes_starts_the_row_again():
     assert world.stable == "bbb"
 
 
+def test_one_bad_request_is_one_failure_however_many_windows_it_is_in():
+    world = serving(steps=steps(10, pause=None), analysis=analysis(failure_limit=1, passes=2, window_seconds=60))
+    world.deploy("bbb")
+    world.serve(300)
+    world.measured = ["Fail"] * 6
+    for _ in range(6):
+        world.after(10)
+    assert (world.phase, world.status.rollout.failures, world.status.rollout.passes) == ("Step", 1, 0)
+    world.after(10), world.after(10)
+    assert world.stable == "bbb"  # the window is good again
+
+
+def test_a_candidate_that_goes_on_failing_is_given_up_a_window_later():
+    world = serving(steps=steps(10, pause=None), analysis=analysis(failure_limit=1, window_seconds=60))
+    world.deploy("bbb")
+    world.serve(300)
+    world.measured = ["Fail"] * 7
+    for _ in range(6):
+        world.after(10)
+    assert world.phase == "Step"
+    world.after(10)
+    assert (world.phase, world.stable) == ("RolledBack", "aaa")
+
+
+def test_a_failure_of_the_next_step_is_another_one():
+    """Its window does not reach back to the requests of the step before."""
+    world = serving(steps=steps(10, 50, pause=None), analysis=analysis(failure_limit=1, passes=1, window_seconds=600))
+    world.deploy("bbb")
+    world.serve(300)
+    world.measured = ["Fail", "Pass", "Fail"]
+    world.after(10), world.after(10)
+    assert (world.weight, world.status.rollout.failures) == (50, 1)
+    world.serve(300)
+    world.after(10)
+    assert world.phase == "RolledBack"
+
+
 def test_approval_is_given_per_step():
     world = serving(steps=steps(10, 50, pause=None, approval=True))
     world.deploy("bbb")

@@ -122,7 +122,11 @@ class Analysis(Model):
         default=2, ge=1, le=100, description="Measurements in a row that must pass before the next step."
     )
     failure_limit: int = Field(
-        default=1, ge=0, le=100, description="Failed measurements tolerated in a rollout; one more rolls back."
+        default=1,
+        ge=0,
+        le=100,
+        description="Failed measurements tolerated in a rollout; one more rolls back. One within windowSeconds of a "
+        "counted one is not counted again in that step: both may be about the same requests.",
     )
     metrics: list[AnalysisMetric] = Field(
         min_length=1,
@@ -252,7 +256,10 @@ class RolloutStatus(Model):
         default=None, description="Last measurement.", json_schema_extra={"format": "date-time"}
     )
     passes: int = Field(default=0, description="Measurements passed in a row in this step.")
-    failures: int = Field(default=0, description="Measurements failed in this rollout.")
+    failures: int = Field(default=0, description="Failed measurements of this rollout, as failureLimit counts them.")
+    failed_at: str | None = Field(
+        default=None, description="When the last of them was.", json_schema_extra={"format": "date-time"}
+    )
     losses: int = Field(
         default=0, description="How often the candidate lost all its pods while it got requests; the fourth rolls back."
     )

@@ -79,10 +79,11 @@ def judged(work: Work) -> bool:
         measured_at=stamp(work.now),
         verdicts=list(verdicts),
         passes=work.roll.passes + 1 if all_pass(verdicts) and work.roll.routed_at else 0,
-        failures=work.roll.failures + (failed is not None),
     )
     if failed is None:
         return False
+    if not _is_counted(work, analysis):
+        work.set(failures=work.roll.failures + 1, failed_at=stamp(work.now))
     work.note("AnalysisFailed", f"Revision {work.name}, metric {failed.name}: {failed.message}.", warning=True)
     if work.roll.failures <= analysis.failure_limit:
         return False
@@ -126,6 +127,17 @@ def _measures(work: Work) -> bool:
     if roll.phase == STEP and roll.routed_at is not None:  # at the weight that the plan says now
         return roll.step < len(steps) and steps[roll.step].weight == work.weight
     return roll.phase in (STEP, PROMOTING)
+
+
+def _is_counted(work: Work, analysis: Analysis) -> bool:
+    """Whether what failed now may be what was counted before: one bad request is in the windows of many measurements.
+
+    Windows begin anew with each step.
+    """
+    failed_at, began = work.roll.failed_at, work.roll.routed_at or work.roll.entered_at
+    if failed_at is None or (began is not None and failed_at <= began):
+        return False
+    return work.left(failed_at, analysis.window_seconds) > 0
 
 
 def _enough_samples(work: Work) -> bool:

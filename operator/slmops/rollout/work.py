@@ -67,7 +67,7 @@ class Work:
         """Make `target` the candidate."""
         self.retiring.pop(target.revision, None)
         self.candidate, self.weight = target, 0
-        self.set(step=0, passes=0, failures=0, losses=0, samples=None, verdicts=[], outcome="")
+        self.set(step=0, passes=0, failures=0, failed_at=None, losses=0, samples=None, verdicts=[], outcome="")
         self.enter(PREPARING)
         self.note("RolloutStarted", f"Revision {target.revision} of {target.model} is prepared.")
 
