@@ -251,6 +251,30 @@ def test_a_step_put_before_the_running_one_is_not_taken_for_it():
     assert (world.weight, world.stable) == (50, "aaa")
 
 
+@pytest.mark.parametrize("left", [[50], [10], [5, 50]])
+def test_a_plan_that_ends_below_the_running_step_skips_neither_its_last_step_nor_its_approval(left):
+    world = serving(steps=steps(5, 10, 50, pause=600))
+    world.deploy("bbb")
+    world.after(601), world.after(601)
+    assert (world.weight, world.status.rollout.step) == (50, 2)
+    world.edit_rollout(steps=steps(*left, pause=600, approval=True))
+    world.after(1)
+    assert (world.weight, world.stable, world.status.rollout.step) == (left[-1], "aaa", len(left) - 1)
+    world.after(601)
+    assert (world.stable, world.hold.split(":")[0]) == ("aaa", "Approval")
+    world.annotations[keys.ANNOTATION_PROMOTE] = "bbb"
+    world.passes()
+    assert world.stable == "bbb"
+
+
+def test_a_plan_without_steps_is_the_fast_way_in_mid_rollout_too():
+    world = serving(steps=steps(10, 50, pause=600))
+    world.deploy("bbb")
+    world.edit_rollout(steps=[])
+    world.after(1)
+    assert world.stable == "bbb"
+
+
 def test_an_approval_is_for_the_weight_it_was_given_at():
     world = serving(steps=steps(10, pause=600, approval=True))
     world.deploy("bbb")

@@ -41,6 +41,7 @@ def decide(spec: ModelDeploymentSpec, status: ModelDeploymentStatus, seen: Seen,
     work.stable, work.candidate = _named(work.stable, seen.target), _named(work.candidate, seen.target)
     _take_target(work)
     _tell_resumed(work, status)
+    _take_plan(work)
     again = True
     while again:  # what a verb leads to decides what becomes of the others, and some wait for a phase to end
         phase = work.roll.phase
@@ -90,6 +91,15 @@ def _tell_resumed(work: Work, before: ModelDeploymentStatus) -> None:
         work.note("RolloutResumed", said)
 
 
+def _take_plan(work: Work) -> None:
+    """Where the plan has become shorter than the way so far, its last step is the running one and has to be earned.
+
+    No steps at all are the fast way, and are asked for as such.
+    """
+    if work.roll.phase == STEP and work.roll.step >= len(work.steps) > 0:
+        work.set(step=len(work.steps) - 1)
+
+
 def _obey(work: Work) -> bool:
     """Carry out a verb given by annotation, each once; False where there is none left."""
     handled, verb = obey(work.seen.annotations, work.roll, work.stable, work.candidate)
@@ -137,7 +147,7 @@ def _preparing(work: Work) -> None:
 def _step(work: Work) -> None:
     if work.asleep():
         return
-    if work.roll.step >= len(work.steps):  # the last one is done, or the plan has become shorter
+    if work.roll.step >= len(work.steps):  # the last one is done, or there is none any more
         work.enter(PROMOTING)
         return
     step = work.steps[work.roll.step]
