@@ -153,11 +153,16 @@ def test_a_candidate_that_answers_500_loses_nobodys_request_but_is_counted(pod, 
 
 def test_a_stable_revision_without_pods_is_replaced_by_the_candidate(pod, router, port):
     last, _ = pod("a"), pod("b")
-    one = router(routes({"a": 50, "b": 50}, port))
+    one = router(routes({"a": 80, "b": 20}, port, epoch="step"))
     one.ready("a"), one.ready("b")
     last.kill()
     eventually(lambda: 'haproxy_server_status{proxy="a",server="pod-1",state="DOWN"} 1' in one.metrics(), "noticed")
-    assert shares(one.port, 20) == {"b": 20}
+    assert shares(one.port, 50) == {"b": 50}
+    assert (one.get("/observed")[1]["turns"], one.seen("b")["chosen"]) == (0, 0)  # nothing is wrong with the split
+    pod("a")
+    one.ready("a")
+    assert shares(one.port, 100) == {"a": 80, "b": 20}
+    assert (one.get("/observed")[1]["turns"], one.seen("b")["chosen"], one.seen("b")["requests"]) == (100, 20, 70)
 
 
 def test_what_the_stable_revision_cannot_answer_is_not_held_against_the_candidate(pod, router, port):

@@ -183,7 +183,7 @@ class Haproxy:
         content = slots_map(routes)
         for revision in routes.revisions:
             weight = takes_over(routes, revision)
-            for backend in ("split", "sticky"):
+            for backend in ("split", "aside"):
                 runtime.order(path, f"set server {backend}/{revision.revision} weight {weight}")
         runtime.replace_map(path, self.place.slots, content)
         self._write(routes)

@@ -1,12 +1,13 @@
 """Routes -> HAProxy's configuration. Pure.
 
-    client -> frontend api --- slot 0..99 ---> backend split | sticky ---> frontend in-REV -> backend REV -> pods
+    client -> frontend api --- slot 0..99 ---> backend split | aside ----> frontend in-REV -> backend REV -> pods
               by conversation, else by turn     one "server" per revision,   over a unix socket
                                                 its inner frontend
 
 Two levels, because each does one thing that HAProxy cannot do in one: the upper one chooses the revision, exactly, and
 moves a request of a failing candidate to the stable revision; the lower one balances over the pods of one revision,
-and its counters say how that revision did.
+and its counters say how that revision did. The counters of `split` say how the turns were given. What they do not tell
+goes through `aside`: conversations, and all requests while a revision has no pods and another stands in for it.
 """
 
 import hashlib
@@ -112,7 +113,7 @@ def clients(routes: Routes, place: Place) -> int:
 def render(routes: Routes, place: Place) -> str:
     """Write the whole configuration."""
     parts = [_head(routes, place), _frontend(routes, place)]
-    parts += [_upper(name, routes, place) for name in ("split", "sticky")]
+    parts += [_upper(name, routes, place) for name in ("split", "aside")]
     parts += [_lower(revision, routes, place) for revision in routes.revisions]
     return "\n".join(parts)
 
@@ -197,8 +198,11 @@ frontend {FRONT}
     http-request set-var(txn.spare) str(spare-of-),concat(,txn.revision),map_str({place.slots})
     acl nobody var(txn.revision),nbsrv eq 0
     acl spared var(txn.spare),nbsrv gt 0
+    acl spareless var(txn.spare),nbsrv eq 0
+    http-request set-var(txn.aside) bool(true) if sticky or nobody or spareless
     http-request set-var(txn.revision) var(txn.spare) if nobody spared
-    use_backend sticky if sticky
+    acl aside var(txn.aside) -m bool
+    use_backend aside if aside
     default_backend split
 
 backend turns

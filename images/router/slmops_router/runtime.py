@@ -93,7 +93,7 @@ class Counts:
 
     responses: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CLASSES, 0))
     aborted: int = 0  # answers that a server cut off
-    chosen: int = 0  # requests without a conversation whose turn was its, or that it took over
+    chosen: int = 0  # of the turns, those that were its
 
     def plus(self, other: "Counts", sign: int = 1) -> "Counts":
         """Sum, or difference."""
@@ -109,7 +109,7 @@ class Seen:
     """What HAProxy says at one moment."""
 
     counts: dict[str, Counts]  # by revision
-    turns: int  # requests without a conversation
+    turns: int  # requests without a conversation, while every revision with a share had pods
     up: dict[str, int]  # servers that passed their check, 0 before the upper level knows it too
 
 

@@ -28,7 +28,7 @@ class Share(Model):
     weight: int = 0
     ready: int = 0  # servers that the router finds healthy
     requests: int = 0  # answered
-    chosen: int = 0  # requests without a conversation whose turn was this revision's
+    chosen: int = 0  # of the report's turns, those that were this revision's
 
 
 class Report(Model):
@@ -36,7 +36,7 @@ class Report(Model):
 
     routes: dict[str, Any] = Field(default_factory=dict)
     epoch: str = ""
-    turns: int = 0  # requests without a conversation since the epoch began
+    turns: int = 0  # requests without a conversation since the epoch began, while every share had pods
     revisions: dict[str, Share] = Field(default_factory=dict)
 
 

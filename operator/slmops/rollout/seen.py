@@ -32,7 +32,7 @@ class Router:
     ready: Mapping[str, int] = field(default_factory=dict)  # servers that it finds healthy, by revision
     answered: Mapping[str, int] = field(default_factory=dict)  # requests since the epoch began
     chosen: Mapping[str, int] = field(default_factory=dict)  # of `turns`, those whose turn was this revision's
-    turns: int = 0  # requests without a conversation since the epoch began
+    turns: int = 0  # requests without a conversation since the epoch began, while every share had pods
 
 
 @dataclass(frozen=True)
