@@ -18,12 +18,14 @@ def test_one_failure_more_than_tolerated_rolls_back_weight_first_pods_later():
     world.measured = ["Fail", "Pass", "Fail"]
     world.after(10), world.after(10)
     assert (world.phase, world.status.rollout.failures) == ("Step", 1)
-    world.after(60)
+    world.now += timedelta(seconds=60)
+    world.run()
+    assert (world.phase, world.routers[0].weights) == ("RollingBack", {"aaa": 100, "bbb": 0})
+    world.run()
     assert (world.phase, world.candidate, world.stable) == ("RolledBack", "bbb", "aaa")
-    assert world.routers[0].weights == {"aaa": 100, "bbb": 0}
     assert "bbb" in world.deployments
     assert world.status.rollout.outcome.startswith("AnalysisFailed: Metric errors")
-    world.after(31)
+    world.after(1)
     assert world.deployments == {"aaa": 2}
     world.after(86400)
     assert (world.phase, world.deployments) == ("RolledBack", {"aaa": 2})
@@ -155,12 +157,13 @@ def test_a_new_revision_after_a_rollback_starts_over():
     assert (world.phase, world.candidate) == ("Stable", "")
 
 
-def test_many_revisions_in_a_short_time_are_never_more_than_a_router_takes():
-    world = serving(steps=steps(10, pause=600), scale_down_delay_seconds=604800)
+@pytest.mark.parametrize("plan", [steps(10, pause=600), []])
+def test_many_revisions_in_a_short_time_are_never_more_than_a_router_takes(plan):
+    world = serving(steps=plan, scale_down_delay_seconds=604800)
     for number in range(12):
         world.deploy(f"r{number}")
         assert len(world.routers[0].weights) <= REVISIONS_MAX
-    assert (world.stable, world.candidate, world.weight) == ("aaa", "r11", 10)
+    assert (world.stable, world.candidate, world.weight) == (("aaa", "r11", 10) if plan else ("r11", "", 0))
     assert len(world.deployments) <= REVISIONS_MAX
 
 
@@ -232,6 +235,49 @@ def test_a_retry_that_is_asked_for_during_the_rollback_is_carried_out_when_it_en
     world.routers[0] = RouterPod(*world.config_map)
     world.run()
     assert (world.phase, world.candidate) == ("Step", "bbb")  # its pods are still there
+
+
+def test_what_was_given_up_goes_at_once_and_what_was_stable_stays_for_the_delay():
+    """A rolled-back candidate holds the GPU that its successor waits for."""
+    world = serving(steps=steps(50, pause=60), scale_down_delay_seconds=3600)
+    world.deploy("bbb")
+    world.annotations[keys.ANNOTATION_ABORT] = "bbb"
+    world.after(2)
+    assert (world.phase, world.deployments) == ("RolledBack", {"aaa": 2})
+    world.deploy("ccc"), world.deploy("ddd")  # superseded
+    assert set(world.deployments) == {"aaa", "ddd"}
+    world.after(61)
+    assert world.stable == "ddd"
+    world.after(3590)
+    assert set(world.deployments) == {"aaa", "ddd"}
+    world.deploy("eee"), world.deploy("ddd")  # reverted
+    assert set(world.deployments) == {"aaa", "ddd"}
+    world.after(10)
+    assert (world.phase, world.deployments, world.status.rollout.former) == ("Stable", {"ddd": 2}, [])
+
+
+def test_the_way_back_to_the_old_revision_keeps_its_warm_pods_until_it_is_given_up():
+    world = serving(replicas=10, steps=steps(10, 50, pause=60), scale_down_delay_seconds=3600)
+    world.deploy("bbb")
+    assert world.deployments["bbb"] == 1
+    world.after(61), world.after(61)
+    assert world.stable == "bbb"
+    world.deploy("aaa")
+    assert (world.phase, world.weight, world.deployments) == ("Step", 10, {"aaa": 10, "bbb": 10})
+    world.spec = world.spec.model_copy(update={"replicas": 8})
+    world.passes()
+    assert world.deployments == {"aaa": 8, "bbb": 8}
+    world.annotations[keys.ANNOTATION_ABORT] = "aaa"
+    world.after(2)
+    assert world.deployments == {"bbb": 8}
+
+
+def test_a_candidate_that_was_never_stable_follows_the_scale_down_too():
+    world = serving(replicas=10, steps=steps(50, pause=600))
+    world.deploy("bbb")
+    world.spec = world.spec.model_copy(update={"replicas": 4})
+    world.passes()
+    assert world.deployments == {"aaa": 4, "bbb": 2}
 
 
 def test_an_approval_that_an_abort_overtakes_is_done_with_in_the_same_pass():

@@ -166,7 +166,11 @@ class Rollout(Model):
         description="Longest wait for a candidate's pods to be ready; after it, roll back.",
     )
     scale_down_delay_seconds: int = Field(
-        default=30, ge=0, le=604800, description="How long the old revision stays after the switch."
+        default=30,
+        ge=0,
+        le=604800,
+        description="How long the old revision stays after the switch. One that was given up (rolled back, superseded, "
+        "reverted) goes once no router sends it requests.",
     )
 
 
@@ -273,8 +277,12 @@ class RolloutStatus(Model):
     retiring: dict[str, str] = Field(
         default_factory=dict,
         max_length=16,
-        description="Revisions on their way out, and since when no router sends them requests: scaleDownDelaySeconds "
-        "later they go. Empty while a router may still send them some.",
+        description="Revisions on their way out, and since when no router sends them requests; empty while one may.",
+    )
+    former: list[str] = Field(
+        default_factory=list,
+        max_length=16,
+        description="Those that were stable and still have pods: scaleDownDelaySeconds is theirs.",
     )
     handled: dict[str, str] = Field(
         default_factory=dict, max_length=8, description="Verbs already obeyed, by annotation."

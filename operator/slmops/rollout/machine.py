@@ -182,12 +182,11 @@ def _promoting(work: Work) -> None:
     work.weight = 100
     if not work.routed():
         return
-    new = work.candidate
-    assert new is not None
-    work.stable, work.candidate, work.weight = new, None, 0
-    work.set(outcome=f"Promoted: revision {new.revision} at {stamp(work.now)}.", samples=None, step=0)
+    name = work.name
+    work.promote()
+    work.set(outcome=f"Promoted: revision {name} at {stamp(work.now)}.", samples=None, step=0)
     work.enter(DRAINING)
-    work.note("RolloutPromoted", f"Revision {new.revision} gets all requests.")
+    work.note("RolloutPromoted", f"Revision {name} gets all requests.")
 
 
 def _rolling_back(work: Work) -> None:

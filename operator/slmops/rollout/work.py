@@ -20,7 +20,7 @@ from slmops.rollout.phases import (
 from slmops.rollout.seen import Decision, Note, Pods, Problem, Router, Seen
 from slmops.rollout.sizes import candidate_pods
 
-RETIRING_TOLD = 16  # most entries of status.rollout.retiring; all others are found again by their Deployments
+RETIRING_TOLD = 16  # most entries of status.rollout.retiring and former; others are found again by their Deployments
 
 
 class Work:
@@ -32,6 +32,8 @@ class Work:
         self.weight = (status.weight or 0) if status.candidate else 0
         self.roll = status.rollout
         self.retiring = dict(status.rollout.retiring)
+        self.former = list(status.rollout.former)
+        self.before = status.candidate
         self.remove: list[str] = []
         self.notes: list[Note] = []
         self.verdicts: tuple[Verdict, ...] = ()
@@ -80,6 +82,13 @@ class Work:
         self.set(outcome=f"{why.reason}: {why.message}"[:512])
         self.enter(ROLLING_BACK)
         self.note("RollingBack", f"Revision {self.name}: {why.message}", warning=True)
+
+    def promote(self) -> None:
+        """Make the candidate the stable revision."""
+        assert self.candidate is not None
+        if self.stable is not None:
+            self.former.append(self.stable.revision)
+        self.stable, self.candidate, self.weight = self.candidate, None, 0
 
     # Facts.
 
@@ -219,10 +228,17 @@ class Work:
     # The end of a pass.
 
     def retire(self) -> None:
-        """Remove what serves nobody any more: whatever has a Deployment and no role."""
+        """Remove what serves nobody any more: whatever has a Deployment and no role.
+
+        What was stable stays for a while, as the way back. What was given up does not: its GPUs may be those that its
+        successor waits for.
+        """
         keep = {self.stable.revision} if self.stable else set()
         if self.candidate is not None and self.roll.phase in ROLLING_OUT:
             keep.add(self.name)
+        given_up = {one.revision for one in (self.before, self.candidate) if one} - keep
+        others = given_up | ({self.stable.revision} if self.stable else set())
+        self.former = sorted(r for r in self.former if r in self.seen.pods and r not in others)
         for revision in self.seen.pods:
             if revision not in keep:  # be it a candidate that was given up and whose retry broke off
                 self.retiring.setdefault(revision, "")
@@ -234,13 +250,17 @@ class Work:
                 self.await_routers()
             else:
                 since = self.retiring[revision] = when or stamp(self.now)
-                left = self.left(since, self.spec.rollout.scale_down_delay_seconds)
+                delay = self.spec.rollout.scale_down_delay_seconds if revision in self.former else 0
+                left = self.left(since, delay)
                 if when and left <= 0:  # a pass that dies between its deletes and its status must not undo them
                     self.remove.append(revision)
                 self.wakes.append(left if left > 0 else ROUTER_SECONDS)
         stay = sorted((when, r) for r, when in self.retiring.items() if when and r not in self.remove)
         self.remove += [revision for _, revision in stay[: max(0, len(stay) - RETIRING_MAX)]]
-        self.set(retiring=dict(sorted(self.retiring.items())[:RETIRING_TOLD]))
+        self.set(
+            retiring=dict(sorted(self.retiring.items())[:RETIRING_TOLD]),
+            former=self.former[:RETIRING_TOLD],
+        )
         if self.roll.phase == DRAINING and not self.retiring:
             self.enter(STABLE)
 
@@ -276,4 +296,7 @@ class Work:
         if self.stable is None or self.roll.phase == PROMOTING or not self.steps:
             return self.spec.replicas
         last = self.roll.step if self.roll.phase == STEP else 0
-        return max(self.need(step) for step in self.steps[: last + 1])
+        need = max(self.need(step) for step in self.steps[: last + 1])
+        if self.name in self.former:  # on its way back: pods that are warm are not let go to be started again
+            return max(need, min(self.spec.replicas, self.pods.wanted))
+        return need
