@@ -223,6 +223,54 @@ def test_verbs_for_others_do_nothing_and_a_star_without_a_candidate_hits_no_late
     assert world.status.rollout.handled == {}
 
 
+@pytest.mark.parametrize("key", [keys.ANNOTATION_PAUSE, keys.ANNOTATION_ABORT, keys.ANNOTATION_PROMOTE])
+@pytest.mark.parametrize("value", ["true", "", "aaa", "bbbb/now"])
+def test_a_verb_that_names_no_candidate_is_told_once_in_each_rollout(key, value):
+    world = serving(steps=steps(30, pause=600))
+    world.deploy("bbb")
+    world.annotations[key] = value
+    notes = [note for _ in range(3) for note in world.run().notes]
+    assert [(note.reason, note.warning) for note in notes] == [("VerbIgnored", True)]
+    assert f"{key}={value} does nothing now: the candidate is revision bbb" in notes[0].message
+    world.after(100)
+    assert (world.weight, world.events.count("VerbIgnored")) == (30, 1)
+
+
+def test_a_pause_that_stands_for_nothing_is_told_of_each_candidate_and_a_verb_that_was_obeyed_of_none():
+    world = serving(steps=steps(30, pause=600))
+    world.annotations[keys.ANNOTATION_PAUSE] = "true"
+    world.deploy("bbb")
+    assert world.events.count("VerbIgnored") == 1
+    world.annotations[keys.ANNOTATION_ABORT] = "bbb"
+    world.after(10)
+    assert (world.phase, world.status.rollout.ignored) == ("RolledBack", {})
+    world.deploy("ccc")
+    assert world.events.count("VerbIgnored") == 2
+    world.annotations = {keys.ANNOTATION_ABORT: "bbb", keys.ANNOTATION_PAUSE: "*"}
+    world.after(10)
+    assert (world.weight, world.events.count("VerbIgnored")) == (30, 2)
+
+
+def test_a_verb_for_a_revision_that_is_still_to_come_is_told_and_obeyed_then():
+    world = serving(steps=steps(30, pause=600))
+    world.deploy("bbb")
+    world.annotations[keys.ANNOTATION_ABORT] = "ccc"
+    world.after(1)
+    assert (world.phase, world.events.count("VerbIgnored")) == ("Step", 1)
+    world.deploy("ccc")
+    assert (world.phase, world.candidate, world.events.count("VerbIgnored")) == ("RolledBack", "ccc", 1)
+
+
+def test_a_retry_of_another_revision_than_the_one_rolled_back_is_told():
+    world = serving()
+    world.deploy("bbb")
+    world.annotations = {keys.ANNOTATION_ABORT: "bbb"}
+    world.after(1)
+    world.annotations = {keys.ANNOTATION_RETRY: "true"}
+    world.after(1)
+    assert (world.phase, world.events.count("VerbIgnored")) == ("RolledBack", 1)
+
+
 def test_another_weight_for_the_running_step_starts_its_time_and_evidence_anew():
     world = serving(steps=steps(10, pause=60), analysis=analysis(passes=2))
     world.deploy("bbb")

@@ -287,6 +287,11 @@ class RolloutStatus(Model):
     handled: dict[str, str] = Field(
         default_factory=dict, max_length=8, description="Verbs already obeyed, by annotation."
     )
+    ignored: dict[str, str] = Field(
+        default_factory=dict,
+        max_length=8,
+        description="Verbs that do nothing, for they name another revision than the candidate; an Event said so.",
+    )
 
 
 class ModelDeploymentStatus(Status):

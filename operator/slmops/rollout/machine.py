@@ -14,6 +14,7 @@ Rules that hold in every state:
 - Times in status are absolute and facts are read anew, so a pass may be repeated or lost at any point.
 """
 
+from collections.abc import Mapping
 from datetime import datetime
 
 from slmops.api import keys
@@ -31,7 +32,7 @@ from slmops.rollout.phases import (
     TOLD_SECONDS,
 )
 from slmops.rollout.seen import Decision, Problem, Seen
-from slmops.rollout.verbs import Verb, obey
+from slmops.rollout.verbs import Verb, ignored, obey
 from slmops.rollout.work import Work
 
 
@@ -48,6 +49,7 @@ def decide(spec: ModelDeploymentSpec, status: ModelDeploymentStatus, seen: Seen,
         obeyed = _obey(work)
         _advance(work)
         again = obeyed or work.roll.phase != phase
+    _warn(work, status.rollout.handled)
     work.retire()
     return work.decision()
 
@@ -114,6 +116,16 @@ def _obey(work: Work) -> bool:
             work.set(approved=True)
             work.note("StepApproved", f"Step {work.roll.step + 1} was approved by annotation.")
     return verb is not None
+
+
+def _warn(work: Work, handled: Mapping[str, str]) -> None:
+    """Say once of each verb that it does nothing: who stops a rollout should not believe that it has stopped."""
+    found = ignored(work.seen.annotations, handled, work.roll, work.candidate)
+    for verb, value in found.items():
+        if work.roll.ignored.get(verb) != value:
+            said = f"The annotation {verb}={value[:63]} does nothing now: the candidate is revision {work.name}"
+            work.note("VerbIgnored", f"{said}; write {verb}={work.name} to mean it.", warning=True)
+    work.set(ignored=found)
 
 
 def _advance(work: Work) -> None:

@@ -22,6 +22,12 @@ class Verb(StrEnum):
 
 _ROLLING_OUT = ("Preparing", "Step", "Promoting")
 _APPLIES = {Verb.ABORT: _ROLLING_OUT, Verb.RETRY: ("RolledBack",), Verb.PROMOTE: ("Step",)}
+_ACTS = {  # when somebody who says it expects something of it
+    Verb.ABORT: _ROLLING_OUT,
+    Verb.PROMOTE: _ROLLING_OUT,
+    Verb.PAUSE: _ROLLING_OUT,
+    Verb.RETRY: ("RollingBack", "RolledBack"),
+}
 _WAITS = {Verb.ABORT: (), Verb.RETRY: ("RollingBack",), Verb.PROMOTE: ("Preparing",)}
 
 
@@ -57,3 +63,22 @@ def obey(
         elif (ours or past) and rollout.phase not in _WAITS[verb]:
             handled[verb] = value
     return handled, todo
+
+
+def ignored(
+    annotations: Mapping[str, str], handled: Mapping[str, str], rollout: RolloutStatus, candidate: Revision | None
+) -> dict[str, str]:
+    """The verbs that do nothing, for they name neither the candidate nor `*`: `true`, say, or the stable revision.
+
+    `handled`: before this pass. What is of an earlier rollout is none of these: it did what it could.
+    """
+    if candidate is None:
+        return {}
+    acting = [verb for verb, phases in _ACTS.items() if verb in annotations and rollout.phase in phases]
+    given = {verb: annotations[verb][:253] for verb in acting}
+    return {
+        verb: value
+        for verb, value in given.items()
+        if meant(value) not in ("*", candidate.revision)
+        and (handled.get(verb) != value or rollout.ignored.get(verb) == value)
+    }

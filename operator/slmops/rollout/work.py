@@ -70,6 +70,7 @@ class Work:
         self.retiring.pop(target.revision, None)
         self.candidate, self.weight = target, 0
         self.set(step=0, passes=0, failures=0, failed_at=None, losses=0, samples=None, verdicts=[], outcome="")
+        self.set(ignored={})  # each candidate is told anew
         self.enter(PREPARING)
         self.note("RolloutStarted", f"Revision {target.revision} of {target.model} is prepared.")
 
