@@ -1,11 +1,19 @@
 """The HTTP client for Prometheus and the routers' agents: one for all passes, for making one costs more than asking."""
 
-from functools import cache
+import ssl
+from functools import lru_cache
 
 import httpx
 
 
-@cache
-def shared() -> httpx.Client:
-    """Usable from many threads. No connection is kept: pods come and go, and so do the addresses they had."""
-    return httpx.Client(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+@lru_cache(maxsize=4)
+def shared(ca: str = "") -> httpx.Client:
+    """Usable from many threads. No connection is kept: pods come and go, and so do the addresses they had.
+
+    `ca`: certificates (PEM) to trust, and no others. Raises OSError or ValueError where they are none.
+    """
+    verify: ssl.SSLContext | bool = True
+    if ca:
+        verify = ssl.create_default_context(cadata=ca)
+        verify.verify_flags &= ~ssl.VERIFY_X509_STRICT  # a CA of one's own often lacks what Python 3.13 asks for
+    return httpx.Client(trust_env=False, verify=verify, limits=httpx.Limits(max_keepalive_connections=0))

@@ -1,13 +1,15 @@
 """Asking Prometheus for one number. Four answers, told apart: a value, no data, something unclear, no answer."""
 
 import math
+import re
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
 
-from slmops.remote.client import shared
+from slmops.remote.access import FOLDER, AccessError, access
 
 TIMEOUT_SECONDS = 5.0
 BODY_MAX = 1_000_000  # bytes
@@ -44,25 +46,51 @@ class Unreachable:
 Answer = Value | NoData | Inconclusive | Unreachable
 
 
-def query(url: str, promql: str, time: datetime, *, client: httpx.Client | None = None) -> Answer:
-    """Evaluate `promql` at `time` (aware). Never raises for what Prometheus does or does not answer."""
+def query(
+    url: str, promql: str, time: datetime, *, client: httpx.Client | None = None, folder: Path = FOLDER
+) -> Answer:
+    """Evaluate `promql` at `time` (aware). Never raises for what Prometheus does or does not answer.
+
+    `folder` has the files that access.py reads. What is said of the answer goes into the status of users' objects: it
+    names neither a user nor a password of the URL.
+    """
     asked = {"query": promql, "time": str(time.timestamp())}
+    shown = re.sub("^(https?://)?.*@", r"\1", url)
     try:
-        where = f"{url.rstrip('/')}/api/v1/query"
-        answer = (client or shared()).post(where, data=asked, timeout=TIMEOUT_SECONDS)
+        given = access(folder)
+        answer = (client or given.client).post(
+            f"{url.rstrip('/')}/api/v1/query",
+            data=asked,
+            timeout=TIMEOUT_SECONDS,
+            auth=given.auth if given.token else httpx.USE_CLIENT_DEFAULT,
+        )
         if len(answer.content) > BODY_MAX:
             return Inconclusive(f"The answer has {len(answer.content)} bytes: aggregate to one number, as sum() does.")
+        if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            said = f"Prometheus at {shown} answered with HTTP {answer.status_code}"
+            return Unreachable(f"{said}: check key token of the Secret prometheus.existingSecret of the chart.")
         body = answer.json()
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        return Unreachable(f"Prometheus at {url} gave no usable answer: {error or type(error).__name__}")
+    except AccessError as error:
+        return Unreachable(str(error))
+    except httpx.InvalidURL:  # its words may be a part of a password
+        return Unreachable("prometheus.url of the chart is no URL that can be asked; encode special characters in it.")
+    except (httpx.HTTPError, ValueError) as error:
+        return Unreachable(f"Prometheus at {shown} gave no usable answer: {_why(error)}")
     if not isinstance(body, dict) or answer.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
-        return Unreachable(f"Prometheus at {url} answered with HTTP {answer.status_code}.")
+        return Unreachable(f"Prometheus at {shown} answered with HTTP {answer.status_code}.")
     if body.get("status") != "success":
         if answer.status_code in (httpx.codes.BAD_REQUEST, httpx.codes.UNPROCESSABLE_ENTITY):
             return Inconclusive(f"Prometheus refuses the query: {str(body.get('error', ''))[:300]}")
-        return Unreachable(f"Prometheus at {url} answered with HTTP {answer.status_code}.")
+        return Unreachable(f"Prometheus at {shown} answered with HTTP {answer.status_code}.")
     data = body.get("data")
     return _number(data if isinstance(data, dict) else {})
+
+
+def _why(error: Exception) -> str:
+    said = str(error) or type(error).__name__
+    if "CERTIFICATE_VERIFY_FAILED" in said:
+        said += ". Give its CA as key ca.crt of the Secret prometheus.existingSecret of the chart."
+    return said
 
 
 def _number(data: dict[str, Any]) -> Answer:
