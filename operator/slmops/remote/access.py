@@ -33,8 +33,8 @@ def access(folder: Path = FOLDER) -> Access:
     if not token.isascii() or not token.isprintable() or " " in token:
         raise AccessError("Key token of the Secret prometheus.existingSecret is not one word of ASCII.")
     try:
-        return Access(token, shared(ca))
-    except (OSError, ValueError):
+        return Access(token, shared(ca.encode("ascii", "ignore").decode()))  # PEM is ASCII; comments need not be
+    except OSError:
         raise AccessError("Key ca.crt of the Secret prometheus.existingSecret has no certificate (PEM).") from None
 
 

@@ -10,7 +10,7 @@ import httpx
 def shared(ca: str = "") -> httpx.Client:
     """Usable from many threads. No connection is kept: pods come and go, and so do the addresses they had.
 
-    `ca`: certificates (PEM) to trust, and no others. Raises OSError or ValueError where they are none.
+    `ca`: certificates (PEM, ASCII) to trust, and no others. Raises ssl.SSLError where they are none.
     """
     verify: ssl.SSLContext | bool = True
     if ca:
