@@ -14,6 +14,7 @@ import yaml
 
 from slmops.api.meta import Pod
 from slmops.build import parts
+from slmops.remote.access import FOLDER
 from slmops.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,6 +139,17 @@ def test_store_and_prometheus_follow_the_values() -> None:
     assert own["SLMOPS_PROMETHEUS_URL"] == "http://prom:9090"
 
 
+def test_what_prometheus_wants_is_mounted_where_the_operator_reads_it() -> None:
+    def mounted(*sets: str) -> list[tuple[str, Object]]:
+        spec = pods(render(*sets))["slmops-operator"]["spec"]
+        volumes = {volume["name"]: volume for volume in spec["volumes"]}
+        mounts = {mount["mountPath"]: mount["name"] for mount in spec["containers"][0]["volumeMounts"]}
+        return [(path, volumes[name]["secret"]) for path, name in mounts.items() if "secret" in volumes[name]]
+
+    assert mounted() == []
+    assert mounted("prometheus.existingSecret=mine") == [(str(FOLDER), {"secretName": "mine"})]
+
+
 def operator_key(objects: list[Object]) -> Object:
     (operator,) = [f for f in objects if f["kind"] == "Deployment" and f["metadata"]["name"] == "slmops-operator"]
     (container,) = operator["spec"]["template"]["spec"]["containers"]
@@ -166,6 +178,7 @@ def test_a_key_of_ones_own_makes_every_rendering_the_same() -> None:
         ("store.url=http://registry", "url"),
         ("router.existingSecret=Not_A_Name", "existingSecret"),
         ("prometheus.url=prom:9090", "url"),
+        ("prometheus.existingSecret=Not_A_Name", "existingSecret"),
         ("watchNamespaces={UPPER}", "watchNamespaces"),
         ("registry.persistence.size=big", "size"),
     ],
@@ -208,7 +221,12 @@ def texts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 @pytest.mark.parametrize(("release", "namespace"), [("1", "2024"), ("1e3", "0x10"), ("true", "null")])
 def test_names_that_yaml_takes_for_numbers_stay_names(release: str, namespace: str) -> None:
     lists = ("watchNamespaces[0]=7", "imagePullSecrets[0]=8")
-    single = ("router.existingSecret=9", "operator.priorityClassName=10", "registry.persistence.storageClassName=11")
+    single = (
+        "router.existingSecret=9",
+        "operator.priorityClassName=10",
+        "registry.persistence.storageClassName=11",
+        "prometheus.existingSecret=12",
+    )
     flags = [part for item in (*lists, *single) for part in ("--set-string", item)]
     everywhere = [part for item in EVERYTHING for part in ("--set", item)]
     for more in (everywhere, [*everywhere, *flags]):
@@ -367,9 +385,9 @@ def test_the_notes_say_where_a_prometheus_of_ones_own_may_scrape_nothing(
     chart = shutil.copytree(CHART, tmp_path / "slmops")  # `helm template` leaves NOTES.txt out, whatever it is told
     text = (chart / "templates/NOTES.txt").read_text(encoding="utf-8")
     (chart / "templates/notes.yaml").write_text("notes: |\n" + textwrap.indent(text, "  "), encoding="utf-8")
-    flags = ("--set", "prometheus.url=http://prom:9090", "--set", f"podMonitor.enabled={monitor}")
+    flags = ("--set", "prometheus.url=http://jo:secret@prom:9090", "--set", f"podMonitor.enabled={monitor}")
     done = helm("template", "slmops", str(chart), "--show-only", "templates/notes.yaml", *flags)
     assert done.returncode == 0, done.stderr
     notes = yaml.safe_load(done.stdout)["notes"]
-    assert "http://prom:9090" in notes
+    assert "asks http://prom:9090." in notes
     assert ("podMonitor.enabled" in notes) == warned
