@@ -90,7 +90,7 @@ def line(engine: str, streams: int, speeds: dict[str, list[float]]) -> str:
 
 def spread(values: list[float], digits: int) -> str:
     """The first and the third quarter."""
-    low, _, high = quantiles(values, n=4, method="inclusive")
+    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return f"{low:.{digits}f}-{high:.{digits}f}"
 
 

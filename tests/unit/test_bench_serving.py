@@ -68,6 +68,8 @@ def test_the_cost_of_the_front_is_that_of_pairs_of_the_same_requests() -> None:
     speeds = {"bare": [100.0, 50.0, 80.0], "server": [98.0, 40.0, 79.2], "client": [1e-5, 3e-5, 2e-5]}
     line = bench_serving_front.line("onnxruntime", 8, speeds)
     assert line.endswith("server / bare 0.980 (0.890-0.985); client 20 us a token")
+    one = bench_serving_front.line("x", 1, {"bare": [2.0], "server": [1.0], "client": [1e-6]})
+    assert one.endswith("server / bare 0.500 (0.500-0.500); client 1 us a token")
 
 
 HEAD = b'HTTP/1.1 200 OK\r\nx: "finish_reason":null\r\n\r\n'
