@@ -70,7 +70,7 @@ def fit(settings: dict[str, str]) -> dict[str, str]:
 
 def seed(kube: Kubectl, board: Board, settings: dict[str, str]) -> None:
     """An empty namespace, the demo's code, and the artifacts that the chain starts from."""
-    if not CURRENT and (names := earlier.remove(kube)):
+    if not CURRENT and (names := earlier.remove(kube, NAMESPACE)):
         board.say(f"Removed what earlier runs left to work on beside this one: {', '.join(names)}")
     board.say(f"Preparing namespace {NAMESPACE}; a demo of an earlier run in it is removed")
     with heartbeat(f"namespace {NAMESPACE}", tell=board.say):

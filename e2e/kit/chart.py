@@ -1,5 +1,6 @@
 """Installing and removing the chart, with the images built here or with the user's."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -26,6 +27,7 @@ def fresh_namespace(kube: Kubectl) -> None:
 
     Its pull Secrets are copied, and given to the default account, for objects' pods name none.
     """
+    empty(kube)
     kube.delete("namespace", kube.namespace)
     kube.apply(namespace(kube.namespace))
     system = kube.within(NAMESPACE)
@@ -36,6 +38,17 @@ def fresh_namespace(kube: Kubectl) -> None:
         copies = [{**secret, "metadata": {"name": secret["metadata"]["name"]}} for secret in found]
         account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default"}}
         kube.apply(*copies, {**account, "imagePullSecrets": named})
+
+
+def empty(kube: Kubectl) -> None:
+    """End what runs in kubectl's namespace, if it can be done within a minute or two.
+
+    A namespace that is deleted while pods in it have three minutes to end is looked at again after half of that time,
+    though they end in seconds.
+    """
+    for kinds in ("slm", "deployments,jobs,pods"):
+        with contextlib.suppress(KubectlError):  # the namespace goes either way
+            kube.run("delete", kinds, "--all", "--ignore-not-found", "--timeout=60s", timeout=80)
 
 
 def _helm(kube: Kubectl, *args: str, timeout: float = 300.0) -> str:

@@ -14,14 +14,17 @@ DEMO = "slmops-demo"
 PREFIXES = ("e2e-", "bench-")  # of the scenarios and of `make bench`
 
 
-def left(names: Iterable[str]) -> list[str]:
-    """Of these namespaces those that a run makes for itself."""
-    return [name for name in names if name == DEMO or name.startswith(PREFIXES)]
+def left(names: Iterable[str], own: str = "") -> list[str]:
+    """Of these namespaces those that a run makes for itself, without one's own."""
+    return [name for name in names if name != own and (name == DEMO or name.startswith(PREFIXES))]
 
 
-def remove(kube: Kubectl) -> list[str]:
-    """End it without waiting; returns the namespaces. Raises KubectlError."""
-    found = left(item["metadata"]["name"] for item in kube.list("namespaces"))
+def remove(kube: Kubectl, own: str = "") -> list[str]:
+    """End it without waiting; returns the namespaces. Raises KubectlError.
+
+    own: the namespace that the caller makes anew itself.
+    """
+    found = left((item["metadata"]["name"] for item in kube.list("namespaces")), own)
     if found:
         kube.run("delete", "namespace", *found, "--ignore-not-found", "--wait=false")
     # That namespace stays: nothing could be made in it before it is gone.

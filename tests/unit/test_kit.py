@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kit import earlier, load, pods, watching
+from kit import chart, earlier, load, pods, watching
 from kit.bench import gaps
 from kit.kubectl import Kubectl, KubectlError, TimedOut, wait_for
 from kit.traffic import Tally, Traffic
@@ -251,6 +251,7 @@ def test_traffic_that_ends_before_its_end_is_confirmed_is_counted() -> None:
 def test_what_earlier_runs_left_is_told_from_the_users_own() -> None:
     names = ["default", "slmops-system", "slmops-image-tests", "slmops-demo", "e2e-chain", "bench-bare-1"]
     assert earlier.left(names) == ["slmops-demo", "e2e-chain", "bench-bare-1"]
+    assert earlier.left(names, "slmops-demo") == ["e2e-chain", "bench-bare-1"]
 
 
 class Node(Kubectl):
@@ -277,3 +278,11 @@ def test_pods_of_earlier_runs_end_and_a_namespace_that_is_needed_stays(names: li
     pods_only = ["slmops-image-tests delete pods --all --wait=false"]
     gone = ["default delete namespace e2e-x slmops-demo --ignore-not-found --wait=false"] if names[1:] else []
     assert done == gone + pods_only
+
+
+def test_pods_end_before_their_namespace_goes() -> None:
+    """Or the namespace waits for half of the time that pods may take to end, and not for the pods."""
+    done = list[str]()
+    chart.fresh_namespace(Node([], done, "e2e-x"))
+    deleted = [line.split()[2] for line in done if " delete " in line]
+    assert deleted == ["slm", "deployments,jobs,pods", "namespace"]
