@@ -265,6 +265,8 @@ class Node(Kubectl):
         return Node(self.names, self.done, namespace)
 
     def run(self, *args: str, stdin: str | None = None, timeout: float = 60.0) -> str:
+        if args[0] == "get" and "--ignore-not-found" in args:
+            return ""
         if args[0] == "get":
             return json.dumps({"items": [{"metadata": {"name": name}} for name in self.names]})
         self.done.append(" ".join([self.namespace, *args]))
