@@ -257,6 +257,19 @@ def test_what_was_given_up_goes_at_once_and_what_was_stable_stays_for_the_delay(
     assert (world.phase, world.deployments, world.status.rollout.former) == ("Stable", {"ddd": 2}, [])
 
 
+def test_what_was_stable_under_an_older_operator_keeps_its_delay():
+    """That one did not write down which revisions had been stable."""
+    world = serving(steps=[], scale_down_delay_seconds=3600)
+    world.deploy("bbb")
+    older = world.status.rollout.model_copy(update={"former": None})
+    assert set(older.retiring) == {"aaa"}
+    world.status = world.status.model_copy(update={"rollout": older})
+    world.after(10)
+    assert set(world.deployments) == {"aaa", "bbb"}
+    world.after(3600)
+    assert world.deployments == {"bbb": 2}
+
+
 def test_the_way_back_to_the_old_revision_keeps_its_warm_pods_until_it_is_given_up():
     world = serving(replicas=10, steps=steps(10, 50, pause=60), scale_down_delay_seconds=3600)
     world.deploy("bbb")

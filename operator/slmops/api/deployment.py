@@ -279,8 +279,8 @@ class RolloutStatus(Model):
         max_length=16,
         description="Revisions on their way out, and since when no router sends them requests; empty while one may.",
     )
-    former: list[str] = Field(
-        default_factory=list,
+    former: list[str] | None = Field(
+        default=None,
         max_length=16,
         description="Those that were stable and still have pods: scaleDownDelaySeconds is theirs.",
     )

@@ -32,7 +32,8 @@ class Work:
         self.weight = (status.weight or 0) if status.candidate else 0
         self.roll = status.rollout
         self.retiring = dict(status.rollout.retiring)
-        self.former = list(status.rollout.former)
+        former = status.rollout.former
+        self.former = list(status.rollout.retiring if former is None else former)  # None: by an older operator
         self.before = status.candidate
         self.remove: list[str] = []
         self.notes: list[Note] = []
