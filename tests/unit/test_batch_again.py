@@ -148,6 +148,17 @@ def test_a_changed_secret_ends_the_wait_at_once() -> None:
     assert made.status["inputs"] == "m1.s2"
 
 
+def test_a_hash_of_a_former_operator_ends_no_wait() -> None:
+    """Else an upgrade would bring back at once whatever waits for a store that is down."""
+    obj, plan = world_failed()
+    obj = after(obj, plan)
+    obj["status"]["inputs"] = "0123456789abcdef"
+    kept = run(obj, job=job(obj, **FAILED_JOB), inputs="m1.s1")
+    assert (kept.status["nextRetryTime"], ready(kept), kept.requeue) == (at(30), ready(plan), 5.0)
+    changed = run(after(obj, kept), job=job(obj, **FAILED_JOB), inputs="m1.s2")
+    assert (changed.status["nextRetryTime"], changed.requeue) == (at(0), 0.0)
+
+
 def failed_for_good(state: Object, jobs: dict[str, Any], **spec: Any) -> Object:
     obj = finetune(**spec)
     plan = run(obj, job=job(obj, **jobs), pods=(pod(obj, phase="Failed", state=state),))

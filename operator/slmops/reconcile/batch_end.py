@@ -45,10 +45,9 @@ def conclude(p: Pass, job: Object) -> Plan | None:
 
 def collected(p: Pass) -> Plan:
     """Keep a finished object as it is; remove its Job when its time has come."""
-    known = p.status.inputs
     status = p.status.model_copy(
         update={
-            "inputs": p.seen.inputs or known if known and _older(known) else known,
+            "inputs": known_inputs(p),
             "observed_generation": p.generation,
             "conditions": [c.model_copy(update={"observed_generation": p.generation}) for c in p.status.conditions],
         }
@@ -72,7 +71,7 @@ def worth_again(p: Pass) -> bool:
     run that diverged would be paid for once more.
     """
     known = p.status.inputs or ""
-    if p.seen.inputs and known and not _older(known) and _maps(p.seen.inputs) != _maps(known):
+    if p.seen.inputs and known and not older(known) and _maps(p.seen.inputs) != _maps(known):
         return True
     said, failure = conditions.find(p.status.conditions, conditions.FAILED), p.status.last_failure
     if said is None or failure is None or (said.observed_generation or 0) >= p.generation:
@@ -81,6 +80,12 @@ def worth_again(p: Pass) -> bool:
         limit = p.spec.active_deadline_seconds
         return limit is None or limit > _deadline(p)
     return failure.exit_code != EXIT_FATAL and p.spec.backoff_limit >= p.status.attempts
+
+
+def known_inputs(p: Pass) -> str | None:
+    """The hash of the inputs to compare later ones with; one of a former operator is replaced where it can be."""
+    known = p.status.inputs
+    return p.seen.inputs or known if known and older(known) else known
 
 
 def retry_delay(retries: int) -> timedelta:
@@ -179,7 +184,7 @@ def _maps(inputs: str) -> str:
     return inputs.partition(".")[0]
 
 
-def _older(inputs: str) -> bool:
+def older(inputs: str) -> bool:
     """Whether a former operator wrote this hash, of ConfigMaps and Secrets together: it compares with none of ours."""
     return "." not in inputs
 

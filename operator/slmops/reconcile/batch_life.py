@@ -9,7 +9,7 @@ from slmops.api.times import parse, stamp
 from slmops.build.job import revised
 from slmops.cluster.port import Object
 from slmops.reconcile import conditions
-from slmops.reconcile.batch_end import collected, conclude, retry_requeue, worth_again
+from slmops.reconcile.batch_end import collected, conclude, known_inputs, older, retry_requeue, worth_again
 from slmops.reconcile.batch_pass import ANNOTATION_IMAGE, ANNOTATION_INPUTS, Pass, going_on, plan, progress
 from slmops.reconcile.pods import (
     INTERRUPTED,
@@ -70,7 +70,8 @@ def _between_jobs(p: Pass) -> Plan:
     if retry_at and failure and p.until(retry_at):
         if _changed(p):
             return _again(p)
-        status = going_on(p, "Waiting", failure.reason, f"{failure.message} The next try starts at {retry_at}.")
+        message = f"{failure.message} The next try starts at {retry_at}."
+        status = going_on(p, "Waiting", failure.reason, message, inputs=known_inputs(p))
         return plan(status, requeue=retry_requeue(p, retry_at))
     if old is not None:
         status = going_on(p, "Waiting", "Retrying", _TRIED_AGAIN)
@@ -101,7 +102,8 @@ def _between_jobs(p: Pass) -> Plan:
 
 
 def _changed(p: Pass) -> bool:
-    return bool(p.seen.inputs) and p.status.inputs is not None and p.seen.inputs != p.status.inputs
+    known = p.status.inputs
+    return bool(p.seen.inputs) and known is not None and not older(known) and p.seen.inputs != known
 
 
 def _suspended(p: Pass, *, delete: bool = False, apply: Object | None = None) -> Plan:
