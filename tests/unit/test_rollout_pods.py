@@ -9,7 +9,7 @@ from tests.unit.serving_world import KEY, Kubernetes
 
 from slmops.api.times import stamp
 from slmops.cluster.port import ClusterError, Objects
-from slmops.reconcile.deployment import EVENTS_SECONDS
+from slmops.reconcile.deployment_pods import EVENTS_SECONDS
 from slmops.reconcile.pods import LATE_SECONDS
 from slmops.reconcile.serverpods import LATELY, ended_lately, is_ready, mute, problem_of
 
@@ -190,6 +190,29 @@ def test_an_evicted_pod_is_told_of_by_the_pass():
             found["metadata"]["creationTimestamp"] = stamp(world.now)
     world.passes()
     assert world.condition("Ready")[:2] == ("False", "DiskFull")
+
+
+def test_events_are_read_once_in_a_while_however_often_passes_come(monkeypatch: pytest.MonkeyPatch):
+    world = hanging("Scheduled", "FailedMount")
+    asked: list[str] = []
+    read = world.cluster.events
+
+    def events(namespace: str, *, kind: str, name: str) -> Objects:
+        asked.append(name)
+        return read(namespace, kind=kind, name=name)
+
+    monkeypatch.setattr(world.cluster, "events", events)
+    driver = world.driver()
+
+    def run(seconds: float) -> str:
+        world.now += timedelta(seconds=seconds)
+        driver.run(KEY)
+        return world.condition("Ready")[1]
+
+    assert [run(2) for _ in range(5)] == ["FailedMount"] * 5
+    assert len(asked) == 1
+    assert run(EVENTS_SECONDS) == "FailedMount"
+    assert len(asked) == 2
 
 
 def test_events_that_may_not_be_read_stop_no_pass(monkeypatch: pytest.MonkeyPatch):

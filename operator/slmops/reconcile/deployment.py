@@ -17,7 +17,7 @@ from slmops.build import serving
 from slmops.cluster.port import Cluster, ClusterError, Key, Object
 from slmops.reconcile import conditions, sources
 from slmops.reconcile.deployment_measure import measure
-from slmops.reconcile.deployment_pods import pods_of, problem, role
+from slmops.reconcile.deployment_pods import EVENTS_SECONDS, PodReader, role
 from slmops.reconcile.deployment_report import Facts, report
 from slmops.reconcile.protocol import World
 from slmops.reconcile.serverpods import drains, is_ready, mute
@@ -40,7 +40,6 @@ OUTCOMES = {  # of a rollout, by the reason of the Event that tells it
 }
 STRAY_SECONDS = 1.0  # until what is left of a revision is looked for again
 RECHECK_SECONDS = 10.0  # until a Secret that is missing, or that may not be read, is looked for again
-EVENTS_SECONDS = 15.0  # until the Events of a pod that does not start are read again: nothing tells of them
 
 Ask = Callable[[str, str], Report]
 Query = Callable[[str, str, datetime], prometheus.Answer]
@@ -88,6 +87,7 @@ class DeploymentReconciler:
 
     def __init__(self, ask: Ask | None = None, query: Query = prometheus.query) -> None:
         self._ask, self._query = ask or router.Observer(), query
+        self._pods = PodReader()
 
     def references(self, obj: Object) -> frozenset[tuple[str, str]]:
         """See protocol.Reconciler."""
@@ -119,9 +119,9 @@ class DeploymentReconciler:
         seen = Seen(
             target=wanted.revision,
             other=wanted.waiting if wanted.other else None,
-            pods={name: pods_of(world, found, pods) for name, found in live.items()},
+            pods={name: self._pods.pods_of(world, found, pods) for name, found in live.items()},
             routers=tuple(_router(agent.report) for agent in agents if not agent.leaving),
-            router_problem=problem(world, front, routers),
+            router_problem=self._pods.problem(world, front, routers),
             refusal=_refusal(obj, status),
             annotations=obj["metadata"].get("annotations") or {},
         )
@@ -320,11 +320,14 @@ def _records(
 ) -> dict[str, Object]:
     """The manifest of each wanted revision: as recorded, else as it stands in the cluster, else built.
 
-    The record of one that is not wanted is kept as long as its Service is there: nothing else tells of it.
+    The record of one that is not wanted is kept as long as its Service is there: nothing else tells of it. That of one
+    whose Deployment goes is dropped, so that the next pass builds it; of one that somebody deleted it is still there.
     """
     records = {revision: observed.records[revision] for revision in observed.strays}
-    wanted = observed.wanted
+    wanted, outdated = observed.wanted, _outdated(observed, anew)
     for revision in decision.replicas:
+        if revision in outdated:
+            continue
         if revision in anew and revision not in observed.live:
             records[revision] = anew[revision]
         elif revision in observed.records:
@@ -340,21 +343,20 @@ def _anew(obj: Object, spec: ModelDeploymentSpec, observed: Observed, decision: 
     """The revision that the spec asks for, as it would be built now; empty where that would touch pods that serve.
 
     By this a mended setting of the operator, the image first of all, reaches the pods that fail for want of it: those
-    of a candidate that has not begun to serve, and of a stable revision that cannot serve for want of its image. Empty
-    also while pods may just need time.
+    of a candidate that has not begun to serve, and of a stable revision none of whose pods can serve for want of it.
+    Empty also while pods may just need time.
     """
     wanted = observed.wanted
     if wanted.revision is None or wanted.model is None:
         return {}
     name = wanted.revision.revision
     pods = observed.seen.pods.get(name)
-    if pods is not None and (pods.ready or pods.problem is None):
+    if pods is not None and (pods.ready or not pods.failing):
         return {}
     if decision.candidate is not None and decision.candidate.revision == name:
         due = decision.rollout.phase == PREPARING
     else:
-        due = decision.stable is not None and decision.stable.revision == name
-        due = due and (pods is None or (pods.problem is not None and pods.problem.reason == "ImagePullFailed"))
+        due = decision.stable is not None and decision.stable.revision == name and pods is not None and pods.imageless
     return {name: serving.deployment(obj, spec, name, wanted.model, observed.settings)} if due else {}
 
 

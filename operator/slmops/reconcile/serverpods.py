@@ -48,6 +48,13 @@ def problem_of(deployment: Object, pods: Iterable[Object]) -> Problem | None:
     return None
 
 
+def imageless(pods: Iterable[Object]) -> bool:
+    """Whether no pod can come to serve for want of its image: some lack it, and all others have no node."""
+    placed = [pod for pod in _living(pods) if unscheduled(pod) is None]
+    problems = [_problem(pod) for pod in placed]
+    return bool(problems) and all(found is not None and found.reason == "ImagePullFailed" for found in problems)
+
+
 def mute(pods: Iterable[Object]) -> Object | None:
     """The oldest pod that has not come to its first container and does not say why: Events may."""
     waiting = [pod for pod in _missed(pods) if not (_ended(pod) or _begun(pod)) and _problem(pod) is None]
@@ -69,9 +76,16 @@ def ended_lately(pods: Iterable[Object], now: datetime) -> Problem | None:
 
 def _missed(pods: Iterable[Object]) -> list[Object]:
     """Pods that shall be ready and are not. One that has ended is heard only where nobody has taken its place."""
-    staying = [pod for pod in pods if not pod["metadata"].get("deletionTimestamp")]
-    living = [pod for pod in staying if not _ended(pod)]
-    return [pod for pod in living or staying if not is_ready(pod)]
+    staying = _staying(pods)
+    return [pod for pod in _living(staying) or staying if not is_ready(pod)]
+
+
+def _staying(pods: Iterable[Object]) -> list[Object]:
+    return [pod for pod in pods if not pod["metadata"].get("deletionTimestamp")]
+
+
+def _living(pods: Iterable[Object]) -> list[Object]:
+    return [pod for pod in _staying(pods) if not _ended(pod)]
 
 
 def _ended(pod: Object) -> bool:

@@ -20,7 +20,9 @@ class Pods:
 
     wanted: int  # its spec.replicas
     ready: int
-    problem: Problem | None = None  # what its pods say of themselves
+    problem: Problem | None = None  # what its pods say of themselves, or how the last one ended
+    failing: bool = False  # the pods that are there have a problem: they do not just need time
+    imageless: bool = False  # none of them can come to serve for want of its image
 
 
 @dataclass(frozen=True)
