@@ -118,6 +118,10 @@ def test_flags_win_over_the_environment() -> None:
         (["--model", "m", "--drain-grace", "nan"], {}),
         (["--model", "m", "--step-timeout", "0"], {}),
         (["--model", "m", "--allowed-origins", "https://chat.example.com/"], {}),  # a browser sends none with a slash
+        (["--model", "m", "--allowed-origins", "https://Chat.example.com"], {}),  # nor one like the next three
+        (["--model", "m", "--allowed-origins", "https://chat.example.com:443"], {}),
+        (["--model", "m", "--allowed-origins", "http://[::1]:80"], {}),
+        (["--model", "m", "--allowed-origins", "https://*.example.com"], {}),
         (["--model", "m", "--allowed-origins", "*, chat.example.com"], {}),
         (["--model", "m", "--por", "1"], {}),  # abbreviations would get around what an operator reserves
     ],
@@ -126,6 +130,12 @@ def test_bad_settings_exit_with_usage(argv: list[str], env: dict[str, str]) -> N
     with pytest.raises(SystemExit) as caught:
         settings.parse(argv, env)
     assert caught.value.code == 2
+
+
+def test_origins_as_browsers_send_them() -> None:
+    origins = ("https://chat.example.com:80", "http://[::80]", "http://localhost:443", "app://Some.page", "http://a_b")
+    got = settings.parse(["--model", "m", "--allowed-origins", ", ".join(origins)], {})
+    assert got.allowed_origins == origins
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,11 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 PREFIX = "SLMOPS_SERVER_"
 GUESSES_MAX = 16
 ADAPTER_NAME = 256  # characters
-ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")  # without a slash at its end, as browsers send it
+# As browsers send it: without a slash at its end, web hosts in small letters and without the scheme's own port
+ORIGIN = re.compile(
+    r"\*|(?!http:.*:80$|https:.*:443$)https?://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[1-9][0-9]*)?"
+    r"|(?!https?:)[a-z][a-z0-9+.-]*://[^/\s]+"
+)
 LARGEST = (1 << 63) - 1  # whole number that the front can tell the engine
 
 
@@ -93,7 +97,10 @@ def _origins(text: str) -> tuple[str, ...]:
     origins = tuple(origin for origin in (part.strip() for part in text.split(",")) if origin)
     for origin in origins:
         if not ORIGIN.fullmatch(origin):
-            raise argparse.ArgumentTypeError(f"{origin!r} is neither * nor an origin as in https://chat.example.com")
+            raise argparse.ArgumentTypeError(
+                f"{origin!r} is neither * nor an origin as browsers send it, as in https://chat.example.com: "
+                "small letters, nothing after host and port, and no port where it is 80 of http or 443 of https"
+            )
     return origins
 
 
