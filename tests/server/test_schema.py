@@ -209,10 +209,12 @@ def test_content_parts_and_the_developer_role() -> None:
 def test_answers_that_clients_send_back_are_taken_with_what_the_model_thought() -> None:
     answer = {"role": "assistant", "content": "a", "refusal": None, "annotations": [], "parsed": {"a": 1}}
     thought = {"role": "assistant", "content": "b", "type": "message", "reasoning_content": "hm", "parsed": None}
-    got = parse("chat", json.dumps(CHAT | {"messages": [answer, thought]}).encode()).messages
+    cut = {"role": "assistant", "content": None, "reasoning_content": "h"}  # before it had thought to the end
+    got = parse("chat", json.dumps(CHAT | {"messages": [answer, thought, cut]}).encode()).messages
     assert got == [
         {"role": "assistant", "content": "a"},
         {"role": "assistant", "content": "b", "reasoning_content": "hm"},
+        {"role": "assistant", "content": "", "reasoning_content": "h"},
     ]
 
 

@@ -53,7 +53,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         if name not in READ or (name in OF_ASSISTANT and role != "assistant"):
             raise _unsupported(f"{where}.{name}")
     calls = _calls(given["tool_calls"], f"{where}.tool_calls") if "tool_calls" in given else []
-    content = "" if calls and "content" not in given else _content(given.get("content"), f"{where}.content")
+    silent = "content" not in given and (calls or "reasoning_content" in given)  # it only called, or only thought
+    content = "" if silent else _content(given.get("content"), f"{where}.content")
     checked: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": content}
     if calls:
         checked["tool_calls"] = calls
