@@ -2,21 +2,26 @@
 
 import asyncio
 import errno
+import json
 import os
 import signal
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from slmops_server import supervisor
+from slmops_server import adapter_verbs, supervisor
 from slmops_server.app import Routes
 from slmops_server.engines.choose import EngineOptions
 from slmops_server.errors import ApiError
 from slmops_server.service import Service
 from slmops_server.settings import parse
 from slmops_server.supervisor import Supervisor
+
+LORA = Path(__file__).parent / "data" / "tiny-lora"
 
 
 def no_process(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
@@ -55,6 +60,21 @@ def test_in_the_end_it_says_why_there_is_none(monkeypatch: pytest.MonkeyPatch, t
     assert kept.failed.is_set()
     assert (kept.phase, kept.restarts) == ("failed", supervisor.GIVE_UP - 1)
     assert kept.problem == "the engine process cannot be started: Resource temporarily unavailable"
+
+
+def test_why_one_engine_ended_is_not_told_of_the_next(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
+    """The first cannot be started, the others end without a word."""
+    real = asyncio.create_subprocess_exec
+
+    async def wordless(*_: Any, **more: Any) -> Any:
+        return await real(sys.executable, "-c", "raise SystemExit(3)", **more)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", wordless)
+    no_process(monkeypatch, 1)
+    kept = Supervisor(tiny, EngineOptions(threads=1, slots=1), "info", 60)
+    asyncio.run(kept.run())
+    assert kept.failed.is_set()
+    assert kept.problem == "the engine process ended with code 3"
 
 
 def test_an_engine_starts_with_more_adapters_than_a_command_line_holds(tiny: Path, tmp_path: Path) -> None:
@@ -143,14 +163,57 @@ def test_the_container_is_not_alive_when_a_stuck_engine_cannot_be_ended(
 
 async def livez(service: Service) -> int:
     """What the probe is answered."""
+    status, _ = await asked(Routes(service, api=False), "GET", "/livez")
+    return status
+
+
+async def asked(routes: Routes, method: str, path: str, **fields: object) -> tuple[int, bytes]:
+    """Status and body of the answer to these fields."""
     sent: list[dict[str, Any]] = []
 
     async def receive() -> dict[str, Any]:
-        return {"type": "http.request"}
+        return {"type": "http.request", "body": json.dumps(fields).encode()}
 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": "GET", "path": "/livez", "headers": [], "state": {}}
-    await Routes(service, api=False)(scope, receive, send)
-    return int(sent[0]["status"])
+    await routes({"type": "http", "method": method, "path": path, "headers": [], "state": {}}, receive, send)
+    return int(sent[0]["status"]), sent[1]["body"]
+
+
+def test_an_adapter_that_is_not_read_in_time_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a volume that hangs: where its folder is looked at, and where the engine reads it."""
+    come = threading.Event()
+    arguments = ["--model", str(LORA / "fp32"), "--threads", "1", "--slots", "1", "--adapter-root", str(LORA)]
+
+    async def main() -> None:
+        service = Service(parse(arguments, {}))
+        kept, routes = service.supervisor, Routes(service, api=True)
+        running = asyncio.create_task(kept.run())
+        await asyncio.wait_for(kept.was_ready.wait(), 60)
+        assert kept.pid
+
+        async def load(name: str, folder: str) -> tuple[int, bytes]:
+            return await asked(routes, "POST", "/v1/load_lora_adapter", lora_name=name, lora_path=folder)
+
+        with monkeypatch.context() as hasty:  # else five minutes
+            hasty.setattr(adapter_verbs, "READ", 1.0)
+            with hasty.context() as hanging:
+                hanging.setattr(adapter_verbs, "below", lambda *_: come.wait(60))
+                status, body = await load("few", "few")
+            assert (status, json.loads(body)["error"]["code"]) == (503, "adapter_timeout")
+            assert (await load("few", "few"))[0] == 503  # it waits behind the one that hangs
+            come.set()
+            os.kill(kept.pid, signal.SIGSTOP)
+            status, body = await load("all", "all")
+            assert (status, json.loads(body)["error"]["code"]) == (503, "adapter_timeout")
+        assert not kept.adapters
+        os.kill(kept.pid, signal.SIGCONT)
+        assert (await load("few", "few"))[0] == 200
+        assert list(kept.adapters) == ["all", "few"]  # the one that was late is there as well
+        assert (await asked(routes, "POST", "/v1/unload_lora_adapter", lora_name="all"))[0] == 200
+        assert kept.restarts == 0
+        await kept.close()
+        await running
+
+    asyncio.run(main())

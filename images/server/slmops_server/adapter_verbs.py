@@ -3,20 +3,22 @@
 import asyncio
 import logging
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Any
 
 from slmops_server import asgi
 from slmops_server.engines.adapters import SUFFIX
-from slmops_server.errors import ApiError, bad_request
+from slmops_server.errors import ApiError, bad_request, unavailable
 from slmops_server.fields import flag
 from slmops_server.model_folder import BadModelFolderError
 from slmops_server.schema import fields_of
-from slmops_server.service import Service
+from slmops_server.service import MAX_RETRY_AFTER, Service
 from slmops_server.settings import adapter_flaw
 
 log = logging.getLogger(__name__)
 
+READ = 300.0  # seconds that reading an adapter may take, or its volume may hang
 TEXT = b"text/plain; charset=utf-8"
 LOAD = frozenset({"lora_name", "lora_path", "load_inplace"})
 UNLOAD = frozenset({"lora_name", "lora_int_id"})  # the latter is vLLM's own number, which nothing here has
@@ -28,11 +30,13 @@ class AdapterVerbs:
     def __init__(self, service: Service) -> None:
         self._service, self._root = service, service.settings.adapter_root
         self._turn = asyncio.Lock()  # one at a time: what is checked has to hold until it is done
+        # not asyncio's, which long prompts need: a volume that hangs holds its thread for good
+        self._looking = ThreadPoolExecutor(1, "adapter-folder")
         if self._root is not None and not self._root.is_dir():
             raise BadModelFolderError(f"--adapter-root {self._root} is not a folder")
 
     async def load(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
-        """ApiError 400, 404 without such a folder or without a root, 503 without an engine."""
+        """ApiError 400, 404 without such a folder or without a root, 503 without an engine or in time."""
         fields, root = await self._fields(scope, receive, LOAD)
         name, given = (fields.get(field) for field in ("lora_name", "lora_path"))
         if not name or not given or not isinstance(name, str) or not isinstance(given, str):
@@ -49,8 +53,17 @@ class AdapterVerbs:
                     "set 'load_inplace' to true.",
                     "lora_name",
                 )
-            folder = await asyncio.to_thread(below, root, given)
-            await self._service.supervisor.load_adapter(name, folder)
+            try:
+                async with asyncio.timeout(READ):
+                    folder = await asyncio.get_running_loop().run_in_executor(self._looking, below, root, given)
+                    await self._service.supervisor.load_adapter(name, folder)
+            except TimeoutError:
+                raise unavailable(
+                    f"The adapter was not read within {READ:g} seconds: look whether its volume answers. "
+                    "If it is read later, /v1/models lists it.",
+                    "adapter_timeout",
+                    MAX_RETRY_AFTER,
+                ) from None
         log.info("Loaded an adapter name=%r folder=%s", name, folder)
         await asgi.respond(send, 200, f"Success: LoRA adapter '{name}' added successfully.".encode(), TEXT)
 

@@ -90,6 +90,12 @@ class Adapter(NamedTuple):
     created: int
 
 
+class _Load(NamedTuple):
+    name: str
+    folder: Path
+    told: asyncio.Future[str | None]  # what is wrong with the adapter
+
+
 class _Job(NamedTuple):
     stream: Stream
     work: Work
@@ -127,7 +133,7 @@ class Supervisor:
         self._model, self._options, self._log_level = model, options, log_level
         self.adapters = {name: Adapter(Path(folder), int(time.time())) for name, folder in options.adapters}
         self._required = set(self.adapters)  # those without which the engine is not to start
-        self._loading: dict[int, asyncio.Future[str | None]] = {}
+        self._loading: dict[int, _Load] = {}
         self._step_timeout = step_timeout
         self._numbers = itertools.count(1)
         self.steps: dict[str, float] = {}  # what the engine process last told about its steps
@@ -135,6 +141,7 @@ class Supervisor:
         self._transport: asyncio.WriteTransport | None = None
         self._unheard = 0  # pings sent since the engine process last said anything
         self._unready = 0  # starts in a row that did not come to be ready
+        self._reason = ""  # why this life of the engine process ends, if anything was told or seen
         self._closing = False
 
     @property
@@ -210,17 +217,18 @@ class Supervisor:
         return answer
 
     async def load_adapter(self, name: str, folder: Path) -> None:
-        """Have the engine read an adapter and give it the name. ApiError 400 when it does not fit, 503."""
+        """Have the engine read an adapter and give it the name. ApiError 400 when it does not fit, 503.
+
+        Cancelled, it is read all the same, and has its name when it is.
+        """
         if not self.ready:
             raise unavailable(f"The model is not ready ({self.phase}).", "not_ready")
         number = next(self._numbers)
-        self._loading[number] = loaded = asyncio.get_running_loop().create_future()
+        self._loading[number] = load = _Load(name, folder, asyncio.get_running_loop().create_future())
         self._send({"op": "load", "id": number, "name": name, "path": str(folder)})
-        problem = await loaded
+        problem = await load.told
         if problem is not None:
             raise bad_request(f"The adapter cannot be used: {problem}.", "lora_path", "invalid_adapter")
-        self.adapters[name] = Adapter(folder, int(time.time()))
-        self._required.discard(name)
 
     def unload_adapter(self, name: str) -> None:
         """Forget the name; answers that run or wait keep the adapter. ApiError 503."""
@@ -243,14 +251,16 @@ class Supervisor:
             begin = time.monotonic()
             code: int | None = None
             self._unready += 1
+            self._reason = ""
             try:
                 code = await self._once()
             except OSError as error:
-                self.problem = f"the engine process cannot be started: {error.strerror or error}"
+                self._reason = f"the engine process cannot be started: {error.strerror or error}"
             if self._closing:
                 return
+            self.problem = self._reason or f"the engine process ended with code {code}"
             in_a_row = 1 if time.monotonic() - begin > STEADY else in_a_row + 1
-            log.error("Engine process ended code=%s phase=%s problem=%s", code, self.phase, self.problem or "none")
+            log.error("Engine process ended code=%s phase=%s problem=%s", code, self.phase, self.problem)
             if self._unready >= GIVE_UP:
                 self.phase = "failed"
                 self.failed.set()
@@ -258,7 +268,6 @@ class Supervisor:
             self.restarts += 1
             self.on_restart()
             self.phase = "restarting"
-            self.problem = self.problem or f"the engine process ended with code {code}"
             await asyncio.sleep(BACKOFF[min(in_a_row, len(BACKOFF)) - 1])
 
     async def _once(self) -> int:
@@ -289,8 +298,9 @@ class Supervisor:
             for job in lost.values():
                 job.stream.put(unavailable("The engine ended in mid-request; send it again.", "engine_restarted"))
             unread, self._loading = self._loading, {}
-            for loaded in unread.values():
-                loaded.set_exception(unavailable("The engine ended; send it again.", "engine_restarted"))
+            for load in unread.values():
+                if not load.told.done():
+                    load.told.set_exception(unavailable("The engine ended; send it again.", "engine_restarted"))
 
     def _options_now(self) -> EngineOptions:
         """Those of the start, with the adapters that came and went since."""
@@ -313,7 +323,7 @@ class Supervisor:
                 break
             self._send({"op": "ping", "n": number})
             self._unheard += 1
-        self.problem = f"the engine process said nothing for {patience:g} seconds while {self.phase}"
+        self.problem = self._reason = f"the engine process said nothing for {patience:g} seconds while {self.phase}"
         self.phase = "stuck"
         log.error("Killed the engine process problem=%s", self.problem)
         with contextlib.suppress(ProcessLookupError):
@@ -344,11 +354,20 @@ class Supervisor:
             self.adapters = {name: self.adapters[name] for name in message["adapters"]}
             self.was_ready.set()
         elif "loaded" in message:
-            self._loading.pop(message["loaded"]).set_result(message["problem"])
+            self._loaded(self._loading.pop(message["loaded"]), message["problem"])
         elif "pong" in message:
             self.steps = message["steps"]
         elif "fatal" in message:
-            self.problem = message["fatal"]
+            self._reason = message["fatal"]
+
+    def _loaded(self, load: _Load, problem: str | None) -> None:
+        if problem is None:
+            self.adapters[load.name] = Adapter(load.folder, int(time.time()))
+            self._required.discard(load.name)
+        if not load.told.done():
+            load.told.set_result(problem)
+        else:  # cancelled meanwhile
+            log.info("Read an adapter late name=%r folder=%s problem=%s", load.name, load.folder, problem or "none")
 
     def _deliver(
         self, number: int, text: str, tokens: int, finish: str | None, times: list[Any] | None, scores: Any
