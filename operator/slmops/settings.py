@@ -13,8 +13,10 @@ from slmops.api.meta import Pod, Resources
 ROUTER_POD = Pod(resources=Resources(requests={"cpu": "50m", "memory": "64Mi"}, limits={"memory": "512Mi"}))
 
 
-def _read(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else value
+def _router_pod(value: Any) -> Any:
+    """What is not said is as by default: a release whose values are older than the variable says nothing."""
+    found = json.loads(value) if isinstance(value, str) else value
+    return {**ROUTER_POD.wire(), **found} if isinstance(found, dict) else found
 
 
 class Settings(Model):
@@ -32,7 +34,7 @@ class Settings(Model):
     hf_endpoint: str = ""  # a mirror of the Hugging Face Hub
     prometheus_url: str = ""
     router_key: str = ""  # from it the routers' agents' tokens are derived
-    router_pod: Annotated[Pod, BeforeValidator(_read)] = ROUTER_POD  # JSON: its resources, node selector and priority
+    router_pod: Annotated[Pod, BeforeValidator(_router_pod)] = ROUTER_POD  # JSON: its resources, node selector and priority
     namespaces: str = ""  # comma-separated; empty: all
     metrics_port: int = Field(default=9090, ge=1, le=65535)
     probe_port: int = Field(default=8080, ge=1, le=65535)

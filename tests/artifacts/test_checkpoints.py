@@ -251,6 +251,27 @@ def test_a_registry_that_lets_no_tag_be_replaced_fails_no_run(
     assert loaded(run.pod()) == 2
 
 
+def test_a_registry_without_the_repository_fails_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that makes none by itself says it: the result could not be published there either."""
+    send = transfer.Http.send
+
+    def lacking(http: transfer.Http, method: str, url: str, headers: Any, body: Any = None) -> httpx.Response:
+        if method == "POST":
+            text = '{"errors":[{"code":"NAME_UNKNOWN"}]}'
+            return httpx.Response(404, text=text, request=httpx.Request(method, url))
+        return send(http, method, url, headers, body)
+
+    monkeypatch.setattr(transfer.Http, "send", lacking)
+    pod = run.pod()
+    pod.load()
+    with pytest.raises(RunFailure, match="Create it there first") as caught:
+        save(pod, 1)
+    assert caught.value.reason == "StoreUnavailable"
+    monkeypatch.setattr(transfer.Http, "send", send)
+    assert pod.save(patience=5) == ""  # somebody has created it
+    assert loaded(run.pod()) == 1
+
+
 def test_a_store_that_is_away_is_no_store_without_a_checkpoint(run: Run, registry: Registry) -> None:
     pod = run.pod()
     pod.load()

@@ -11,27 +11,42 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 from artifact_support import ROOT, Registry
 
 from slmops_artifacts import ArtifactError, Manifest, pull, push, resolve
+from slmops_artifacts.trust import trusted
 
 PLAIN = Manifest(kind="model")
 
 
 @pytest.fixture
 def pki(tmp_path: Path) -> Path:
-    """A CA of our own, ca.crt, and server.crt and server.key of 127.0.0.1."""
+    """A CA of our own without keyUsage, ca.crt, and server.crt and server.key of 127.0.0.1."""
     folder = tmp_path / "pki"
     folder.mkdir()
     make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    ca = ["-subj", "/CN=our own", "-addext", "keyUsage=critical,keyCertSign", "-keyout", "ca.key", "-out", "ca.crt"]
+    ca = ["-subj", "/CN=our own", "-keyout", "ca.key", "-out", "ca.crt"]
     signed = ["-CA", "ca.crt", "-CAkey", "ca.key", "-addext", "subjectAltName=IP:127.0.0.1"]
     server = ["-subj", "/CN=server", *signed, "-keyout", "server.key", "-out", "server.crt"]
     for more in (ca, server):
         subprocess.run([*make, *more], cwd=folder, check=True, capture_output=True)
     return folder
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Certificates are checked as strictly as Python 3.13 does unasked."""
+    usual = httpx.create_ssl_context
+
+    def create() -> ssl.SSLContext:
+        context = usual()
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        return context
+
+    monkeypatch.setattr(httpx, "create_ssl_context", create)
 
 
 @pytest.fixture
@@ -63,6 +78,13 @@ def test_a_ca_of_ones_own_is_trusted_where_the_credentials_name_it(
     with pytest.raises(ArtifactError, match=r"ca.crt in the Secret holds no certificate") as caught:
         resolve(uri, secret={"ca.crt": "none"})
     assert caught.value.reason == "AccessDenied"
+
+
+@pytest.mark.usefixtures("strict")
+def test_a_ca_of_ones_own_may_lack_what_new_pythons_ask_for(guarded: Registry, pki: Path) -> None:
+    uri = f"oci://{guarded.host}/team/tiny:v1"
+    assert resolve(uri, secret={"ca.crt": (pki / "ca.crt").read_text()}) is None  # asked, and not there
+    assert trusted(None).verify_flags & ssl.VERIFY_X509_STRICT  # the usual authorities have to be as they should
 
 
 class _TokenRegistry(BaseHTTPRequestHandler):

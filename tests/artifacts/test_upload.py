@@ -109,5 +109,5 @@ def test_a_registry_that_makes_no_repositories_is_told_from_one_that_forgot_an_u
 
     with pytest.raises(ArtifactError, match=r"oci://registry/a:v1: .* no such repository .* Create it") as caught:
         uploaded(registry)
-    assert caught.value.reason == "Refused"
+    assert caught.value.reason == "NoRepository"
     assert log == ["POST"]

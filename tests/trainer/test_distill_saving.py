@@ -17,8 +17,8 @@ from ask import ask, context
 from asking import STORE, TEXTS, in_thread, saved, upper, wait_until
 from fake_teacher import FakeTeacher, Fault, answer
 
-from slmops_artifacts import pull
-from slmops_trainer import answers, generation, teacher
+from slmops_artifacts import ArtifactError, pull
+from slmops_trainer import answers, checkpoints, generation, teacher
 from slmops_trainer.context import Context
 from slmops_trainer.failure import RunFailure
 
@@ -140,6 +140,27 @@ def test_a_store_that_lets_no_tag_be_replaced_ends_no_asking(
         with pytest.raises(RunFailure, match="which the store refused: the registry refused") as caught:
             ask(ctx, fake.url, TEXTS)
     assert caught.value.reason == "Interrupted"
+
+
+def test_a_registry_without_the_repository_ends_the_asking_at_the_first_save(
+    pod: Callable[[], Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For it would not take the student either."""
+    monkeypatch.setattr(generation, "SAVE_SECONDS", 0.1)
+    monkeypatch.setenv(teacher.ENV_PATIENCE, "0.4")
+    ended = threading.Event()
+
+    def lacking(*_: object, **__: object) -> None:
+        raise ArtifactError("NoRepository", "the registry has no such repository. Create it there first.")
+
+    monkeypatch.setattr(checkpoints, "push", lacking)
+    script = lambda number, *_: Fault(body=answer("late"), wait=ended) if number > 4 else None  # noqa: E731
+    with FakeTeacher(upper, script) as fake:
+        with pytest.raises(RunFailure, match="Create it there first") as caught:
+            ask(pod(), fake.url, TEXTS, concurrency=2, timeout=5.0)
+        ended.set()
+        assert caught.value.reason == "StoreUnavailable"
+        assert len(fake.requests) <= 6  # four were answered, two are under way
 
 
 def test_a_killed_pod_has_to_ask_again_only_what_was_not_saved(pod: Callable[[], Context], tmp_path: Path) -> None:

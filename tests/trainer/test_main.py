@@ -293,7 +293,8 @@ def test_every_error_has_a_name_and_an_exit_status(error: BaseException, reason:
 
 def test_an_unreachable_store_is_told_from_an_unreachable_source() -> None:
     assert from_artifact(ArtifactError("SourceUnavailable", "x"), writing=True).reason == "StoreUnavailable"
-    assert from_artifact(ArtifactError("Refused", "x"), writing=True).reason == "StoreUnavailable"
+    for error in (ArtifactError("Refused", "x"), ArtifactError("NoRepository", "x")):
+        assert from_artifact(error, writing=True).reason == "StoreUnavailable"
 
 
 def test_percent_and_eta_follow_the_plan() -> None:

@@ -63,7 +63,8 @@ def given() -> set[str]:
     rollout = {phases.PREPARING, phases.STEP, phases.PROMOTING}
     shown = {deployment_report._PHASES.get(phase, phase) for phase in rollout}
     verdicts = set(get_args(Verdict.model_fields["verdict"].annotation)) - {"Pass", "Fail"}
-    pulled = {serverpods.PULLED.get(reason, reason) for reason in get_args(Reason) if reason != "Refused"}  # of uploads
+    of_uploads = ("Refused", "NoRepository")
+    pulled = {serverpods.PULLED.get(reason, reason) for reason in get_args(Reason) if reason not in of_uploads}
     return found | shown | verdicts | pulled | {sources.NOT_READY, *get_args(FailureReason), *pods._WAITING.values()}
 
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from tests.unit.objects import NOW, Object, at, condition, exited, finetune, pod, waiting
 
 from slmops.api import keys
-from slmops.api.meta import Condition
+from slmops.api.meta import Condition, Pod, Resources
 from slmops.cluster.kube import as_yaml
 from slmops.cluster.same import covers, merge_patch, stamped
 from slmops.handlers import probes
@@ -275,6 +275,21 @@ def test_settings_come_from_the_environment() -> None:
     for name, value in (("WORKERS", "many"), ("WORKERS", "0"), ("PROBE_PORT", "99999"), ("STORE", "https://r")):
         with pytest.raises(ValidationError):
             Settings.from_env({f"SLMOPS_{name}": value})
+
+
+def test_what_the_values_do_not_say_of_the_routers_is_as_by_default() -> None:
+    """helm upgrade --reuse-values keeps the values of a release that knew no router.resources."""
+
+    def routers(text: str) -> Pod:
+        return Settings.from_env({"SLMOPS_ROUTER_POD": text}).router_pod
+
+    usual = Settings().router_pod
+    assert routers("{}") == usual
+    assert routers('{"nodeSelector": {"a": "b"}}') == usual.model_copy(update={"node_selector": {"a": "b"}})
+    assert routers('{"resources": {}}').resources == Resources()
+    for text in ("[]", "2", "{"):
+        with pytest.raises(ValidationError):
+            routers(text)
 
 
 def test_logs_are_one_json_object_a_line() -> None:

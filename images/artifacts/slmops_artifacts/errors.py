@@ -14,6 +14,7 @@ Reason = Literal[
     "DigestMismatch",
     "UnsupportedFormat",
     "Refused",
+    "NoRepository",
     "BadUri",
 ]
 

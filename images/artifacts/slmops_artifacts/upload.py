@@ -123,7 +123,7 @@ def _not_found(where: str, *, begun: bool) -> ArtifactError:
     if begun:
         return ArtifactError("SourceUnavailable", f"{where}: the registry forgot an upload. Try again.")
     return ArtifactError(
-        "Refused",
+        "NoRepository",
         f"{where}: the registry has no such repository and makes none by itself (HTTP 404). Create it there first.",
     )
 

@@ -11,6 +11,7 @@ _FROM_ARTIFACT: dict[str, FailureReason] = {
     "DigestMismatch": "SourceUnavailable",
     "UnsupportedFormat": "UnsupportedModel",
     "Refused": "StoreUnavailable",
+    "NoRepository": "StoreUnavailable",
     "BadUri": "BadSpec",
 }
 

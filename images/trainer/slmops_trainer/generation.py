@@ -58,7 +58,7 @@ class Outcome:
 
     rejected  what came instead of an answer, by key, from this pod's requests
     unasked   questions that the token budget left out
-    tokens    that the teacher wrote: for answers, over all pods of the run, and for what was rejected, in this one
+    tokens    that the teacher wrote: for answers, over all pods of the run, and for all else, in this one
     """
 
     rejected: dict[str, str] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Outcome:
 
 
 class _Turn(NamedTuple):
-    """A question to ask. `since`: when it was first asked, if it was put off since."""
+    """A question to ask. `since`: when it was put off (monotonic seconds), if it was."""
 
     question: Question
     since: float | None = None
@@ -168,14 +168,14 @@ class _Run:
             if spent or self.ctx.stop.is_set() or not self.turns:
                 return
             turn = self.turns.popleft()
-            question, began = turn.question, time.monotonic()
+            question = turn.question
             try:
                 reply = await teacher.ask(question.messages, self.terms.sampling, question.seed, turn.since)
             except Rejected as rejected:
                 self.outcome.tokens += rejected.tokens
                 self._reject(question, str(rejected))
             except Silent as silent:
-                self._put_off(turn, began, silent)
+                await self._put_off(teacher, turn, silent)
                 continue
             else:
                 self.store.add(question.key, reply, question.whole)
@@ -195,22 +195,39 @@ class _Run:
             self._on_trouble("The store does not take the answers; asking goes on when it does")
             await asyncio.sleep(0.1)  # as often as the keeper looks
 
-    def _put_off(self, turn: _Turn, began: float, silent: Silent) -> None:
+    async def _put_off(self, teacher: Teacher, turn: _Turn, silent: Silent) -> None:
         """Nothing was heard for long: is it the teacher, or this question? Others tell.
 
-        The question is asked again after all others. Raises RunFailure(TeacherUnavailable) once as many questions as
-        are asked side by side waited in vain with no answer between them.
+        The question is asked again after all others, and given up if the teacher answers others before and after that.
+        Raises RunFailure(TeacherUnavailable) once as many questions as are asked side by side waited in vain with no
+        answer between them, and when one that was answered before is not answered either.
         """
         self.silences += 1
         if silent.own and turn.since is None and self.silences <= self.width:
-            self.turns.append(_Turn(turn.question, began))
+            self.turns.append(_Turn(turn.question, time.monotonic()))
             return
-        if silent.own and not self.turns and self._holds_without_the_rest():
-            self._reject(turn.question, str(silent))
-            return
+        if silent.own and turn.since is not None and self._holds_without_the_rest():
+            before = teacher.answered_since(turn.since)
+            if await self._answers_another(teacher):
+                if before:
+                    self._reject(turn.question, str(silent))
+                else:  # it may be back only now
+                    self.turns.append(turn)
+                return
         failure = silent.failure
         text = f"{failure.message} {self.done} of {len(self.all)} answers came, and are saved."
         raise RunFailure(failure.reason, text, retryable=failure.retryable)
+
+    async def _answers_another(self, teacher: Teacher) -> bool:
+        """Whether the teacher answers a question that it has answered before: at the end no others are left to tell."""
+        known = next(question for question in self.all if self.store.get(question.key))
+        try:
+            reply = await teacher.ask(known.messages, self.terms.sampling, known.seed)
+        except (Rejected, Silent):
+            return False
+        self.outcome.tokens += reply.tokens
+        self.silences = 0
+        return True
 
     def _holds_without_the_rest(self) -> bool:
         """Whether the ratio is reached even if nothing more is answered."""

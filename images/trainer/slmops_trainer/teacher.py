@@ -148,7 +148,7 @@ class Teacher:
     async def ask(
         self, messages: Sequence[dict[str, str]], sampling: Sampling, seed: int, since: float | None = None
     ) -> Reply:
-        """One answer to one conversation; `since`: when it was first asked (monotonic seconds), if it was put off.
+        """One answer to one conversation; `since`: when it was put off (monotonic seconds), if it was.
 
         Raises Rejected, Silent, RunFailure(AccessDenied, BadSpec).
         """
@@ -176,10 +176,14 @@ class Teacher:
             troubled = troubled or time.monotonic()
             proofs += self._last_answer > last
             last = time.monotonic()
-            apart = proofs >= OWN_PROOFS or (since is not None and self._last_answer > since)
+            apart = proofs >= OWN_PROOFS or self.answered_since(since)
             if found.own and tries >= OWN_TRIES and apart:
                 raise Rejected(f"{found.what}, {tries} times, while other questions were answered", tokens=tokens)
             await self._pause(found, tries, troubled)
+
+    def answered_since(self, moment: float | None) -> bool:
+        """Whether anything was answered after that moment (monotonic seconds); None: there was no such moment."""
+        return moment is not None and self._last_answer > moment
 
     def _body(self, messages: Sequence[dict[str, str]], sampling: Sampling, seed: int) -> dict[str, Any]:
         body: dict[str, Any] = {
