@@ -4,12 +4,13 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from ask import ask
-from asking import TEXTS, upper
+from asking import TEXTS, saved, upper
 from fake_teacher import FakeTeacher, Fault, answer
 
 from slmops.api.run import TeacherEndpoint
