@@ -34,7 +34,7 @@ class Settings(Model):
     hf_endpoint: str = ""  # a mirror of the Hugging Face Hub
     prometheus_url: str = ""
     router_key: str = ""  # from it the routers' agents' tokens are derived
-    router_pod: Annotated[Pod, BeforeValidator(_router_pod)] = ROUTER_POD  # JSON: its resources, node selector and priority
+    router_pod: Annotated[Pod, BeforeValidator(_router_pod)] = ROUTER_POD  # JSON: resources, node selector, priority
     namespaces: str = ""  # comma-separated; empty: all
     metrics_port: int = Field(default=9090, ge=1, le=65535)
     probe_port: int = Field(default=8080, ge=1, le=65535)

@@ -69,8 +69,8 @@ class Checkpoints:
 
         `patience`: seconds for which a store that is away is waited for. What was saved before stays until the new
         one is whole. Returns why a store that works refuses it, such as one that lets no tag be replaced: waiting helps
-        nothing then, and the run goes on without. Raises RunFailure(StoreUnavailable, DiskFull, AccessDenied): one without
-        the repository would not take the result either.
+        nothing then, and the run goes on without. Raises RunFailure(StoreUnavailable, DiskFull, AccessDenied); a store
+        without the repository counts as away, for it would not take the result either.
         """
         source = folder or self.folder
         files = list_files(source, str(source))
