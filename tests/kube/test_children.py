@@ -10,7 +10,7 @@ def test_a_service_that_is_deleted_comes_back_at_once(api: Api, start: Start) ->
     start(SLMOPS_ROUTER_KEY="k" * 32).until_ready()
     api.create("ModelDeployment", "chat", spec={"model": model("a")})
     with Nodes(api):
-        wait_for("it to serve", lambda: phase(api) == "Stable" and api.reason(*CHAT) == "Serving")
+        wait_for("it to serve", lambda: phase(api) == "Stable" and api.reason(*CHAT) == "Serving", seconds=120)
         for name in ("chat", f"chat-{stable(api)}"):
             old = api.need("Service", name)
             api.delete("Service", name)
