@@ -118,6 +118,51 @@ def test_a_teacher_that_breaks_down_near_the_end_loses_no_question(
     assert (outcome.rejected, texts) == ({}, [text.upper() for text in TEXTS])
 
 
+@pytest.mark.parametrize("status", [502, 200], ids=["502", "hangs"])
+def test_what_a_pod_gave_up_does_not_hold_up_the_next_one(
+    pod: Callable[[], Context], monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """It has nothing else to ask, and as many of them as it asks side by side or more."""
+    monkeypatch.setenv(teacher.ENV_PATIENCE, "0.4")
+    hold = threading.Event()
+
+    def poison(_: int, question: str, __: dict[str, Any]) -> Fault | None:
+        if question not in (TEXTS[4], TEXTS[8]):
+            return None
+        return silent(hold) if status == 200 else Fault(status)
+
+    with FakeTeacher(upper, poison) as fake:
+        for _ in range(2):
+            outcome, texts = ask(pod(), fake.url, TEXTS, concurrency=1, timeout=1.0, min_success_ratio=0.5)
+            assert [text for text in TEXTS if text.upper() not in texts] == [TEXTS[4], TEXTS[8]]
+            assert len(outcome.rejected) == 2
+        hold.set()
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_teacher_that_is_away_a_second_time_is_asked_the_rest(
+    pod: Callable[[], Context], monkeypatch: pytest.MonkeyPatch, concurrency: int
+) -> None:
+    """That others were answered after a question was put off proves nothing of the time when it was asked again."""
+    monkeypatch.setenv(teacher.ENV_PATIENCE, "0.4")
+    lock, answered, back, hold = threading.Lock(), set[str](), threading.Event(), threading.Event()
+
+    def script(number: int, question: str, body: dict[str, Any]) -> Fault | None:
+        with lock:
+            if question in answered and len(answered) == 11:
+                back.set()
+            if question != TEXTS[3]:
+                answered.add(question)
+                return None
+        return None if back.is_set() else silent(hold)
+
+    with FakeTeacher(upper, script) as fake:
+        outcome, texts = ask(pod(), fake.url, TEXTS, concurrency=concurrency, timeout=0.5)
+        hold.set()
+    assert back.is_set()
+    assert (outcome.rejected, texts) == ({}, [text.upper() for text in TEXTS])
+
+
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_a_teacher_that_comes_back_late_is_asked_the_rest(
     pod: Callable[[], Context], monkeypatch: pytest.MonkeyPatch, concurrency: int

@@ -67,10 +67,14 @@ class Outcome:
 
 
 class _Turn(NamedTuple):
-    """A question to ask. `since`: when it was put off (monotonic seconds), if it was."""
+    """A question to ask.
+
+    since: when it was put off (monotonic seconds), if it was; proven: then the teacher answered another one.
+    """
 
     question: Question
     since: float | None = None
+    proven: bool = False
 
 
 def questions(
@@ -198,22 +202,22 @@ class _Run:
     async def _put_off(self, teacher: Teacher, turn: _Turn, silent: Silent) -> None:
         """Nothing was heard for long: is it the teacher, or this question? Others tell.
 
-        The question is asked again after all others, and given up if the teacher answers others before and after that.
-        Raises RunFailure(TeacherUnavailable) once as many questions as are asked side by side waited in vain with no
-        answer between them, and when one that was answered before is not answered either.
+        The question is asked again after all others. Where the ratio holds without it, it is given up if the teacher
+        answers one that it answered before, then not this one, and then that one again. Raises
+        RunFailure(TeacherUnavailable) once as many questions as are asked side by side waited in vain with no answer
+        between them, and when one that was answered before is not answered either.
         """
         self.silences += 1
         if silent.own and turn.since is None and self.silences <= self.width:
             self.turns.append(_Turn(turn.question, time.monotonic()))
             return
-        if silent.own and turn.since is not None and self._holds_without_the_rest():
-            before = teacher.answered_since(turn.since)
-            if await self._answers_another(teacher):
-                if before:
-                    self._reject(turn.question, str(silent))
-                else:  # it may be back only now
-                    self.turns.append(turn)
-                return
+        began = time.monotonic()
+        if silent.own and self._holds_without_the_rest() and await self._answers_another(teacher):
+            if turn.proven:
+                self._reject(turn.question, str(silent))
+            else:  # it may be back only now
+                self.turns.append(_Turn(turn.question, began, proven=True))
+            return
         failure = silent.failure
         text = f"{failure.message} {self.done} of {len(self.all)} answers came, and are saved."
         raise RunFailure(failure.reason, text, retryable=failure.retryable)
