@@ -73,7 +73,9 @@ def test_no_pod_of_ours_has_a_token_but_the_operator(busy: Kubectl, installed: K
 
 def test_each_network_policy_selects_its_pod_and_names_its_ports(installed: Kubectl) -> None:
     policies = {policy["metadata"]["name"]: policy["spec"] for policy in installed.list("networkpolicies")}
-    assert set(policies) == {f"{chart.RELEASE}-operator", f"{chart.RELEASE}-registry"}
+    prometheus = f"{chart.RELEASE}-prometheus"
+    bundled = [prometheus] if installed.get("deployment", prometheus) else []
+    assert set(policies) == {f"{chart.RELEASE}-operator", f"{chart.RELEASE}-registry", *bundled}
     for name, policy in policies.items():
         selector = ",".join(f"{key}={value}" for key, value in policy["podSelector"]["matchLabels"].items())
         selected = installed.list("pods", selector)
