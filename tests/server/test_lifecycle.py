@@ -217,12 +217,18 @@ def test_sigterm_under_load_loses_nothing(start: Start) -> None:
     assert "Traceback" not in server.log.read_text()
 
 
-def test_a_drain_waits_for_the_last_stream(start: Start) -> None:
-    server = start("--slots", "1", "--drain-grace", "0")
+def stop_in_a_stream(server: Server) -> tuple[socket.socket, bytes, int]:
+    """A stream of several answers whose engine is stopped: its socket, what came of it, and the engine's pid."""
     engine = server.engine_pid or 0
     sock = raw_request(server, **LONG, stream=True, n=8)  # one after the other: longer than the signal takes
     first = sock.recv(1)
     os.kill(engine, signal.SIGSTOP)
+    return sock, first, engine
+
+
+def test_a_drain_waits_for_the_last_stream(start: Start) -> None:
+    server = start("--slots", "1", "--drain-grace", "0")
+    sock, first, engine = stop_in_a_stream(server)
     server.terminate()
     wait_for(lambda: takes_nobody(server), "no new connections")
     assert server.process.poll() is None
@@ -234,10 +240,7 @@ def test_a_drain_waits_for_the_last_stream(start: Start) -> None:
 
 def test_a_stuck_engine_is_ended_and_started_again(start: Start) -> None:
     server = start("--slots", "1", "--step-timeout", "1.5")
-    old = server.engine_pid or 0
-    sock = raw_request(server, **LONG, stream=True, n=8)  # one after the other: longer than the signal takes
-    first = sock.recv(1)
-    os.kill(old, signal.SIGSTOP)
+    sock, first, old = stop_in_a_stream(server)
     *_, last = (first + read_all(sock)).split(b"data: ")
     assert b'"code":"engine_restarted"' in last
     wait_for(lambda: server.probe("readyz") == 200, "ready again")
@@ -250,9 +253,7 @@ def test_a_stuck_engine_is_ended_and_started_again(start: Start) -> None:
 
 def test_a_drain_does_not_wait_for_a_stuck_engine(start: Start) -> None:
     server = start("--slots", "1", "--step-timeout", "1.5", "--drain-grace", "0")
-    sock = raw_request(server, **LONG, stream=True, n=8)  # one after the other: longer than the signal takes
-    first = sock.recv(1)
-    os.kill(server.engine_pid or 0, signal.SIGSTOP)
+    sock, first, _ = stop_in_a_stream(server)
     server.terminate()
     assert b'"code":"engine_restarted"' in first + read_all(sock)
     assert server.process.wait(30) == 0

@@ -38,6 +38,32 @@ def image_of(world: Kubernetes, revision: str) -> str:
     return str(containers[0]["image"])
 
 
+def uid_of(world: Kubernetes, revision: str) -> str:
+    return str(deployment_of(world, revision)["metadata"]["uid"])
+
+
+def serving() -> tuple[Kubernetes, str]:
+    """A world that serves, and its stable revision."""
+    world = Kubernetes()
+    world.passes()
+    return world, world.status["stable"]["revision"]
+
+
+def upgrade(world: Kubernetes, image: str = "server:2") -> None:
+    """The next pass is one of an operator with another server image."""
+    world.settings = SETTINGS.model_copy(update={"server_image": image})
+
+
+def settles(world: Kubernetes) -> None:
+    """Passes write nothing more; once its pods are well, it serves."""
+    world.cluster.writes.clear()
+    world.passes()
+    assert world.cluster.writes == []
+    world.broken.clear()
+    world.passes()
+    assert world.condition("Ready")[:2] == ("True", "Serving")
+
+
 def test_a_mended_image_reaches_a_first_revision_and_touches_none_that_serves():
     pod = {"resources": {"limits": {"cpu": 2, "nvidia.com/gpu": 1}}, "env": [{"name": "A", "value": "\u20ac"}],
            "tolerations": [{"key": "gpu", "operator": "Exists"}], "imagePullSecrets": [{"name": "s"}]}  # fmt: skip
@@ -48,41 +74,29 @@ def test_a_mended_image_reaches_a_first_revision_and_touches_none_that_serves():
     world.broken[name] = NOT_PULLED
     world.passes()
     assert world.condition("Ready")[1] == "ImagePullFailed"
-    first = deployment_of(world, name)["metadata"]["uid"]
-    world.settings = SETTINGS.model_copy(update={"server_image": "server:2"})
+    first = uid_of(world, name)
+    upgrade(world)
     world.passes()
     assert image_of(world, name) == "server:2"
-    assert deployment_of(world, name)["metadata"]["uid"] != first  # its pods hold no GPU any more
-    world.cluster.writes.clear()
-    world.passes()
-    assert world.cluster.writes == []
-    world.broken.clear()
-    world.passes()
-    assert world.condition("Ready")[:2] == ("True", "Serving")
-    world.settings = SETTINGS.model_copy(update={"server_image": "server:3"})
+    assert uid_of(world, name) != first  # its pods hold no GPU any more
+    settles(world)
+    upgrade(world, "server:3")
     world.broken[f"{name}/1"] = NOT_PULLED  # a node that has lost the image
     world.passes()
     assert image_of(world, name) == "server:2"
 
 
 def test_a_mended_image_reaches_a_stable_revision_that_no_pod_can_serve_for_want_of_its_own():
-    world = Kubernetes()
-    world.passes()
-    name = world.status["stable"]["revision"]
+    world, name = serving()
     world.broken[name] = NOT_PULLED  # the nodes are new ones, and the registry of before is gone
     world.passes()
     assert world.condition("Ready")[1] == "ImagePullFailed"
-    first = deployment_of(world, name)["metadata"]["uid"]
-    world.settings = SETTINGS.model_copy(update={"server_image": "server:2"})
+    first = uid_of(world, name)
+    upgrade(world)
     world.passes()
     assert image_of(world, name) == "server:2"
-    assert deployment_of(world, name)["metadata"]["uid"] != first
-    world.cluster.writes.clear()
-    world.passes()
-    assert world.cluster.writes == []
-    world.broken.clear()
-    world.passes()
-    assert world.condition("Ready")[:2] == ("True", "Serving")
+    assert uid_of(world, name) != first
+    settles(world)
     assert (world.status["stable"]["revision"], world.status.get("candidate")) == (name, None)
 
 
@@ -91,11 +105,9 @@ NO_NODE = {"conditions": [{"type": "PodScheduled", "status": "False", "message":
 
 
 def test_a_node_that_lacks_the_image_takes_no_pod_away_that_loads_on_another():
-    world = Kubernetes()
-    world.passes()
-    name = world.status["stable"]["revision"]
+    world, name = serving()
     world.broken |= {f"{name}/0": LOADING, f"{name}/1": NOT_PULLED}
-    world.settings = SETTINGS.model_copy(update={"server_image": "server:2"})
+    upgrade(world)
     world.passes()
     assert world.condition("Ready")[1] == "ImagePullFailed"
     assert image_of(world, name) == "server:1"
@@ -105,28 +117,24 @@ def test_a_node_that_lacks_the_image_takes_no_pod_away_that_loads_on_another():
 
 
 def test_a_mended_image_reaches_a_stable_revision_whose_deployment_could_not_be_removed_at_first():
-    world = Kubernetes()
-    world.passes()
-    name = world.status["stable"]["revision"]
-    first = deployment_of(world, name)["metadata"]["uid"]
+    world, name = serving()
+    first = uid_of(world, name)
     world.broken[name] = NOT_PULLED
-    world.settings = SETTINGS.model_copy(update={"server_image": "server:2"})
+    upgrade(world)
     world.cluster.refusing["Deployment"] = ClusterError(503, "ServiceUnavailable", "")
     world.try_pass()
     world.cluster.refusing.clear()
     world.passes()
     assert image_of(world, name) == "server:2"
-    assert deployment_of(world, name)["metadata"]["uid"] != first  # never changed: its pods hold the GPUs
+    assert uid_of(world, name) != first  # never changed: its pods hold the GPUs
 
 
 def test_a_stable_revision_that_fails_for_another_reason_keeps_its_pods_as_they_are():
     """An upgrade brings another image, too: one crash must not give it to those who did not ask for it."""
-    world = Kubernetes()
-    world.passes()
-    name = world.status["stable"]["revision"]
+    world, name = serving()
     ended = {"exitCode": 1, "reason": "Error", "message": "x"}
     world.broken[name] = {"containerStatuses": [{"name": "server", "state": {"terminated": ended}}]}
-    world.settings = SETTINGS.model_copy(update={"server_image": "server:2"})
+    upgrade(world)
     world.passes()
     assert world.condition("Ready")[1] == "CrashLoopBackOff"
     assert image_of(world, name) == "server:1"
@@ -141,7 +149,7 @@ def test_a_candidate_that_is_made_anew_has_its_whole_time_again():
     name = world.status["candidate"]["revision"]
     world.broken[name] = NOT_PULLED
     world.passes()
-    world.settings = SETTINGS.model_copy(update={"server_image": "server:2"})
+    upgrade(world)
     world.passes(seconds=59)
     assert image_of(world, name) == "server:2"
     world.passes(seconds=59)
@@ -156,10 +164,10 @@ def test_a_first_revision_whose_pods_take_their_time_is_left_alone():
     name = world.status["candidate"]["revision"]
     world.broken[name] = {"containerStatuses": []}  # not ready, and nothing says why
     world.passes()
-    before = deployment_of(world, name)["metadata"]["uid"]
-    world.settings = SETTINGS.model_copy(update={"server_image": "server:2"})
+    before = uid_of(world, name)
+    upgrade(world)
     world.passes()
-    assert (image_of(world, name), deployment_of(world, name)["metadata"]["uid"]) == ("server:1", before)
+    assert (image_of(world, name), uid_of(world, name)) == ("server:1", before)
 
 
 def test_a_first_revision_whose_last_pod_was_evicted_is_left_alone_while_the_next_one_loads():
@@ -174,10 +182,10 @@ def test_a_first_revision_whose_last_pod_was_evicted_is_left_alone_while_the_nex
             found["metadata"]["creationTimestamp"] = stamp(world.now)
     world.passes()
     assert world.condition("Ready")[1] == "Evicted"
-    before = deployment_of(world, name)["metadata"]["uid"]
-    world.settings = SETTINGS.model_copy(update={"server_image": "server:2"})
+    before = uid_of(world, name)
+    upgrade(world)
     world.passes()
-    assert (image_of(world, name), deployment_of(world, name)["metadata"]["uid"]) == ("server:1", before)
+    assert (image_of(world, name), uid_of(world, name)) == ("server:1", before)
 
 
 def test_a_retry_after_a_wrong_image_takes_the_mended_one():
@@ -191,7 +199,7 @@ def test_a_retry_after_a_wrong_image_takes_the_mended_one():
     world.passes()
     world.passes(seconds=61)
     assert world.status["phase"] == "RolledBack"
-    world.settings = SETTINGS.model_copy(update={"server_image": "server:2"})
+    upgrade(world)
     world.annotate(retry=new)
     world.passes()
     assert (image_of(world, new), image_of(world, old)) == ("server:2", "server:1")
@@ -204,7 +212,7 @@ def test_a_mended_image_survives_a_kill_between_the_record_and_the_deployment():
     name = world.status["candidate"]["revision"]
     world.broken[name] = NOT_PULLED
     world.passes()
-    world.settings = SETTINGS.model_copy(update={"server_image": "server:2"})
+    upgrade(world)
     world.passes(1)
     assert name not in world.deployments()
     world.cluster.refusing_new["Deployment"] = ClusterError(503, "ServiceUnavailable", "")
@@ -231,11 +239,9 @@ def test_the_stable_revision_is_made_again_from_its_record_while_the_spec_has_mo
 
 def test_the_stable_revision_is_made_again_from_its_record_by_an_upgraded_operator_too():
     """Somebody deleted its Deployment: that asks for no other image."""
-    world = Kubernetes()
-    world.passes()
-    name = world.status["stable"]["revision"]
+    world, name = serving()
     before = deployment_of(world, name)
-    world.settings = SETTINGS.model_copy(update={"server_image": "server:2"})
+    upgrade(world)
     world.cluster.delete(Key("Deployment", "ns", f"chat-{name}"))
     world.passes()
     after = deployment_of(world, name)

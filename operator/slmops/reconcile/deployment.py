@@ -4,7 +4,7 @@ A problem of the new revision (its source is not ready, a Secret is missing, it 
 the stable revision is looked after in any case.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
@@ -165,10 +165,10 @@ class DeploymentReconciler:
                 "lineage": _lineage(decision.stable, wanted.lineage, before.lineage),
             }
         )
-        routes = _routes(obj, spec, decision)
+        routes, records = _routes(obj, spec, decision), _records(obj, spec, observed, decision, anew, outdated)
         return Plan(
             status=status.wire(),
-            apply=_children(obj, spec, observed, decision, routes, anew),
+            apply=_children(obj, spec, observed, decision, routes, records),
             routes=_orders(obj, observed, decision, routes),
             delete=(*_removed(obj, spec, observed, decision), *(_server(obj, revision) for revision in outdated)),
             events=tuple(Event(note.reason, note.message, note.warning) for note in decision.notes),
@@ -297,9 +297,9 @@ def _children(
     observed: Observed,
     decision: Decision,
     routes: Object,
-    anew: Mapping[str, Object],
+    records: dict[str, Object],
 ) -> tuple[Object, ...]:
-    settings, records = observed.settings, _records(obj, spec, observed, decision, anew)
+    settings = observed.settings
     token = router.token(settings.router_key, obj["metadata"]["uid"])
     made: list[Object] = [
         router_parts.token_secret(obj, token),
@@ -316,7 +316,12 @@ def _children(
 
 
 def _records(
-    obj: Object, spec: ModelDeploymentSpec, observed: Observed, decision: Decision, anew: Mapping[str, Object]
+    obj: Object,
+    spec: ModelDeploymentSpec,
+    observed: Observed,
+    decision: Decision,
+    anew: Mapping[str, Object],
+    outdated: Collection[str],
 ) -> dict[str, Object]:
     """The manifest of each wanted revision: as recorded, else as it stands in the cluster, else built.
 
@@ -324,7 +329,7 @@ def _records(
     whose Deployment goes is dropped, so that the next pass builds it; of one that somebody deleted it is still there.
     """
     records = {revision: observed.records[revision] for revision in observed.strays}
-    wanted, outdated = observed.wanted, _outdated(observed, anew)
+    wanted = observed.wanted
     for revision in decision.replicas:
         if revision in outdated:
             continue

@@ -51,9 +51,14 @@ def created(obj: Object) -> datetime:
     return parse(obj["metadata"]["creationTimestamp"])
 
 
+def is_over(pod: Object) -> bool:
+    """Whether all of its containers have ended for good, or the kubelet has given it up."""
+    return (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed")
+
+
 def ended(pod: Object) -> bool:
     """Whether no container of the pod will run again."""
-    return (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed") or terminated(pod) is not None
+    return is_over(pod) or terminated(pod) is not None
 
 
 def running(pod: Object) -> bool:
@@ -101,7 +106,7 @@ def lost(pod: Object, now: datetime) -> Trouble | None:
 def held_up(pod: Object, now: datetime) -> Trouble | None:
     """A pod that does not end though its worker has: a webhook added containers that know of no end."""
     end, status = terminated(pod), pod.get("status") or {}
-    if end is None or status.get("phase") in ("Succeeded", "Failed") or pod["metadata"].get("deletionTimestamp"):
+    if end is None or is_over(pod) or pod["metadata"].get("deletionTimestamp"):
         return None
     if now < parse(end.get("finishedAt") or pod["metadata"]["creationTimestamp"]) + HELD_AFTER:
         return None

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from slmops.api.times import parse
 from slmops.cluster.port import Object
 from slmops.reconcile.conditions import cut
-from slmops.reconcile.pods import created, failure_of, told, unscheduled
+from slmops.reconcile.pods import created, failure_of, is_over, told, unscheduled
 from slmops.rollout.seen import Problem
 
 _IMAGE = {"ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull"}
@@ -57,7 +57,7 @@ def imageless(pods: Iterable[Object]) -> bool:
 
 def mute(pods: Iterable[Object]) -> Object | None:
     """The oldest pod that has not come to its first container and does not say why: Events may."""
-    waiting = [pod for pod in _missed(pods) if not (_ended(pod) or _begun(pod)) and _problem(pod) is None]
+    waiting = [pod for pod in _missed(pods) if not (is_over(pod) or _begun(pod)) and _problem(pod) is None]
     return min(waiting, key=created, default=None)
 
 
@@ -69,7 +69,7 @@ def by_events(pod: Object, events: Iterable[Object]) -> Problem | None:
 
 def ended_lately(pods: Iterable[Object], now: datetime) -> Problem | None:
     """Why the last pod ended, where that was its node's doing: the one in its place may meet the same end."""
-    failures = [found for pod in pods if _ended(pod) and (found := failure_of(pod)) and found.reason in _BY_NODE]
+    failures = [found for pod in pods if is_over(pod) and (found := failure_of(pod)) and found.reason in _BY_NODE]
     last = max(failures, key=lambda found: found.time, default=None)
     return Problem(last.reason, last.message) if last and now < parse(last.time) + LATELY else None
 
@@ -85,11 +85,7 @@ def _staying(pods: Iterable[Object]) -> list[Object]:
 
 
 def _living(pods: Iterable[Object]) -> list[Object]:
-    return [pod for pod in _staying(pods) if not _ended(pod)]
-
-
-def _ended(pod: Object) -> bool:
-    return (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed")
+    return [pod for pod in _staying(pods) if not is_over(pod)]
 
 
 def _begun(pod: Object) -> bool:
