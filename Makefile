@@ -61,14 +61,12 @@ debs:
 	@$(KUBE) debs
 
 components: venv debs ## slow operator tests, artifacts, router and chart on this machine; server and trainer inside their images
-	@$(PY) -m pytest -q -m slow tests/kube
-	@$(PY) -m pytest -q tests/artifacts
-	@$(PY) -m pytest -q tests/router
 	@$(MAKE) --no-print-directory up images
 	@PYTHONPATH=e2e $(PY) -m kit.earlier
-	@$(PY) -m pytest -q tests/chart
-	@PYTHONPATH=e2e $(PY) -m kit.imagetests server
-	@PYTHONPATH=e2e $(PY) -m kit.imagetests trainer
+	@PYTHONPATH=e2e $(PY) -m kit.lanes \
+		$(PY) -m pytest -q -m slow tests/kube -- $(PY) -m pytest -q tests/artifacts -- \
+		$(PY) -m pytest -q tests/router -- $(PY) -m pytest -q tests/chart / \
+		$(PY) -m kit.imagetests trainer -- $(PY) -m kit.imagetests server
 
 e2e: venv ## the scenarios on a real node with real pods
 ifneq ($(CLUSTER),current)
