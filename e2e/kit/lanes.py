@@ -71,7 +71,11 @@ class Lanes:
         for place, command in enumerate(commands, 1):
             if self.failed or self.stopping:
                 return
-            self._one(number, command, self.folder / f"{number}-{place}.log")
+            try:
+                self._one(number, command, self.folder / f"{number}-{place}.log")
+            except OSError as error:
+                self.failed.append(shlex.join(command))
+                self._tell(f"failed: {shlex.join(command)}: {error}")
 
     def _one(self, lane: int, command: Command, log: Path) -> None:
         name, began = shlex.join(command[-3:]), time.monotonic()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,8 +70,12 @@ def test_after_a_failure_no_command_is_begun_and_its_log_is_shown(
     assert any("'cat'" in line or "cat " in line for line in said if "failed" not in line)  # went on to its end
 
 
-def _until(holds: "object") -> None:
-    assert callable(holds)
+def test_a_command_that_is_not_there_is_a_failure(lanes: Lanes, said: list[str]) -> None:
+    assert not lanes.run([[["no-such-program"]]])
+    assert "no-such-program" in said[-1]
+
+
+def _until(holds: Callable[[], bool]) -> None:
     end = time.monotonic() + 20
     while not holds():
         assert time.monotonic() < end
