@@ -38,7 +38,7 @@ endif
 	@PYTHONPATH=e2e $(PY) -m kit.chart install
 	@PYTHONPATH=e2e $(PY) -m demo.run
 
-test: check components e2e ## all tests: check, the images' own, and the scenarios on a real node
+test: lint types components e2e ## all tests: of each part, and the scenarios on a real node
 
 check: lint types unit kube ## lint, types, unit tests, tests against a real API server
 
@@ -60,11 +60,11 @@ kube: venv ## the operator against a real API server (minutes of outages, and a 
 debs:
 	@$(KUBE) debs
 
-components: venv debs ## slow operator tests, artifacts, router and chart on this machine; server and trainer inside their images
+components: venv debs ## all tests but the scenarios: unit, operator, artifacts, router, chart; server and trainer in their images
 	@$(MAKE) --no-print-directory up images
 	@PYTHONPATH=e2e $(PY) -m kit.earlier
 	@PYTHONPATH=e2e $(PY) -m kit.lanes \
-		$(PY) -m pytest -q -m slow tests/kube -- $(PY) -m pytest -q tests/artifacts -- \
+		$(PY) -m pytest -q tests/unit -- $(PY) -m pytest -q tests/kube -- $(PY) -m pytest -q tests/artifacts -- \
 		$(PY) -m pytest -q tests/router -- $(PY) -m pytest -q tests/chart / \
 		$(PY) -m kit.imagetests trainer -- $(PY) -m kit.imagetests server
 
