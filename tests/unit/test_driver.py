@@ -199,6 +199,17 @@ def test_a_foreign_object_of_the_childs_name_is_not_touched() -> None:
     assert ready["reason"] == "NameConflict"
 
 
+@pytest.mark.parametrize("verb", ["apply", "delete"])
+@pytest.mark.parametrize("keep_going", [True, False])
+def test_no_plan_reaches_into_another_namespace(verb: str, keep_going: bool) -> None:
+    away: Object = {**CHILD, "metadata": {"name": "c", "namespace": "kube-system"}}
+    acts = {"apply": (away,)} if verb == "apply" else {"delete": (key_of(away),)}
+    cluster, driver, _ = setting(Plan(status={"phase": "X"}, keep_going=keep_going, **acts))  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="another namespace"):
+        driver.run(key_of(finetune()))
+    assert cluster.writes == []
+
+
 def test_a_child_of_a_deleted_namesake_is_waited_for() -> None:
     cluster, driver, key = setting(Plan(status={}, apply=(CHILD,)))
     child = owned(cluster, key)

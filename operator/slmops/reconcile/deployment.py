@@ -128,7 +128,7 @@ class DeploymentReconciler:
         if measurement_due(spec, status, seen, world.now):
             seen = Seen(**{**vars(seen), "verdicts": self._measure(obj, spec, status, world)})
         config_map = cluster.get(Key("ConfigMap", namespace, router_parts.router_name(obj)))
-        records = router_parts.records_of(config_map)
+        records = router_parts.records_of(obj, config_map, world.settings.router_key)
         strays = frozenset(
             revision
             for revision in records
@@ -303,7 +303,7 @@ def _children(
     token = router.token(settings.router_key, obj["metadata"]["uid"])
     made: list[Object] = [
         router_parts.token_secret(obj, token),
-        router_parts.config_map(obj, routes, records),
+        router_parts.config_map(obj, routes, records, settings.router_key),
         router_parts.service(obj),
         router_parts.deployment(obj, spec, token, settings),
     ]

@@ -129,6 +129,10 @@ class Driver:
     def _carry_out(self, obj: Object, plan: Plan) -> Exception | None:
         """Carry the plan out. Returns the first refusal past which it went on; raises it where the plan stops there."""
         refused: Exception | None = None
+        keys = (*map(_key, plan.apply), *plan.delete)
+        if any(key.namespace != obj["metadata"]["namespace"] for key in keys):
+            # Cannot be. Were it so, by a bug, then who may write one namespace could reach all of them.
+            raise AssertionError(f"a child in another namespace: {keys}")
         skip: set[str] = set()
         actions = [("apply", partial(self._apply, obj, child)) for child in plan.apply]
         actions += [("push", partial(self._push, routes)) for routes in plan.routes]
