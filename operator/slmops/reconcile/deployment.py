@@ -39,6 +39,7 @@ OUTCOMES = {  # of a rollout, by the reason of the Event that tells it
     "RolloutSuperseded": "Superseded",
 }
 STRAY_SECONDS = 1.0  # until what is left of a revision is looked for again
+ROUTERS_MOST = 8  # asked in a pass: there are two, and some that come or go; anybody's pod may carry their labels
 RECHECK_SECONDS = 10.0  # until a Secret that is missing, or that may not be read, is looked for again
 
 Ask = Callable[[str, str], Report]
@@ -111,11 +112,9 @@ class DeploymentReconciler:
         }
         routers = [pod for pod in pods if role(pod) == keys.ROLE_ROUTER]
         front = next((found for found in deployments if role(found) == keys.ROLE_ROUTER), {})
-        agents = tuple(
-            self._agent(obj, pod, world.settings)
-            for pod in routers
-            if _address(pod) and (is_ready(pod) or drains(pod, world.now))
-        )
+        up = [pod for pod in routers if _address(pod) and (is_ready(pod) or drains(pod, world.now))]
+        asked = sorted(up, key=is_ready, reverse=True)[:ROUTERS_MOST]
+        agents = tuple(self._agent(obj, pod, world.settings) for pod in asked)
         seen = Seen(
             target=wanted.revision,
             other=wanted.waiting if wanted.other else None,
