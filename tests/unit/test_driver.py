@@ -439,3 +439,22 @@ def test_ready_is_not_carried_over_to_a_spec_that_nobody_has_seen(trouble: Excep
         assert found["status"]["observedGeneration"] == 2
         assert (of(found, "Ready") or {})["status"] == ready
         assert (of(found, "Available") or {})["status"] == "True"
+
+
+def test_an_artifact_without_its_condition_is_no_finished_run() -> None:
+    """So a status may be restored by hand: the run starts, and finds what it wrote."""
+    cluster = MemoryCluster()
+    key = key_of(cluster.put(finetune()))
+    cluster.set_status(key, {"artifact": ARTIFACT, "observedGeneration": 1})
+    driver = Driver(
+        cluster, Settings(store="oci://s"), reconcilers(lambda address: None), lambda routes: None, clock=lambda: NOW
+    )
+    driver.run(key)
+    job = Key("Job", "ns", "tune-finetune")
+    assert job in cluster.objects
+    worker = pod(cluster.objects[key], phase="Succeeded", state=succeeded(), of=cluster.objects[job]["metadata"]["uid"])
+    cluster.put(worker)
+    cluster.set_status(key_of(worker), worker["status"])
+    cluster.set_status(job, {"conditions": [{"type": "Complete", "status": "True"}]})
+    driver.run(key)
+    assert cluster.objects[key]["status"]["phase"] == "Succeeded"
