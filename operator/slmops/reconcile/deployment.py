@@ -23,7 +23,7 @@ from slmops.reconcile.protocol import World
 from slmops.reconcile.serverpods import drains, is_ready, mute
 from slmops.reconcile.state import Count, Event, Plan, Retry, Routes
 from slmops.remote import prometheus, router
-from slmops.remote.errors import RemoteError
+from slmops.remote.errors import RemoteError, TokenRefusedError
 from slmops.remote.router import Report
 from slmops.rollout.machine import decide, measurement_due
 from slmops.rollout.phases import PREPARING
@@ -62,8 +62,9 @@ class Agent:
     """A router pod that is ready, or drains."""
 
     url: str
-    report: Report | None  # None where it does not answer
+    report: Report | None  # None where it does not answer, or refuses our token
     leaving: bool = False  # it drains: told of new weights, for it still answers requests, and asked for nothing
+    refuses: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class DeploymentReconciler:
             target=wanted.revision,
             other=wanted.waiting if wanted.other else None,
             pods={name: self._pods.pods_of(world, found, pods) for name, found in live.items()},
-            routers=tuple(_router(agent.report) for agent in agents if not agent.leaving),
+            routers=tuple(_router(agent) for agent in agents if not agent.leaving),
             router_problem=self._pods.problem(world, front, routers),
             refusal=_refusal(obj, status),
             annotations=obj["metadata"].get("annotations") or {},
@@ -181,8 +182,8 @@ class DeploymentReconciler:
         url, leaving = router.agent_url(_address(pod)), not is_ready(pod)
         try:
             return Agent(url, self._ask(url, router.token(settings.router_key, obj["metadata"]["uid"])), leaving)
-        except RemoteError:
-            return Agent(url, None, leaving)
+        except RemoteError as error:
+            return Agent(url, None, leaving, refuses=isinstance(error, TokenRefusedError))
 
     def _measure(
         self, obj: Object, spec: ModelDeploymentSpec, status: ModelDeploymentStatus, world: World
@@ -247,9 +248,10 @@ def _lineage(stable: Revision | None, asked: Lineage | None, before: Lineage | N
     return next(known, Lineage(digest=stable.digest))
 
 
-def _router(said: Report | None) -> Router:
+def _router(agent: Agent) -> Router:
+    said = agent.report
     if said is None:
-        return Router()
+        return Router(refuses=agent.refuses)
     shares = said.revisions
     return Router(
         weights={name: share.weight for name, share in shares.items()},

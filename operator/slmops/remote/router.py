@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from slmops.api.base import Model
 from slmops.remote.client import shared
-from slmops.remote.errors import RemoteError
+from slmops.remote.errors import RemoteError, TokenRefusedError
 from slmops.remote.exchange import TooMuchError, ask
 from slmops.remote.silence import Silence
 from slmops.settings import Settings
@@ -68,7 +68,7 @@ def agent_url(address: str) -> str:
 
 
 def observe(url: str, secret: str, *, client: httpx.Client | None = None) -> Report:
-    """Read what the router does. Raises RemoteError."""
+    """Read what the router does. Raises RemoteError, of which TokenRefusedError is one."""
     return _call("GET", f"{url}/observed", secret, None, READ_SECONDS, client)
 
 
@@ -126,6 +126,8 @@ def _call(
             connect=READ_SECONDS,
             limit=BODY_MAX,
         )
+        if said.status == httpx.codes.UNAUTHORIZED:
+            raise TokenRefusedError(f"The router's agent at {url} refuses the operator's token.")
         if said.status != httpx.codes.OK:
             words = said.body.decode(errors="replace")[:300]
             raise RemoteError(f"The router's agent at {url} answered with HTTP {said.status}: {words}")
