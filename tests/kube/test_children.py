@@ -5,6 +5,8 @@ from tests.kube.conftest import Start
 from tests.kube.serving import Nodes
 from tests.kube.test_rollout_killed import CHAT, model, phase, stable
 
+from slmops.build.router import records_of
+
 
 def test_a_service_that_is_deleted_comes_back_at_once(api: Api, start: Start) -> None:
     start(SLMOPS_ROUTER_KEY="k" * 32).until_ready()
@@ -16,3 +18,23 @@ def test_a_service_that_is_deleted_comes_back_at_once(api: Api, start: Start) ->
             api.delete("Service", name)
             back = wait_for(f"Service {name}", lambda name=name: api.get("Service", name))
             assert back["metadata"]["uid"] != old["metadata"]["uid"]
+
+
+def test_records_of_the_version_before_are_sealed_and_touch_nothing(api: Api, start: Start) -> None:
+    key = "k" * 32
+    start(SLMOPS_ROUTER_KEY=key).until_ready()
+    owner = api.create("ModelDeployment", "chat", spec={"model": model("a")})
+
+    def sealed() -> bool:
+        return bool(records_of(owner, api.need("ConfigMap", "chat-router"), key))
+
+    with Nodes(api):
+        wait_for("it to serve", lambda: phase(api) == "Stable" and api.reason(*CHAT) == "Serving", seconds=120)
+        name, record = f"chat-{stable(api)}", f"deployment-{stable(api)}"
+        before = api.need("Deployment", name)
+        for data in ({f"{record}.seal": None}, {f"{record}.json": '{"kind": "Deployment"}'}):
+            assert sealed()
+            assert not records_of(owner, api.patch("ConfigMap", "chat-router", {"data": data}), key)
+            api.delete("Service", "chat")  # so that a pass looks
+            wait_for("the seal", sealed)
+        assert api.need("Deployment", name)["spec"] == before["spec"]

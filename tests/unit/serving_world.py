@@ -136,10 +136,10 @@ class Kubernetes:
         for pod in self.draining.values():
             self.cluster.put(pod)
 
-    def drain_router(self, address: str, until: datetime) -> None:
+    def drain_router(self, address: str, until: datetime, number: int = 99) -> None:
         """A router pod that was told to end and has until then."""
         front = self.cluster.objects[Key("Deployment", "ns", "chat-router")]
-        pod = self.pod(front, 99)
+        pod = self.pod(front, number)
         pod["metadata"]["deletionTimestamp"] = stamp(until)
         pod["status"]["podIP"] = address
         self.draining[key_of(pod)] = pod

@@ -199,6 +199,17 @@ def test_a_foreign_object_of_the_childs_name_is_not_touched() -> None:
     assert ready["reason"] == "NameConflict"
 
 
+@pytest.mark.parametrize("verb", ["apply", "delete"])
+@pytest.mark.parametrize("keep_going", [True, False])
+def test_no_plan_reaches_into_another_namespace(verb: str, keep_going: bool) -> None:
+    away: Object = {**CHILD, "metadata": {"name": "c", "namespace": "kube-system"}}
+    acts = {"apply": (away,)} if verb == "apply" else {"delete": (key_of(away),)}
+    cluster, driver, _ = setting(Plan(status={"phase": "X"}, keep_going=keep_going, **acts))  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="another namespace"):
+        driver.run(key_of(finetune()))
+    assert cluster.writes == []
+
+
 def test_a_child_of_a_deleted_namesake_is_waited_for() -> None:
     cluster, driver, key = setting(Plan(status={}, apply=(CHILD,)))
     child = owned(cluster, key)
@@ -428,3 +439,22 @@ def test_ready_is_not_carried_over_to_a_spec_that_nobody_has_seen(trouble: Excep
         assert found["status"]["observedGeneration"] == 2
         assert (of(found, "Ready") or {})["status"] == ready
         assert (of(found, "Available") or {})["status"] == "True"
+
+
+def test_an_artifact_without_its_condition_is_no_finished_run() -> None:
+    """So a status may be restored by hand: the run starts, and finds what it wrote."""
+    cluster = MemoryCluster()
+    key = key_of(cluster.put(finetune()))
+    cluster.set_status(key, {"artifact": ARTIFACT, "observedGeneration": 1})
+    driver = Driver(
+        cluster, Settings(store="oci://s"), reconcilers(lambda address: None), lambda routes: None, clock=lambda: NOW
+    )
+    driver.run(key)
+    job = Key("Job", "ns", "tune-finetune")
+    assert job in cluster.objects
+    worker = pod(cluster.objects[key], phase="Succeeded", state=succeeded(), of=cluster.objects[job]["metadata"]["uid"])
+    cluster.put(worker)
+    cluster.set_status(key_of(worker), worker["status"])
+    cluster.set_status(job, {"conditions": [{"type": "Complete", "status": "True"}]})
+    driver.run(key)
+    assert cluster.objects[key]["status"]["phase"] == "Succeeded"

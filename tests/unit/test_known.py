@@ -187,3 +187,10 @@ def test_a_teacher_that_begins_to_answer_is_news_though_it_is_not_ready() -> Non
     status = {**status, "conditions": [*status["conditions"], available]}
     teacher = ours("ModelDeployment", {}, name="t", status=status)
     assert known.concerned(event(teacher)) == {Key("DistillationJob", "ns", "d")}
+
+
+def test_a_child_of_a_kind_that_we_do_not_have_concerns_nobody() -> None:
+    child = pod(finetune())
+    child["metadata"]["ownerReferences"] = [{"apiVersion": "slmops.dev/v9", "kind": "Wonder", "name": "x", "uid": "x"}]
+    child["metadata"]["labels"] = {}
+    assert Known().concerned(event(child)) == set()

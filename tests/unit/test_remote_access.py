@@ -91,6 +91,23 @@ def test_without_its_ca_it_is_not_told_the_token_and_the_remedy_is_said(url: str
     assert "key ca.crt of the Secret prometheus.existingSecret" in said.message
 
 
+def test_time_is_over_behind_tls_too(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = threading.Event()
+
+    def drip(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.flush_headers()
+        while not stop.wait(0.05):
+            handler.wfile.write(b"x")
+
+    monkeypatch.setattr(Handler, "do_POST", drip)
+    monkeypatch.setattr(prometheus, "TIMEOUT_SECONDS", 0.5)
+    said = asked(url, folder)
+    stop.set()
+    assert isinstance(said, Unreachable)
+    assert "takes too long" in said.message
+
+
 @pytest.mark.parametrize(
     ("key", "content", "words"),
     [

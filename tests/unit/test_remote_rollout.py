@@ -61,7 +61,7 @@ def vector(*values):
         (httpx.Response(200, text="[]"), Unreachable, "200"),
         (httpx.ConnectError("refused"), Unreachable, "refused"),
         (httpx.ReadTimeout("slow"), Unreachable, "slow"),
-        (httpx.Response(200, text="x" * 1_000_001), Inconclusive, "1000001 bytes"),
+        (httpx.Response(200, text="x" * 1_000_001), Inconclusive, "more than 1000000 bytes"),
     ],
 )
 def test_answers_of_prometheus_are_told_apart(answer, kind, words):

@@ -234,7 +234,8 @@ def test_the_stable_revision_is_made_again_from_its_record_while_the_spec_has_mo
     assert world.cluster.objects[Key("Deployment", "ns", f"chat-{old}")]["spec"]["template"] == template
     world.cluster.delete(Key("ConfigMap", "ns", "chat-router"))
     world.passes()
-    assert old in router_parts.records_of(world.cluster.objects[Key("ConfigMap", "ns", "chat-router")])
+    stored = world.cluster.objects[Key("ConfigMap", "ns", "chat-router")]
+    assert old in router_parts.records_of(world.obj, stored, SETTINGS.router_key)
 
 
 def test_the_stable_revision_is_made_again_from_its_record_by_an_upgraded_operator_too():

@@ -290,7 +290,7 @@ def test_dollars_in_arguments_reach_the_process_as_they_were_written(text: str):
 
 def test_the_token_is_in_no_pod_spec_and_no_config_map():
     made = router.deployment(OWNER, spec(), "s3cret", SETTINGS)
-    assert "s3cret" not in json.dumps([made, router.config_map(OWNER, {}, {}), router.service(OWNER)])
+    assert "s3cret" not in json.dumps([made, router.config_map(OWNER, {}, {}, "k"), router.service(OWNER)])
     assert made != router.deployment(OWNER, spec(), "another", SETTINGS)  # or the pods would keep the old one
     assert router.token_secret(OWNER, "s3cret")["data"] == {"token": "czNjcmV0"}
 
@@ -316,12 +316,12 @@ def test_another_grace_touches_no_pod_of_a_revision_that_exists(monkeypatch: pyt
 
 def test_records_come_back_as_they_were_and_broken_ones_count_as_lost():
     made = serving.deployment(OWNER, spec(), "rev", MODEL, SETTINGS)
-    stored = router.config_map(OWNER, {"a": 1}, {"rev": made})
-    assert router.records_of(stored) == {"rev": made}
+    stored = router.config_map(OWNER, {"a": 1}, {"rev": made}, "k")
+    assert router.records_of(OWNER, stored, "k") == {"rev": made}
     stored["data"]["deployment-bad.json"] = "{"
     stored["data"]["deployment-odd.json"] = "[]"
-    assert set(router.records_of(stored)) == {"rev"}
-    assert router.records_of(None) == {}
+    assert set(router.records_of(OWNER, stored, "k")) == {"rev"}
+    assert router.records_of(OWNER, None, "k") == {}
 
 
 @pytest.mark.parametrize("name", ["m" * 63, "m" * 59, "a.b", "x" * 253])
@@ -342,8 +342,8 @@ def test_two_routers_where_there_are_two_servers():
 def test_deployments_whose_names_are_alike_have_no_child_in_common():
     def children(name: str) -> set[tuple[str, str]]:
         owner = ours("ModelDeployment", FULL, name=name)
-        token, made = "t", [router.service(owner), router.config_map(owner, {}, {}), router.token_secret(owner, "t")]
-        made += [router.deployment(owner, spec(), token, SETTINGS)]
+        token, made = "t", [router.service(owner), router.config_map(owner, {}, {}, "k")]
+        made += [router.token_secret(owner, token), router.deployment(owner, spec(), token, SETTINGS)]
         made += [serving.disruption_budget(owner, role) for role in ("server", "router")]
         made += [serving.headless_service(owner, "0123456789")]
         made += [serving.deployment(owner, spec(), "0123456789", MODEL, SETTINGS)]

@@ -7,6 +7,7 @@ from tests.unit.objects import Object
 from tests.unit.serving_world import CANARY, Kubernetes, source, uri
 
 from slmops.cluster.port import ClusterError, Key
+from slmops.reconcile.deployment import ROUTERS_MOST
 from slmops.remote import prometheus
 
 
@@ -62,6 +63,18 @@ def test_a_router_that_drains_gets_new_weights_and_is_waited_for_by_nobody():
     world.agents.clear()
     world.passes(1)
     assert url not in world.agents  # a node that died leaves its pods behind: they are asked no more
+
+
+def test_a_pass_asks_no_more_routers_than_there_can_be():
+    """Each that lets us wait takes a worker for its time."""
+    world = Kubernetes()
+    world.passes()
+    for number in range(30):
+        world.drain_router(f"10.0.1.{number}", world.now + timedelta(seconds=300), number=number + 2)
+    world.agents.clear()
+    world.passes(1)
+    assert len(world.agents) == ROUTERS_MOST
+    assert {"http://10.0.0.1:9091", "http://10.0.0.2:9091"} <= world.agents.keys()
 
 
 def test_a_canary_measures_and_is_promoted():

@@ -178,7 +178,7 @@ def reading(answer: httpx.Response | Exception) -> Any:
             raise answer
         return answer
 
-    return ProgressReader(transport=httpx.MockTransport(respond))("10.0.0.1")
+    return ProgressReader(client=httpx.Client(transport=httpx.MockTransport(respond)))("10.0.0.1")
 
 
 def test_progress_is_read() -> None:
@@ -211,7 +211,7 @@ def test_a_pod_that_lets_us_wait_is_left_alone_for_a_while() -> None:
         asked += 1
         raise httpx.ConnectTimeout("silence")
 
-    read, now = ProgressReader(transport=httpx.MockTransport(respond)), 0.0
+    read, now = ProgressReader(client=httpx.Client(transport=httpx.MockTransport(respond))), 0.0
     for _ in range(5):
         assert read("10.0.0.1", clock=lambda: now) is None
     assert asked == 1

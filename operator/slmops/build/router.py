@@ -2,10 +2,12 @@
 
 The ConfigMap carries the routes, so that a new router pod starts with the weights of the moment, and on record the
 Deployment of every revision (build/serving.py), so that a revision whose spec is history can still be made again.
+Records are sealed: who may write the ConfigMap may not for that have pods made of what it says.
 """
 
 import base64
 import hashlib
+import hmac
 import json
 
 from slmops.api import keys
@@ -17,7 +19,7 @@ from slmops.settings import Settings
 ROUTER = "router"
 AGENT_PORT = 9091
 ROUTES_KEY = "routes.json"
-RECORD_PREFIX, RECORD_SUFFIX = "deployment-", ".json"
+RECORD_PREFIX, RECORD_SUFFIX, SEAL_SUFFIX = "deployment-", ".json", ".seal"
 GRACE_SECONDS = serving.GRACE_SECONDS + 30  # for answers that run: no router goes before the server that gives them
 
 
@@ -59,10 +61,13 @@ def routes(owner: Object, weights: dict[str, int], fallback: str, epoch: str, re
     }
 
 
-def config_map(owner: Object, wanted: Object, records: dict[str, Object]) -> Object:
-    """Build the ConfigMap of routes and records."""
+def config_map(owner: Object, wanted: Object, records: dict[str, Object], key: str) -> Object:
+    """Build the ConfigMap of routes and records, these sealed with the operator's `key`."""
     data = {ROUTES_KEY: _json(wanted)}
-    data |= {f"{RECORD_PREFIX}{name}{RECORD_SUFFIX}": _json(record) for name, record in records.items()}
+    for name, record in records.items():
+        text = _json(record)
+        data[f"{RECORD_PREFIX}{name}{RECORD_SUFFIX}"] = text
+        data[f"{RECORD_PREFIX}{name}{SEAL_SUFFIX}"] = _seal(owner, name, text, key)
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -71,17 +76,16 @@ def config_map(owner: Object, wanted: Object, records: dict[str, Object]) -> Obj
     }
 
 
-def records_of(found: Object | None) -> dict[str, Object]:
-    """Read the records back, by revision; one that somebody broke counts as lost."""
+def records_of(owner: Object, found: Object | None, key: str) -> dict[str, Object]:
+    """Read the records back, by revision; one that somebody changed, or that is not sealed yet, counts as lost."""
     records: dict[str, Object] = {}
-    for key, text in ((found or {}).get("data") or {}).items():
-        if key.startswith(RECORD_PREFIX) and key.endswith(RECORD_SUFFIX):
-            try:
-                record = json.loads(text)
-                record["spec"]["template"]["spec"]["containers"]
-            except (ValueError, TypeError, KeyError):
-                continue
-            records[key.removeprefix(RECORD_PREFIX).removesuffix(RECORD_SUFFIX)] = record
+    data = (found or {}).get("data") or {}
+    for entry, text in data.items():
+        if entry.startswith(RECORD_PREFIX) and entry.endswith(RECORD_SUFFIX):
+            name = entry.removeprefix(RECORD_PREFIX).removesuffix(RECORD_SUFFIX)
+            seal = str(data.get(f"{RECORD_PREFIX}{name}{SEAL_SUFFIX}", ""))
+            if hmac.compare_digest(seal.encode(), _seal(owner, name, text, key).encode()):
+                records[name] = json.loads(text)
     return records
 
 
@@ -190,6 +194,12 @@ def _places(replicas: int) -> int:
     while places < 2 * replicas:
         places *= 2
     return places
+
+
+def _seal(owner: Object, revision: str, text: str, key: str) -> str:
+    """Who can make it has the operator's key; it holds for this record of this object alone."""
+    whole = f"record {owner['metadata']['uid']} {revision} {text}"
+    return hmac.new(key.encode(), whole.encode(), hashlib.sha256).hexdigest()
 
 
 def _json(value: Object) -> str:

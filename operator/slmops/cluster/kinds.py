@@ -1,6 +1,7 @@
 """Where each kind lives in the API."""
 
 from dataclasses import dataclass
+from urllib.parse import quote
 
 from slmops.api.keys import API_VERSION, GROUP, VERSION
 
@@ -15,10 +16,13 @@ class Place:
     ours: bool = False
 
     def path(self, namespace: str, name: str = "", subresource: str = "") -> str:
-        """The URL path of the collection, of an object in it, or of a subresource."""
+        """The URL path of the collection, of an object in it, or of a subresource.
+
+        Names are quoted: those in owner references are what somebody wrote there, slashes too.
+        """
         root = f"/apis/{self.group}/{self.version}" if self.group else f"/api/{self.version}"
-        parts = [root, "namespaces", namespace, self.plural, name, subresource]
-        return "/".join(part for part in parts if part)
+        parts = ["namespaces", namespace, self.plural, name, subresource]
+        return "/".join([root, *(quote(part, safe="") for part in parts if part)])
 
 
 PLACES = {

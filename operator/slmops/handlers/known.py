@@ -55,7 +55,7 @@ def note_of(event: Mapping[str, Any]) -> Note:
         (
             Key(ref["kind"], namespace, ref["name"])
             for ref in metadata.get("ownerReferences") or []
-            if str(ref.get("apiVersion", "")).startswith(f"{GROUP}/")
+            if str(ref.get("apiVersion", "")).startswith(f"{GROUP}/") and ref["kind"] in OURS
         ),
         None,
     )

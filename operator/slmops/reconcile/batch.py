@@ -71,7 +71,7 @@ class BatchReconciler:
         spec = self._recipe.spec.model_validate(obj["spec"])
         status = self._status(obj)
         found = cluster.get(Key("Job", namespace, job_name(obj)))
-        if status.artifact is not None:
+        if conditions.is_true(status.conditions, conditions.COMPLETE):  # what `decide` asks first, too
             return Seen(job=found if found is not None and _belongs(found, obj) else None)
         if found is not None:
             check_ours(obj, found)

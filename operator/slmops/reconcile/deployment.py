@@ -23,7 +23,7 @@ from slmops.reconcile.protocol import World
 from slmops.reconcile.serverpods import drains, is_ready, mute
 from slmops.reconcile.state import Count, Event, Plan, Retry, Routes
 from slmops.remote import prometheus, router
-from slmops.remote.errors import RemoteError
+from slmops.remote.errors import RemoteError, TokenRefusedError
 from slmops.remote.router import Report
 from slmops.rollout.machine import decide, measurement_due
 from slmops.rollout.phases import PREPARING
@@ -39,6 +39,7 @@ OUTCOMES = {  # of a rollout, by the reason of the Event that tells it
     "RolloutSuperseded": "Superseded",
 }
 STRAY_SECONDS = 1.0  # until what is left of a revision is looked for again
+ROUTERS_MOST = 8  # asked in a pass: there are two, and some that come or go; anybody's pod may carry their labels
 RECHECK_SECONDS = 10.0  # until a Secret that is missing, or that may not be read, is looked for again
 
 Ask = Callable[[str, str], Report]
@@ -61,8 +62,9 @@ class Agent:
     """A router pod that is ready, or drains."""
 
     url: str
-    report: Report | None  # None where it does not answer
+    report: Report | None  # None where it does not answer, or refuses our token
     leaving: bool = False  # it drains: told of new weights, for it still answers requests, and asked for nothing
+    refuses: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,16 +113,14 @@ class DeploymentReconciler:
         }
         routers = [pod for pod in pods if role(pod) == keys.ROLE_ROUTER]
         front = next((found for found in deployments if role(found) == keys.ROLE_ROUTER), {})
-        agents = tuple(
-            self._agent(obj, pod, world.settings)
-            for pod in routers
-            if _address(pod) and (is_ready(pod) or drains(pod, world.now))
-        )
+        up = [pod for pod in routers if _address(pod) and (is_ready(pod) or drains(pod, world.now))]
+        asked = sorted(up, key=is_ready, reverse=True)[:ROUTERS_MOST]
+        agents = tuple(self._agent(obj, pod, world.settings) for pod in asked)
         seen = Seen(
             target=wanted.revision,
             other=wanted.waiting if wanted.other else None,
             pods={name: self._pods.pods_of(world, found, pods) for name, found in live.items()},
-            routers=tuple(_router(agent.report) for agent in agents if not agent.leaving),
+            routers=tuple(_router(agent) for agent in agents if not agent.leaving),
             router_problem=self._pods.problem(world, front, routers),
             refusal=_refusal(obj, status),
             annotations=obj["metadata"].get("annotations") or {},
@@ -128,7 +128,7 @@ class DeploymentReconciler:
         if measurement_due(spec, status, seen, world.now):
             seen = Seen(**{**vars(seen), "verdicts": self._measure(obj, spec, status, world)})
         config_map = cluster.get(Key("ConfigMap", namespace, router_parts.router_name(obj)))
-        records = router_parts.records_of(config_map)
+        records = router_parts.records_of(obj, config_map, world.settings.router_key)
         strays = frozenset(
             revision
             for revision in records
@@ -182,8 +182,8 @@ class DeploymentReconciler:
         url, leaving = router.agent_url(_address(pod)), not is_ready(pod)
         try:
             return Agent(url, self._ask(url, router.token(settings.router_key, obj["metadata"]["uid"])), leaving)
-        except RemoteError:
-            return Agent(url, None, leaving)
+        except RemoteError as error:
+            return Agent(url, None, leaving, refuses=isinstance(error, TokenRefusedError))
 
     def _measure(
         self, obj: Object, spec: ModelDeploymentSpec, status: ModelDeploymentStatus, world: World
@@ -248,9 +248,10 @@ def _lineage(stable: Revision | None, asked: Lineage | None, before: Lineage | N
     return next(known, Lineage(digest=stable.digest))
 
 
-def _router(said: Report | None) -> Router:
+def _router(agent: Agent) -> Router:
+    said = agent.report
     if said is None:
-        return Router()
+        return Router(refuses=agent.refuses)
     shares = said.revisions
     return Router(
         weights={name: share.weight for name, share in shares.items()},
@@ -303,7 +304,7 @@ def _children(
     token = router.token(settings.router_key, obj["metadata"]["uid"])
     made: list[Object] = [
         router_parts.token_secret(obj, token),
-        router_parts.config_map(obj, routes, records),
+        router_parts.config_map(obj, routes, records, settings.router_key),
         router_parts.service(obj),
         router_parts.deployment(obj, spec, token, settings),
     ]

@@ -32,7 +32,7 @@ from slmops.api.meta import Condition, Status
 from slmops.api.times import parse
 from slmops.cluster.port import Cluster, ClusterError, Key, Object
 from slmops.reconcile import conditions
-from slmops.reconcile.ownership import check_ours, is_ours
+from slmops.reconcile.ownership import NOT_OURS, check_ours, is_ours
 from slmops.reconcile.protocol import Reconciler, World
 from slmops.reconcile.state import Count, Event, Plan, Retry, Routes, Terminal
 from slmops.remote.errors import RemoteError
@@ -129,13 +129,19 @@ class Driver:
     def _carry_out(self, obj: Object, plan: Plan) -> Exception | None:
         """Carry the plan out. Returns the first refusal past which it went on; raises it where the plan stops there."""
         refused: Exception | None = None
+        keys = (*map(_key, plan.apply), *plan.delete)
+        if any(key.namespace != obj["metadata"]["namespace"] for key in keys):
+            # Cannot be. Were it so, by a bug, then who may write one namespace could reach all of them.
+            raise AssertionError(f"a child in another namespace: {keys}")
         skip: set[str] = set()
-        actions = [("apply", partial(self._apply, obj, child)) for child in plan.apply]
-        actions += [("push", partial(self._push, routes)) for routes in plan.routes]
-        actions += [("delete", partial(self._delete, obj, key)) for key in plan.delete]
-        for verb, action in actions:
-            if verb in skip:
-                continue
+        foreign: set[str] = set()  # names of Secrets and ConfigMaps that are another one's still
+        none = Key("", "", "")
+        actions = [("apply", _key(child), partial(self._apply, obj, child)) for child in plan.apply]
+        actions += [("push", none, partial(self._push, routes)) for routes in plan.routes]
+        actions += [("delete", key, partial(self._delete, obj, key)) for key in plan.delete]
+        for verb, key, action in actions:
+            if verb in skip or (key.kind == "Deployment" and verb == "apply" and key.name in foreign):
+                continue  # a pod that starts with the Secret of a former namesake keeps its token
             try:
                 action()
             except (Retry, Terminal, ClusterError, RemoteError) as error:
@@ -144,6 +150,8 @@ class Driver:
                 refused = refused or error
                 if isinstance(error, ClusterError) and error.status == 0:
                     skip |= {"apply", "delete"}  # the API server does not answer: routers are reached without it
+                if isinstance(error, Retry) and error.reason in NOT_OURS and key.kind in ("Secret", "ConfigMap"):
+                    foreign.add(key.name)
                 if verb == "delete":
                     skip.add(verb)  # in their order only: by what goes last the rest is found again
         return refused

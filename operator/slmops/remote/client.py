@@ -1,4 +1,4 @@
-"""The HTTP client for Prometheus and the routers' agents: one for all passes, for making one costs more than asking."""
+"""The HTTP client for workers, Prometheus and routers: one for all passes, for making one costs more than asking."""
 
 import ssl
 from functools import lru_cache

@@ -1,5 +1,6 @@
 """Asking Prometheus for one number. Four answers, told apart: a value, no data, something unclear, no answer."""
 
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from typing import Any
 import httpx
 
 from slmops.remote.access import FOLDER, AccessError, access
+from slmops.remote.exchange import TooMuchError, ask
 
-TIMEOUT_SECONDS = 5.0
+TIMEOUT_SECONDS = 5.0  # of the whole exchange
 BODY_MAX = 1_000_000  # bytes
 
 
@@ -58,30 +60,34 @@ def query(
     shown = re.sub("^(https?://)?.*@", r"\1", url)
     try:
         given = access(folder)
-        answer = (client or given.client).post(
+        said = ask(
+            client or given.client,
+            "POST",
             f"{url.rstrip('/')}/api/v1/query",
             data=asked,
-            timeout=TIMEOUT_SECONDS,
-            auth=given.auth if given.token else httpx.USE_CLIENT_DEFAULT,
+            seconds=TIMEOUT_SECONDS,
+            connect=TIMEOUT_SECONDS,
+            limit=BODY_MAX,
+            auth=given.auth if given.token else None,
         )
-        if len(answer.content) > BODY_MAX:
-            return Inconclusive(f"The answer has {len(answer.content)} bytes: aggregate to one number, as sum() does.")
-        if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-            said = f"Prometheus at {shown} answered with HTTP {answer.status_code}"
-            return Unreachable(f"{said}: check key token of the Secret prometheus.existingSecret of the chart.")
-        body = answer.json()
+        if said.status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            refused = f"Prometheus at {shown} answered with HTTP {said.status}"
+            return Unreachable(f"{refused}: check key token of the Secret prometheus.existingSecret of the chart.")
+        body = json.loads(said.body)
+    except TooMuchError:
+        return Inconclusive(f"The answer has more than {BODY_MAX} bytes: aggregate to one number, as sum() does.")
     except AccessError as error:
         return Unreachable(str(error))
     except httpx.InvalidURL:  # its words may be a part of a password
         return Unreachable("prometheus.url of the chart is no URL that can be asked; encode special characters in it.")
     except (httpx.HTTPError, ValueError) as error:
         return Unreachable(f"Prometheus at {shown} gave no usable answer: {_why(error)}")
-    if not isinstance(body, dict) or answer.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
-        return Unreachable(f"Prometheus at {shown} answered with HTTP {answer.status_code}.")
+    if not isinstance(body, dict) or said.status >= httpx.codes.INTERNAL_SERVER_ERROR:
+        return Unreachable(f"Prometheus at {shown} answered with HTTP {said.status}.")
     if body.get("status") != "success":
-        if answer.status_code in (httpx.codes.BAD_REQUEST, httpx.codes.UNPROCESSABLE_ENTITY):
+        if said.status in (httpx.codes.BAD_REQUEST, httpx.codes.UNPROCESSABLE_ENTITY):
             return Inconclusive(f"Prometheus refuses the query: {str(body.get('error', ''))[:300]}")
-        return Unreachable(f"Prometheus at {shown} answered with HTTP {answer.status_code}.")
+        return Unreachable(f"Prometheus at {shown} answered with HTTP {said.status}.")
     data = body.get("data")
     return _number(data if isinstance(data, dict) else {})
 

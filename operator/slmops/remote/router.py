@@ -11,7 +11,8 @@ from pydantic import Field, ValidationError
 
 from slmops.api.base import Model
 from slmops.remote.client import shared
-from slmops.remote.errors import RemoteError
+from slmops.remote.errors import RemoteError, TokenRefusedError
+from slmops.remote.exchange import TooMuchError, ask
 from slmops.remote.silence import Silence
 from slmops.settings import Settings
 
@@ -67,7 +68,7 @@ def agent_url(address: str) -> str:
 
 
 def observe(url: str, secret: str, *, client: httpx.Client | None = None) -> Report:
-    """Read what the router does. Raises RemoteError."""
+    """Read what the router does. Raises RemoteError, of which TokenRefusedError is one."""
     return _call("GET", f"{url}/observed", secret, None, READ_SECONDS, client)
 
 
@@ -115,18 +116,23 @@ def _call(
     method: str, url: str, secret: str, body: dict[str, Any] | None, seconds: float, client: httpx.Client | None
 ) -> Report:
     try:
-        answer = (client or shared()).request(
+        said = ask(
+            client or shared(),
             method,
             url,
             json=body,
             headers={"authorization": f"Bearer {secret}"},
-            timeout=httpx.Timeout(seconds, connect=READ_SECONDS),
+            seconds=seconds,
+            connect=READ_SECONDS,
+            limit=BODY_MAX,
         )
-        if answer.status_code != httpx.codes.OK or len(answer.content) > BODY_MAX:
-            said = answer.text[:300]
-            raise RemoteError(f"The router's agent at {url} answered with HTTP {answer.status_code}: {said}")
-        return Report.model_validate_json(answer.content)
+        if said.status == httpx.codes.UNAUTHORIZED:
+            raise TokenRefusedError(f"The router's agent at {url} refuses the operator's token.")
+        if said.status != httpx.codes.OK:
+            words = said.body.decode(errors="replace")[:300]
+            raise RemoteError(f"The router's agent at {url} answered with HTTP {said.status}: {words}")
+        return Report.model_validate_json(said.body)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise RemoteError(f"The router's agent at {url} does not answer: {error or type(error).__name__}") from error
-    except ValidationError as error:
+    except (TooMuchError, ValidationError) as error:
         raise RemoteError(f"The router's agent at {url} gave an answer that is none.") from error

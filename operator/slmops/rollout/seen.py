@@ -27,7 +27,7 @@ class Pods:
 
 @dataclass(frozen=True)
 class Router:
-    """One ready router pod, as its agent tells; `weights` is None where the agent does not answer."""
+    """One ready router pod, as its agent tells; `weights` is None where the agent does not answer, or `refuses` to."""
 
     weights: Mapping[str, int] | None = None
     epoch: str = ""
@@ -35,6 +35,7 @@ class Router:
     answered: Mapping[str, int] = field(default_factory=dict)  # requests since the epoch began
     chosen: Mapping[str, int] = field(default_factory=dict)  # of `turns`, those whose turn was this revision's
     turns: int = 0  # requests without a conversation since the epoch began, while every share had pods
+    refuses: bool = False  # the operator's token is not the one that it started with
 
 
 @dataclass(frozen=True)

@@ -195,8 +195,13 @@ class Work:
             problem = self.seen.router_problem or Problem("RouterNotReady", "No router pod is ready.")
             self.hold(problem.reason, problem.message)
         elif silent:
+            refusing = sum(router.refuses for router in self.seen.routers)
             said = f"{silent} of {len(self.seen.routers)} routers do not answer the operator"
-            self.hold("RouterUnreachable", f"{said}: it has to reach port 9091 of their pods (NetworkPolicies?).")
+            remedy = "it has to reach port 9091 of their pods (NetworkPolicies?)"
+            if refusing:
+                said = f"{refusing} of {len(self.seen.routers)} routers refuse the operator's token"
+                remedy = "they started with another one; delete their pods, and the next ones have it"
+            self.hold("RouterUnreachable", f"{said}: {remedy}.")
 
     def rid_of(self, revision: str) -> bool:
         """Whether every router was seen to send nothing to this revision."""
