@@ -55,6 +55,21 @@ def with_tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
+def gemma_like(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Its tokenizer has one token more than the model, as that of Gemma 3 1B."""
+    folder = tmp_path_factory.mktemp("gemma")
+    shutil.copytree(TINY, folder / "model")
+    file = folder / "model" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    assert tokenizer.add_special_tokens(["<image_soft_token>"]) == 1
+    assert tokenizer.token_to_id("<image_soft_token>") == model_folder.read(TINY).vocab_size
+    tokenizer.save(str(file))
+    running = Server(folder / "log", "--slots", "2", model=folder / "model")
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
 def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
 
@@ -213,6 +228,25 @@ def test_other_formats_are_kept(server: Server, outputs: dict[str, object], good
     assert good(choice["text"])
 
 
+def test_a_json_object_keeps_the_schema_that_stands_beside_it(server: Server) -> None:
+    form = {"type": "json_object", "schema": SCHEMA}
+    choice = server.chat(response_format=form, temperature=1, seed=7, max_tokens=200).json()["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
+
+
+def test_a_tokenizer_may_have_a_token_that_the_model_lacks(gemma_like: Server, server: Server) -> None:
+    plain, same = (one.complete(logprobs=3).json()["choices"][0] for one in (gemma_like, server))
+    assert plain == same
+    form = {"type": "json_object", "schema": SCHEMA}
+    kept = gemma_like.chat(response_format=form, temperature=1, seed=7, max_tokens=200).json()["choices"][0]
+    jsonschema.validate(json.loads(kept["message"]["content"]), SCHEMA)
+    assert kept["finish_reason"] == "stop"
+    refused = gemma_like.chat("see <image_soft_token>")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages")
+    assert gemma_like.complete().status_code == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_grammars_that_cannot_be_used_are_refused(server: Server, stream: bool) -> None:
     for outputs, param in (
@@ -262,6 +296,15 @@ def test_a_forced_tool_may_say_what_cannot_be_enforced(with_tools: Server) -> No
     answer = with_tools.chat(tools=[tool], tool_choice="required", max_tokens=200)
     assert answer.status_code == 200, answer.text
     assert answer.json()["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_a_forced_tool_without_parameters_gets_no_arguments(with_tools: Server) -> None:
+    tool = {"type": "function", "function": {"name": "now"}}
+    choices = with_tools.chat(
+        tools=[tool], tool_choice="required", parallel_tool_calls=False, temperature=2, n=20, seed=1, max_tokens=300
+    ).json()["choices"]
+    arguments = [call["function"]["arguments"] for choice in choices for call in choice["message"]["tool_calls"]]
+    assert arguments == ["{}"] * 20
 
 
 @pytest.mark.parametrize("kind", [{}, {"type": ["object", "null"]}])

@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from server_harness import TINY
@@ -16,7 +17,8 @@ from slmops_server.keys import ApiKeys
 from slmops_server.schema import parse
 from slmops_server.service import Service
 from slmops_server.template import ChatTemplate
-from slmops_server.wire import Frames
+from slmops_server.tools import Call
+from slmops_server.wire import Frames, chat_logprobs, error_frame
 
 V1_NONE = str((1 << 63) - 4096)
 
@@ -54,6 +56,31 @@ def test_a_completion_stream_without_usage() -> None:
     ]
     assert out[2:] == [b"data: [DONE]", b""]
     assert "usage" not in json.loads(out[0][6:])
+
+
+def test_a_frame_is_one_line_for_everybody_and_says_the_same() -> None:
+    """httpx cuts lines as str.splitlines does, at more than SSE's ends."""
+    text = "a\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\u00c2\u0685\\\u2028b"
+    named = Frames("chat", text)
+    score = [text[:3].encode().decode("latin-1"), -0.5, []]
+    made = [
+        (Frames("completions", "m").text(text), lambda told: told["choices"][0]["text"]),
+        (Frames("chat", "m").text(text), lambda told: told["choices"][0]["delta"]["content"]),
+        (named.call(Call("x", "f", text), 0), _arguments),
+        (named.finish("stop"), lambda told: told["model"]),
+        (error_frame(ApiError(500, text).body()), lambda told: told["error"]["message"]),
+    ]
+    for frame, read in made:
+        assert [line for line in frame.decode().splitlines() if line] == [frame.decode()[:-2]]
+        assert read(json.loads(frame[6:])) == text
+    scored = Frames("chat", "m").text("x", logprobs=chat_logprobs([score]))
+    assert len(scored.decode().splitlines()) == 2
+    assert json.loads(scored[6:])["choices"][0]["logprobs"]["content"][0]["token"] == text[:3]
+
+
+def _arguments(told: Any) -> str:
+    [call] = told["choices"][0]["delta"]["tool_calls"]
+    return str(call["function"]["arguments"])
 
 
 def test_keys_are_read_again_and_fail_closed(tmp_path: Path) -> None:

@@ -93,6 +93,11 @@ BAD = [
     ({"min_tokens": -1}, "min_tokens"),
     ({"response_format": {"type": "xml"}}, "response_format"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format"),
+    ({"response_format": {"type": ["text"]}}, "response_format"),
+    ({"response_format": {"type": "json_object", "schema": "{}"}}, "response_format"),
+    ({"response_format": {"type": "json_object", "json_schema": {"schema": {}}}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "schema": {}}}, "response_format"),
+    ({"response_format": {"type": "text", "schema": {}}}, "response_format"),
     ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
     ({"response_format": {"type": "json_object"}, "min_tokens": 3}, "min_tokens"),
     ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
@@ -204,6 +209,29 @@ def test_content_parts_and_the_developer_role() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     got = parse("chat", json.dumps(CHAT | {"messages": [{"role": "developer", "content": parts}]}).encode())
     assert got.messages == [{"role": "system", "content": "a\nb"}]
+
+
+def test_a_schema_is_kept_by_either_type_of_response_format() -> None:
+    """json_object with a schema: llama.cpp, Together, Fireworks."""
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}}
+    forms = (
+        {"type": "json_object", "schema": schema},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}, "schema": None},
+    )
+    for form in forms:
+        got = parse("chat", json.dumps(CHAT | {"response_format": form}).encode()).grammar
+        assert got == ("json", json.dumps(schema), "response_format")
+
+
+def test_what_litellm_adds_to_an_answer_is_taken_in_the_next_turn() -> None:
+    call = {"id": "a1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    added = {"function_call": None, "provider_specific_fields": {"refusal": None}}
+    answer = {"role": "assistant", "content": None, "tool_calls": [call], **added}
+    result = {"role": "tool", "tool_call_id": "a1", "name": "f", "content": "2"}
+    got = parse("chat", json.dumps(CHAT | {"messages": [answer, result], "tools": [TOOL]}).encode()).messages
+    assert got
+    assert [message["role"] for message in got] == ["assistant", "tool"]
+    assert set(got[0]) == {"role", "content", "tool_calls"}
 
 
 def test_answers_that_clients_send_back_are_taken_with_what_the_model_thought() -> None:

@@ -1,6 +1,7 @@
 """Tool calls in the text of an answer, whatever pieces it comes in."""
 
 import json
+import re
 
 import orjson
 import pytest
@@ -74,6 +75,14 @@ def test_calls_beyond_those_allowed_are_left_out(tagged: bool, answer: str, show
     got = [parser.feed(answer[at : at + size]) for at in range(0, len(answer), size)] + [parser.end()]
     assert "".join(text for text, _ in got) == shown
     assert parser.called == len([call for _, some in got for call in some]) == count
+
+
+def test_ids_of_calls_have_the_form_that_mistrals_templates_want() -> None:
+    parser = ToolParser(tagged=True, names={"f"})
+    _, calls = parser.feed(f"<tool_call>{CALL}</tool_call>" * 50)
+    assert len({call.id for call in calls}) == 50
+    for call in calls:
+        assert re.fullmatch("[a-zA-Z0-9]{9}", call.id)
 
 
 def test_text_goes_on_behind_a_tag_that_it_only_speaks_of() -> None:

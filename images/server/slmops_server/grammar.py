@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # the front does without the library
 JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r"[ \n\t]{0,24}", "lenient": True}
 MAX_CALLS = 8  # in one answer, where calls are forced
 MAX_TEXT = 256 << 10  # characters; compiling takes seconds from there on
+# The types of response_format, and what each may have beside it. A schema without a name is llama.cpp's form
+FORMS = {"text": set[str](), "json_object": {"schema"}, "json_schema": {"json_schema"}}
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
 
@@ -59,16 +61,21 @@ def _checked(grammar: Grammar) -> Grammar:
 
 
 def _response_format(form: Any) -> Grammar | None:
-    match form:
-        case {"type": "text"}:
-            return None
-        case {"type": "json_object"}:
-            return _schema({"type": "object"}, "response_format")
-        case {"type": "json_schema", "json_schema": {"schema": schema}}:
-            return _schema(schema, "response_format")
-        case {"type": "json_schema"}:
-            raise bad_request("response_format.json_schema.schema is missing.", "response_format")
-    raise bad_request("response_format.type is not one of text, json_object, json_schema.", "response_format")
+    where = "response_format"
+    given = {k: v for k, v in form.items() if v is not None} if isinstance(form, dict) else {}
+    kind = given.pop("type", None)
+    if not isinstance(kind, str) or kind not in FORMS:
+        raise bad_request(f"{where}.type is not one of {', '.join(FORMS)}.", where)
+    if unknown := set(given) - FORMS[kind]:
+        raise bad_request(f"{where}.{min(unknown)} is not supported with the type {kind}.", where)
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return _schema(given.get("schema", {"type": "object"}), where)
+    wrapped = given.get("json_schema")
+    if not isinstance(wrapped, dict) or "schema" not in wrapped:
+        raise bad_request(f"{where}.json_schema.schema is missing.", where)
+    return _schema(wrapped["schema"], where)
 
 
 def _structured_outputs(outputs: Any) -> Grammar:

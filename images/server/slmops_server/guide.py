@@ -24,14 +24,15 @@ CACHED_TEXT = 1 << 20  # characters of them all
 class MatcherGuide:
     """A Guide over llguidance's matcher. `problem`: why it gave up, if it did."""
 
-    def __init__(self, matcher: LLMatcher, vocab: int) -> None:
+    def __init__(self, matcher: LLMatcher, known: int, vocab: int) -> None:
+        """known: tokens that the matcher knows, of which the model has the first `vocab`."""
         self.problem = ""
-        self._matcher, self._vocab = matcher, vocab
-        self._bits = np.zeros(-(-vocab // 32), np.int32)
+        self._matcher, self._known, self._vocab = matcher, known, vocab
+        self._bits = np.zeros(-(-known // 32), np.int32)
 
     def copy(self) -> "MatcherGuide":
         """One for another answer, at the same place."""
-        return MatcherGuide(self._matcher.deep_copy(), self._vocab)
+        return MatcherGuide(self._matcher.deep_copy(), self._known, self._vocab)
 
     def allowed(self) -> NDArray[np.bool_]:
         """See Guide. At the grammar's end only an end token is allowed."""
@@ -52,7 +53,10 @@ class Guides:
     def __init__(self, tokenizer: Path, vocab: int, eos: Iterable[int]) -> None:
         """tokenizer: the path of a tokenizer.json; eos: the tokens that end an answer."""
         self._vocab = vocab
-        self._tokenizer = LLTokenizer(str(tokenizer), n_vocab=vocab, eos_token=sorted(eos))
+        try:
+            self._tokenizer = LLTokenizer(str(tokenizer), n_vocab=vocab, eos_token=sorted(eos))
+        except ValueError:  # the tokenizer has tokens that the model lacks (Gemma 3 has one): room for all of them
+            self._tokenizer = LLTokenizer(str(tokenizer), eos_token=sorted(eos))
         self._made: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
         self._size = 0  # characters
         self._lock = threading.Lock()
@@ -64,7 +68,7 @@ class Guides:
             if matcher is None:
                 return None
             self._made.move_to_end((kind, text))
-            return MatcherGuide(matcher.deep_copy(), self._vocab)
+            return self._guide(matcher)
 
     def new(self, kind: str, text: str) -> MatcherGuide:
         """Kind as in Grammar. May take seconds for a large grammar; the GIL is free meanwhile. BadGrammarError."""
@@ -76,11 +80,15 @@ class Guides:
         if matcher.is_error():
             raise BadGrammarError(_first_line(matcher.get_error()))
         try:
-            MatcherGuide(matcher, self._vocab).allowed()  # the first mask is the dearest, and the first that may fail
+            # the first mask is the dearest, and the first that may fail
+            MatcherGuide(matcher, self._tokenizer.vocab_size, self._vocab).allowed()
         except ValueError as error:
             raise BadGrammarError(str(error)) from None
         self._keep(kind, text, matcher)
-        return MatcherGuide(matcher.deep_copy(), self._vocab)
+        return self._guide(matcher)
+
+    def _guide(self, matcher: LLMatcher) -> MatcherGuide:
+        return MatcherGuide(matcher.deep_copy(), self._tokenizer.vocab_size, self._vocab)
 
     def _keep(self, kind: str, text: str, matcher: LLMatcher) -> None:
         with self._lock:

@@ -14,7 +14,7 @@ TEXTS = ("name", "tool_call_id", "reasoning_content")
 READ = frozenset({"role", "content", "tool_calls", *TEXTS})
 OF_ASSISTANT = frozenset({"tool_calls", "reasoning_content"})
 # Fields of answers, which clients send back whole; what the model said is in its content
-HARMLESS = frozenset({"refusal", "annotations", "parsed", "type"})
+HARMLESS = frozenset({"refusal", "annotations", "parsed", "type", "provider_specific_fields"})
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 MAX_TOOLS = 128
 
@@ -139,7 +139,7 @@ def _tool(tool: Any, where: str) -> tuple[str, dict[str, Any]]:
         raise bad_request(f"{where}.function.name is not 1 to 64 letters, digits, _ or -.", f"{where}.function.name")
     schema = function.get("parameters")
     if schema is None:
-        schema = {"type": "object", "properties": {}}
+        schema = {"type": "object", "properties": {}, "additionalProperties": False}
     if not isinstance(schema, dict):
         raise bad_request(f"{where}.function.parameters is not a JSON schema.", f"{where}.function.parameters")
     kind = schema.get("type", "object")

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import string
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -9,6 +10,8 @@ from slmops_server.detok import overlap
 from slmops_server.template import json_text
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+# Templates of Mistral's models refuse a conversation with ids of any other form
+ID_LETTERS, ID_LENGTH = string.ascii_letters + string.digits, 9
 
 
 class Call(NamedTuple):
@@ -117,4 +120,4 @@ class ToolParser:
             text = json_text(arguments, allow_nan=False)
         except (ValueError, RecursionError):  # NaN and Infinity, which only Python takes for JSON; read, but just so
             return None
-        return Call(f"call_{secrets.token_hex(12)}", name, text)
+        return Call("".join(secrets.choice(ID_LETTERS) for _ in range(ID_LENGTH)), name, text)

@@ -9,6 +9,8 @@ import orjson
 from slmops_server.tools import Call
 
 DONE = b"data: [DONE]\n\n"
+# Line ends in Unicode's eyes, not in SSE's: clients in Python that split the stream by str.splitlines cut a frame there
+LINE_ENDS = {one.encode(): b"\\u%04x" % ord(one) for one in "\x85\u2028\u2029"}
 
 
 def usage(prompt: int, completion: int, cached: int) -> dict[str, object]:
@@ -23,7 +25,15 @@ def usage(prompt: int, completion: int, cached: int) -> dict[str, object]:
 
 def error_frame(body: bytes) -> bytes:
     """A failure after the stream began; nothing follows it."""
-    return b"data: " + body + b"\n\n"
+    return b"data: " + _one_line(body) + b"\n\n"
+
+
+def _one_line(json: bytes) -> bytes:
+    """The same JSON without a character that anybody takes for the end of a line."""
+    if not json.isascii():
+        for raw, escape in LINE_ENDS.items():
+            json = json.replace(raw, escape)
+    return json
 
 
 class Frames:
@@ -35,7 +45,7 @@ class Frames:
         self._created = int(time.time())
         self._object = "chat.completion" if kind == "chat" else "text_completion"
         chunk = "chat.completion.chunk" if kind == "chat" else "text_completion"
-        self._head = b"data: " + orjson.dumps(self._base(chunk))[:-1]
+        self._head = b"data: " + _one_line(orjson.dumps(self._base(chunk))[:-1])
         self._tail = b',"usage":null}\n\n' if include_usage else b"}\n\n"
         self._include_usage, self._continuous_usage = include_usage, continuous_usage
 
@@ -83,9 +93,9 @@ class Frames:
         )
 
     def _chunk(self, choice: int, body: bytes, logprobs: object = None, reason: bytes = b"null") -> bytes:
-        told = b"null" if logprobs is None else orjson.dumps(logprobs)
+        told = b"null" if logprobs is None else _one_line(orjson.dumps(logprobs))
         head = self._head + b',"choices":[{"index":%d,' % choice
-        return head + body + b',"logprobs":' + told + b',"finish_reason":' + reason + b"}]" + self._tail
+        return head + _one_line(body) + b',"logprobs":' + told + b',"finish_reason":' + reason + b"}]" + self._tail
 
     def choice(self, number: int, text: str, calls: list[Call], logprobs: object, finish: str) -> dict[str, object]:
         """One choice of a whole answer."""
