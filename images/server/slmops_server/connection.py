@@ -3,6 +3,10 @@
 uvicorn has a keep-alive time, which starts after the first answer only, and a limit on concurrency, which refuses
 probes as well and not in OpenAI's shape. Its h11 protocol limits the size of headers, the faster one over
 httptools does not.
+
+An Upgrade is ignored, as RFC 9110 (7.8) allows; Java's HttpClient asks for HTTP/2 with every request over a fresh
+connection. httptools takes what follows such a head for another protocol, the body too, so it gets the head again
+without that header.
 """
 
 import asyncio
@@ -11,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from slmops_server.errors import ApiError, bad_request
@@ -70,6 +75,7 @@ class Connection(HttpToolsProtocol):
         self.timeout_keep_alive = self.limits.idle  # type: ignore[assignment]  # int in uvicorn, for no reason
         self._head: int | None = None  # bytes of an unfinished head; None: not within a head
         self._arriving = False  # within a request
+        self._upgrade = False  # the head asks for one
         self._refusal: ApiError | None = None
         self._untaken = 0  # bytes that waited to be sent when the time began
         self._refused = self._crowded = False
@@ -98,7 +104,7 @@ class Connection(HttpToolsProtocol):
         if self._refused:
             return
         idle = self.timeout_keep_alive_task
-        super().data_received(data)
+        self._parse(data)
         self._stay_idle(self.loop.time() + self.timeout_keep_alive if idle is None else idle.when())
         if self._head is not None:
             self._head += len(data)
@@ -108,6 +114,31 @@ class Connection(HttpToolsProtocol):
             self._receiving.stop()
         elif not self._refused:
             self._receiving.start(self.limits.receive)
+
+    def _parse(self, data: bytes) -> None:
+        """As uvicorn does, but for upgrades."""
+        self._unset_keepalive_if_required()
+        rest: bytes | None = data
+        try:
+            while rest is not None:
+                rest = self._feed(rest)
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _feed(self, data: bytes) -> bytes | None:
+        """What is to be parsed again, from a head that asked for an upgrade on."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as end:
+            if not self._upgrade:  # CONNECT
+                return None
+            self._upgrade = False
+            head = b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+            fields = [b"%s: %s\r\n" % field for field in self.headers if field[0] != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets it
+            return b"".join([head, *fields, b"\r\n", data[end.args[0] :]])
+        return None
 
     def _stay_idle(self, until: float) -> None:
         """Any byte ends the idle time of uvicorn; blank lines and what is thrown away begin no request."""
@@ -129,11 +160,16 @@ class Connection(HttpToolsProtocol):
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > MAX_HEAD or len(self.headers) > MAX_HEADERS:
             self._refusal = _too_large()
-            raise ValueError  # stops the parser, which then calls send_400_response
+            raise ValueError  # stops the parser; `_parse` then calls send_400_response
+        if self.parser.should_upgrade() and any(name == b"upgrade" for name, _ in self.headers):
+            self._upgrade = True
+            return
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """The request is here."""
+        if self._upgrade:
+            return
         self._arriving = False
         super().on_message_complete()
 
