@@ -124,6 +124,9 @@ def test_code_and_pickles_are_refused_whole(name: str, tmp_path: Path) -> None:
         ("model.safetensors", b""),
         ("model.gguf", b"PK\x03\x04"),
         ("train.parquet", b"nope"),
+        ("weights.data", b"\x7fELF\x02\x01\x01" + bytes(99)),
+        ("model.onnx_data", bytes.fromhex("cffaedfe07000001") + bytes(99)),
+        ("notes.txt", b"MZ" + bytes(58) + (80).to_bytes(4, "little") + bytes(16) + b"PE\0\0"),
     ],
 )
 def test_a_friendly_name_does_not_hide_another_format(name: str, data: bytes, tmp_path: Path) -> None:
@@ -136,6 +139,14 @@ def test_a_friendly_name_does_not_hide_another_format(name: str, data: bytes, tm
             action()
         assert caught.value.reason == "UnsupportedFormat"
     assert sorted(item.name for item in tmp_path.iterdir()) == ["in"]
+
+
+@pytest.mark.parametrize("data", [b"MZ", b"MZ" + bytes(99), b"MZ" + b"\xff" * 99, b"\x7fEL", b""])
+def test_weights_may_begin_with_any_numbers(data: bytes, tmp_path: Path) -> None:
+    source = write(tmp_path / "in", {"model.onnx": b"x", "model.onnx.data": data})
+    push(source, f"file://{tmp_path}/out", Manifest(kind="model"))
+    pull(f"file://{tmp_path}/out", tmp_path / "pulled")
+    assert (tmp_path / "pulled" / "model.onnx.data").read_bytes() == data
 
 
 def test_an_empty_folder_is_no_artifact(tmp_path: Path) -> None:

@@ -332,6 +332,20 @@ def test_a_call_with_half_a_character_can_be_sent_back(with_tools: Server) -> No
     assert answer.status_code == 200
 
 
+def test_a_template_for_tools_alone_is_taken_for_them(start: Start, tmp_path: Path, server: Server) -> None:
+    """As the hub has it for Hermes and Command R: the other one knows no tools."""
+    model = shutil.copytree(TINY, tmp_path / "model")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text(TEMPLATE)
+    both = start("--slots", "2", model=model)
+    assert both.chat().json()["choices"] == server.chat().json()["choices"]
+    told = both.chat(tools=[WEATHER], tool_choice="required", max_tokens=300)
+    assert told.status_code == 200, told.text
+    (choice,) = told.json()["choices"]
+    assert choice["message"]["tool_calls"][0]["function"]["name"] == "weather"
+    assert told.json()["usage"]["prompt_tokens"] > both.chat().json()["usage"]["prompt_tokens"]
+
+
 def test_tools_need_a_template_that_knows_them(server: Server, with_tools: Server) -> None:
     refused = server.chat(tools=[WEATHER])
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tools")

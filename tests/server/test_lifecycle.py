@@ -269,6 +269,8 @@ def test_keys_and_a_metrics_port(start: Start, tmp_path: Path) -> None:
     assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
     server.http.headers["authorization"] = "Bearer sesame"
     assert server.complete().status_code == 200
+    assert server.http.get("/metrics").status_code == 404  # it is not for everybody who reaches the API
+    assert server.probe("readyz") == server.probe("livez") == 200
     with httpx.Client(base_url=f"http://127.0.0.1:{metrics}") as other:
         assert 'slmops_http_requests_total{code="401",model_name="tiny"} 1.0' in other.get("/metrics").text
         assert other.get("/readyz").status_code == 200

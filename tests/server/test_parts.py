@@ -214,6 +214,18 @@ CONFIG = (TINY / "genai_config.json").read_text()
 SHAPES = ("max_position_embeddings", "vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size")
 
 
+def native(config: str) -> str:
+    """Let a model in a pipeline bring a library."""
+    told = json.loads(config)
+    told["model"]["decoder"]["pipeline"] = [{"x": {"session_options": {"custom_ops_library": "weights.data"}}}]
+    return json.dumps(told)
+
+
+def hidden(config: str) -> str:
+    """The same where Python's reader, which takes the last of two, would not see it."""
+    return f'{config[:-1]}, "model": {json.dumps(json.loads(CONFIG)["model"])}}}'
+
+
 def as_ir(folder: Path, more: dict[str, object]) -> None:
     """The files of an IR folder, as far as they are looked at before it is loaded."""
     (folder / "genai_config.json").unlink()
@@ -230,6 +242,11 @@ def as_ir(folder: Path, more: dict[str, object]) -> None:
         (lambda p: (p / "genai_config.json").write_text('{"model": {}}'), "decoder-only"),
         (lambda p: (p / "genai_config.json").write_text("[" * 99_999), "nested too deeply"),
         (lambda p: (p / "genai_config.json").write_text(CONFIG.replace("512", "1e999")), "decoder-only"),
+        (
+            lambda p: (p / "genai_config.json").write_text(native(CONFIG)),
+            "genai_config.json is refused: custom_ops_lib",
+        ),
+        (lambda p: (p / "genai_config.json").write_text(hidden(native(CONFIG))), "custom_ops_library is set.*Remove"),
         (lambda p: (p / "genai_config.json").write_text(json.dumps(json.loads(CONFIG) | {"search": []})), "decoder"),
         (lambda p: (p / "genai_config.json").write_text(CONFIG.replace("eos_token_id", "x")), "no eos_token_id in"),
         (lambda p: as_ir(p, {"eos_token_id": None}), "no eos_token_id in .*: add the id of the token that ends an ans"),
@@ -267,6 +284,34 @@ def test_a_template_that_is_no_text_is_none(tiny: Path, tmp_path: Path) -> None:
     for template, read in (("x", "x"), (["x"], None), ([{"name": "default", "template": "y"}], "y"), ({"a": 1}, None)):
         (copy / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
         assert model_folder.read(copy).chat_template == read
+
+
+def test_requests_with_tools_may_have_a_template_of_their_own(tiny: Path, tmp_path: Path) -> None:
+    """In either form that transformers writes and reads."""
+    copy = shutil.copytree(tiny, tmp_path / "model")
+    (copy / "chat_template.jinja").unlink()
+    named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    (copy / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    folder = model_folder.read(copy)
+    assert (folder.chat_template, folder.tool_template) == ("a", "b")
+    (copy / "chat_template.jinja").write_text("c")  # where the newer files are, the older field does not count
+    folder = model_folder.read(copy)
+    assert (folder.chat_template, folder.tool_template) == ("c", None)
+    (copy / "additional_chat_templates").mkdir()
+    (copy / "additional_chat_templates" / "tool_use.jinja").write_text("d")
+    folder = model_folder.read(copy)
+    assert (folder.chat_template, folder.tool_template) == ("c", "d")
+
+
+@pytest.mark.parametrize(("source", "warned"), [("{{ messages[0].content }}", False), ("{{ 1 / 0 }}", True)])
+def test_a_template_that_renders_nothing_is_told_at_start(
+    tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, source: str, warned: bool
+) -> None:
+    copy = shutil.copytree(tiny, tmp_path / "model")
+    (copy / "chat_template.jinja").write_text(source)
+    Service(settings.Settings(model=copy, served_names=("tiny",)))
+    assert ("every chat is to be refused" in caplog.text) == warned
+    assert ("ZeroDivisionError" in caplog.text) == warned
 
 
 def test_slots_are_planned_from_memory(tiny: Path) -> None:

@@ -1,4 +1,4 @@
-"""docs/metrics.md names every metric that the code has, and no other."""
+"""docs/metrics.md names every metric that the code has, and no other; docs/serving.md those of the server."""
 
 import ast
 import re
@@ -39,9 +39,9 @@ def made(part: str) -> set[str]:
     return {name for path in PARTS[part].rglob("*.py") for name in names(ast.parse(path.read_text()))}
 
 
-def told() -> set[str]:
-    rows = [line.split("|")[1] for line in PAGE.splitlines() if line.startswith("| `")]
-    return {name for row in rows for name in re.findall(f"`({OURS})`", row)}
+def told(page: str = PAGE) -> set[str]:
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    return {name for row in rows for name in re.findall(f"`({OURS})(?:{{.*?}})?`", row)}
 
 
 def plain(name: str) -> str:
@@ -53,6 +53,11 @@ def test_every_metric_is_on_the_page(part: str) -> None:
     found = made(part)
     assert len(found) >= 3, "the search is broken"
     assert {plain(name) for name in found} - {plain(name) for name in told()} == set(), "add a row to docs/metrics.md"
+
+
+def test_the_servers_own_page_has_all_of_its_metrics_and_no_other() -> None:
+    page = told((ROOT / "docs/serving.md").read_text().partition("\n## Metrics\n")[2].partition("\n## ")[0])
+    assert {plain(name) for name in page} == {plain(name) for name in made("server")}
 
 
 def test_every_row_is_a_metric() -> None:

@@ -28,6 +28,23 @@ def test_the_images_to_build_are_those_whose_files_are_here() -> None:
     assert {"base", "pause"} <= all_of_them - told
 
 
+def test_the_server_can_be_started_as_its_page_says() -> None:
+    """The lines were tried by hand; what they name is looked for here."""
+    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    image = (ROOT / "images/server/Dockerfile").read_text(encoding="utf-8")
+    (dockerfile,) = re.findall(r"^docker build -t slmops-server -f (\S+) \.$", page, re.MULTILINE)
+    assert dockerfile == "images/server/Dockerfile"
+    assert re.search(r"^docker run .* -p 8000:8000 .* slmops-server --model /model ", page, re.MULTILINE)
+    assert 'ENTRYPOINT ["slmops-server"]' in image
+    assert "EXPOSE 8000" in image
+    (python, lock) = re.findall(r"^python(\S+) -m venv .* -r (\S+)$", page, re.MULTILINE)[0]
+    assert f"python:{python}-" in image
+    assert lock in image
+    assert (ROOT / lock).is_file()
+    ((source, module),) = re.findall(r"^PYTHONPATH=(\S+) \S+/python -m (\S+) --model", page, re.MULTILINE)
+    assert (ROOT / source / module / "__main__.py").is_file()
+
+
 def examples() -> Iterator[tuple[str, dict[str, Any]]]:
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for text in re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):

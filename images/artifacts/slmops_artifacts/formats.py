@@ -52,6 +52,12 @@ TORCH_BIN = (
     "scaler",
 )
 
+# How native code begins: ELF, and Mach-O of either byte order or for several CPUs; Windows' is looked at more closely
+PROGRAMS = (
+    b"\x7fELF",
+    *(bytes.fromhex(magic) for magic in ("feedface", "feedfacf", "cefaedfe", "cffaedfe", "cafebabe")),
+)
+
 FORMAT_ORDER = ("safetensors", "onnx", "openvino", "gguf")
 ALLOWED_TEXT = "safetensors, ONNX, OpenVINO IR, GGUF, jsonl, parquet, csv, and their json/txt/jinja/md/png companions"
 
@@ -124,7 +130,12 @@ def detect_format(verdicts: dict[str, Verdict]) -> str:
 
 
 def check_content(path: str, file: Path, where: str) -> None:
-    """Look at the first bytes of weights, so that a pickle under a friendly name is caught."""
+    """Look at the first bytes, so that code under any name and a pickle under that of weights are caught."""
+    if _is_program(file):
+        raise ArtifactError(
+            "UnsupportedFormat",
+            f"{where}: {path} is native code, whatever its name. An artifact holds none: remove it.",
+        )
     lower = path.lower()
     if not lower.endswith((".safetensors", ".gguf", ".bin", ".parquet")):
         return
@@ -143,6 +154,15 @@ def check_content(path: str, file: Path, where: str) -> None:
                 "UnsupportedFormat",
                 f"{where}: {path} is not a {suffix} file (wrong first bytes). Write it again with the right tool.",
             )
+
+
+def _is_program(file: Path) -> bool:
+    with file.open("rb") as stream:
+        head = stream.read(64)
+        if head[:2] != b"MZ":  # raw weights may begin so by chance: such a program says where its next mark is
+            return head.startswith(PROGRAMS)
+        stream.seek(int.from_bytes(head[60:], "little"))
+        return stream.read(4) == b"PE\0\0"
 
 
 def _is_openvino(path: str, siblings: Iterable[str]) -> bool:

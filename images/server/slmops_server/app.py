@@ -1,4 +1,4 @@
-"""The ASGI applications: the API with its probes, and the probes with /metrics alone for a port of their own."""
+"""The ASGI applications: the API with its probes, and the probes with /metrics, which may have a port of their own."""
 
 import logging
 import secrets
@@ -25,9 +25,9 @@ MAX_ID = 128
 
 
 class Routes:
-    """Probes, /metrics and, with api=True, the API."""
+    """Probes, and what else the port is for. The API's keys do not guard /metrics: the API's port may go without."""
 
-    def __init__(self, service: Service, api: bool) -> None:
+    def __init__(self, service: Service, api: bool, metrics: bool) -> None:
         self._service = service
         self._get: dict[str, Endpoint] = {
             "/livez": self._livez,
@@ -35,8 +35,9 @@ class Routes:
             "/startupz": self._startupz,
             "/health": self._readyz,
             "/healthz": self._livez,
-            "/metrics": self._metrics,
         }
+        if metrics:
+            self._get["/metrics"] = self._metrics
         self._post: dict[str, Endpoint] = {}
         if api:
             self._get["/v1/models"] = self._models

@@ -19,9 +19,10 @@ class Choice:
         self._begun = False
         self._scoring = request.max_tokens == 0
         self._parser = None
-        if request.tools and service.template:
+        template = service.template_of(request)
+        if request.tools and template:
             most = None if request.tools.parallel else 1
-            self._parser = ToolParser(service.template.tags_calls, request.tools.schemas, most)
+            self._parser = ToolParser(template.tags_calls, request.tools.schemas, most)
         self._alternatives = request.sampling.logprobs
         self._text_logprobs = TextLogprobs()
         self._echo = ""

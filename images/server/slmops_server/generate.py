@@ -85,8 +85,9 @@ class Generate:
     def _submit(self, request: Request, prompts: list[list[int]], limits: list[int]) -> Stream:
         service, grammar, answer = self._service, request.grammar, None
         adapter = service.adapter(request.model)
-        if request.tools and request.tools.forced and service.template:
-            grammar = calls_grammar(request.tools, service.template.tags_calls)
+        template = service.template_of(request)
+        if request.tools and request.tools.forced and template:
+            grammar = calls_grammar(request.tools, template.tags_calls)
         for number in range(len(prompts) * request.n):
             prompt = prompts[number // request.n]
             sampling = request.sampling

@@ -71,9 +71,10 @@ async def serve(settings: Settings) -> int:
     """Until SIGTERM or SIGINT: 0 after a clean drain, 1 when the model cannot be served."""
     service = Service(settings)
     limits = _limits(service)
-    listeners = [_listener(Routes(service, api=True), settings, settings.port, limits)]
-    if settings.metrics_port and settings.metrics_port != settings.port:
-        listeners.append(_listener(Routes(service, api=False), settings, settings.metrics_port, limits))
+    apart = settings.metrics_port not in (0, settings.port)
+    listeners = [_listener(Routes(service, api=True, metrics=not apart), settings, settings.port, limits)]
+    if apart:
+        listeners.append(_listener(Routes(service, api=False, metrics=True), settings, settings.metrics_port, limits))
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 IR = "openvino_model.xml"  # as optimum-intel names it
 GGUF = ".gguf"
+NATIVE = "custom_ops_library"  # key of session options: a library that onnxruntime-genai would load and run
 
 
 class BadModelFolderError(Exception):
@@ -25,7 +26,8 @@ class BadModelFolderError(Exception):
 class ModelFolder:
     """Shapes are counts, `context_length` is tokens that can be served, `model_bytes` the graph with its weights.
 
-    `inputs`, `outputs` and `share_buffer` are an ONNX graph's; IR and GGUF have none.
+    `inputs`, `outputs` and `share_buffer` are an ONNX graph's; IR and GGUF have none. `tool_template` is the chat
+    template of requests with tools, where they have one of their own.
     """
 
     path: Path
@@ -41,6 +43,7 @@ class ModelFolder:
     inputs: dict[str, str]
     outputs: dict[str, str]
     chat_template: str | None
+    tool_template: str | None
     special_tokens: dict[str, str]
     model_bytes: int
 
@@ -58,9 +61,18 @@ def _text(path: Path) -> str:
         raise BadModelFolderError(f"{path} cannot be read: {error}") from None
 
 
+def _data(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON file. All its pairs are looked at: of two with one key other readers take the first."""
+    if any(name == NATIVE for name, _ in pairs):
+        raise BadModelFolderError(f"{NATIVE} is set: a model brings no native code. Remove it")
+    return dict(pairs)
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(_text(path))
+        value = json.loads(_text(path), object_pairs_hook=_data)
+    except BadModelFolderError as error:
+        raise BadModelFolderError(f"{path} is refused: {error}") from None
     except ValueError as error:
         raise BadModelFolderError(f"{path} cannot be read: {error}") from None
     except RecursionError:
@@ -70,15 +82,15 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _template(path: Path, settings: dict[str, Any]) -> str | None:
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return _text(file)
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # older form: several named templates
-        named = [one for one in template if isinstance(one, dict)]
-        template = next((one.get("template") for one in named if one.get("name") == "default"), None)
-    return template if isinstance(template, str) else None
+def _templates(path: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """By name: "default", and "tool_use" where transformers takes another one for requests with tools."""
+    told = settings.get("chat_template")
+    named = told if isinstance(told, list) else [{"name": "default", "template": told}]
+    old = {str(one.get("name")): one.get("template") for one in named if isinstance(one, dict)}
+    files = {"default": path / "chat_template.jinja", "tool_use": path / "additional_chat_templates" / "tool_use.jinja"}
+    new = {name: _text(file) for name, file in files.items() if file.is_file()}
+    found = new if "default" in new else {**old, **new}
+    return {name: template for name, template in found.items() if isinstance(template, str)}
 
 
 def _special_tokens(path: Path, settings: dict[str, Any]) -> dict[str, str]:
@@ -106,6 +118,7 @@ def read(path: Path) -> ModelFolder:
     settings = _json(tokenizer_file) if tokenizer_file.is_file() else {}
     if other:
         return _read_other(path, other, settings)
+    templates = _templates(path, settings)
     try:
         model = config["model"]
         decoder = model["decoder"]
@@ -124,7 +137,8 @@ def read(path: Path) -> ModelFolder:
             share_buffer=bool(config.get("search", {}).get("past_present_share_buffer", False)),
             inputs=dict(decoder["inputs"]),
             outputs=dict(decoder["outputs"]),
-            chat_template=_template(path, settings),
+            chat_template=templates.get("default"),
+            tool_template=templates.get("tool_use"),
             special_tokens=_special_tokens(path, settings),
             model_bytes=sum(p.stat().st_size for p in path.iterdir() if ".onnx" in p.name),
         )
@@ -189,6 +203,7 @@ def _read_other(path: Path, graph: Path, settings: dict[str, Any]) -> ModelFolde
     """IR or GGUF; config.json and generation_config.json are those of transformers."""
     config = _json(path / "config.json")
     generation = _json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
+    templates = _templates(path, settings)
     try:
         heads = int(config["num_attention_heads"])
         eos = next((ids for one in (generation, config) if (ids := one.get("eos_token_id")) is not None), None)
@@ -205,7 +220,8 @@ def _read_other(path: Path, graph: Path, settings: dict[str, Any]) -> ModelFolde
             share_buffer=False,
             inputs={},
             outputs={},
-            chat_template=_template(path, settings),
+            chat_template=templates.get("default"),
+            tool_template=templates.get("tool_use"),
             special_tokens=_special_tokens(path, settings),
             model_bytes=sum(p.stat().st_size for p in {graph, _weights(graph)}),
         )

@@ -1,6 +1,7 @@
 """What the front knows: the model's text side, the engine behind it, and whether it takes requests."""
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -21,11 +22,14 @@ from slmops_server.settings import Settings
 from slmops_server.supervisor import Supervisor
 from slmops_server.template import ChatTemplate
 
+log = logging.getLogger(__name__)
+
 LONG_TEXT = 20_000  # characters in all prompts of a request from which tokenizing leaves the event loop
 MAX_RETRY_AFTER = 60  # seconds
 QUEUED_SHARE = 8  # a place in the queue is worth this part of the longest prompt
 
 
+GREETING = [{"role": "user", "content": "Hello"}]
 ANY = Work(1, 1)  # stands for a request that was not read yet
 
 
@@ -37,14 +41,9 @@ class Service:
         self.folder = model_folder.read(settings.model)
         self.tokenizer = model_folder.read_tokenizer(settings.model)
         self.pieces = DetokenizerFactory(self.tokenizer)
-        self.template = None
-        if self.folder.chat_template is not None:
-            try:
-                self.template = ChatTemplate(self.folder.chat_template, self.folder.special_tokens)
-            except TemplateError as error:
-                raise BadModelFolderError(
-                    f"the chat template of {settings.model} is not valid Jinja: {error}"
-                ) from None
+        self.template = self._template(self.folder.chat_template)
+        self.tool_template = self._template(self.folder.tool_template)
+        self._try_template()
         self.max_len = min(settings.max_model_len or self.folder.context_length, self.folder.context_length)
         self.keys = ApiKeys(settings.api_keys_dir)
         options = EngineOptions(
@@ -67,6 +66,26 @@ class Service:
         self._max_queue_tokens = settings.max_queue_tokens or max(
             self.max_len, settings.max_queue * self.max_len // QUEUED_SHARE
         )
+
+    def _template(self, source: str | None) -> ChatTemplate | None:
+        try:
+            return None if source is None else ChatTemplate(source, self.folder.special_tokens)
+        except TemplateError as error:
+            raise BadModelFolderError(
+                f"the chat template of {self.settings.model} is not valid Jinja: {error}"
+            ) from None
+
+    def _try_template(self) -> None:
+        """A warning where no chat can be answered. The server starts all the same: completions need no template."""
+        try:
+            if self.template:
+                self.template.render(GREETING)
+        except ApiError as error:
+            log.warning("Failed to render a user's message, so every chat is to be refused problem=%s", error.message)
+
+    def template_of(self, request: Request) -> ChatTemplate | None:
+        """The chat template for a request: models may have one of their own for tools."""
+        return self.tool_template if request.tools and self.tool_template else self.template
 
     @property
     def ready(self) -> bool:
@@ -136,12 +155,13 @@ class Service:
         if request.messages is None:
             aside = sum(len(prompt) for prompt in request.prompts if isinstance(prompt, str)) >= LONG_TEXT
             return [await self._prompt(request, prompt, aside) for prompt in request.prompts]
-        if self.template is None:
+        template = self.template_of(request)
+        if template is None:
             raise bad_request("This model has no chat template; use /v1/completions.", "messages", "no_chat_template")
-        if request.tools and not self.template.takes_tools:
+        if request.tools and not template.takes_tools:
             raise bad_request("This model's chat template knows no tools.", "tools", "unsupported_parameter")
         specs = request.tools.specs if request.tools else None
-        text = self.template.render(request.messages, specs, request.template_fields)
+        text = template.render(request.messages, specs, request.template_fields)
         return [await self._prompt(request, text, len(text) >= LONG_TEXT)]
 
     async def _prompt(self, request: Request, prompt: str | list[int], aside: bool) -> list[int]:
