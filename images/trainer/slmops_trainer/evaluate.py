@@ -106,12 +106,13 @@ def _f1(common: int, given: int, wanted: int) -> float:
 
 def _same(left: Any, right: Any) -> bool:
     """JSON equality: true is not 1."""
-    return json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True) or (
-        left == right
-        and isinstance(left, float) != isinstance(right, float)
-        and not isinstance(left, bool)
-        and not isinstance(right, bool)
-    )
+    return json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True)
+
+
+def _number(text: str) -> int | float:
+    """10.0 is 10, however deep it stands."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def _refuse(text: str) -> float:
@@ -120,7 +121,7 @@ def _refuse(text: str) -> float:
 
 def _parse(text: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return json.loads(text, parse_float=_number, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return _INVALID
 
