@@ -24,11 +24,32 @@ CLOSED = CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
 SILENT = CHATML.replace(
     "message['content'] + '<|im_end|>", "('' if message['role'] == 'assistant' else message['content']) + '<|im_end|>"
 )
+# Qwen3's own, without tools: thoughts are shown, empty or not, behind the last question alone.
+QWEN3 = (
+    "{%- set ns = namespace(last=messages|length - 1, looking=true) %}{%- for message in messages[::-1] %}"
+    "{%- set index = (messages|length - 1) - loop.index0 %}{%- if ns.looking and message.role == 'user' %}"
+    "{%- set ns.looking = false %}{%- set ns.last = index %}{%- endif %}{%- endfor %}{%- for message in messages %}"
+    "{%- if message.role == 'assistant' %}{%- set content = message.content %}{%- set reasoning_content = '' %}"
+    "{%- if '</think>' in content %}"
+    "{%- set reasoning_content = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}{%- if loop.index0 > ns.last %}"
+    "{%- if loop.last or (not loop.last and reasoning_content) %}"
+    "{{- '<|im_start|>assistant\n<think>\n' + reasoning_content.strip('\n') + '\n</think>\n\n' }}"
+    "{{- content.lstrip('\n') }}"
+    "{%- else %}{{- '<|im_start|>assistant\n' + content }}{%- endif %}"
+    "{%- else %}{{- '<|im_start|>assistant\n' + content }}{%- endif %}{{- '<|im_end|>\n' }}"
+    "{%- else %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}{%- endif %}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
+    "{%- endif %}"
+)
 # Has the model think before it answers, and shows no thoughts of earlier answers.
 THINKING = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
 # The same of Qwen3's models that always think.
 OPENED_THOUGHTS = EMPTY_THOUGHTS.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
 ENDLESS = CHATML.replace("<|im_end|>", "")
+# Marks the answers alone, and ends them in the next line.
+APART = MARKED.replace("{{ '<|im_end|>\n' }}", "{{ '\n<|im_end|>\n' }}")
 STERN = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
 
 TALK = Example(
@@ -47,7 +68,16 @@ def tokenizer(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
 
 def trained(tokenizer: Any, example: Example, loss_on: encoding.LossOn = "assistant") -> tuple[str, str]:
     """The whole text, and the text of what is trained, with a bar between separate stretches."""
-    (item,) = encoding.encode(tokenizer, [example], [END], loss_on, 10_000).items
+    (only,) = several(tokenizer, example, loss_on)
+    return only
+
+
+def several(tokenizer: Any, example: Example, loss_on: encoding.LossOn = "assistant") -> list[tuple[str, str]]:
+    """The same of each text that the example becomes."""
+    return [_texts(tokenizer, item) for item in encoding.encode(tokenizer, [example], [END], loss_on, 10_000).items]
+
+
+def _texts(tokenizer: Any, item: encoding.Encoded) -> tuple[str, str]:
     parts: list[list[int]] = [[]]
     for token, label in zip(item.input_ids, item.labels, strict=True):
         assert label in (token, IGNORED)
@@ -127,9 +157,22 @@ def test_what_stands_before_an_answer_is_what_inference_gives(tokenizer: Any, an
 
 @pytest.mark.parametrize("tokenizer", [ENDLESS], indirect=True)
 def test_an_answer_without_an_end_gets_one(tokenizer: Any) -> None:
+    """Directly behind it: where white space of the template stands between, generation would have to say that first."""
     whole, answers = trained(tokenizer, ASK)
-    assert whole.endswith('{"room": "lab"}\n<|im_end|>')
-    assert answers == '{"room": "lab"}|<|im_end|>'
+    assert whole.endswith('{"room": "lab"}<|im_end|>')
+    assert answers == '{"room": "lab"}<|im_end|>'
+    assert several(tokenizer, TALK) == [
+        (
+            "<|im_start|>system\nbe brief\n<|im_start|>user\nlamp?\n<|im_start|>assistant\nlab<|im_end|>",
+            "lab<|im_end|>",
+        ),
+        (tokenizer.decode(encoding.encode_prompt(tokenizer, TALK)) + "hall<|im_end|>", "hall<|im_end|>"),
+    ]
+
+
+@pytest.mark.parametrize("tokenizer", [APART], indirect=True)
+def test_an_end_that_a_template_sets_apart_is_not_waited_for(tokenizer: Any) -> None:
+    assert trained(tokenizer, TALK)[1] == "lab<|im_end|>|hall<|im_end|>"
 
 
 @pytest.mark.parametrize("tokenizer", [None], indirect=True)
@@ -141,11 +184,59 @@ def test_without_a_template_prompt_and_completion_are_joined(tokenizer: Any) -> 
     assert caught.value.reason == "UnsupportedModel"
 
 
-@pytest.mark.parametrize("tokenizer", [FORGETFUL], indirect=True)
-def test_a_template_that_rewrites_the_past_is_refused(tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    ("tokenizer", "ended"), [(FORGETFUL, ""), (QWEN3, "\n")], indirect=["tokenizer"], ids=["forgetful", "qwen3"]
+)
+def test_a_template_that_rewrites_the_past_is_trained_answer_by_answer(tokenizer: Any, ended: str) -> None:
+    """Each behind what the server gives the model when that answer is asked for."""
+    encoding.complete(tokenizer, [TALK])
     assert trained(tokenizer, ASK)[1] == '{"room": "lab"}<|im_end|>'
-    with pytest.raises(RunFailure, match=r"renders turn 3 of line 4 differently once more turns follow"):
-        trained(tokenizer, TALK)
+    first = Example(TALK.messages[:2], "lab", TALK.line)
+    found = several(tokenizer, TALK)
+    assert [answers for _, answers in found] == ["lab<|im_end|>", "hall<|im_end|>"]
+    for (whole, answers), example in zip(found, (first, TALK), strict=True):
+        assert whole == tokenizer.decode(encoding.encode_prompt(tokenizer, example)) + answers
+    # Where every token is trained, none of them twice.
+    whole, answers = trained(tokenizer, TALK, "all")
+    assert whole == answers == found[1][0]
+    assert whole + ended == tokenizer.apply_chat_template(TALK.turns, tokenize=False)
+
+
+@pytest.mark.parametrize("tokenizer", [QWEN3], indirect=True)
+def test_thoughts_are_trained_in_every_answer_of_a_conversation(tokenizer: Any) -> None:
+    deep = [f"<think>\n{thought}\n</think>\n\n{answer}" for thought, answer in (("bulb", "lab"), ("wood", "hall"))]
+    talk = Example((*TALK.messages[:2], Message("assistant", deep[0]), TALK.messages[3]), deep[1], 4)
+    encoding.complete(tokenizer, [talk])
+    found = several(tokenizer, talk)
+    assert [answers for _, answers in found] == [f"{answer}<|im_end|>" for answer in deep]
+    assert "bulb" not in found[1][0]  # nor does the server show it to the model then
+
+
+@pytest.mark.parametrize("tokenizer", [QWEN3], indirect=True)
+def test_a_conversation_that_is_too_long_is_left_out_whole(tokenizer: Any) -> None:
+    encoding.complete(tokenizer, [TALK])
+    short, long = (len(item.input_ids) for item in encoding.encode(tokenizer, [TALK], [END], "assistant", 1000).items)
+    found = encoding.encode(tokenizer, [TALK, ASK, TALK], [END], "assistant", long - 1)
+    assert (len(found.items), found.too_long) == (1, 2)
+    assert short < long
+    with pytest.raises(RunFailure, match=f"the shortest has {long}"):
+        encoding.encode(tokenizer, [TALK, TALK], [END], "assistant", long - 1)
+
+
+@pytest.mark.parametrize("tokenizer", [CHATML, None], indirect=True)
+def test_a_token_that_the_model_lacks_is_named_with_its_line(tokenizer: Any) -> None:
+    tokenizer.add_tokens(["<image>"])
+    encoding.bound(tokenizer, len(tokenizer) - 1)
+    asked, said = Example((Message("user", "an <image>"),), "x", 7), Example((Message("user", "an"),), "<image>", 8)
+    encoding.encode(tokenizer, [ASK], [END], "assistant", 100)
+    for example in (asked, said):
+        with pytest.raises(
+            RunFailure, match=f"Line {example.line} holds <image>: .* the model has no weights"
+        ) as caught:
+            encoding.encode(tokenizer, [ASK, example], [END], "assistant", 100)
+        assert caught.value.reason == "BadDataset"
+    with pytest.raises(RunFailure, match="Line 7 holds <image>"):
+        encoding.encode_prompt(tokenizer, asked)
 
 
 @pytest.mark.parametrize("tokenizer", [THINKING], indirect=True)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import CHATML, task, write_model
-from transformers import AutoConfig
+from tiny import CHATML, task, write_model, write_tokenizer
+from transformers import AutoConfig, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from slmops_trainer import encoding, generate, models
 from slmops_trainer.data import Example, Message
@@ -47,6 +47,18 @@ def drop_a_weight(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
+def save_rows(folder: Path, rows: int) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:rows].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+# As transformers 5 writes it for Phi-3.5 and Phi-4-mini.
+LONGROPE: dict[str, Any] = {
+    "type": "longrope", "rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 4.0, 8.0, 16.0],
+    "rope_theta": 5e5, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 64,
+}  # fmt: skip
+
 REFUSED: list[tuple[str, Callable[[Path], object], str]] = [
     ("bert", lambda f: edit(f, architectures=["BertForMaskedLM"]), r"the model is a BertForMaskedLM; a causal language model"),
     ("encoder-decoder", lambda f: edit(f, architectures=["T5ForConditionalGeneration"]), r"is a T5ForConditionalGeneration"),
@@ -58,6 +70,9 @@ REFUSED: list[tuple[str, Callable[[Path], object], str]] = [
     ("list config", lambda f: (f / "config.json").write_text("[]"), r"config.json is not a JSON object"),
     ("no weights", lambda f: (f / "model.safetensors").unlink(), r"has no .safetensors weights"),
     ("no tokenizer", lambda f: drop(f, *models.TOKENIZER_FILES), r"has no tokenizer"),
+    ("SentencePiece alone", lambda f: (drop(f, *models.TOKENIZER_FILES), (f / "tokenizer.model").write_bytes(b"x")), r"has a tokenizer.model alone. Publish tokenizer.json with the model"),
+    ("fewer rows than words", lambda f: (edit(f, vocab_size=300), save_rows(f, 300)), r"knows \d+ tokens, its model 300: they do not belong together"),
+    ("phi3 with a factor of its own", lambda f: edit(f, model_type="phi3", architectures=["Phi3ForCausalLM"], rope_parameters={**LONGROPE, "attention_factor": 1.5}), r"attention_factor of its own"),
     ("adapter", lambda f: (f / "config.json").rename(f / "adapter_config.json"), r"is a LoRA adapter, not a model. Merge it"),
     ("cut weights", lambda f: (f / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{"), r"cannot be loaded by transformers"),
     ("other model's weights", lambda f: edit(f, hidden_size=128), r"cannot be loaded by transformers"),
@@ -90,6 +105,67 @@ def test_rope_scaling_of_transformers_5_is_kept() -> None:
     assert found == {
         "x": 1, "rope_theta": 5e5, "partial_rotary_factor": 0.5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}
     }  # fmt: skip
+
+
+def test_a_phi3_of_transformers_5_computes_what_version_4_computes(folder: Path) -> None:
+    config = Phi3Config(
+        vocab_size=1024, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0,
+        max_position_embeddings=256, original_max_position_embeddings=64, rope_theta=5e5, partial_rotary_factor=0.5,
+        rope_scaling={name: LONGROPE[name] for name in ("type", "short_factor", "long_factor")}, eos_token_id=2,
+    )  # fmt: skip
+    model = Phi3ForCausalLM(config).eval()
+    drop(folder, "model.safetensors")
+    model.save_pretrained(folder)
+    ids = torch.arange(100).reshape(1, -1)  # beyond the 64 of the short factors
+    edit(folder, rope_theta=None, rope_scaling=None, partial_rotary_factor=None, rope_parameters=LONGROPE)
+    loaded = models.load(folder, "the model")
+    with torch.no_grad():
+        assert torch.equal(loaded.model(ids).logits, model(ids).logits)
+
+
+def test_special_tokens_of_transformers_5_are_special(folder: Path) -> None:
+    token = {"content": "<|more|>", "__type": "AddedToken", "special": True}
+    edit(folder, "tokenizer_config.json", extra_special_tokens=["<|im_start|>", token])
+    found = models.load(folder, "the model").tokenizer
+    more = found.convert_tokens_to_ids(["<|im_start|>", "<|more|>"])
+    assert set(more) <= set(found.all_special_ids)
+    assert encoding.decode_answer(found, [*more, *found("lamp")["input_ids"]]) == "lamp"
+
+
+def test_a_token_for_images_is_no_reason_to_refuse_a_model_for_text(folder: Path) -> None:
+    """Gemma 3 of 270M and 1B: the tokenizer is that of the larger ones, which see."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.save_pretrained(folder)
+    edit(folder, vocab_size=rows)
+    save_rows(folder, rows)
+    loaded = models.load(folder, "the model")
+    row = Example((Message("user", "an <image>"),), "x", 3)
+    with pytest.raises(RunFailure, match="Line 3 holds <image>"):
+        encoding.encode_prompt(loaded.tokenizer, row)
+    assert len(generate.generate(loaded.model, loaded.tokenizer, examples()[:1], 5, 1)) == 1
+    # One that every answer would need is another matter.
+    edit(folder, "tokenizer_config.json", chat_template=CHATML.replace("<|im_start|>", "<image>"))
+    drop(folder, "chat_template.jinja")
+    with pytest.raises(RunFailure, match="they do not belong together"):
+        models.load(folder, "the model")
+
+
+def test_attention_is_capped_as_the_config_says(tmp_path: Path) -> None:
+    """As Gemma 2: torch's own attention ignores the cap."""
+    write_tokenizer(tmp_path, CHATML)
+    config = Gemma2Config(
+        vocab_size=1024, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+        num_key_value_heads=2, max_position_embeddings=256, attn_logit_softcapping=0.5, initializer_range=0.2,
+        query_pre_attn_scalar=16, attn_implementation="eager", eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(40).reshape(1, -1)
+    with torch.no_grad():
+        assert torch.equal(models.load(tmp_path, "the model").model(ids).logits, model(ids).logits)
 
 
 def test_writing_keeps_tokenizer_dtype_and_every_end(tmp_path: Path) -> None:

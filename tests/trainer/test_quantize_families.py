@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 from tiny import CHATML, chat, task, write_tokenizer
-from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)  # fmt: skip
 
 from slmops_trainer import quantize
 from slmops_trainer.context import Context
@@ -41,8 +50,13 @@ def gemma() -> Any:
     return GemmaForCausalLM(GemmaConfig(**shape, head_dim=16))
 
 
+def gemma2() -> Any:
+    """As Gemma 2: what is attended to is capped, which torch's own attention does not do."""
+    return Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=0.5))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [llama, phi, gemma])
+@pytest.mark.parametrize("family", [llama, phi, gemma, gemma2])
 def test_a_converted_model_computes_what_its_source_computes(
     make_run: Callable[..., Context], jsonl: Callable[..., str], tmp_path: Path, family: Callable[[], Any]
 ) -> None:

@@ -2,8 +2,9 @@
 
 A conversation is rendered by the tokenizer's chat template and cut at the borders of the assistant's turns; each
 piece is tokenized alone. So what stands before an answer has the very ids that the server will give the model, also
-where the tokenizer would merge characters across the border. Without a chat template a prompt and its completion are
-simply joined, with the end-of-text token after them.
+where the tokenizer would merge characters across the border. A template that shows earlier answers otherwise than it
+showed them when they were given makes one text of each answer, with all that stood before it then. Without a chat
+template a prompt and its completion are simply joined, with the end-of-text token after them.
 """
 
 import json
@@ -22,6 +23,7 @@ from slmops_trainer.failure import RunFailure
 
 COMPLETED = "{# SLMOps: what stands before an answer that is given #}"  # ends a model's own chat template
 CLOCK = "strftime_now"  # what chat templates call, and where the tokenizer keeps it
+ROWS = "slmops_rows"  # where the tokenizer keeps how many tokens its model has weights for
 WORD = re.compile(r"<[^<>]+>|[^\s<>]+")
 IGNORED = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
@@ -50,7 +52,10 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class EncodedSet:
-    """Encoded examples, in the order of the dataset, and how many were too long to be kept."""
+    """Encoded examples, in the order of the dataset, and how many of the examples were too long to be kept.
+
+    A conversation may have become several: one for each of its answers.
+    """
 
     items: tuple[Encoded, ...]
     too_long: int = 0
@@ -69,46 +74,49 @@ def encode(
 
     `stop_ids`: the tokens at which generation ends (models.Loaded.stop_ids); every answer is made to end in one.
     `source` names the examples to people; `check()` is called before each of them and may raise.
-    Raises RunFailure(BadDataset) when all are too long, RunFailure(NothingToTrain) when the loss is on answers and none
-    of them has a token but its end.
+    Raises RunFailure(BadDataset) when all are too long or one has a token that the model lacks,
+    RunFailure(NothingToTrain) when the loss is on answers and none of them has a token but its end.
     """
     limit = min(max_length, tokenizer.model_max_length)
     kept: list[Encoded] = []
-    shortest: int | None = None  # of those that are too long
+    lengths: list[int] = []  # of those that are too long
     first: Example | None = None  # of those that fit
     says = loss_on == "all"
-    for example, parts in _tokenized(tokenizer, examples, check):
-        item = _join(tokenizer, parts, stop_ids, loss_on)
-        length = len(item.input_ids)
+    for example, texts in _tokenized(tokenizer, examples, loss_on, check):
+        items = [_join(tokenizer, parts, stop_ids, loss_on) for parts in texts]
+        length = max(len(item.input_ids) for item in items)
         if length > limit:
-            shortest = length if shortest is None else min(shortest, length)
+            lengths.append(length)
             continue
-        kept.append(item)
+        for item in items:
+            _check_ids(tokenizer, item.input_ids, example)
+        kept += items
         first = first or example
-        says = says or _says(parts, stop_ids)
-    if first is None and shortest is not None:
+        says = says or any(_says(parts, stop_ids) for parts in texts)
+    if first is None and lengths:
         raise RunFailure(
             "BadDataset",
             f"All {len(examples)} examples are longer than {limit} tokens, the lesser of training.maxLength and the "
-            f"model's context; the shortest has {shortest}. Raise maxLength, or shorten them.",
+            f"model's context; the shortest has {min(lengths)}. Raise maxLength, or shorten them.",
         )
     if first is not None and not says:
         raise _nothing(tokenizer, first, source)
-    return EncodedSet(tuple(kept), len(examples) - len(kept))
+    return EncodedSet(tuple(kept), len(lengths))
 
 
 def _tokenized(
-    tokenizer: Any, examples: Sequence[Example], check: Callable[[], None] | None
-) -> Iterator[tuple[Example, list[Ids]]]:
-    """Each example with its pieces' ids. Texts go to the tokenizer many at a time: one by one is slow."""
-    batch: list[tuple[Example, list[Piece]]] = []
+    tokenizer: Any, examples: Sequence[Example], loss_on: LossOn, check: Callable[[], None] | None
+) -> Iterator[tuple[Example, list[list[Ids]]]]:
+    """Each example with its pieces' ids, by text. They go to the tokenizer many at a time: one by one is slow."""
+    batch: list[tuple[Example, list[list[Piece]]]] = []
     characters = 0
+    ends = turn_end(tokenizer) is not None
     for example in examples:
         if check is not None:
             check()
-        pieces = _pieces(tokenizer, example)
-        batch.append((example, pieces))
-        characters += sum(len(text) for text, _ in pieces)
+        texts = _texts(tokenizer, example, loss_on, ends=ends)
+        batch.append((example, texts))
+        characters += sum(len(piece) for pieces in texts for piece, _ in pieces)
         if characters >= BATCH_CHARACTERS:
             yield from _tokenize(tokenizer, batch)
             batch, characters = [], 0
@@ -116,12 +124,14 @@ def _tokenized(
         yield from _tokenize(tokenizer, batch)
 
 
-def _tokenize(tokenizer: Any, batch: Sequence[tuple[Example, list[Piece]]]) -> Iterator[tuple[Example, list[Ids]]]:
-    texts = [text for _, pieces in batch for text, _ in pieces]
-    found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+def _tokenize(
+    tokenizer: Any, batch: Sequence[tuple[Example, list[list[Piece]]]]
+) -> Iterator[tuple[Example, list[list[Ids]]]]:
+    flat = [piece for _, texts in batch for pieces in texts for piece, _ in pieces]
+    found = tokenizer(flat, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
     ids = iter(found["input_ids"])
-    for example, pieces in batch:
-        yield example, [(next(ids), answer) for _, answer in pieces]
+    for example, texts in batch:
+        yield example, [[(next(ids), answer) for _, answer in pieces] for pieces in texts]
 
 
 def _says(parts: Sequence[Ids], stop_ids: Sequence[int]) -> bool:
@@ -150,13 +160,30 @@ def date(tokenizer: Any, began: datetime) -> None:
     setattr(tokenizer, CLOCK, began.strftime)
 
 
+def bound(tokenizer: Any, rows: int) -> None:
+    """Refuse texts with a token that the model has no weights for: `rows` is the number of those that it has."""
+    setattr(tokenizer, ROWS, rows)
+
+
 def encode_prompt(tokenizer: Any, example: Example) -> list[int]:
-    """The ids that the model is given to answer the example's question."""
+    """The ids that the model is given to answer the example's question. Raises RunFailure(BadDataset)."""
     if tokenizer.chat_template:
-        text = _render(tokenizer, [turn.wire() for turn in example.messages], example, prompt=True)[0]
-        found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return found
-    return _begin(tokenizer) + list(tokenizer(_plain(example), add_special_tokens=False)["input_ids"])
+        text, begin = _render(tokenizer, [turn.wire() for turn in example.messages], example, prompt=True)[0], []
+    else:
+        text, begin = _plain(example), _begin(tokenizer)
+    found = begin + list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    _check_ids(tokenizer, found, example)
+    return found
+
+
+def _check_ids(tokenizer: Any, ids: Sequence[int], example: Example) -> None:
+    highest = max(ids, default=0)
+    if highest >= getattr(tokenizer, ROWS, 1 << 62):
+        raise RunFailure(
+            "BadDataset",
+            f"Line {example.line} holds {tokenizer.convert_ids_to_tokens(highest)}: the tokenizer makes a token of it "
+            "that the model has no weights for. Take it out of the text.",
+        )
 
 
 def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -173,14 +200,19 @@ def turn_end(tokenizer: Any) -> int | None:
 
     Base models of chat families declare another end of text than their template writes: both must stop generation.
     """
+    ids = template_ids(tokenizer)
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return ids[-1] if ids and ids[-1] in special else None
+
+
+def template_ids(tokenizer: Any) -> list[int]:
+    """The ids of a short conversation up to its end, as the chat template writes it; none without a template."""
     if not tokenizer.chat_template:
-        return None
+        return []
     probe = Example((Message("user", "x"),), "y")
     # White space after the end of a turn is the template's, and generation never gets that far.
     text = _render(tokenizer, probe.turns, probe)[0].rstrip()
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return int(ids[-1]) if ids and ids[-1] in special else None
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def complete(tokenizer: Any, examples: Iterable[Example]) -> None:
@@ -209,13 +241,21 @@ def complete(tokenizer: Any, examples: Iterable[Example]) -> None:
     tokenizer.chat_template = own.removesuffix("\n") + COMPLETED + more  # Jinja drops that line end, too
 
 
-def _pieces(tokenizer: Any, example: Example) -> list[Piece]:
-    """The rendered conversation, cut at the borders of the answers; joined they are the whole text."""
+def _texts(tokenizer: Any, example: Example, loss_on: LossOn, *, ends: bool) -> list[list[Piece]]:
+    """The rendered conversation, cut at the borders of the answers; or one such text for each answer.
+
+    `ends`: whether the template ends an answer with a token.
+    """
     if not tokenizer.chat_template:
-        return [(_plain(example), False), (example.answer or "", True)]
+        return [[(_plain(example), False), (example.answer or "", True)]]
     turns = example.turns
     whole, marks = _render(tokenizer, turns, example)
-    spans = marks or list(_spans(tokenizer, turns, whole, example))
+    spans = (marks or _spans(tokenizer, turns, whole, example)) if ends else None
+    if spans is None:
+        answers = [at for at, turn in enumerate(turns) if turn["role"] == "assistant"]
+        # Where all is trained, the last text has all.
+        wanted = answers if loss_on == "assistant" else answers[-1:]
+        return [_alone(*_answer(tokenizer, turns[: at + 1], example)) for at in wanted]
     found: list[Piece] = []
     at = 0
     for start, end in spans:
@@ -223,38 +263,49 @@ def _pieces(tokenizer: Any, example: Example) -> list[Piece]:
         stripped = start + len(whole[start:end].rstrip())
         found += [(whole[at:start], False), (whole[start:stripped], True)]
         at = stripped
-    return [*found, (whole[at:], False)]
+    return [[*found, (whole[at:], False)]]
 
 
-def _spans(tokenizer: Any, turns: list[dict[str, str]], whole: str, example: Example) -> Iterator[tuple[int, int]]:
-    """Start and end of every answer in the text: where the same template would start it, and where it ends it."""
+def _alone(before: str, through: str) -> list[Piece]:
+    """What is asked and what is answered, and nothing behind it that generation never gets to."""
+    return [(before, False), (through[len(before) :].rstrip(), True)]
+
+
+def _spans(tokenizer: Any, turns: list[dict[str, str]], whole: str, example: Example) -> list[tuple[int, int]] | None:
+    """Start and end of every answer in the text: where the same template would start it, and where it ends it.
+
+    None where the text shows an earlier answer otherwise than as it was given: Qwen3's with no empty thoughts.
+    """
+    found: list[tuple[int, int]] = []
     for index, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
-        before = _render(tokenizer, turns[:index], example, prompt=True)[0]
-        through = _render(tokenizer, turns[: index + 1], example)[0]
+        before, through = _answer(tokenizer, turns[: index + 1], example)
         shorter = through.removesuffix(tokenizer.eos_token)
         if not whole.startswith(through) and not shorter.rstrip().endswith(turn["content"].strip()):
             # Phi-3's ends a turn and then the text, which more turns go on with. A turn with no end of its own is not
             # taken so: the model would learn not to stop there.
             through = shorter
         if not whole.startswith(through):
-            raise RunFailure(
-                "UnsupportedModel",
-                f"The model's chat template renders turn {index + 1} of line {example.line} differently once more "
-                "turns follow, so the answer's tokens cannot be told from the rest. "
-                "Use a template with {% generation %} marks, or train on one question and answer a line.",
-            )
-        if not through.startswith(before):
-            pairs = enumerate(zip(before, through, strict=False))
-            added = before[next((at for at, (one, other) in pairs if one != other), len(through)) :]
-            raise RunFailure(
-                "UnsupportedModel",
-                f"The model's chat template puts {added!r} before an answer that is asked for, and not before one that "
-                f"is given (turn {index + 1} of line {example.line}): what is trained would not be what is asked. "
-                "Use a model whose template begins both alike.",
-            )
-        yield len(before), len(through)
+            return None
+        found.append((len(before), len(through)))
+    return found
+
+
+def _answer(tokenizer: Any, turns: list[dict[str, str]], example: Example) -> tuple[str, str]:
+    """The text that asks for the last turn, and the text with that turn, which begins with it."""
+    before = _render(tokenizer, turns[:-1], example, prompt=True)[0]
+    through = _render(tokenizer, turns, example)[0]
+    if not through.startswith(before):
+        pairs = enumerate(zip(before, through, strict=False))
+        added = before[next((at for at, (one, other) in pairs if one != other), len(through)) :]
+        raise RunFailure(
+            "UnsupportedModel",
+            f"The model's chat template puts {added!r} before an answer that is asked for, and not before one that "
+            f"is given (turn {len(turns)} of line {example.line}): what is trained would not be what is asked. "
+            "Use a model whose template begins both alike.",
+        )
+    return before, through
 
 
 def _render(
@@ -284,7 +335,7 @@ def _join(tokenizer: Any, parts: Sequence[Ids], stop_ids: Sequence[int], loss_on
     ids = list(begin)
     labels = [IGNORED] * len(begin) if loss_on == "assistant" else list(begin)
     after_answer = False
-    for piece, answer in parts:
+    for index, (piece, answer) in enumerate(parts):
         trained = [answer or loss_on == "all"] * len(piece)
         # The end of a turn is the answer's, also where the template's marks leave it out.
         if after_answer and piece and piece[0] in stop_ids:
@@ -292,11 +343,11 @@ def _join(tokenizer: Any, parts: Sequence[Ids], stop_ids: Sequence[int], loss_on
         ids += piece
         labels += [token if wanted else IGNORED for token, wanted in zip(piece, trained, strict=True)]
         after_answer = answer
-    last = next((label for label in reversed(labels) if label != IGNORED), None)
-    if last not in stop_ids:
-        # Neither the template nor the text ends the answer: without this the model would learn never to stop.
-        ids.append(tokenizer.eos_token_id)
-        labels.append(tokenizer.eos_token_id)
+        after: list[int] = next((other for other, _ in parts[index + 1 :] if other), [])
+        if answer and not {*piece[-1:], *after[:1]} & {*stop_ids}:
+            # Neither the template nor the text ends the answer: without this the model would learn never to stop.
+            ids.append(tokenizer.eos_token_id)
+            labels.append(tokenizer.eos_token_id)
     return Encoded(array("i", ids), array("i", labels))
 
 

@@ -85,9 +85,11 @@ def load(folder: Path, source: str, began: datetime | None = None) -> Loaded:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        # torch's own attention leaves the soft cap of Gemma 2 out, in silence.
+        capped = getattr(config, "attn_logit_softcapping", None)
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
-            local_files_only=True, output_loading_info=True,
+            local_files_only=True, output_loading_info=True, attn_implementation="eager" if capped else None,
         )  # fmt: skip
     except (
         OSError,
@@ -117,15 +119,16 @@ def load(folder: Path, source: str, began: datetime | None = None) -> Loaded:
         raise RunFailure(
             "UnsupportedModel", f"The tokenizer of {source} has no eos_token, so no answer could ever end. Set one."
         )
+    stops = _stop_ids(model, tokenizer)
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    if _beyond(tokenizer, stops, rows):
         raise RunFailure(
             "UnsupportedModel",
             f"The tokenizer of {source} knows {len(tokenizer)} tokens, its model {rows}: they do not belong together.",
         )
+    encoding.bound(tokenizer, rows)
     # Beyond its context a model computes nonsense or fails; some tokenizers do not know of it.
     tokenizer.model_max_length = context(model)
-    stops = _stop_ids(model, tokenizer)
     return Loaded(folder, model.to(device()), tokenizer, stops, _disk_dtype(folder))
 
 
@@ -161,8 +164,13 @@ def check(folder: Path, source: str) -> dict[str, Any]:
         )
     if not list(folder.glob("*.safetensors")):
         raise RunFailure("UnsupportedModel", f"{source} has no .safetensors weights. Convert them and publish again.")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise RunFailure("UnsupportedModel", f"{source} has no tokenizer. Publish tokenizer.json with the model.")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        what = "a tokenizer.model alone" if (folder / "tokenizer.model").is_file() else "no tokenizer"
+        raise RunFailure(
+            "UnsupportedModel",
+            f"{source} has {what}. Publish tokenizer.json with the model: "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it, where sentencepiece is installed.",
+        )
     mended = modernise(config, source)
     if mended != config:
         (folder / "config.json").write_text(json.dumps(mended, indent=2))
@@ -179,7 +187,7 @@ def modernise(config: dict[str, Any], source: str) -> dict[str, Any]:
     rope = config.get("rope_parameters")
     if rope is None:
         return config
-    known = {"rope_type", "rope_theta", "partial_rotary_factor"}
+    known = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise RunFailure(
             "UnsupportedModel",
@@ -190,9 +198,27 @@ def modernise(config: dict[str, Any], source: str) -> dict[str, Any]:
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in rope:
             found[name] = rope[name]
-    if rope.get("rope_type", "default") != "default":
-        found["rope_scaling"] = {name: value for name, value in rope.items() if name not in known - {"rope_type"}}
-    return found
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return found
+    scaling = {"rope_type": kind, **{name: value for name, value in rope.items() if name not in known}}
+    if config.get("model_type") == "phi3" and kind == "longrope":
+        scaling = _phi3_scaling(scaling, found, source)
+    return {**found, "rope_scaling": scaling}
+
+
+def _phi3_scaling(scaling: dict[str, Any], found: dict[str, Any], source: str) -> dict[str, Any]:
+    """The three keys that version 4 takes from Phi-3; what it computes from the rest of the config is left to it."""
+    original = scaling.get("original_max_position_embeddings")
+    if original is not None:
+        found.setdefault("original_max_position_embeddings", original)
+    if scaling.get("attention_factor") is not None:
+        raise RunFailure(
+            "UnsupportedModel",
+            f"{source} was written by transformers 5 with an attention_factor of its own, which this version computes. "
+            "Save it with transformers 4.57.",
+        )
+    return {"type": "longrope", **{name: scaling.get(name) for name in ("short_factor", "long_factor")}}
 
 
 def write(loaded: Loaded, model: Any, folder: Path) -> None:
@@ -246,6 +272,21 @@ def _stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def _beyond(tokenizer: Any, stops: Sequence[int], rows: int) -> bool:
+    """Whether the model has no row for a token that any text may have, or that every answer needs.
+
+    A token that was added and that only a text with its very name has is no reason: Gemma 3 for text alone has such a
+    one for images. encoding names the line that does.
+    """
+    if max(stops) >= rows:
+        return True
+    if len(tokenizer) <= rows:
+        return False
+    needed = {tokenizer.bos_token_id, tokenizer.pad_token_id, *encoding.template_ids(tokenizer)} - {None}
+    ordinary = set(tokenizer.get_vocab().values()) - tokenizer.added_tokens_decoder.keys()
+    return max(needed | ordinary) >= rows
+
+
 def _disk_dtype(folder: Path) -> torch.dtype:
     """The dtype of most weights on disk."""
     names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -259,13 +300,23 @@ def _disk_dtype(folder: Path) -> torch.dtype:
 
 
 def _mend_tokenizer(folder: Path, source: str) -> None:
-    """Version 5 names a tokenizer class that version 4 does not have; its tokenizer.json is the same."""
+    """Version 5 names a tokenizer class that version 4 does not have, and lists further special tokens elsewhere.
+
+    Its tokenizer.json is the same.
+    """
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return
     config = _json(path, source)
+    mended = dict(config)
     if config.get("tokenizer_class") == "TokenizersBackend":
-        path.write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2))
+        mended["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):  # version 4 keeps a table of names there
+        known = config.get("additional_special_tokens") or []
+        more = [token for token in mended.pop("extra_special_tokens") if token not in known]
+        mended["additional_special_tokens"] = [*known, *more]
+    if mended != config:
+        path.write_text(json.dumps(mended, indent=2))
 
 
 def _json(path: Path, source: str) -> dict[str, Any]:
