@@ -1,6 +1,7 @@
 """Datasets: what is read, and what each fault is called."""
 # ruff: noqa: E501  # tables: one row a line
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,18 @@ FAULTS: list[tuple[str, str | bytes, dict[str, Any], str]] = [
     ("messages is empty", '{"messages": []}', {}, r"'messages' must be a list of turns"),
     ("turn without content", '{"messages": [{"role": "user"}]}', {}, r"line 1, turn 1 must be an object with role and content"),
     ("sharegpt roles", '{"messages": [{"role": "human", "content": "q"}]}', {}, r"turn 1 has the role 'human'; known are system, user, assistant"),
+    ("calls a tool", CHAT.replace('"a"', '"a", "tool_calls": [{"id": "1"}]'), {}, r"line 1, turn 2 has 'tool_calls', which would be left out"),
+    ("calls a tool and says nothing", CHAT.replace('"a"', 'null, "tool_calls": [{"id": "1"}]'), {}, r"turn 2 has 'tool_calls'"),
+    ("calls a function", CHAT.replace('"a"', '"a", "function_call": {"name": "f"}'), {}, r"turn 2 has 'function_call'"),
+    ("thoughts aside", CHAT.replace('"a"', '"a", "reasoning_content": "hm"'), {}, r"turn 2 has 'reasoning_content', which would be left out. Write the thoughts into content"),
+    ("thinks aside", CHAT.replace('"a"', '"a", "thinking": "hm"'), {}, r"turn 2 has 'thinking'"),
+    ("reasons aside", CHAT.replace('"a"', '"a", "reasoning": "hm"'), {}, r"turn 2 has 'reasoning'"),
+    ("tools", CHAT[:-2] + ', "tools": [{"type": "function"}]}', {}, r"line 1 has 'tools', which the model would not be shown. Remove the column"),
+    ("functions", CHAT[:-2] + ', "functions": [{"name": "f"}]}', {}, r"line 1 has 'functions'"),
+    ("half a weight", CHAT.replace('"a"', '"a", "weight": 0.5'), {}, r"turn 2 has the weight 0.5; an assistant's turn may have 0 or 1"),
+    ("true for a weight", CHAT.replace('"a"', '"a", "weight": true'), {}, r"turn 2 has the weight true"),
+    ("a table for a weight", CHAT.replace('"a"', '"a", "weight": {}'), {}, r"turn 2 has the weight {}"),
+    ("a question of weight 1", CHAT.replace('"q"', '"q", "weight": 1'), {}, r"turn 1 has the weight 1; .*, others 0"),
     ("no answer", '{"messages": [{"role": "user", "content": "q"}]}', {}, r"the last turn must be the assistant's, it is the user's"),
     ("answers itself", '{"messages": [{"role": "assistant", "content": "a"}]}', {}, r"turn 1 is the assistant's, expected the user's"),
     ("late system turn", CHAT[:-3] + ', {"role": "system", "content": "s"}]}', {}, r"turn 3 is the system's, expected the user's"),
@@ -82,6 +95,24 @@ def test_a_conversation_keeps_its_turns(tmp_path: Path) -> None:
     (example,) = read(tmp_path, row)
     assert [turn["content"] for turn in example.turns] == ["s", "q1", "a1", "q2", "a2"]
     assert example.answer == "a2"
+
+
+def test_weights_are_kept_and_what_is_empty_is_not_there(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "q1", "weight": 0, "tool_calls": None},
+        {"role": "assistant", "content": "a1", "weight": 0, "tool_calls": [], "reasoning_content": ""},
+        {"role": "user", "content": "q2", "weight": None},
+        {"role": "assistant", "content": "a2", "weight": 1},
+        {"role": "user", "content": "q3"},
+        {"role": "assistant", "content": "a3", "weight": 0},
+    ]
+    row = json.dumps({"messages": turns, "tools": None})
+    (example,) = read(tmp_path, row)
+    assert example.weights == [0, 1, 0]
+    assert read(tmp_path, json.dumps(example.row)) == (Example(example.messages, "a3", 1, 0),)
+    # What is held out or asked anew counts, whatever its weight.
+    roles: tuple[data.Role, ...] = ("evaluation", "prompts")
+    assert [read(tmp_path, row, role)[0].weights for role in roles] == [[0, 1, 1]] * 2
 
 
 def test_prompts_need_no_answers(tmp_path: Path) -> None:

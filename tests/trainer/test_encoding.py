@@ -119,6 +119,32 @@ def test_every_answer_of_a_conversation_is_trained_with_its_end(tokenizer: Any) 
     assert answers == "lab<|im_end|>|hall<|im_end|>"
 
 
+@pytest.mark.parametrize("tokenizer", [CHATML, MARKED, CLOSED, QWEN3, ENDLESS], indirect=True)
+@pytest.mark.parametrize(("first", "last", "learned"), [(0, 1, "hall"), (1, 0, "lab")])
+def test_answers_of_weight_0_are_shown_and_not_learned(tokenizer: Any, first: int, last: int, learned: str) -> None:
+    encoding.complete(tokenizer, [TALK])
+    messages = (*TALK.messages[:2], Message("assistant", "lab", first), TALK.messages[3])
+    talk = Example(messages, "hall", 4, last)
+    whole, answers = trained(tokenizer, talk)
+    assert answers.partition("<|im_end|>")[0] == learned
+    assert "|" not in answers.replace("<|im_end|>", "")
+    assert "lab" in whole
+    # Every token is every token.
+    assert trained(tokenizer, talk, "all") == trained(tokenizer, TALK, "all")
+
+
+@pytest.mark.parametrize("tokenizer", [CHATML, MARKED, CLOSED, QWEN3, ENDLESS], indirect=True)
+def test_a_conversation_of_weight_0_teaches_nothing(tokenizer: Any) -> None:
+    messages = (*TALK.messages[:2], Message("assistant", "lab", 0), TALK.messages[3])
+    talk = Example(messages, "hall", 4, 0)
+    encoding.complete(tokenizer, [TALK])
+    found = encoding.encode(tokenizer, [ASK, talk], [END], "assistant", 1000)
+    assert [item.trained > 0 for item in found.items] == [True, False]
+    with pytest.raises(RunFailure, match=r"that of line 4, 'hall'. It has weight 0, as have all") as caught:
+        encoding.encode(tokenizer, [talk], [END], "assistant", 1000)
+    assert caught.value.reason == "NothingToTrain"
+
+
 @pytest.mark.parametrize("tokenizer", [CLOSED], indirect=True)
 def test_a_template_that_ends_the_text_after_the_last_turn_hides_no_earlier_answer(tokenizer: Any) -> None:
     whole, answers = trained(tokenizer, TALK)

@@ -21,14 +21,27 @@ Format = Literal["messages", "prompt-completion"]
 Question = tuple[str, str]  # a hash of the turns up to it, the system's aside, and the system's text, "" without one
 
 ROLES = ("system", "user", "assistant")
+# What would be left out in silence: of a turn, with what to do about it, and of a conversation.
+UNREAD = {
+    **dict.fromkeys(
+        ("tool_calls", "function_call"),
+        "Calls are not trained: leave the conversation out, or write them into content.",
+    ),
+    **dict.fromkeys(
+        ("reasoning_content", "reasoning", "thinking"),
+        "Write the thoughts into content, in front, as the model's chat template does, or remove them.",
+    ),
+}
+TOOLS = ("tools", "functions")
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `role` is system, user or assistant."""
+    """One turn. `role` is system, user or assistant; an answer of `weight` 0 is shown and not learned."""
 
     role: str
     content: str
+    weight: int = 1
 
     def wire(self) -> dict[str, str]:
         """The turn as chat templates and the OpenAI API take it."""
@@ -42,17 +55,36 @@ class Example:
     messages  the turns before the answer; the last one is the user's (a plain prompt is one user turn)
     answer    the wanted answer; None only in sets of prompts
     line      its line in the file, from 1
+    weight    0: the answer is shown and not learned
     """
 
     messages: tuple[Message, ...]
     answer: str | None
     line: int = 0
+    weight: int = 1
 
     @property
     def turns(self) -> list[dict[str, str]]:
         """All turns with the answer last, as chat templates take them."""
         tail = [] if self.answer is None else [{"role": "assistant", "content": self.answer}]
         return [message.wire() for message in self.messages] + tail
+
+    @property
+    def weights(self) -> list[int]:
+        """Of every answer, in order: 1, or 0 where it is not learned."""
+        tail = [] if self.answer is None else [self.weight]
+        return [message.weight for message in self.messages if message.role == "assistant"] + tail
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The example as a line of a `messages` dataset."""
+        weights = iter(self.weights)
+        unlearned = [turn["role"] == "assistant" and not next(weights) for turn in self.turns]
+        return {
+            "messages": [
+                {**turn, **({"weight": 0} if no else {})} for turn, no in zip(self.turns, unlearned, strict=True)
+            ]
+        }
 
     @property
     def questions(self) -> list[Question]:
@@ -253,10 +285,17 @@ def _chat(row: dict[str, Any], columns: Columns, role: Role, line: int, where: s
     turns = _cell(row, name, "messages", where)
     if not isinstance(turns, list) or not turns:
         raise RunFailure("BadDataset", f"{where}: {name!r} must be a list of turns {{role, content}}, not empty.")
+    for key in TOOLS:
+        if row.get(key):
+            raise RunFailure(
+                "BadDataset", f"{where} has {key!r}, which the model would not be shown. Remove the column."
+            )
     messages = [_turn(turn, f"{where}, turn {index}") for index, turn in enumerate(turns, 1)]
     _check_order(messages, where)
     if messages[-1].role == "assistant":
-        return Example(tuple(messages[:-1]), messages[-1].content, line)
+        # What is held out or asked for again is asked whatever its weight.
+        weight = messages[-1].weight if role == "training" else 1
+        return Example(tuple(messages[:-1]), messages[-1].content, line, weight)
     if role != "prompts":
         raise RunFailure(
             "BadDataset", f"{where}: the last turn must be the assistant's, it is the {messages[-1].role}'s."
@@ -269,7 +308,15 @@ def _turn(turn: Any, where: str) -> Message:
         raise RunFailure("BadDataset", f"{where} must be an object with role and content.")
     if turn["role"] not in ROLES:
         raise RunFailure("BadDataset", f"{where} has the role {turn['role']!r}; known are {', '.join(ROLES)}.")
-    return Message(turn["role"], _text(turn["content"], "content", where))
+    for key, remedy in UNREAD.items():
+        if turn.get(key):
+            raise RunFailure("BadDataset", f"{where} has {key!r}, which would be left out. {remedy}")
+    answers, weight = turn["role"] == "assistant", turn.get("weight")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1) or (weight and not answers)):
+        raise RunFailure(
+            "BadDataset", f"{where} has the weight {json.dumps(weight)}; an assistant's turn may have 0 or 1, others 0."
+        )
+    return Message(turn["role"], _text(turn["content"], "content", where), 0 if answers and weight == 0 else 1)
 
 
 def _check_order(messages: Sequence[Message], where: str) -> None:

@@ -30,7 +30,7 @@ IGNORED = -100  # torch.nn.functional.cross_entropy's default ignore_index
 BATCH_CHARACTERS = 1 << 20  # that are tokenized together: a call takes some 150 bytes a token until it is over
 
 LossOn = Literal["assistant", "all"]
-Piece = tuple[str, bool]  # text, is it an answer
+Piece = tuple[str, bool]  # text, is it an answer to learn
 Ids = tuple[list[int], bool]  # the same, tokenized
 
 
@@ -141,7 +141,9 @@ def _says(parts: Sequence[Ids], stop_ids: Sequence[int]) -> bool:
 
 def _nothing(tokenizer: Any, example: Example, source: str) -> RunFailure:
     answer = example.answer or ""
-    if tokenizer(answer, add_special_tokens=False)["input_ids"]:
+    if not any(example.weights):
+        remedy = "It has weight 0, as have all of its conversation: give the answers to learn weight 1, or none."
+    elif tokenizer(answer, add_special_tokens=False)["input_ids"]:
         remedy = "The model's chat template leaves the assistant's content out: use a model with another template."
     else:
         remedy = (
@@ -250,25 +252,29 @@ def _texts(tokenizer: Any, example: Example, loss_on: LossOn, *, ends: bool) -> 
         return [[(_plain(example), False), (example.answer or "", True)]]
     turns = example.turns
     whole, marks = _render(tokenizer, turns, example)
+    learned = [weight > 0 or loss_on == "all" for weight in example.weights]
+    if not all(learned):
+        marks = []  # which do not say whose answer they mark
     spans = (marks or _spans(tokenizer, turns, whole, example)) if ends else None
     if spans is None:
-        answers = [at for at, turn in enumerate(turns) if turn["role"] == "assistant"]
-        # Where all is trained, the last text has all.
-        wanted = answers if loss_on == "assistant" else answers[-1:]
-        return [_alone(*_answer(tokenizer, turns[: at + 1], example)) for at in wanted]
+        places = [at for at, turn in enumerate(turns) if turn["role"] == "assistant"]
+        answers = list(zip(places, learned, strict=True))
+        # Where all is trained, the last text has all; where nothing is, it stands for the example.
+        wanted = [(at, learn) for at, learn in answers if learn and loss_on == "assistant"] or answers[-1:]
+        return [_alone(*_answer(tokenizer, turns[: at + 1], example), learn=learn) for at, learn in wanted]
     found: list[Piece] = []
     at = 0
-    for start, end in spans:
+    for (start, end), learn in zip(spans, [True] * len(marks) or learned, strict=True):
         # White space after the end of a turn is the template's, and generation never gets that far.
         stripped = start + len(whole[start:end].rstrip())
-        found += [(whole[at:start], False), (whole[start:stripped], True)]
+        found += [(whole[at:start], False), (whole[start:stripped], learn)]
         at = stripped
     return [[*found, (whole[at:], False)]]
 
 
-def _alone(before: str, through: str) -> list[Piece]:
-    """What is asked and what is answered, and nothing behind it that generation never gets to."""
-    return [(before, False), (through[len(before) :].rstrip(), True)]
+def _alone(before: str, through: str, *, learn: bool) -> list[Piece]:
+    """What is asked and what is answered, to be learned or not; behind it is nothing that generation gets to."""
+    return [(before, False), (through[len(before) :].rstrip(), learn)]
 
 
 def _spans(tokenizer: Any, turns: list[dict[str, str]], whole: str, example: Example) -> list[tuple[int, int]] | None:

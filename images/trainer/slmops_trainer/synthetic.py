@@ -67,7 +67,7 @@ def make(
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / FILE).open("w", encoding="utf-8") as stream:
         for example in kept:
-            stream.write(json.dumps({"messages": example.turns}, ensure_ascii=False) + "\n")
+            stream.write(json.dumps(example.row, ensure_ascii=False) + "\n")
     manifest = _manifest(ctx, spec, terms.endpoint, prompts, metrics)
     artifact, manifest = ctx.push(folder, manifest, uri_of(ctx), FILTERING)
     return _read(ctx, folder, artifact.uri, manifest)
