@@ -51,8 +51,12 @@ def gemma() -> Any:
 
 
 def gemma2() -> Any:
-    """As Gemma 2: what is attended to is capped, which torch's own attention does not do."""
-    return Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=0.5))
+    """As Gemma 2: what is attended to is capped, which torch's own attention leaves out, and the logits are.
+
+    Untied: Olive does not find the head behind that cap, and stores a tied embedding twice.
+    """
+    shape = {**SHAPE, "tie_word_embeddings": False}
+    return Gemma2ForCausalLM(Gemma2Config(**shape, head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=0.5))
 
 
 @pytest.mark.slow
