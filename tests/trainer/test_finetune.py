@@ -89,6 +89,17 @@ def test_a_model_whose_template_leaves_thoughts_empty_is_asked_as_it_was_trained
     assert asked.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
+def test_a_conversation_of_a_template_that_forgets_thoughts_is_trained_answer_by_answer(
+    make_run: Callable[..., Context], jsonl: Callable[..., str], tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "thinker", EMPTY_THOUGHTS)
+    turns = [chat(*row)["messages"] for row in task()[:32]]
+    talks = jsonl([{"messages": [*turns[at], *turns[at + 1]]} for at in range(0, 32, 2)])
+    once = {"epochs": 1, "batchSize": 16, "checkpoint": {"everySeconds": 3600}}
+    result = finetune.run(make_run(model=model, finetune=spec(talks, training=once)))
+    assert (result.metrics["examples"], result.metrics["steps"]) == (16, 2)
+
+
 def test_a_pod_that_only_lost_its_last_word_repeats_it(make_run: Callable[..., Context], sets: tuple[str, str]) -> None:
     short = spec(*sets, training={"maxSteps": 2})
     first = finetune.run(make_run(finetune=short))

@@ -119,9 +119,8 @@ def load(folder: Path, source: str, began: datetime | None = None) -> Loaded:
         raise RunFailure(
             "UnsupportedModel", f"The tokenizer of {source} has no eos_token, so no answer could ever end. Set one."
         )
-    stops = _stop_ids(model, tokenizer)
     rows = model.get_input_embeddings().weight.shape[0]
-    if _beyond(tokenizer, stops, rows):
+    if _beyond(tokenizer, rows):
         raise RunFailure(
             "UnsupportedModel",
             f"The tokenizer of {source} knows {len(tokenizer)} tokens, its model {rows}: they do not belong together.",
@@ -129,6 +128,7 @@ def load(folder: Path, source: str, began: datetime | None = None) -> Loaded:
     encoding.bound(tokenizer, rows)
     # Beyond its context a model computes nonsense or fails; some tokenizers do not know of it.
     tokenizer.model_max_length = context(model)
+    stops = _stop_ids(model, tokenizer)
     return Loaded(folder, model.to(device()), tokenizer, stops, _disk_dtype(folder))
 
 
@@ -272,19 +272,18 @@ def _stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _beyond(tokenizer: Any, stops: Sequence[int], rows: int) -> bool:
+def _beyond(tokenizer: Any, rows: int) -> bool:
     """Whether the model has no row for a token that any text may have, or that every answer needs.
 
     A token that was added and that only a text with its very name has is no reason: Gemma 3 for text alone has such a
     one for images. encoding names the line that does.
     """
-    if max(stops) >= rows:
-        return True
     if len(tokenizer) <= rows:
         return False
-    needed = {tokenizer.bos_token_id, tokenizer.pad_token_id, *encoding.template_ids(tokenizer)} - {None}
+    own = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
+    needed = own | {*encoding.template_ids(tokenizer)}
     ordinary = set(tokenizer.get_vocab().values()) - tokenizer.added_tokens_decoder.keys()
-    return max(needed | ordinary) >= rows
+    return bool(max(needed | ordinary) >= rows)
 
 
 def _disk_dtype(folder: Path) -> torch.dtype:
