@@ -13,6 +13,7 @@ from slmops.remote import prometheus
 INVALID = ClusterError(422, "Invalid", "cpu: must be less than or equal to cpu limit")
 QUOTA = ClusterError(403, "Forbidden", "exceeded quota: small")
 HOOK = ClusterError(500, "InternalError", "failed calling webhook: no endpoints")
+LONG = ClusterError(403, "TooLong", "exceeded quota: " + ", ".join(60 * ["requests.cpu"]))
 AWAY = ClusterError(0, "NoAnswer", "The API server does not answer.")
 
 
@@ -50,6 +51,40 @@ def test_a_third_revision_that_is_refused_leaves_no_weight_with_the_second(error
     assert world.status["phase"] == "RolledBack"
     assert error.message in world.condition("Stalled")[2]
     assert second not in world.deployments()
+
+
+@pytest.mark.parametrize("error", [QUOTA, HOOK, INVALID, LONG], ids=lambda error: error.reason)
+@pytest.mark.parametrize("which", ["refusing", "refusing_new"])
+def test_a_first_revision_that_is_refused_for_long_still_says_why(error, which):
+    world = Kubernetes()
+    if which == "refusing_new":  # the router may be made
+        world.passes(1)
+        world.cluster.delete(Key("Deployment", "ns", f"chat-{world.status['candidate']['revision']}"))
+    getattr(world.cluster, which)["Deployment"] = error
+    world.passes()
+    assert error.message in world.condition("Ready")[2]
+    world.passes(seconds=601)
+    late = world.status
+    for seconds in (0, 60, 600):
+        world.passes(seconds=seconds)
+        assert world.condition("Stalled")[:2] == ("True", "ProgressDeadlineExceeded")
+        for text in (error.message, "Not ready within 600 s", "Deployment chat-"):
+            assert world.condition("Ready")[2].count(text) == 1
+    assert world.status == late
+
+
+def test_a_first_revision_that_is_late_tells_of_another_refusal_than_before():
+    world = Kubernetes()
+    world.cluster.refusing["Deployment"] = QUOTA
+    world.passes()
+    world.passes(seconds=601)
+    world.cluster.refusing["Deployment"] = INVALID
+    world.passes()
+    said = world.condition("Ready")[2]
+    assert (INVALID.message in said, QUOTA.message in said, said.count("Not ready within")) == (True, False, 1)
+    world.cluster.refusing.clear()
+    world.passes()
+    assert world.condition("Ready")[:2] == ("True", "Serving")
 
 
 def test_a_revision_that_is_refused_is_made_as_soon_as_it_may_be():

@@ -269,7 +269,8 @@ def _refusal(obj: Object, status: ModelDeploymentStatus) -> Problem | None:
     if status.candidate is None or said is None:
         return None
     name = f"Deployment {serving.revision_name(obj, status.candidate.revision)}"
-    return Problem(said.reason, said.message) if name in said.message else None
+    _, refused, why = said.message.partition(name)  # before it stands how long it has been waited for
+    return Problem(said.reason, refused + why) if refused else None
 
 
 def _address(pod: Object) -> str:

@@ -311,9 +311,16 @@ def _unanswered(obj: Object, status: Object, now: datetime) -> Object:
 
 
 def _told(obj: Object, status: Object, outcome: Retry | Terminal, now: datetime, *, reached: bool) -> Object:
-    """The wanted status with a refusal in its conditions. A failure that it tells itself is the more important one."""
+    """The wanted status with a refusal in its conditions. A failure that it tells itself is the more important one.
+
+    That something is late is none by itself: what was refused may be why, and is told with it.
+    """
     wanted = Status.model_validate(status).conditions
-    if conditions.is_true(wanted, conditions.STALLED):
+    failed = conditions.find(wanted, conditions.STALLED)
+    if failed is not None and failed.reason == "ProgressDeadlineExceeded":
+        late, _, _ = failed.message.partition(outcome.message.partition(":")[0])  # the last pass may have told it
+        outcome = Terminal(failed.reason, f"{late.rstrip()} {outcome.message}")
+    elif failed is not None:
         return status
     before = Status.model_validate(obj.get("status") or {}).conditions
     ours = (conditions.READY, conditions.RECONCILING, conditions.STALLED)
@@ -379,7 +386,7 @@ def _explain(error: ClusterError, what: str) -> None:
             "TooLarge", f"{what} is too large for the API server; shorten the spec: {error.message}"
         ) from error
     if not error.retryable:
-        raise Terminal("Rejected", f"The API server refuses {what}: {error.message}") from error
+        raise Terminal("Rejected", f"{what} was refused as invalid: {error.message}") from error
     if error.status == 500:  # it is well, as the reads before this write show, but something behind it is not
         reason = "WebhookFailed" if "webhook" in error.message else "ApiServerError"
         remedy = "It is tried again; if it stays so, it is for those who run the cluster to mend."
