@@ -47,6 +47,8 @@ def died(code: int, reason: str = "Error", message: str = "") -> Any:
         (pod(init=died(3, message='{"reason": "BadUri", "message": "Not one."}')), "BadSpec", "Not one"),
         (pod(server=died(137, "OOMKilled")), "OutOfMemory", "limits.memory"),
         (pod(server=died(2, message="usage:\nerror: no --such-flag\n")), "CrashLoopBackOff", "exit code 2: error: no"),
+        (pod(server=died(255, "Unknown")), "NodeFailed", "node"),
+        (pod(server=died(255)), "CrashLoopBackOff", "exit code 255"),
         (pod(server=waiting("CreateContainerConfigError", 'secret "x"')), "CreateContainerConfigError", 'secret "x"'),
         (pod(conditions=[{"type": "PodScheduled", "status": "False", "message": "0/1 free"}]), "Unschedulable", "0/1"),
     ],

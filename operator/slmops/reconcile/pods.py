@@ -17,6 +17,7 @@ from slmops.cluster.port import Object
 from slmops.reconcile.conditions import cut
 
 INTERRUPTED = "Interrupted"
+NO_STATUS = ("ContainerStatusUnknown", "Unknown")  # of a container that ended with its node: kubelet's, containerd's
 NO_IMAGE = ("ImagePullBackOff", "InvalidImageName")
 _OWN_DISK = re.compile("local ephemeral storage limit|ephemeral local storage usage")  # as the kubelet says it
 _GOT_ON = ("Scheduled", "SuccessfulAttachVolume", "Pulling", "Pulled")  # Events of a pod on its way
@@ -188,7 +189,7 @@ def _named(pod: Object, end: Object, code: int | None) -> tuple[str, str]:
     node = (pod.get("spec") or {}).get("nodeName") or "its node"
     if code is None and status.get("reason"):
         return "NodeRefused", f"The kubelet of {node} refused pod {name}{said}"
-    if end.get("reason") == "ContainerStatusUnknown":
+    if end.get("reason") in NO_STATUS:
         return "NodeFailed", f"The kubelet of {node} lost pod {name}, as when a node is started anew{said}"
     if code is None:
         return "InternalError", f"Pod {name} failed before its container ran{said}"

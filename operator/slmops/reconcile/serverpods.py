@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from slmops.api.times import parse
 from slmops.cluster.port import Object
 from slmops.reconcile.conditions import cut
-from slmops.reconcile.pods import created, failure_of, is_over, told, unscheduled
+from slmops.reconcile.pods import NO_STATUS, created, failure_of, is_over, told, unscheduled
 from slmops.rollout.seen import Problem
 
 _IMAGE = {"ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull"}
@@ -133,6 +133,8 @@ def _died(container: Object, ended: Object) -> Problem:
     except (ValueError, TypeError, KeyError):
         pass
     name, code = container.get("name"), ended.get("exitCode")
+    if ended.get("reason") in NO_STATUS:
+        return Problem("NodeFailed", f"Container {name} ended with its node, as when that is started anew.")
     if ended.get("reason") == "OOMKilled":
         return Problem("OutOfMemory", f"Container {name} hit its memory limit: raise spec.pod.resources.limits.memory.")
     last = f": {said.splitlines()[-1][-SAID_MAX:]}" if said else ""  # of a log or a traceback, the last line says it
