@@ -66,6 +66,14 @@ def test_every_row_is_a_metric() -> None:
     assert {plain(name) for name in told()} - known - labels == set()
 
 
+def test_every_example_query_asks_for_one_object() -> None:
+    """Two objects that serve the same have a revision of the same name."""
+    selectors = re.findall(r"\{[^{}]*(?:\{\{\w+\}\}[^{}]*)+\}", PAGE)
+    mine = [one for one in selectors if "slmops_revision=" in one]
+    assert len(mine) == 2, "the search is broken"
+    assert all('slmops_owner="{{name}}"' in one for one in mine)
+
+
 def test_what_rollouts_ask_for_is_on_the_page() -> None:
     queries = (ROOT / "operator/slmops/rollout/queries.py").read_text()
     asked = set(re.findall(rf"haproxy_[a-z_]+|{OURS}(?={{)", queries))

@@ -178,7 +178,7 @@ class Metrics:
             ["model_name", "reason"],
             registry=self.registry,
         )
-        for reason in ("queue_full", "queue_tokens", "deadline_unreachable", "not_ready"):
+        for reason in ("queue_full", "queue_tokens", "deadline_exceeded", "deadline_unreachable", "not_ready"):
             self._rejected.labels(model, reason)
         self._cut = counter("slmops_streams_cut", "Streams that began with 200 and ended with an error of the server.")
         self._restarts = counter("slmops_engine_restarts", "Times the engine process was started again.")
