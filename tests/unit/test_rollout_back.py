@@ -4,7 +4,7 @@ import contextlib
 from datetime import timedelta
 
 import pytest
-from tests.unit.rollout_world import KilledError, RouterPod, analysis, revision, serving, steps
+from tests.unit.rollout_world import KilledError, RouterPod, World, analysis, revision, serving, spec, steps
 
 from slmops.api import keys
 from slmops.rollout.seen import Problem
@@ -45,6 +45,21 @@ def test_what_a_measurement_took_away_is_not_given_back_by_a_kill(actions):
         world.run()
         assert [router.weights.get("bbb", 0) for router in world.routers] == [0, 0]
     assert (world.phase, world.status.rollout.outcome[:14]) == ("RolledBack", "AnalysisFailed")
+
+
+@pytest.mark.parametrize("value", ["*", "aaa", "bbb"])
+def test_an_abort_that_is_older_than_the_object_takes_nothing_down(value):
+    """A restored or copied object has the annotations of before, and no status."""
+    world = World(spec(steps=steps(30, pause=600)))
+    world.annotations[keys.ANNOTATION_ABORT] = value
+    world.passes()  # its source is not there yet
+    world.deploy("aaa")
+    assert (world.phase, world.stable, "VerbIgnored" in world.events) == ("Stable", "aaa", False)
+    world.deploy("bbb")
+    assert (world.phase, world.weight) == ("Step", 30)
+    world.annotations[keys.ANNOTATION_ABORT] = "*/again"
+    world.after(1)
+    assert (world.phase, world.stable) == ("RolledBack", "aaa")
 
 
 def test_rolling_back_does_not_wait_for_a_silent_router_but_pods_do():

@@ -40,7 +40,10 @@ def decide(spec: ModelDeploymentSpec, status: ModelDeploymentStatus, seen: Seen,
     """Decide. Pure."""
     work = Work(spec, status, seen, now)
     work.stable, work.candidate = _named(work.stable, seen.target), _named(work.candidate, seen.target)
+    if status.stable is None and status.candidate is None:
+        _pass_over(work)
     _take_target(work)
+    handled = work.roll.handled
     _tell_resumed(work, status)
     _take_plan(work)
     again = True
@@ -49,7 +52,7 @@ def decide(spec: ModelDeploymentSpec, status: ModelDeploymentStatus, seen: Seen,
         obeyed = _obey(work)
         _advance(work)
         again = obeyed or work.roll.phase != phase
-    _warn(work, status.rollout.handled)
+    _warn(work, handled)
     work.retire()
     return work.decision()
 
@@ -65,6 +68,13 @@ def _named(known: Revision | None, target: Revision | None) -> Revision | None:
         return known
     said = {"served_name": target.served_name, "api_keys_secret": target.api_keys_secret}
     return known.model_copy(update=said)
+
+
+def _pass_over(work: Work) -> None:
+    """An abort that is older than any revision was for another object: this one is its copy, or restored without status."""
+    old = work.seen.annotations.get(keys.ANNOTATION_ABORT)
+    if old is not None:
+        work.set(handled={**work.roll.handled, keys.ANNOTATION_ABORT: old[:253]})
 
 
 def _take_target(work: Work) -> None:
