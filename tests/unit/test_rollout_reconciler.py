@@ -38,6 +38,31 @@ def test_one_replica_has_no_disruption_budget_and_scaling_down_removes_it():
     assert world.cluster.objects[Key("Deployment", "ns", "chat-router")]["spec"]["replicas"] == 1
 
 
+def protected(world: Kubernetes, role: str) -> set[str]:
+    """The pods that the budget of this role counts."""
+    budget = world.cluster.objects[Key("PodDisruptionBudget", "ns", f"chat-{role}s")]
+    wanted = budget["spec"]["selector"]["matchLabels"].items()
+    pods = [key for key in world.cluster.objects if key.kind == "Pod"]
+    return {key.name for key in pods if wanted <= world.cluster.objects[key]["metadata"]["labels"].items()}
+
+
+def test_pods_of_a_candidate_that_start_do_not_stop_the_drain_of_the_stable_ones():
+    """All are counted by one budget, and those that are not ready leave nothing to spend."""
+    world = Kubernetes(rollout={"steps": [{"weight": 50, "pauseSeconds": 60}]})
+    world.passes()
+    old = world.status["stable"]["revision"]
+    assert protected(world, "server") == {f"chat-{old}-0", f"chat-{old}-1"}
+    world.edit(model=uri("b"))
+    world.passes()
+    new = world.status["candidate"]["revision"]
+    assert new in world.deployments()
+    assert protected(world, "server") == {f"chat-{old}-0", f"chat-{old}-1"}
+    world.passes(seconds=61)
+    assert world.status["stable"]["revision"] == new
+    assert protected(world, "server") == {f"chat-{new}-0", f"chat-{new}-1"}
+    assert protected(world, "router") == {"chat-router-0", "chat-router-1"}
+
+
 def weights(world: Kubernetes, url: str) -> dict[str, int]:
     return {r["revision"]: r["weight"] for r in world.agents[url]["revisions"] if r["weight"]}
 

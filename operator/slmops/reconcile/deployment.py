@@ -313,7 +313,9 @@ def _children(
         if revision in records:
             made += [serving.headless_service(obj, revision), serving.scaled(records[revision], replicas)]
     if spec.replicas > 1:
-        made += [serving.disruption_budget(obj, role) for role in (keys.ROLE_SERVER, keys.ROLE_ROUTER)]
+        first = decision.stable or decision.candidate
+        made.append(serving.disruption_budget(obj, keys.ROLE_SERVER, first.revision if first else ""))
+        made.append(serving.disruption_budget(obj, keys.ROLE_ROUTER))
     return tuple(made)
 
 
