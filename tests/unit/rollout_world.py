@@ -93,7 +93,10 @@ class World:
             router.turns += requests
 
     def seen(self) -> Seen:
-        pods = {r: Pods(n, self.ready.get(r, 0), self.broken.get(r)) for r, n in self.deployments.items()}
+        pods = {
+            r: Pods(n, self.ready.get(r, 0), self.broken.get(r), fell=r in self.broken)
+            for r, n in self.deployments.items()
+        }
         found = {r: 0 if r in self.unreached else n for r, n in self.ready.items()}
         views = tuple(
             Router() if r.silent else Router(dict(r.weights), r.epoch, found, dict(r.answered), dict(r.chosen), r.turns)

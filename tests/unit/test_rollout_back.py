@@ -213,11 +213,22 @@ def test_a_candidate_that_fell_over_once_is_not_held_to_that_for_ever():
     world = serving(steps=steps(50, pause=3600), progress_deadline_seconds=300)
     world.deploy("bbb")
     for _ in range(3):
+        world.broken["bbb"] = Problem("CrashLoopBackOff", "It ends with exit code 1.")
+        world.passes()
+        world.broken.clear()
+        world.after(1000)
+    assert (world.phase, world.weight, world.status.rollout.losses) == ("Step", 50, 3)
+
+
+def test_a_candidate_whose_nodes_are_drained_is_not_held_to_that_at_all():
+    world = serving(steps=steps(50, pause=3600))
+    world.deploy("bbb")
+    for _ in range(10):
         world.ready["bbb"] = 0
         world.passes(1, settle=False)
+        assert world.routers[0].weights == {"aaa": 100, "bbb": 0}
         world.passes()
-        world.after(1000)
-    assert (world.phase, world.weight) == ("Step", 50)
+    assert (world.phase, world.weight, world.status.rollout.losses) == ("Step", 50, 0)
 
 
 def test_a_retry_that_broke_off_and_was_taken_back_leaves_no_pods():

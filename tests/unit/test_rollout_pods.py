@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 from tests.unit.objects import NOW
-from tests.unit.serving_world import KEY, Kubernetes
+from tests.unit.serving_world import KEY, Kubernetes, uri
 
 from slmops.api.times import stamp
 from slmops.cluster.port import ClusterError, Objects
 from slmops.reconcile.deployment_pods import EVENTS_SECONDS
 from slmops.reconcile.pods import LATE_SECONDS
-from slmops.reconcile.serverpods import LATELY, ended_lately, is_ready, mute, problem_of
+from slmops.reconcile.serverpods import LATELY, ended_lately, fell, is_ready, mute, problem_of
 
 
 def pod(*, ready: bool = False, init: Any = None, server: Any = None, **status: Any) -> Any:
@@ -74,6 +74,48 @@ def test_a_quota_that_forbids_pods_is_named():
     problem = problem_of(deployment, [])
     assert problem is not None
     assert (problem.reason, "exceeded quota" in problem.message) == ("PodsForbidden", True)
+
+
+UP = {"state": {"running": {}}, "started": True, "ready": True}
+NOT_ANSWERING = {**UP, "ready": False}  # its engine has died and is started again
+STARTING = {**NOT_ANSWERING, "started": False}
+
+
+@pytest.mark.parametrize(
+    ("found", "own"),
+    [
+        (pod(server=NOT_ANSWERING), True),
+        (pod(server=died(1)), True),
+        (pod(server=died(137, "OOMKilled")), True),
+        (pod(server={**STARTING, **died(1), "state": {"running": {}}}), True),
+        (pod(server=died(255, "Unknown")), False),  # its node was started anew
+        (pod(server=UP), False),  # its node is gone: the pod is not ready, and nobody asks its containers
+        (pod(server={**UP, "lastState": died(1)["lastState"]}), False),
+        (pod(server=STARTING), False),
+        (pod(conditions=[{"type": "PodScheduled", "status": "False", "message": "0/1 free"}]), False),
+        (pod(init=waiting("ImagePullBackOff"), server=waiting("PodInitializing")), False),
+    ],
+)
+def test_a_pod_falls_by_its_own_doing_or_is_taken(found, own):
+    assert fell([found]) == own
+    assert not fell([ended(found)])
+    assert not fell([{**found, "metadata": {"deletionTimestamp": "now"}}])
+
+
+def test_a_candidate_whose_pods_fall_is_given_up_and_one_whose_pods_are_taken_is_not():
+    for state, phase in ((NOT_ANSWERING, "RolledBack"), (STARTING, "Canary")):
+        world = Kubernetes(rollout={"steps": [{"weight": 50, "pauseSeconds": 3600}]})
+        world.passes()
+        world.edit(model=uri("b"))
+        world.passes()
+        name = world.status["candidate"]["revision"]
+        for _ in range(4):
+            assert world.status["weight"] == 50
+            world.broken[name] = {"containerStatuses": [{"name": "server", **state}]}
+            world.passes()
+            world.broken.clear()
+            world.passes()
+        assert world.status["phase"] == phase
 
 
 def ended(found: Any, phase: str = "Failed") -> Any:

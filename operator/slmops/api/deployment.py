@@ -265,7 +265,9 @@ class RolloutStatus(Model):
         default=None, description="When the last of them was.", json_schema_extra={"format": "date-time"}
     )
     losses: int = Field(
-        default=0, description="How often the candidate lost all its pods while it got requests; the fourth rolls back."
+        default=0,
+        description="How often all pods of the candidate fell over by themselves while it got requests; the fourth "
+        "rolls back.",
     )
     samples: int | None = Field(
         default=None,

@@ -8,7 +8,7 @@ from slmops.api import keys
 from slmops.cluster.port import ClusterError, Object
 from slmops.reconcile.pods import LATE_SECONDS, created
 from slmops.reconcile.protocol import World
-from slmops.reconcile.serverpods import by_events, ended_lately, imageless, is_ready, mute, problem_of
+from slmops.reconcile.serverpods import by_events, ended_lately, fell, imageless, is_ready, mute, problem_of
 from slmops.rollout.seen import Pods, Problem
 
 EVENTS_SECONDS = 15.0  # until the Events of a pod that does not start are read again: nothing tells of them
@@ -41,6 +41,7 @@ class PodReader:
             ready=ready,
             problem=said or ended_lately(mine, world.now),
             failing=said is not None,
+            fell=fell(mine),
             imageless=imageless(mine),
         )
 

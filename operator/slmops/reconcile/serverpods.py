@@ -55,6 +55,15 @@ def imageless(pods: Iterable[Object]) -> bool:
     return bool(problems) and all(found is not None and found.reason == "ImagePullFailed" for found in problems)
 
 
+def fell(pods: Iterable[Object]) -> bool:
+    """Whether a pod that had started is not ready by its own doing: it ended, or says that it cannot answer.
+
+    One that was deleted or evicted does not count, nor its successor that has not started yet; and a node that is gone
+    makes a pod not ready, but none of its containers.
+    """
+    return any(_fell(found) for pod in _living(pods) for found in (pod.get("status") or {}).get("containerStatuses") or [])
+
+
 def mute(pods: Iterable[Object]) -> Object | None:
     """The oldest pod that has not come to its first container and does not say why: Events may."""
     waiting = [pod for pod in _missed(pods) if not (is_over(pod) or _begun(pod)) and _problem(pod) is None]
@@ -118,10 +127,23 @@ def _container(container: Object) -> Problem | None:
         return Problem("ImagePullFailed", cut(f"Image {container.get('image')} cannot be pulled: {said or reason}"))
     if reason in _CONFIG:
         return Problem(reason, cut(f"The container cannot start: {said or reason}"))
-    ended = state.get("terminated") or (container.get("lastState") or {}).get("terminated") or {}
+    ended = _end(container)
     if ended.get("exitCode", 0) == 0:
         return None
     return _died(container, ended)
+
+
+def _fell(container: Object) -> bool:
+    if container.get("ready"):
+        return False
+    ended = _end(container)
+    return bool(container.get("started")) or (ended.get("exitCode", 0) != 0 and ended.get("reason") not in NO_STATUS)
+
+
+def _end(container: Object) -> Object:
+    """How the container ended, or ended last; empty for one that never did."""
+    found: Object = (container.get("state") or {}).get("terminated") or {}
+    return found or (container.get("lastState") or {}).get("terminated") or {}
 
 
 def _died(container: Object, ended: Object) -> Problem:

@@ -224,11 +224,11 @@ def _lost(work: Work) -> bool:
     """Take the weight back from a candidate whose last pod is gone, or give it up; True where it had any."""
     if work.weight == 0 or work.pods.ready > 0 or work.stable is None:
         return False
-    losses = work.roll.losses + 1
+    losses = work.roll.losses + work.pods.fell
     work.set(losses=losses)
     if losses > LOSSES_MAX:
         problem = work.pods.problem or Problem("CandidateNotReady", "They do not say why.")
-        work.roll_back(Problem(problem.reason, f"All pods were lost {losses} times: {problem.message}"))
+        work.roll_back(Problem(problem.reason, f"All pods fell over {losses} times: {problem.message}"))
         return True
     work.weight = 0
     work.set(routed_at=None, passes=0, state="Scaling")

@@ -10,5 +10,5 @@ READY_SECONDS = 2.0  # until the routers are asked again whether they reach new 
 SAMPLES_SECONDS = 2.0  # until the routers are asked again for a number of requests that a step waits for
 TOLD_SECONDS = 10.0  # and for one that is merely told
 
-LOSSES_MAX = 3  # times that a candidate may lose all its pods: nodes go, but one that falls over again and again is bad
+LOSSES_MAX = 3  # times that a candidate's pods may fall over by themselves; what nodes and drains take is not counted
 RETIRING_MAX = 6  # revisions kept on their way out: with stable and candidate as many as a router takes
