@@ -17,7 +17,7 @@ from slmops.api.deployment import (
     Step,
     Verdict,
 )
-from slmops.rollout.machine import decide, measurement_due
+from slmops.rollout.machine import decide, measurement_due, measurement_window
 from slmops.rollout.seen import Decision, Pods, Problem, Router, Seen
 from slmops.rollout.sizes import candidate_pods
 from slmops.rollout.verdicts import judge
@@ -74,6 +74,8 @@ class World:
         self.annotations: dict[str, str] = {}
         self.measured: list[str] = []  # verdicts that will be given, then Pass for ever
         self.value: float | None = None  # measured instead, and judged
+        self.requests: list[tuple[datetime, bool]] | None = None  # the candidate's, and which failed: their share is
+        self.windows: list[int] = []  # seconds, of each measurement
         self.asked = 0
         self.events: list[str] = []
         self.log: list[str] = []
@@ -105,11 +107,17 @@ class World:
         seen = Seen(self.target, pods, views, annotations=dict(self.annotations))
         if measurement_due(self.spec, self.status, seen, self.now):
             self.asked += 1
+            self.windows.append(measurement_window(self.spec, self.status, seen, self.now))
             verdict = self._measure()
             seen = Seen(self.target, pods, views, verdicts=(verdict,), annotations=dict(self.annotations))
         return seen
 
     def _measure(self) -> Verdict:
+        if self.requests is not None and self.spec.rollout.analysis:
+            since = self.now - timedelta(seconds=self.windows[-1])
+            failed = [bad for moment, bad in self.requests if moment > since]
+            share = sum(failed) / len(failed) if failed else float("nan")
+            return judge(self.spec.rollout.analysis.metrics[0], share)
         if self.value is not None and self.spec.rollout.analysis:
             return judge(self.spec.rollout.analysis.metrics[0], self.value)
         word = self.measured.pop(0) if self.measured else "Pass"

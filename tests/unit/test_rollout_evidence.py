@@ -1,14 +1,9 @@
 """What a step has to earn before the next one: requests, measurements, time, approval."""
 
-from datetime import timedelta
-
 import pytest
-from tests.unit.rollout_world import ERRORS, START, analysis, serving, steps
+from tests.unit.rollout_world import ERRORS, analysis, serving, steps
 
 from slmops.api import keys
-from slmops.api.deployment import RolloutStatus
-from slmops.api.times import stamp
-from slmops.rollout.evidence import window
 from slmops.rollout.seen import Problem
 
 
@@ -361,17 +356,6 @@ def test_no_data_before_the_window_is_full_is_no_hold_yet():
     assert (world.hold, world.status.rollout.state, world.asked) == ("", "Analyzing", 2)
     world.after(10)
     assert world.hold.startswith("NoData: ")
-
-
-@pytest.mark.parametrize(("seconds", "looks_back"), [(0, 1), (7.9, 7), (59, 59), (61, 60), (9999, 60)])
-def test_a_query_never_looks_back_to_before_the_step(seconds, looks_back):
-    moment = START + timedelta(seconds=seconds)
-    one = analysis(window_seconds=60)
-    assert (
-        window(one, RolloutStatus(entered_at=stamp(START - timedelta(hours=1)), routed_at=stamp(START)), moment)
-        == looks_back
-    )
-    assert window(one, RolloutStatus(entered_at=stamp(START)), moment) == looks_back
 
 
 def test_a_candidate_is_measured_while_its_next_step_waits_for_pods_but_earns_nothing_then():

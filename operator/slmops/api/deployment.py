@@ -113,7 +113,8 @@ class Analysis(Model):
         default=60,
         ge=5,
         le=86400,
-        description="{{window}}: how far back a query looks; never to before the step began.",
+        description="{{window}}: how far back a query looks at least. Further where the measurement before is longer "
+        "ago, or where minSamples come more slowly; never to before the step began.",
     )
     min_samples: int = Field(
         default=20, ge=0, description="Requests that the candidate must have answered in this step."
@@ -125,8 +126,8 @@ class Analysis(Model):
         default=1,
         ge=0,
         le=100,
-        description="Failed measurements tolerated in a rollout; one more rolls back. One within windowSeconds of a "
-        "counted one is not counted again in that step: both may be about the same requests.",
+        description="Failed measurements tolerated in a rollout; one more rolls back. One that looks back to before "
+        "a counted one is not counted again in that step: both may be about the same requests.",
     )
     metrics: list[AnalysisMetric] = Field(
         min_length=1,

@@ -99,8 +99,8 @@ def budget_name(owner: Object, role: str) -> str:
 def disruption_budget(owner: Object, role: str, revision: str = "") -> Object:
     """Build the rule that evictions take one pod at a time: of the routers, or of the servers of this revision.
 
-    It is for the stable one. Were a candidate's pods counted with it, one that starts would stop every drain. A candidate
-    needs none: the stable revision keeps all its pods, and takes over where those of the candidate are gone.
+    It is for the stable one. Were a candidate's pods counted with it, one that starts would stop every drain. A
+    candidate needs none: the stable revision keeps all its pods, and takes over where those of the candidate are gone.
     """
     labels = {keys.LABEL_OWNER_UID: owner["metadata"]["uid"], keys.LABEL_ROLE: role}
     labels |= {keys.LABEL_REVISION: revision} if revision else {}

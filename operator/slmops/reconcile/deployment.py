@@ -25,7 +25,7 @@ from slmops.reconcile.state import Count, Event, Plan, Retry, Routes
 from slmops.remote import prometheus, router
 from slmops.remote.errors import RemoteError, TokenRefusedError
 from slmops.remote.router import Report
-from slmops.rollout.machine import decide, measurement_due
+from slmops.rollout.machine import decide, measurement_due, measurement_window
 from slmops.rollout.phases import PREPARING
 from slmops.rollout.revision import identify
 from slmops.rollout.seen import Decision, Problem, Router, Seen
@@ -126,7 +126,7 @@ class DeploymentReconciler:
             annotations=obj["metadata"].get("annotations") or {},
         )
         if measurement_due(spec, status, seen, world.now):
-            seen = Seen(**{**vars(seen), "verdicts": self._measure(obj, spec, status, world)})
+            seen = Seen(**{**vars(seen), "verdicts": self._measure(obj, spec, status, seen, world)})
         config_map = cluster.get(Key("ConfigMap", namespace, router_parts.router_name(obj)))
         records = router_parts.records_of(obj, config_map, world.settings.router_key)
         strays = frozenset(
@@ -186,9 +186,10 @@ class DeploymentReconciler:
             return Agent(url, None, leaving, refuses=isinstance(error, TokenRefusedError))
 
     def _measure(
-        self, obj: Object, spec: ModelDeploymentSpec, status: ModelDeploymentStatus, world: World
+        self, obj: Object, spec: ModelDeploymentSpec, status: ModelDeploymentStatus, seen: Seen, world: World
     ) -> tuple[Verdict, ...]:
-        return measure(obj, spec, status, world.settings.prometheus_url, world.now, self._query)
+        window = measurement_window(spec, status, seen, world.now)
+        return measure(obj, spec, status, world.settings.prometheus_url, world.now, window, self._query)
 
 
 def _wanted(cluster: Cluster, obj: Object, spec: ModelDeploymentSpec, status: ModelDeploymentStatus) -> Wanted:

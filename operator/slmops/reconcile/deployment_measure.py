@@ -6,7 +6,6 @@ from datetime import datetime
 from slmops.api.deployment import AnalysisMetric, ModelDeploymentSpec, ModelDeploymentStatus, Verdict
 from slmops.cluster.port import Object
 from slmops.remote.prometheus import Answer, Inconclusive, NoData, Unreachable, Value
-from slmops.rollout.evidence import window
 from slmops.rollout.queries import Context, promql
 from slmops.rollout.verdicts import judge
 
@@ -22,9 +21,10 @@ def measure(
     status: ModelDeploymentStatus,
     url: str,
     now: datetime,
+    window: int,
     query: Callable[[str, str, datetime], Answer],
 ) -> tuple[Verdict, ...]:
-    """A verdict for each metric. Once Prometheus is silent, the rest is not asked."""
+    """A verdict for each metric, over the last `window` seconds. Once Prometheus is silent, the rest is not asked."""
     analysis, candidate = spec.rollout.analysis, status.candidate
     assert analysis is not None
     assert candidate is not None
@@ -33,7 +33,7 @@ def measure(
         name=obj["metadata"]["name"],
         revision=candidate.revision,
         stable=status.stable.revision if status.stable else "",
-        window=window(analysis, status.rollout, now),
+        window=window,
     )
     answer: Answer = Unreachable(NO_PROMETHEUS)
     verdicts: list[Verdict] = []

@@ -61,7 +61,8 @@ def fell(pods: Iterable[Object]) -> bool:
     One that was deleted or evicted does not count, nor its successor that has not started yet; and a node that is gone
     makes a pod not ready, but none of its containers.
     """
-    return any(_fell(found) for pod in _living(pods) for found in (pod.get("status") or {}).get("containerStatuses") or [])
+    said = [pod.get("status") or {} for pod in _living(pods)]
+    return any(_fell(container) for status in said for container in status.get("containerStatuses") or [])
 
 
 def mute(pods: Iterable[Object]) -> Object | None:

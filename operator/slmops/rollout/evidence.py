@@ -1,9 +1,7 @@
 """What a step has to earn: time, requests, good measurements, approval. Unknown holds; only a Fail counts against."""
 
-from datetime import datetime
-
 from slmops.api import keys
-from slmops.api.deployment import Analysis, RolloutStatus, Step
+from slmops.api.deployment import Step
 from slmops.api.times import parse, stamp
 from slmops.rollout.phases import PROMOTING, SAMPLES_SECONDS, STEP
 from slmops.rollout.seen import Problem
@@ -73,7 +71,7 @@ def judged(work: Work) -> bool:
     analysis, verdicts = work.spec.rollout.analysis, work.seen.verdicts
     if not verdicts or analysis is None or not due(work):
         return False
-    failed = first_failed(verdicts)
+    failed, counted = first_failed(verdicts), _is_counted(work)
     work.verdicts = verdicts
     work.set(
         measured_at=stamp(work.now),
@@ -82,7 +80,7 @@ def judged(work: Work) -> bool:
     )
     if failed is None:
         return False
-    if not _is_counted(work, analysis):
+    if not counted:
         work.set(failures=work.roll.failures + 1, failed_at=stamp(work.now))
     work.note("AnalysisFailed", f"Revision {work.name}, metric {failed.name}: {failed.message}.", warning=True)
     if work.roll.failures <= analysis.failure_limit:
@@ -113,11 +111,23 @@ def _enough(work: Work, min_samples: int, passes: int) -> bool:
     return False
 
 
-def window(analysis: Analysis, rollout: RolloutStatus, now: datetime) -> int:
-    """Seconds that a query looks back: never to before the step, whose evidence it shall be."""
-    began = rollout.routed_at or rollout.entered_at
-    age = (now - parse(began)).total_seconds() if began else analysis.window_seconds
-    return max(1, min(analysis.window_seconds, int(age)))
+def window(work: Work) -> int:
+    """Seconds that a query looks back: windowSeconds, or more, so that no request is left out.
+
+    As far as to the measurement before, and as far as to find minSamples at the pace of the step: of a candidate with
+    one request a minute one bad request would be all that there is, and a good one would hide all that came before.
+    But never to before the step, whose evidence it shall be.
+    """
+    analysis, roll = work.spec.rollout.analysis, work.roll
+    assert analysis is not None
+    began = roll.routed_at or roll.entered_at
+    if began is None:
+        return analysis.window_seconds
+    age = (work.now - parse(began)).total_seconds()
+    unmeasured = -work.left(max(began, roll.measured_at or began), 0)
+    samples = work.samples()
+    enough = age * analysis.min_samples / samples if samples else 0.0
+    return max(1, int(min(age, max(analysis.window_seconds, unmeasured, enough))))
 
 
 def _measures(work: Work) -> bool:
@@ -129,15 +139,15 @@ def _measures(work: Work) -> bool:
     return roll.phase in (STEP, PROMOTING)
 
 
-def _is_counted(work: Work, analysis: Analysis) -> bool:
-    """Whether what failed now may be what was counted before: one bad request is in the windows of many measurements.
+def _is_counted(work: Work) -> bool:
+    """Whether what fails now may be what was counted before: one bad request is in the windows of many measurements.
 
     Windows begin anew with each step.
     """
     failed_at, began = work.roll.failed_at, work.roll.routed_at or work.roll.entered_at
     if failed_at is None or (began is not None and failed_at <= began):
         return False
-    return work.left(failed_at, analysis.window_seconds) > 0
+    return work.left(failed_at, window(work)) > 0
 
 
 def _enough_samples(work: Work) -> bool:

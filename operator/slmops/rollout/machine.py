@@ -62,6 +62,11 @@ def measurement_due(spec: ModelDeploymentSpec, status: ModelDeploymentStatus, se
     return evidence.due(Work(spec, status, seen, now))
 
 
+def measurement_window(spec: ModelDeploymentSpec, status: ModelDeploymentStatus, seen: Seen, now: datetime) -> int:
+    """Seconds that the queries of this pass look back."""
+    return evidence.window(Work(spec, status, seen, now))
+
+
 def _named(known: Revision | None, target: Revision | None) -> Revision | None:
     """Fill in what an older operator did not write down of a revision: who asks it (sources.py) needs to know."""
     if known is None or target is None or known.revision != target.revision or known.served_name:
@@ -71,7 +76,7 @@ def _named(known: Revision | None, target: Revision | None) -> Revision | None:
 
 
 def _pass_over(work: Work) -> None:
-    """An abort that is older than any revision was for another object: this one is its copy, or restored without status."""
+    """Do nothing of an abort that is older than any revision: this object is a copy, or restored without its status."""
     old = work.seen.annotations.get(keys.ANNOTATION_ABORT)
     if old is not None:
         work.set(handled={**work.roll.handled, keys.ANNOTATION_ABORT: old[:253]})

@@ -1,0 +1,91 @@
+"""How far back a measurement looks: to every request that was not measured yet, and to enough of them."""
+
+from collections.abc import Collection
+from datetime import timedelta
+
+import pytest
+from tests.unit.rollout_world import ERRORS, START, World, analysis, revision, serving, spec, steps
+
+from slmops.api.deployment import ModelDeploymentStatus, RolloutStatus
+from slmops.api.times import stamp
+from slmops.rollout.machine import measurement_window
+from slmops.rollout.seen import Router, Seen
+
+
+def looks_back(seconds: float, samples: int, **status: object) -> int:
+    """So long after the step began, with so many answers since, of which 20 are asked for; windowSeconds is 60."""
+    said = ModelDeploymentStatus(candidate=revision("bbb"), weight=10, rollout=RolloutStatus(phase="Step", **status))
+    seen = Seen(routers=(Router(epoch="bbb/Step/0/10", answered={"bbb": samples}),))
+    how = spec(steps=steps(10), analysis=analysis(window_seconds=60, min_samples=20))
+    return measurement_window(how, said, seen, START + timedelta(seconds=seconds))
+
+
+@pytest.mark.parametrize(("seconds", "wanted"), [(0, 1), (7.9, 7), (59, 59), (60, 60)])
+def test_a_query_never_looks_back_to_before_the_step(seconds, wanted):
+    before = stamp(START - timedelta(hours=1))
+    assert looks_back(seconds, 1000, entered_at=before, routed_at=stamp(START)) == wanted
+    assert looks_back(seconds, 1000, entered_at=stamp(START)) == wanted
+    assert looks_back(seconds, 1000, entered_at=before, routed_at=stamp(START), measured_at=before) == wanted
+
+
+@pytest.mark.parametrize(
+    ("seconds", "samples", "measured", "wanted"),
+    [
+        (1200, 1000, None, 1200),  # nothing was measured yet
+        (1200, 1000, 900, 300),  # intervalSeconds are more than windowSeconds
+        (1200, 1000, 1190, 60),
+        (1200, 20, 1190, 1200),  # one request a minute
+        (2400, 40, 2390, 1200),
+        (1200, 0, 1190, 60),
+    ],
+)
+def test_a_query_looks_back_to_the_last_measurement_and_to_enough_requests(seconds, samples, measured, wanted):
+    at = stamp(START + timedelta(seconds=measured)) if measured else None
+    assert looks_back(seconds, samples, routed_at=stamp(START), measured_at=at) == wanted
+
+
+def quiet(failing: Collection[int], minutes: int, failure_limit: int, most: float) -> World:
+    """The candidate gets one request a minute, of which these fail."""
+    metric = ERRORS.model_copy(update={"max": most})
+    how = analysis(metrics=[metric], failure_limit=failure_limit, passes=2)
+    world = serving(steps=steps(10, pause=86400), analysis=how)
+    world.deploy("bbb")
+    world.requests = []
+    for minute in range(minutes):
+        for _ in range(6):
+            world.after(10)
+        world.serve(10)
+        world.requests.append((world.now, minute in failing))
+        world.passes()
+    return world
+
+
+def test_a_quiet_candidate_that_failed_before_it_was_measured_is_rolled_back():
+    """Its last request is good: nothing else would be in a window of a minute."""
+    assert quiet(range(18), 21, failure_limit=0, most=0.5).phase == "RolledBack"
+    assert quiet(range(60), 60, failure_limit=1, most=0.5).phase == "RolledBack"
+
+
+def test_one_bad_request_of_a_quiet_candidate_is_not_all_that_there_is():
+    world = quiet([25], 50, failure_limit=0, most=0.1)
+    assert (world.phase, world.status.rollout.failures) == ("Step", 0)
+    assert world.status.rollout.passes > 100
+
+
+def test_one_bad_request_of_a_quiet_candidate_is_one_failure():
+    world = quiet([25], 60, failure_limit=1, most=0.01)
+    assert (world.phase, world.status.rollout.failures) == ("Step", 1)
+    assert world.status.rollout.passes > 10  # it is out of the window
+
+
+def test_a_long_interval_leaves_nothing_out():
+    world = serving(steps=steps(10, pause=3600), analysis=analysis(interval_seconds=300, failure_limit=1))
+    world.deploy("bbb")
+    world.requests = []
+    world.serve(3000)
+    for _ in range(2):
+        world.after(100)
+        world.requests.append((world.now, True))
+        world.after(200)
+    assert world.windows == [300, 300]
+    assert world.phase == "RolledBack"  # two measurements, of different requests
