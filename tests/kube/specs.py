@@ -163,7 +163,7 @@ EXAMPLES: dict[str, list[Object]] = {
         {"model": {"ref": {"kind": "QuantizedModel", "name": "q"}}},
         {
             "model": URI,
-            "pod": {"image": "server:1"},
+            "pod": {"image": "server:1", "resources": {"limits": {"cpu": 2, "nvidia.com/gpu": "1"}}},
             "rollout": {
                 "steps": [
                     {"weight": 0, "pauseSeconds": 1},
@@ -180,7 +180,8 @@ EXAMPLES: dict[str, list[Object]] = {
                 "analysis": {"metrics": [{"name": "exact", "query": "up", "min": 1.0, "max": 1.0}]},
             },
         },
-        {"model": URI, "rollout": {"steps": []}},
+        {"model": URI, "rollout": {"steps": []}, "pod": {"resources": {"requests": {"cpu": 2}}}},
+        {"model": URI, "pod": {"resources": {"limits": {"cpu": 2, "example.com/device": "1"}}}},
     ],
 }
 
@@ -285,6 +286,13 @@ rejects(
     {"rollout.steps": [{"weight": 0}, {"weight": 10}]},
 )
 rejects("ModelDeployment", "give engine.image or pod.image, not both", {"pod.image": "server:2"})
+GPU_WITHOUT_SERVER = "a GPU needs engine.image, a server that uses it: the operator's own computes on the CPU alone"
+rejects(
+    "ModelDeployment",
+    GPU_WITHOUT_SERVER,
+    {"engine.image": None},
+    {"engine": None, "pod.resources.limits": {"nvidia.com/gpu": "2"}},
+)
 rejects(
     "ModelDeployment",
     "args: model, served-name, host, port, metrics-port and api-keys-dir are set by the operator, engine by name",

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from tests.kube.api import Api, ApiError, Object
-from tests.kube.specs import EXAMPLES, NO_OUTPUTS, OUTPUTS, REJECTED, put
+from tests.kube.api import Api, ApiError, Object, wait_for
+from tests.kube.specs import EXAMPLES, GPU_WITHOUT_SERVER, NO_OUTPUTS, OUTPUTS, REJECTED, URI, put
 
 from slmops import crdgen
 from slmops.api.batch import MUTABLE
@@ -218,6 +218,34 @@ def test_every_rule_rejects_and_says_why(api: Api, kind: str, message: str) -> N
         for path, value in change.items():
             spec = put(spec, path, value)
         assert message in tried(api, kind, spec), change
+
+
+def test_what_was_made_before_there_was_a_rule_can_still_be_scaled_and_mended(api: Api) -> None:
+    """A GPU for which no server is named: the rule is of a later version than such objects."""
+    url = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/modeldeployments.slmops.dev"
+    place = "/spec/versions/0/schema/openAPIV3Schema/properties/spec/x-kubernetes-validations"
+    found = SCHEMAS["ModelDeployment"]["properties"]["spec"]["x-kubernetes-validations"]
+    old = {"model": URI, "pod": {"resources": {"limits": {"nvidia.com/gpu": 1}}}}
+
+    def put_rules(rules: list[Object]) -> None:
+        patch = [{"op": "replace", "path": place, "value": rules}]
+        api.ask("PATCH", url, patch, content="application/json-patch+json")
+
+    try:
+        put_rules([rule for rule in found if rule["message"] != GPU_WITHOUT_SERVER])
+        wait_for("the older schema", lambda: tried(api, "ModelDeployment", old) == "")
+        api.create("ModelDeployment", "old", spec=old)
+    finally:
+        put_rules(found)
+    wait_for("the newer schema", lambda: GPU_WITHOUT_SERVER in tried(api, "ModelDeployment", old))
+    api.patch("ModelDeployment", "old", {"spec": {"replicas": 3}}, "scale")
+    api.patch("ModelDeployment", "old", {"spec": {"servedName": "x"}})
+    api.patch("ModelDeployment", "old", {"status": {"phase": "Stable"}}, "status")
+    said = api.need("ModelDeployment", "old")
+    assert (said["spec"]["replicas"], said["status"]["phase"]) == (3, "Stable")
+    api.patch("ModelDeployment", "old", {"spec": {"engine": {"image": "server:1"}}})
+    with pytest.raises(ApiError, match=GPU_WITHOUT_SERVER):
+        api.patch("ModelDeployment", "old", {"spec": {"engine": {"image": None}}})
 
 
 @pytest.mark.parametrize("kind", [kind.name for kind in crdgen.KINDS if kind.batch])

@@ -65,7 +65,7 @@ def settles(world: Kubernetes) -> None:
 
 
 def test_a_mended_image_reaches_a_first_revision_and_touches_none_that_serves():
-    pod = {"resources": {"limits": {"cpu": 2, "nvidia.com/gpu": 1}}, "env": [{"name": "A", "value": "\u20ac"}],
+    pod = {"resources": {"limits": {"cpu": 2, "example.com/device": 1}}, "env": [{"name": "A", "value": "\u20ac"}],
            "tolerations": [{"key": "gpu", "operator": "Exists"}], "imagePullSecrets": [{"name": "s"}]}  # fmt: skip
     world = Kubernetes(pod=pod, endpoint={"apiKeysSecretRef": {"name": "keys"}}, engine={"args": ["--slots=4"]})
     world.cluster.put({"kind": "Secret", "metadata": {"name": "keys", "namespace": "ns"}, "data": {"a": "b"}})
@@ -78,7 +78,7 @@ def test_a_mended_image_reaches_a_first_revision_and_touches_none_that_serves():
     upgrade(world)
     world.passes()
     assert image_of(world, name) == "server:2"
-    assert uid_of(world, name) != first  # its pods hold no GPU any more
+    assert uid_of(world, name) != first  # its pods hold no device any more
     settles(world)
     upgrade(world, "server:3")
     world.broken[f"{name}/1"] = NOT_PULLED  # a node that has lost the image

@@ -107,7 +107,7 @@ def finish(loaded: models.Loaded, out: Path) -> None:
     declared = model.get("eos_token_id")
     known = declared if isinstance(declared, list) else [] if declared is None else [declared]
     model["eos_token_id"] = list(dict.fromkeys((*loaded.stop_ids, *known)))
-    # The fp16 graph is built for CUDA (see onnx_build); the servers choose their providers themselves.
+    # The fp16 graph is built for CUDA (see onnx_build), but our server has the CPU alone; others choose for themselves.
     model["decoder"]["session_options"]["provider_options"] = []
     path.write_text(json.dumps(config, indent=2))
     # Some tokenizers say 1e30 where they mean no limit: too large an integer for the JSON readers of other languages.

@@ -19,5 +19,11 @@ class Model(BaseModel):
 
 
 def rules(*pairs: tuple[str, str]) -> dict[str, Any]:
-    """CEL rules for `json_schema_extra`: each pair is (expression, message to the user)."""
-    return {"x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in pairs]}
+    """CEL rules for `json_schema_extra`: each pair is (expression, message to the user).
+
+    A rule that asks for `oldSelf` gets an optional, which is empty for an object that is new.
+    """
+    found: list[dict[str, Any]] = [{"rule": rule, "message": message} for rule, message in pairs]
+    return {"x-kubernetes-validations": [
+        one | {"optionalOldSelf": True} if "oldSelf" in one["rule"] else one for one in found
+    ]}  # fmt: skip

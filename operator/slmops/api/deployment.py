@@ -175,6 +175,13 @@ class Rollout(Model):
     )
 
 
+_GPU = (  # a GPU for which no server is named
+    "has(SPEC.pod) && has(SPEC.pod.resources) && has(SPEC.pod.resources.limits) && "
+    "'nvidia.com/gpu' in SPEC.pod.resources.limits && !has(SPEC.engine.image) && !has(SPEC.pod.image)"
+)
+_GPU_BEFORE = _GPU.replace("SPEC", "oldSelf.value()")  # from when there was no such rule: it can still be scaled
+
+
 class ModelDeploymentSpec(Model):
     """Serve a model."""
 
@@ -182,6 +189,10 @@ class ModelDeploymentSpec(Model):
         (
             "!has(self.engine.image) || !has(self.pod) || !has(self.pod.image)",
             "give engine.image or pod.image, not both",
+        ),
+        (
+            f"!({_GPU.replace('SPEC', 'self')}) || (oldSelf.hasValue() && {_GPU_BEFORE})",
+            "a GPU needs engine.image, a server that uses it: the operator's own computes on the CPU alone",
         ),
     )
 
