@@ -248,10 +248,14 @@ class Router:
     def ready(self, revision: str, count: int = 1) -> None:
         eventually(lambda: self.seen(revision).get("ready") == count, f"{count} ready servers of {revision}")
 
-    def metrics(self, host: str = "127.0.0.1") -> str:
+    def metrics(self, host: str = "127.0.0.1", path: str = "/metrics") -> str:
         connection = http.client.HTTPConnection(host, self.metrics_port, timeout=5)
-        connection.request("GET", "/metrics")
+        connection.request("GET", path)
         return connection.getresponse().read().decode()
+
+    def servers(self) -> str:
+        """The metrics of each pod, which are to be asked for."""
+        return self.metrics(path="/metrics?scope=server")
 
 
 def ask(

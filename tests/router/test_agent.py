@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from router_world import ROOT, ask, routes
+from router_world import ROOT, ask, eventually, routes
 
 from slmops_router.main import newest
 from slmops_router.routes import BadRoutesError, Routes
@@ -132,6 +132,21 @@ def test_prometheus_sees_every_revision_from_the_start(pod, router, port):
     assert 'haproxy_backend_http_responses_total{proxy="a",code="2xx"} 1' in text
     assert 'haproxy_backend_http_responses_total{proxy="b",code="5xx"} 0' in text
     assert 'haproxy_backend_server_aborts_total{proxy="a"} 0' in text
+
+
+def test_places_without_a_pod_cost_prometheus_nothing(pod, router, port):
+    def scraped() -> set[str]:
+        return {line.rpartition(" ")[0] for line in one.metrics().splitlines() if not line.startswith("#")}
+
+    pod("a")
+    one = router(routes({"a": 100}, port, a=8))
+    one.ready("a")
+    few = scraped()
+    one.set(routes({"a": 100}, port, a=64))
+    eventually(lambda: 'haproxy_server_status{proxy="a",server="pod-64",state="MAINT"} 1' in one.servers(), "64 places")
+    one.ready("a")
+    assert scraped() == few
+    assert {name.partition("_")[2].partition("_")[0] for name in few} == {"process", "frontend", "backend"}
 
 
 def test_a_dead_haproxy_ends_the_container(router, port):

@@ -129,7 +129,7 @@ def test_a_draining_pod_gets_no_new_requests_and_costs_none(pod, router, port):
         load.more(50)
         first.drain()
         down = 'haproxy_server_status{proxy="a",server="pod-%d",state="DOWN"} 1'
-        eventually(lambda: any(down % n in one.metrics() for n in (1, 2)), "the router knows")
+        eventually(lambda: any(down % n in one.servers() for n in (1, 2)), "the router knows")
         before = first.answered
         load.more(200)
         assert first.answered <= before + 8  # at most what was on its way
@@ -156,7 +156,7 @@ def test_a_stable_revision_without_pods_is_replaced_by_the_candidate(pod, router
     one = router(routes({"a": 80, "b": 20}, port, epoch="step"))
     one.ready("a"), one.ready("b")
     last.kill()
-    eventually(lambda: 'haproxy_server_status{proxy="a",server="pod-1",state="DOWN"} 1' in one.metrics(), "noticed")
+    eventually(lambda: 'haproxy_server_status{proxy="a",server="pod-1",state="DOWN"} 1' in one.servers(), "noticed")
     assert shares(one.port, 50) == {"b": 50}
     assert (one.get("/observed")[1]["turns"], one.seen("b")["chosen"]) == (0, 0)  # nothing is wrong with the split
     pod("a")

@@ -1,9 +1,16 @@
 """What the operator's own metrics say of rollouts."""
 
+import re
+from pathlib import Path
+
+from prometheus_client import generate_latest
 from tests.unit.serving_world import ANALYSIS, KEY, Kubernetes, uri
 
 from slmops.cluster.port import ClusterError, Key
+from slmops.handlers.known import Known, note_of
 from slmops.handlers.metrics import Metrics
+from slmops.handlers.schedule import Schedule
+from slmops.handlers.work import Work
 from slmops.remote import prometheus
 
 CANARY = {"steps": [{"weight": 50}], "analysis": {**ANALYSIS, "metrics": ANALYSIS["metrics"][:1]}}
@@ -50,14 +57,36 @@ def test_a_rollback():
     assert verdicts(world) == {("errors", "Fail"): 1}
 
 
-def test_a_first_rollback_is_an_increase_for_prometheus():
-    """A series that begins at 1 has no increase: each outcome stands at 0 before, also after a restart."""
+def test_every_outcome_stands_at_0_from_the_first_pass():
+    """A series that begins at 1 has no increase."""
     world = rolling()
     for _ in range(2):
         told = series(world, "slmops_rollouts", "outcome")
         assert (len(told), told[("RolledBack",)]) == (5, 0)
         world.metrics = Metrics()
         world.passes(1)
+
+
+def test_the_alert_of_the_page_sees_a_rollback_in_the_first_pass_of_an_operator():
+    """Its counter begins at 1 then: what is alerted on must be there without a scrape before."""
+    page = (Path(__file__).resolve().parents[2] / "docs/metrics.md").read_text()
+    alerts = {f"{name}{{{labels}}}" for name, labels in re.findall(r"`([a-z_:]+)\{([^`]*)\}[^`]* > 0`", page)}
+    assert len(alerts) == 2
+
+    def firing(world: Kubernetes) -> set[str]:
+        known = Known()
+        known.concerned(note_of({"type": "ADDED", "object": world.obj}))
+        world.metrics.observe(Work(lambda _key: None, Schedule(lambda: 0.0), workers=1), known)
+        return {line.split()[0] for line in generate_latest(world.metrics.registry).decode().splitlines()} & alerts
+
+    assert firing(rolling()) == set()
+    world = rolling()
+    world.answers = [prometheus.Value(1.0)]
+    world.metrics = Metrics()
+    world.passes(1, seconds=10)
+    assert outcomes(world) == {"RolledBack": 1}
+    world.passes()
+    assert firing(world) == {'slmops_objects{kind="ModelDeployment",phase="RolledBack"}'}
 
 
 def test_a_third_revision_and_the_way_home():

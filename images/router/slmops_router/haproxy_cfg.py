@@ -20,6 +20,7 @@ from slmops_router.routes import Revision, Routes
 BUFFER = 32_768  # bytes; a request that fits can be sent again to another pod or revision
 STRIDE = 61  # coprime to 100 and near its golden section: turns spread evenly, and any 100 in a row are exact
 PROBE = "/.slmops/ready"
+SCOPES = "scope=global&scope=frontend&scope=backend"  # servers are 70 series each, also those without a pod
 FRONT = "api"  # the frontend of the clients
 FILES_SPARE = 256  # for listeners, threads and the like: about 60 with 8 revisions and 4 threads
 
@@ -182,6 +183,7 @@ frontend metrics
     maxconn 16
     option dontlog-normal
     timeout client 30s
+    http-request set-query {SCOPES} if !{{ query -m found }}
     http-request use-service prometheus-exporter if {{ path /metrics }}
     http-request return status 404
 

@@ -83,7 +83,7 @@ class Metrics:
         if failed:
             self._errors.labels(key.kind).inc()
         if key.kind == "ModelDeployment":
-            for outcome in OUTCOMES.values():  # at 0 before the first one: increase() does not see a series begin at 1
+            for outcome in OUTCOMES.values():  # increase() does not see a series begin at 1: at 0 from the first pass
                 self._counters["rollouts"].labels(key.namespace, key.name, outcome)
 
     def on_end(self, kind: str, outcome: str, seconds: float) -> None:
