@@ -12,7 +12,7 @@ ifneq ($(words $(CLUSTER)) $(filter-out local current,$(CLUSTER)),1 )
 $(error CLUSTER is "local" or "current", not "$(CLUSTER)")
 endif
 ifeq ($(CLUSTER),current)
-ifneq ($(filter test components clients bench up images down purge,$(MAKECMDGOALS)),)
+ifneq ($(filter test components clients bench bench-serving up images down purge status,$(MAKECMDGOALS)),)
 $(error with CLUSTER=current there are: demo, e2e, install, uninstall. The rest is about the local node)
 endif
 endif

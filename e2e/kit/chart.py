@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from kit.alone import BusyError, alone
@@ -14,7 +16,16 @@ from localkube.say import heartbeat
 RELEASE = "slmops"
 NAMESPACE = "slmops-system"
 IMAGES = ("operator", "trainer", "server", "router", "registry", "prometheus")
+UNNAMED = (
+    "Nothing says which images to install: those that the chart names are published nowhere. Build and push yours "
+    "(README.md, On your own cluster), name them in a file (docs/install.md, The demo on your own cluster), and give "
+    "it: CLUSTER=current VALUES=images.yaml"
+)
 RESTRICTED = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
+
+
+class NoImagesError(KubectlError):
+    """Which images to install is not known; the message says what to do."""
 
 
 def namespace(name: str) -> dict[str, object]:
@@ -69,11 +80,13 @@ def _helm(kube: Kubectl, *args: str, timeout: float = 300.0) -> str:
 
 
 def install(kube: Kubectl, *values: str, images: dict[str, str] | None = None) -> str:
-    """`helm upgrade --install --wait` into slmops-system. `images`: full references by name, else the chart's own.
+    """`helm upgrade --install --wait` into slmops-system. `images`: full references by name, else those of VALUES.
 
     The file that VALUES names, if any, comes on top of the chart's values and below the others.
-    Returns helm's output; raises KubectlError with its message.
+    Returns helm's output; raises KubectlError with its message, NoImagesError where nothing names the images.
     """
+    if images is None and not values_flags():  # the chart's own are published nowhere
+        raise NoImagesError(UNNAMED)
     if "deletionTimestamp" in (kube.get("namespace", NAMESPACE) or {"metadata": {}})["metadata"]:
         kube.delete("namespace", NAMESPACE)  # somebody did already; nothing can be made in it before it is gone
     kube.apply(namespace(NAMESPACE))
@@ -94,6 +107,20 @@ def install(kube: Kubectl, *values: str, images: dict[str, str] | None = None) -
         "240s",
         *flags,
     )
+
+
+@contextmanager
+def lent(kube: Kubectl, *values: str, images: dict[str, str] | None = None) -> Iterator[None]:
+    """install() with `values` for a block; on the user's cluster they are taken back, however it ends.
+
+    The local node's release keeps them: its next user installs anew. Raises what install() raises.
+    """
+    install(kube, *values, images=images)
+    try:
+        yield
+    finally:
+        if CURRENT:
+            install(kube, images=images)
 
 
 def values_flags() -> list[str]:
@@ -130,10 +157,10 @@ def uninstall(kube: Kubectl) -> str:
 
 
 def local_images() -> dict[str, str]:
-    """The references of the images that were built here, by name. Raises KubectlError before `make images`."""
+    """The references of the images that were built here, by name. Raises NoImagesError before `make images`."""
     file = LOCAL / "images.json"
     if not file.exists():
-        raise KubectlError("No images are built yet: make up images")
+        raise NoImagesError("No images are built yet: make up images")
     images: dict[str, str] = json.loads(file.read_text())
     return images
 
@@ -160,8 +187,8 @@ def running_images(kube: Kubectl) -> dict[str, str]:
 def main() -> int:
     """`python -m kit.chart install|uninstall`; CLUSTER=current takes the user's kube context.
 
-    There a release that runs is left alone: it has the user's images and values. Without one, published images are
-    taken. While a demo of this clone runs, nothing is done.
+    There a release that runs is left alone unless VALUES is given: it has the user's images and values. While a demo
+    of this clone runs, nothing is done.
     """
     kube, removing = Kubectl(NAMESPACE), sys.argv[1:] == ["uninstall"]
     try:
@@ -173,7 +200,7 @@ def main() -> int:
             else:
                 install(kube, images=None if CURRENT else local_images())
                 print(f"SLMOps runs in namespace {NAMESPACE}")
-    except (BusyError, OSError) as problem:
+    except (BusyError, NoImagesError, OSError) as problem:
         print(f"Failed: {problem}", file=sys.stderr)
         return 1
     except KubectlError as error:

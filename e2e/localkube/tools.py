@@ -71,7 +71,7 @@ def _build(names: list[str]) -> None:
     version = go_version(shell.attempt("go", "env", "GOVERSION").stdout)
     if version < OLDEST_GO:
         what = f"Go {version[0]}.{version[1]} is too old" if any(version) else "Go is not installed"
-        raise Failure(what, hint="install Go 1.25 or newer (https://go.dev/dl) and run again")
+        raise Failure(what, hint=f"install Go {OLDEST_GO[0]}.{OLDEST_GO[1]} or newer (https://go.dev/dl) and run again")
     step(f"building {', '.join(names)} from source (about 7 minutes on 2 cores, once per machine)")
     kubernetes = kubernetes_version((paths.TOOLS_MODULE / "go.mod").read_text())
     stamp = "k8s.io/component-base/version"

@@ -11,12 +11,12 @@ from kit.seeding import seed
 
 
 @pytest.fixture(scope="session")
-def installed() -> Kubectl:
+def installed() -> Iterator[Kubectl]:
     """The chart, installed; kubectl in its namespace. With CLUSTER=current the images are those of the file VALUES."""
     kube = Kubectl(chart.NAMESPACE)
     own = None if CURRENT else chart.local_images()
-    chart.install(kube, f"store.plainHttp={{{LATE}}}", f"hfEndpoint={HUB}", images=own)
-    return kube
+    with chart.lent(kube, f"store.plainHttp={{{LATE}}}", f"hfEndpoint={HUB}", images=own):
+        yield kube
 
 
 @pytest.fixture(scope="session")

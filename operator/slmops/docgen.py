@@ -27,56 +27,77 @@ def _type(schema: dict[str, Any]) -> str:
     return str(schema.get("format") or schema.get("type") or "any")
 
 
+def _count(schema: dict[str, Any], what: str, word: str) -> list[str]:
+    """How many of something there may be: minItems and maxItems, for one."""
+    low, high = schema.get(f"min{what}"), schema.get(f"max{what}")
+    if high is None:
+        return [f"≥ {low} {word}"] if low else []
+    return [f"{low} to {high} {word}" if low else f"≤ {high} {word}"]
+
+
 def _limits(schema: dict[str, Any]) -> str:
     words = []
     if "minimum" in schema or "maximum" in schema:
         low = f"{'>' if schema.get('exclusiveMinimum') else '≥'} {schema['minimum']}" if "minimum" in schema else ""
         high = f"{'<' if schema.get('exclusiveMaximum') else '≤'} {schema['maximum']}" if "maximum" in schema else ""
         words.append(", ".join(part for part in (low, high) if part))
+    for what, word in (("Length", "characters"), ("Items", "items"), ("Properties", "entries")):
+        words += _count(schema, what, word)
+    if "pattern" in schema and not schema.get("x-kubernetes-int-or-string"):  # a quantity's says nothing to people
+        words.append(f"as `{schema['pattern']}`".replace("|", "\\|"))
+    if schema.get("x-kubernetes-list-type") == "set":
+        words.append("each once")
+    if keys := schema.get("x-kubernetes-list-map-keys"):
+        words.append(f"each {', '.join(f'`{key}`' for key in keys)} once")
+    inner = schema.get("items", schema.get("additionalProperties"))
+    if isinstance(inner, dict) and "properties" not in inner and (said := _limits(inner)):
+        words.append(f"of each: {said}")
     if "default" in schema and schema["default"] != {}:  # of an empty object, the fields tell theirs
         default = schema["default"]
         words.append(f"default `{default if isinstance(default, str) else json.dumps(default)}`")
     return "; ".join(words)
 
 
-def rows(schema: dict[str, Any], path: str = "") -> Iterator[str]:
-    """Table rows, depth first, of an object schema's fields."""
+def rows(schema: dict[str, Any], path: str = "", limits: bool = True) -> Iterator[str]:
+    """Table rows, depth first, of an object schema's fields; `limits`: with what a value may be."""
     required = set(schema.get("required") or [])
     for name, field in (schema.get("properties") or {}).items():
         here = f"{path}.{name}" if path else name
         star = " **required**" if name in required else ""
         text = str(field.get("description", "")).replace("|", "\\|").replace("\n", " ")
-        yield f"| `{here}`{star} | {_type(field)} | {_limits(field)} | {text} |"
+        cells = [f"`{here}`{star}", _type(field), *([_limits(field)] if limits else []), text]
+        yield f"| {' | '.join(cells)} |"
         inner = field.get("items", field) if field.get("type") == "array" else field
         suffix = "[]" if field.get("type") == "array" else ""
         if inner.get("properties"):
-            yield from rows(inner, here + suffix)
+            yield from rows(inner, here + suffix, limits)
 
 
-def rules(schema: dict[str, Any], path: str = "spec") -> Iterator[str]:
-    """The messages of all CEL rules below `schema`, with the place each holds at."""
+def rules(schema: dict[str, Any], path: str = "") -> Iterator[str]:
+    """The messages of all CEL rules of `schema` and below it, with the place each holds at."""
     for rule in schema.get("x-kubernetes-validations") or []:
-        yield f"- `{path}`: {rule.get('message', rule['rule'])}"
+        yield f"- {f'`{path}`' if path else 'the object'}: {rule.get('message', rule['rule'])}"
     for name, field in (schema.get("properties") or {}).items():
-        yield from rules(field, f"{path}.{name}")
+        yield from rules(field, f"{path}.{name}" if path else name)
     if "items" in schema:
         yield from rules(schema["items"], f"{path}[]")
+    if isinstance(schema.get("additionalProperties"), dict):
+        yield from rules(schema["additionalProperties"], f"{path}.*")
 
 
 def section(crd: dict[str, Any]) -> str:
     """The generated section of one kind's page."""
-    top = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
-    head = "| field | type | limits | meaning |\n|---|---|---|---|\n"
-    spec, status = top["spec"], top["status"]
+    whole = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    spec, status = whole["properties"]["spec"], whole["properties"]["status"]
     return (
-        f"### spec\n\n{head}"
+        "### spec\n\n| field | type | limits | meaning |\n|---|---|---|---|\n"
         + "\n".join(rows(spec))
         + "\n\n"
         + "### Rules across fields\n\n"
-        + "\n".join(dict.fromkeys(rules(spec)))
+        + "\n".join(dict.fromkeys(rules(whole)))
         + "\n\n"
-        + f"### status\n\n{head}"
-        + "\n".join(rows(status))
+        + "### status\n\n| field | type | meaning |\n|---|---|---|\n"
+        + "\n".join(rows(status, limits=False))
         + "\n"
     )
 

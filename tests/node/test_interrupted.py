@@ -1,19 +1,20 @@
-"""The local node after the worst: every daemon killed, `up` killed in its middle. Runs last: it empties the node."""
+"""The local node after the worst: daemons, `up` and builds killed in their middle. Runs last: it empties the node."""
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from kit import chart, pods
 from kit.kubectl import ROOT, Kubectl, wait_for
-from localkube import daemons, leftovers, mounts, network, outside, paths
+from localkube import daemons, images, leftovers, mounts, network, outside, paths
 
 COMMAND = ["python3", "e2e/localkube"]
 
@@ -79,6 +80,50 @@ def test_up_that_is_killed_at_any_moment_goes_on_the_next_time() -> None:
             process.kill()
     assert localkube("up").returncode == 0
     run_pod()
+
+
+@pytest.fixture
+def changed() -> Iterator[Callable[[], None]]:
+    """Changes what the operator's image is made of, anew at each call; afterwards both are as they were."""
+    added = ROOT / "operator/slmops/interrupted.txt"
+
+    def change() -> None:
+        added.write_text(secrets.token_hex())
+
+    yield change
+    added.unlink(missing_ok=True)
+    assert localkube("build", "operator").returncode == 0
+
+
+def killed_build(what: str, reached: Callable[[], bool]) -> None:
+    """`localkube build operator`, killed with all that it started once `reached`."""
+    with subprocess.Popen(
+        [*COMMAND, "build", "operator"], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        try:
+            wait_for(what, lambda: process.poll() is None and reached(), 60, every=0.02)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_build_that_is_killed_at_any_moment_is_done_the_next_time(changed: Callable[[], None]) -> None:
+    log = paths.LOG / "build-operator.log"
+    before = chart.local_images()["operator"]
+    changed()
+    log.unlink(missing_ok=True)
+    killed_build("it builds", lambda: log.exists() and "COPY operator/slmops" in log.read_text())
+    assert chart.local_images()["operator"] == before
+    assert localkube("build", "operator").returncode == 0
+    built = chart.local_images()["operator"]
+    assert built == images.reference("operator") != before
+    changed()
+    killed_build("it loads", lambda: any(paths.WORK.glob("load-*/blobs")))
+    assert chart.local_images()["operator"] == built
+    Kubectl("default").delete("pod", "survivor")
+    run_pod()
+    assert chart.local_images()["operator"] == images.reference("operator") != built
+    assert not paths.WORK.exists()
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["healthy", "killed"])

@@ -32,6 +32,7 @@ def test_a_file_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 HELM = """#!/bin/sh
 echo "$1" >> {log}
+case "$*" in *=lent*) echo lent >> {log};; esac
 if [ "$1" = status ]; then cat {status}; fi
 """
 
@@ -87,6 +88,55 @@ def test_a_failure_says_how_to_look(
     assert "kubectl -n slmops-system get pods,events" in said
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        ("", 1, "VALUES=images.yaml"),
+        ("failed", 1, "VALUES=images.yaml"),
+        ("deployed", 0, "stays as it is"),
+    ],
+)
+def test_images_that_nobody_published_are_not_installed(
+    helm: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], status: str, code: int, said: str
+) -> None:
+    """On the user's cluster, without VALUES: only what is there already is used."""
+    monkeypatch.setattr(sys, "argv", ["chart", "install"])
+    monkeypatch.setattr(chart, "CURRENT", True)
+    monkeypatch.delenv("VALUES", raising=False)
+    (helm / "status").write_text(json.dumps({"info": {"status": status}}))
+    assert chart.main() == code
+    out, err = capfd.readouterr()
+    assert said in out + err
+    assert "kubectl" not in err, "there is nothing to look at"
+    assert "upgrade" not in (helm / "calls").read_text()
+
+
+def test_no_image_built_yet_leads_to_no_pods(
+    helm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["chart", "install"])
+    monkeypatch.setattr(chart, "CURRENT", False)
+    assert chart.main() == 1
+    assert capsys.readouterr().err == "Failed: No images are built yet: make up images\n"
+
+
+@pytest.mark.parametrize(("current", "after"), [(True, ["status", "upgrade"]), (False, [])])
+def test_what_the_scenarios_set_is_taken_back_when_one_fails(
+    helm: Path, monkeypatch: pytest.MonkeyPatch, current: bool, after: list[str]
+) -> None:
+    monkeypatch.setattr(chart, "CURRENT", current)
+    (helm / "status").write_text(json.dumps({"info": {"status": "deployed"}}))
+
+    def fail() -> None:
+        with chart.lent(Cluster(), "hfEndpoint=lent", images={"operator": "o:1"}):
+            assert (helm / "calls").read_text().split() == ["status", "upgrade", "lent"]
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        fail()
+    assert (helm / "calls").read_text().split()[3:] == after
+
+
 class Cluster(Kubectl):
     """A cluster that has the namespace, perhaps on its way out; `done` is what was asked of it."""
 
@@ -119,7 +169,7 @@ def test_a_namespace_that_is_being_deleted_is_waited_for(
     monkeypatch.delenv("VALUES", raising=False)
     (helm / "status").write_text(json.dumps({"info": {"status": "deployed"}}))
     cluster = Cluster(**metadata)
-    chart.install(cluster)
+    chart.install(cluster, images={})
     assert cluster.done == done
     assert (helm / "calls").read_text().split() == ["status", "upgrade"]
 

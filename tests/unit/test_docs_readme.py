@@ -45,6 +45,25 @@ def test_the_server_can_be_started_as_its_page_says() -> None:
     assert (ROOT / source / module / "__main__.py").is_file()
 
 
+PAGES = [ROOT / "README.md", ROOT / "images/artifacts/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CODE = ("operator", "e2e", "images/artifacts", "images/trainer", "images/server", "images/router")
+
+
+def test_programs_that_the_pages_name_are_in_the_clone() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    modules = set(re.findall(r"\bpython3? -m ([a-z_.]+[a-z])", text))
+    assert {"kit.bench_serving_memory", "slmops_artifacts", "slmops_trainer.multi_lora"} <= modules
+    places = {name: [ROOT / part / name.replace(".", "/") for part in CODE] for name in modules}
+    assert not [
+        name
+        for name, found in places.items()
+        if not any(place.with_suffix(".py").exists() or (place / "__main__.py").exists() for place in found)
+    ]
+    files = set(re.findall(r"\btests/[\w/]*\.py\b", text))
+    assert {"tests/kube/test_many.py", "tests/server/bench_latency.py"} <= files
+    assert not [file for file in files if not (ROOT / file).exists()]
+
+
 def examples() -> Iterator[tuple[str, dict[str, Any]]]:
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for text in re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):

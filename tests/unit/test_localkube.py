@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -285,3 +286,9 @@ def test_a_failure_says_what_where_and_how_to_go_on(tmp_path: Path) -> None:
 )
 def test_gos_version(text: str, version: tuple[int, int]) -> None:
     assert tools.go_version(text) == version
+
+
+@pytest.mark.parametrize("page", ["README.md", "e2e/localkube/README.md"])
+def test_the_go_that_the_pages_ask_for_is_the_one_that_will_do(page: str) -> None:
+    told = re.findall(r"\bGo (\d+)\.(\d+)", (paths.REPO / page).read_text())
+    assert [(int(major), int(minor)) for major, minor in told] == [tools.OLDEST_GO]

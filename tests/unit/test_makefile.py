@@ -29,11 +29,22 @@ def test_your_own_cluster_gets_no_node_and_no_build(target: str) -> None:
     assert not re.search(r"localkube (up|build|down)", done.stdout)
 
 
-@pytest.mark.parametrize("target", ["test", "components", "bench", "up", "images", "down", "purge"])
+LOCAL = {"status", "up", "down", "images", "purge", "test", "components", "clients", "bench", "bench-serving"}
+
+
+@pytest.mark.parametrize("target", sorted(LOCAL))
 def test_what_is_about_the_local_node_is_refused_on_another_cluster(target: str) -> None:
     done = make(target, "CLUSTER=current")
     assert done.returncode != 0
     assert "CLUSTER=current" in done.stderr
+
+
+def test_nothing_else_touches_the_local_node() -> None:
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in set(phony.split()) - LOCAL:
+        done = make(target, "CLUSTER=current")
+        assert done.returncode == 0, done.stderr
+        assert not re.search(r"-m localkube (?!venv|debs)|kit\.(bench|imagetests|earlier)", done.stdout), target
 
 
 def test_the_demo_brings_its_own_node_and_images() -> None:
