@@ -229,6 +229,30 @@ def test_a_template_that_rewrites_the_past_is_trained_answer_by_answer(tokenizer
 
 
 @pytest.mark.parametrize("tokenizer", [QWEN3], indirect=True)
+def test_thoughts_of_an_earlier_answer_are_to_be_learned_too(tokenizer: Any) -> None:
+    thought = "<think>\nbulb\n</think>\n\nlab"
+    talk = Example((*TALK.messages[:2], Message("assistant", thought), TALK.messages[3]), "hall", 4)
+    encoding.complete(tokenizer, [talk])
+    assert [answers for _, answers in several(tokenizer, talk)] == [
+        f"{thought}<|im_end|>",
+        "<think>\n\n</think>\n\nhall<|im_end|>",
+    ]
+
+
+@pytest.mark.parametrize("tokenizer", [QWEN3], indirect=True)
+def test_a_conversation_is_as_long_as_its_longest_answer_makes_it(tokenizer: Any) -> None:
+    """Which is not the last one, where the template shows no earlier thoughts."""
+    thought = f"<think>\n{'bulb ' * 200}\n</think>\n\nlab"
+    talk = Example((*TALK.messages[:2], Message("assistant", thought), TALK.messages[3]), "hall", 4)
+    encoded = encoding.encode(tokenizer, [talk], [END], "assistant", 10_000).items
+    assert list(encoding.lengths(tokenizer, [talk, ASK], [END])) == [
+        max(len(item.input_ids) for item in encoded),
+        len(encoding.encode(tokenizer, [ASK], [END], "assistant", 10_000).items[0].input_ids),
+    ]
+    assert len(encoded[0].input_ids) > len(encoded[1].input_ids) + 200
+
+
+@pytest.mark.parametrize("tokenizer", [QWEN3], indirect=True)
 def test_thoughts_are_trained_in_every_answer_of_a_conversation(tokenizer: Any) -> None:
     deep = [f"<think>\n{thought}\n</think>\n\n{answer}" for thought, answer in (("bulb", "lab"), ("wood", "hall"))]
     talk = Example((*TALK.messages[:2], Message("assistant", deep[0]), TALK.messages[3]), deep[1], 4)

@@ -168,6 +168,25 @@ def test_attention_is_capped_as_the_config_says(tmp_path: Path) -> None:
         assert torch.equal(models.load(tmp_path, "the model").model(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("form", ["list", "file"])
+def test_a_template_for_tools_goes_along(folder: Path, tmp_path: Path, form: str) -> None:
+    if form == "list":
+        own = json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template")
+        named = [{"name": "default", "template": own or CHATML}, {"name": "tool_use", "template": "{{ tools }}"}]
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        edit(folder, "tokenizer_config.json", chat_template=named)
+    else:
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
+    loaded = models.load(folder, "m")
+    out = tmp_path / "out"
+    models.write(loaded, loaded.model, out)
+    assert (out / "additional_chat_templates/tool_use.jinja").read_text() == "{{ tools }}"
+    assert (out / "chat_template.jinja").read_text() == loaded.tokenizer.chat_template
+    again = models.load(out, "m")
+    assert again.tokenizer.chat_template == loaded.tokenizer.chat_template
+
+
 def test_writing_keeps_tokenizer_dtype_and_every_end(tmp_path: Path) -> None:
     source = write_model(tmp_path, CHATML, torch.bfloat16)
     edit(source, "tokenizer_config.json", eos_token="<|endoftext|>")

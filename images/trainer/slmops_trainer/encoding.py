@@ -104,6 +104,14 @@ def encode(
     return EncodedSet(tuple(kept), len(lengths))
 
 
+def lengths(
+    tokenizer: Any, examples: Sequence[Example], stop_ids: Sequence[int], check: Callable[[], None] | None = None
+) -> Iterator[int]:
+    """Of each example the tokens of the longest text that is made of it to learn its answers. Raises as `encode`."""
+    for _, texts in _tokenized(tokenizer, examples, "assistant", check):
+        yield max(len(_join(tokenizer, parts, stop_ids, "assistant").input_ids) for parts in texts)
+
+
 def _tokenized(
     tokenizer: Any, examples: Sequence[Example], loss_on: LossOn, check: Callable[[], None] | None
 ) -> Iterator[tuple[Example, list[list[Ids]]]]:
@@ -223,8 +231,8 @@ def complete(tokenizer: Any, examples: Iterable[Example]) -> None:
     Qwen3's writes empty <think></think> tags before a given answer only. They would be trained as a part of every
     answer, and the server would show them to people. In the completed template, which is published with the model,
     they belong to the question. A caller who says `enable_thinking` gets what the template gave before.
-    If an answer of `examples` brings such text of its own, thoughts are to be learned: then the template is as it was
-    before anything of ours.
+    If an answer of `examples`, be it an earlier one of a conversation, brings such text of its own, thoughts are to be
+    learned: then the template is as it was before anything of ours.
     """
     if not tokenizer.chat_template:
         return
@@ -235,7 +243,8 @@ def complete(tokenizer: Any, examples: Iterable[Example]) -> None:
     start = marks[0][0] if marks else given.find("qxz", len(asked))
     added = given[len(asked) : start] if given.startswith(asked) and start > 0 else ""
     words = WORD.findall(added)  # white space is harmless: it is left where the template has it
-    if not words or any(word in (example.answer or "") for example in examples for word in words):
+    answers = (turn["content"] for example in examples for turn in example.turns if turn["role"] == "assistant")
+    if not words or any(word in answer for answer in answers for word in words):
         return
     more = (
         f"{{% if add_generation_prompt and enable_thinking is not defined %}}{{{{ {json.dumps(added)} }}}}{{% endif %}}"

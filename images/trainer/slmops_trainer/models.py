@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"  # where transformers keeps it
 OTHER_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 
 log = logging.getLogger("slmops")
@@ -254,10 +255,23 @@ def copy_tokenizer(loaded: Loaded, folder: Path) -> None:
             shutil.copyfile(loaded.folder / name, folder / name)
     template = loaded.tokenizer.chat_template
     path = folder / "tokenizer_config.json"
-    if template and path.is_file():
-        config = json.loads(path.read_text())
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    tools = _tool_template(loaded.folder, config)
+    if tools:
+        (folder / TOOL_TEMPLATE).parent.mkdir(exist_ok=True)
+        (folder / TOOL_TEMPLATE).write_text(tools)
+    if template and config:
         path.write_text(json.dumps({**config, "chat_template": template}, indent=2, ensure_ascii=False))
         (folder / "chat_template.jinja").write_text(template)
+
+
+def _tool_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The template of requests with tools, where it is one of its own: a file, in older models an entry of a list."""
+    if (folder / TOOL_TEMPLATE).is_file():
+        return (folder / TOOL_TEMPLATE).read_text()
+    named = config.get("chat_template")
+    entries = [one for one in named if isinstance(one, dict)] if isinstance(named, list) else []
+    return next((one.get("template") for one in entries if one.get("name") == "tool_use"), None)
 
 
 def _one_or_all(ids: Sequence[int]) -> int | list[int]:

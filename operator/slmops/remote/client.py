@@ -6,12 +6,16 @@ from functools import lru_cache
 import httpx
 
 
-@lru_cache(maxsize=4)
 def shared(ca: str = "") -> httpx.Client:
     """Usable from many threads. No connection is kept: pods come and go, and so do the addresses they had.
 
     `ca`: certificates (PEM, ASCII) to trust, and no others. Raises ssl.SSLError where they are none.
     """
+    return _client(ca)
+
+
+@lru_cache(maxsize=4)
+def _client(ca: str) -> httpx.Client:
     verify: ssl.SSLContext | bool = True
     if ca:
         verify = ssl.create_default_context(cadata=ca)
