@@ -161,7 +161,7 @@ def main() -> int:
     """`python -m kit.chart install|uninstall`; CLUSTER=current takes the user's kube context.
 
     There a release that runs is left alone: it has the user's images and values. Without one, published images are
-    taken. While a demo of this clone runs, nothing is done.
+    taken. While a demo or tests of this clone run, nothing is done.
     """
     kube, removing = Kubectl(NAMESPACE), sys.argv[1:] == ["uninstall"]
     try:
