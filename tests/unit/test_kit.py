@@ -1,6 +1,7 @@
 """The kit of the scenarios and the demo: kubectl's failures, traffic that counts what is lost, pods."""
 
 import json
+import os
 import re
 import subprocess
 import threading
@@ -56,6 +57,19 @@ def test_kubectl_has_no_flags_of_the_users_own(tmp_path: Path, current: bool) ->
     assert kube.run("delete", "pod", "web") == "false\n"
 
 
+@pytest.fixture
+def _somebody_types() -> Iterator[None]:
+    """This process's own standard input has a line, as a terminal's."""
+    before, (reads, writes) = os.dup(0), os.pipe()
+    os.write(writes, b"yes\n")
+    os.dup2(reads, 0)
+    yield
+    os.dup2(before, 0)
+    for each in (before, reads, writes):
+        os.close(each)
+
+
+@pytest.mark.usefixtures("_somebody_types")
 def test_kubectl_asks_nobody_at_the_terminal(tmp_path: Path) -> None:
     asks = program(tmp_path, 'read -r said; echo "heard: $said"')
     assert asks.run("delete", "pod", "web", timeout=10) == "heard: \n"
