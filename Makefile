@@ -21,8 +21,12 @@ PY := $(VENV)/bin/python
 KUBE := PYTHONPATH=e2e python3 -m localkube
 IMAGES := operator trainer server router registry prometheus
 export CLUSTER
-# The node's networks: kubectl would ask a proxy for them.
-export NO_PROXY := $(or $(NO_PROXY),$(no_proxy)),10.244.0.0/24,10.96.0.0/16
+# Loopback and the node's networks: kubectl goes by the one spelling and Python by the other, or they would ask a proxy.
+comma := ,
+space := $(subst ,, )
+NEAR := localhost 127.0.0.1 10.244.0.0/24 10.96.0.0/16
+export NO_PROXY := $(subst $(space),$(comma),$(sort $(subst $(comma),$(space),$(NO_PROXY) $(no_proxy)) $(NEAR)))
+export no_proxy := $(NO_PROXY)
 export VALUES
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
@@ -62,7 +66,6 @@ debs:
 
 components: venv debs ## all tests but the scenarios: unit, operator, artifacts, router, chart; server and trainer in their images
 	@$(MAKE) --no-print-directory up images
-	@PYTHONPATH=e2e $(PY) -m kit.earlier
 	@PYTHONPATH=e2e $(PY) -m kit.lanes \
 		$(PY) -m pytest -q tests/unit -- $(PY) -m pytest -q tests/kube -- $(PY) -m pytest -q tests/artifacts -- \
 		$(PY) -m pytest -q tests/router -- $(PY) -m pytest -q tests/chart / \
@@ -71,7 +74,6 @@ components: venv debs ## all tests but the scenarios: unit, operator, artifacts,
 e2e: venv ## the scenarios on a real node with real pods
 ifneq ($(CLUSTER),current)
 	@$(MAKE) --no-print-directory up images
-	@PYTHONPATH=e2e $(PY) -m kit.earlier
 endif
 	@$(PY) -m pytest -q -x --timeout=1500 e2e/scenarios
 ifneq ($(CLUSTER),current)

@@ -1,4 +1,5 @@
-"""One at a time: a demo, and what installs or removes the chart below it, would take each other's work away."""
+"""One at a time in a clone, or one would take the other's work away: a demo, tests on the local node, and what installs
+or removes the chart below them."""
 
 import fcntl
 import os
@@ -16,7 +17,10 @@ class BusyError(Exception):
 
 @contextmanager
 def alone(doing: str) -> Iterator[None]:
-    """Hold the clone's lock while the block runs; it goes with the process. Raises BusyError at once if it is held."""
+    """Hold the clone's lock while the block runs; raises BusyError at once if it is held.
+
+    It goes with the process, whatever that has started.
+    """
     LOCK.parent.mkdir(parents=True, exist_ok=True)
     with LOCK.open("a+", encoding="utf-8") as file:
         try:

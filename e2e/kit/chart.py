@@ -188,7 +188,7 @@ def main() -> int:
     """`python -m kit.chart install|uninstall`; CLUSTER=current takes the user's kube context.
 
     There a release that runs is left alone unless VALUES is given: it has the user's images and values. While a demo
-    of this clone runs, nothing is done.
+    or tests of this clone run, nothing is done.
     """
     kube, removing = Kubectl(NAMESPACE), sys.argv[1:] == ["uninstall"]
     try:

@@ -1,14 +1,11 @@
-"""What earlier runs left on the local node: interrupted or failed, they would go on beside the next one.
+"""What earlier runs left on the local node: interrupted or failed, they would go on beside the next one."""
 
-python -m kit.earlier        removes it; refuses while a demo runs
-"""
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
-import sys
-from collections.abc import Iterable
-
-from kit.alone import BusyError, alone
+from kit.alone import alone
 from kit.imagetests import NAMESPACE as IMAGE_TESTS
-from kit.kubectl import Kubectl, KubectlError
+from kit.kubectl import Kubectl
 
 DEMO = "slmops-demo"
 PREFIXES = ("e2e-", "bench-")  # of the scenarios and of `make bench`
@@ -32,18 +29,14 @@ def remove(kube: Kubectl, own: str = "") -> list[str]:
     return found
 
 
-def main() -> int:
-    """The exit code."""
-    try:
-        with alone("make test"):
-            found = remove(Kubectl())
+@contextmanager
+def beside_nothing() -> Iterator[None]:
+    """Tests on the local node, while the block runs: nothing of earlier runs beside them, and no demo begins.
+
+    Raises BusyError while one runs, KubectlError, OSError.
+    """
+    with alone("make test"):
+        found = remove(Kubectl())
         if found:
-            print(f"removed, of earlier runs: namespaces {', '.join(found)}")
-    except (BusyError, KubectlError, OSError) as problem:
-        print(f"failed: {problem}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            print(f"removed, of earlier runs: namespaces {', '.join(found)}", flush=True)
+        yield

@@ -22,6 +22,8 @@ from kit.kubectl import LOCAL, ROOT, Kubectl, KubectlError, Object, TimedOut, wa
 
 NAMESPACE = "slmops-image-tests"
 IMAGES = ("trainer", "server")
+# A limit alone would be asked for as well, and a node of 8 GB has less to give.
+RESOURCES = {"requests": {"memory": "1Gi"}, "limits": {"memory": "8Gi"}}
 # Appended, not on PYTHONPATH, where it would come before the image's own packages.
 RUN = "import sys; sys.path.append('/opt/pytest'); import pytest; sys.exit(pytest.main())"
 OPTIONS = [
@@ -69,7 +71,7 @@ def pod(name: str, image: str, folders: dict[str, Path], arguments: list[str]) -
             "/slmops": {"emptyDir": {}},
         },
         imagePullPolicy="Never",
-        resources={"limits": {"memory": "8Gi"}},
+        resources=RESOURCES,
     )
     # Process 1 is then one that waits for orphans, which the tests of crashes make.
     return pods.pod(name, {**made, "shareProcessNamespace": True})

@@ -46,9 +46,18 @@ def wait_for(what: str, probe: Callable[[], T | None], timeout: float = 60.0, ev
 CURRENT = os.environ.get("CLUSTER") == "current"  # the user's own kube context, not the local node
 
 
+NEAR = "localhost,127.0.0.1,10.244.0.0/24,10.96.0.0/16"  # what no proxy reaches: the local node's networks, too
+PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
+
+
 def shell() -> str:
     """What a shell needs before its kubectl asks the local node, as a line; empty with the user's own context."""
-    return "" if CURRENT else "export KUBECONFIG=$PWD/.local/kubeconfig PATH=$PWD/.local/bin:$PATH\n  "
+    if CURRENT:
+        return ""
+    words = ["export KUBECONFIG=$PWD/.local/kubeconfig PATH=$PWD/.local/bin:$PATH"]
+    if any(os.environ.get(name) for name in PROXIES):  # kubectl goes by the one spelling, curl by the other
+        words += [f"NO_PROXY=${{NO_PROXY:-$no_proxy}},{NEAR}", f"no_proxy=${{no_proxy:-$NO_PROXY}},{NEAR}"]
+    return " ".join(words) + "\n  "
 
 
 class Kubectl:
@@ -58,7 +67,10 @@ class Kubectl:
         self.namespace, self.current = namespace, current
         own = LOCAL / "bin" / "kubectl"
         self.program = str(own) if own.exists() and not current else "kubectl"
-        self.env = dict(os.environ) if current else {**os.environ, "KUBECONFIG": str(LOCAL / "kubeconfig")}
+        # Without the user's own defaults of flags: `delete` that asks back would delete nothing.
+        self.env = {**os.environ, "KUBECTL_KUBERC": "false"}
+        if not current:
+            self.env["KUBECONFIG"] = str(LOCAL / "kubeconfig")
 
     def within(self, namespace: str) -> "Kubectl":
         """The same cluster, another namespace."""
@@ -77,7 +89,7 @@ class Kubectl:
         try:
             done = subprocess.run(
                 [self.program, "-n", self.namespace, *args],
-                input=stdin,
+                input=stdin or "",  # never the terminal's, where nobody would see what it asks
                 env=self.env,
                 capture_output=True,
                 text=True,
@@ -156,9 +168,10 @@ class Kubectl:
         ):
 
             def address() -> str:
+                ended = process.poll()  # before its words are read, or its last ones are missed
                 said = Path(output.name).read_text(encoding="utf-8")
-                if process.poll() is not None:
-                    raise KubectlError(f"port-forward to {target} ended with {process.returncode}: {said.strip()}")
+                if ended is not None:
+                    raise KubectlError(f"port-forward to {target} ended with {ended}: {said.strip()}")
                 found = FORWARDING.search(said)
                 return found[1] if found else ""
 

@@ -5,6 +5,7 @@ python -m kit.lanes COMMAND [-- COMMAND ...] [/ COMMAND [-- COMMAND ...]]...
 `--` goes on in a lane, `/` begins the next one. Each command's output goes into a log below .local/lanes; on the screen
 are its last line when it ends, the end of its log when it fails, and once a minute what runs. After a failure no
 command is begun, those that run go on to their end. A terminal's Ctrl-C reaches all of them; SIGTERM is passed on.
+What earlier runs left on the local node is removed first, and until the end no demo begins.
 """
 
 import shlex
@@ -18,7 +19,9 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from kit.kubectl import LOCAL
+from kit import earlier
+from kit.alone import BusyError
+from kit.kubectl import LOCAL, KubectlError
 
 TELL_SECONDS = 60.0
 SHOWN_LINES = 200  # of the log of what failed
@@ -119,8 +122,14 @@ def main() -> int:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, terminated)
+    # What a script starts with `&` ignores SIGINT, and so would the commands. One with a handler is not handed down.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        done = lanes.run(parse(sys.argv[1:]))
+        with earlier.beside_nothing():
+            done = lanes.run(parse(sys.argv[1:]))
+    except (BusyError, KubectlError, OSError) as problem:
+        print(f"failed: {problem}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -13,7 +13,11 @@ KINDS = ("distillationjobs", "finetunejobs", "quantizedmodels", "modeldeployment
 
 # A rate at which other seeds and other CPUs learn the task too; at 1e-2 it is luck.
 TRAINING = {"maxSteps": 800, "learningRate": 2e-3, "batchSize": 16, "maxLength": 64, "warmupRatio": 0.1}
-SMALL_POD = {"resources": {"limits": {"memory": "3Gi"}}, "env": [{"name": "OMP_NUM_THREADS", "value": "1"}]}
+# A limit alone would be asked for as well, by each of the pods at work.
+SMALL_POD = {
+    "resources": {"requests": {"memory": "512Mi"}, "limits": {"memory": "3Gi"}},
+    "env": [{"name": "OMP_NUM_THREADS", "value": "1"}],
+}
 
 
 def obj(kind: str, name: str, spec: Object) -> Object:

@@ -11,12 +11,14 @@ from pathlib import Path
 from localkube import bare, build, cluster, packages, paths, venv
 from localkube.say import Failure, step
 
-SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+# What su, sudo and cron leave out of the PATH: root's programs, and the place that go.dev says to unpack Go to.
+LEFT_OUT = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/local/go/bin")
 
 
 def main(argv: list[str] | None = None) -> int:
     os.umask(0o022)  # what daemons, builds and pods of other users have to read does not hang on the shell's
-    os.environ["NO_PROXY"] = no_proxy(os.environ)
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = no_proxy(os.environ)
+    os.environ["KUBECTL_KUBERC"] = "false"  # the user's own flags: a `delete` that asks back would delete nothing
     os.environ["PATH"] = search_path(os.environ)
     os.environ.setdefault("HOME", str(Path.home()))  # Go and buildah ask for it, and no other place
     arguments = _parser().parse_args(argv)
@@ -35,15 +37,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def no_proxy(environment: Mapping[str, str]) -> str:
-    """What kubectl and the daemons reach without the machine's proxy: what the user says, and the node's networks."""
-    said = environment.get("NO_PROXY") or environment.get("no_proxy") or ""
-    return ",".join([*filter(None, said.split(",")), paths.POD_CIDR, paths.SERVICE_CIDR])
+    """What is reached without the machine's proxy: what the user says, loopback, and the node's networks.
+
+    One value for both spellings: Go's programs go by the upper case first, Python and curl by the lower.
+    """
+    said = [each for name in ("NO_PROXY", "no_proxy") for each in environment.get(name, "").split(",") if each]
+    return ",".join(dict.fromkeys([*said, "localhost", "127.0.0.1", paths.POD_CIDR, paths.SERVICE_CIDR]))
 
 
 def search_path(environment: Mapping[str, str]) -> str:
-    """The PATH with the folders of root's programs, which `su` and cron leave out: dpkg and iptables lie there."""
+    """The PATH with the folders that lack in it: dpkg and iptables lie there, and mostly Go."""
     said = environment.get("PATH", os.defpath).split(":")
-    return ":".join([*said, *(folder for folder in SBIN if folder not in said)])
+    return ":".join([*said, *(folder for folder in LEFT_OUT if folder not in said)])
 
 
 def _dispatch(arguments: argparse.Namespace) -> int:

@@ -4,10 +4,24 @@ from collections.abc import Iterator
 
 import pytest
 
-from kit import chart
-from kit.kubectl import CURRENT, Kubectl
+from kit import chart, earlier
+from kit.alone import BusyError
+from kit.kubectl import CURRENT, Kubectl, KubectlError
 from kit.objects import HUB, LATE
 from kit.seeding import seed
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _beside_nothing() -> Iterator[None]:
+    """The local node's own: no demo, nothing of earlier runs. A cluster of the user's keeps its namespaces."""
+    if CURRENT:
+        yield
+        return
+    try:
+        with earlier.beside_nothing():
+            yield
+    except (BusyError, KubectlError, OSError) as problem:
+        pytest.exit(f"The scenarios did not start. {problem}", returncode=1)
 
 
 @pytest.fixture(scope="session")

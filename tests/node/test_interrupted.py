@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kit import chart, pods
+from kit.alone import BusyError, alone
 from kit.kubectl import ROOT, Kubectl, wait_for
 from localkube import daemons, images, leftovers, mounts, network, outside, paths
 
@@ -25,6 +26,16 @@ def localkube(*words: str) -> subprocess.CompletedProcess[str]:
 
 def healthy() -> bool:
     return localkube("status").returncode == 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _alone() -> Iterator[None]:
+    """No demo beside these tests."""
+    try:
+        with alone("make test"):
+            yield
+    except BusyError as problem:
+        pytest.exit(f"The tests of the node did not start. {problem}", returncode=1)
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,42 @@
-"""One demo at a time, and no installation below it."""
+"""One demo at a time, no tests beside it, and no installation below it."""
 
 from __future__ import annotations
 
 import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from demo import run
-from kit import alone, chart, earlier
+from kit import alone, chart, lanes
 from kit.kubectl import Kubectl
+
+ROOT = Path(__file__).resolve().parents[2]
+# Sets up what the test in argv[2] needs while a demo holds the lock argv[1]; nothing of this clone's node is in reach.
+BESIDE_A_DEMO = """
+import sys
+from pathlib import Path
+import pytest
+from kit import kubectl
+kubectl.LOCAL = Path(sys.argv[1])
+from kit import alone
+with alone.alone("make demo"):
+    sys.exit(pytest.main(["-q", "-x", "--setup-only", "-p", "no:cacheprovider", sys.argv[2]]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """kit.lanes sets them for its process."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -30,7 +57,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ..
     return found
 
 
-@pytest.mark.parametrize("main", [run.main, chart.main, earlier.main])
+@pytest.mark.parametrize("main", [run.main, chart.main, lanes.main])
 def test_a_second_one_names_the_first_and_touches_nothing(
     main: object, asked: list[tuple[str, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -49,3 +76,22 @@ def test_after_the_end_of_one_another_may_start(asked: list[tuple[str, ...]]) ->
             assert alone.LOCK.read_text() == f"{name} (pid {os.getpid()})\n"
     assert run.main() == 130
     assert asked
+
+
+@pytest.mark.parametrize(
+    ("test", "fixture"),
+    [("e2e/scenarios/test_node.py", "_beside_nothing"), ("tests/node/test_interrupted.py", "_alone")],
+)
+def test_tests_on_the_node_do_not_start_beside_a_demo(test: str, fixture: str, tmp_path: Path) -> None:
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", BESIDE_A_DEMO, str(tmp_path), test],
+        cwd=ROOT,
+        env={**os.environ, "CLUSTER": "local", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "did not start. In this clone make demo (pid " in done.stdout
+    assert re.findall(r"SETUP +\S (\w+)", done.stdout) == [fixture]

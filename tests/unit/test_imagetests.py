@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kit import imagetests
+from kit import imagetests, objects
 from kit.kubectl import Kubectl, Object
 
 
@@ -24,6 +24,20 @@ def test_the_tests_are_readable_whatever_the_clones_umask(tmp_path: Path, monkey
         assert (copy / "server/test_x.py").stat().st_mode & 0o777 == 0o644
         assert (copy / "server").stat().st_mode & 0o777 == 0o755
     assert list((tmp_path / "local").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "resources",
+    [
+        imagetests.pod("server-tests", "image", {}, [])["spec"]["containers"][0]["resources"],
+        objects.finetune()["spec"]["pod"]["resources"],
+        objects.quantize("q", "FineTuneJob", "teacher", "int4")["spec"]["pod"]["resources"],
+    ],
+)
+def test_pods_that_may_take_much_memory_do_not_ask_for_it_beforehand(resources: Object) -> None:
+    """Without a request of its own, the limit is one, and the pod has no place on a small machine."""
+    assert int(resources["limits"]["memory"].removesuffix("Gi")) >= 3
+    assert resources["requests"]["memory"] in ("512Mi", "1Gi")
 
 
 def test_an_image_without_tests_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,9 @@
 """The kit of the scenarios and the demo: kubectl's failures, traffic that counts what is lost, pods."""
 
 import json
+import os
 import re
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kit import chart, earlier, load, pods, watching
+from kit import chart, earlier, kubectl, load, pods, watching
 from kit.bench import gaps
 from kit.kubectl import Kubectl, KubectlError, TimedOut, wait_for
 from kit.traffic import Tally, Traffic
@@ -46,6 +48,53 @@ def test_a_missing_kubectl_is_named() -> None:
     kube.program = "/no/such/kubectl"
     with pytest.raises(KubectlError, match="there is no program /no/such/kubectl"):
         kube.run("version")
+
+
+@pytest.mark.parametrize("current", [True, False])
+def test_kubectl_has_no_flags_of_the_users_own(tmp_path: Path, current: bool) -> None:
+    kube = Kubectl("shop", current=current)
+    kube.program = program(tmp_path, 'echo "$KUBECTL_KUBERC"').program
+    assert kube.run("delete", "pod", "web") == "false\n"
+
+
+@pytest.fixture
+def _somebody_types() -> Iterator[None]:
+    """This process's own standard input has a line, as a terminal's."""
+    before, (reads, writes) = os.dup(0), os.pipe()
+    os.write(writes, b"yes\n")
+    os.dup2(reads, 0)
+    yield
+    os.dup2(before, 0)
+    for each in (before, reads, writes):
+        os.close(each)
+
+
+@pytest.mark.usefixtures("_somebody_types")
+def test_kubectl_asks_nobody_at_the_terminal(tmp_path: Path) -> None:
+    asks = program(tmp_path, 'read -r said; echo "heard: $said"')
+    assert asks.run("delete", "pod", "web", timeout=10) == "heard: \n"
+    assert asks.run("apply", "-f", "-", stdin="this\n", timeout=10) == "heard: this\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ({}, "|"),
+        ({"no_proxy": "mine"}, "|mine"),
+        ({"https_proxy": "http://proxy.test"}, f",{kubectl.NEAR}|,{kubectl.NEAR}"),
+        ({"HTTP_PROXY": "http://proxy.test", "no_proxy": "mine"}, f"mine,{kubectl.NEAR}|mine,{kubectl.NEAR}"),
+    ],
+)
+def test_a_shell_behind_a_proxy_is_told_to_pass_it_by(
+    monkeypatch: pytest.MonkeyPatch, said: dict[str, str], found: str
+) -> None:
+    for name in (*kubectl.PROXIES, "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(kubectl, "CURRENT", False)
+    script = f'set -e\n{kubectl.shell()}echo "$NO_PROXY|$no_proxy"'
+    assert subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=10).stdout == f"{found}\n"
 
 
 def test_port_forward_survives_more_output_than_a_pipe_holds(tmp_path: Path) -> None:

@@ -11,9 +11,32 @@ from pathlib import Path
 
 import pytest
 
+from kit import alone
 from kit.lanes import Lanes, parse
 
 OK, BAD = ["true"], ["sh", "-c", "echo the reason; exit 3"]
+# `python -m kit.lanes` with a lock, logs and a node of its own, in the folder argv[1]; `earlier` there is the node.
+MAIN = """
+import sys
+from pathlib import Path
+from kit import alone, earlier, lanes
+folder = Path(sys.argv.pop(1))
+alone.LOCK, lanes.LOCAL = folder / "demo.lock", folder
+def remove(kube):
+    (folder / "earlier").unlink(missing_ok=True)
+    return ["e2e-x"]
+earlier.remove = remove
+sys.exit(lanes.main())
+"""
+WAIT = """
+import pathlib, sys, threading
+try:
+    pathlib.Path(sys.argv[1]).touch()
+    threading.Event().wait()
+except KeyboardInterrupt:
+    pathlib.Path(sys.argv[2]).write_text("interrupted")
+    sys.exit(1)
+"""
 
 
 @pytest.fixture
@@ -82,15 +105,52 @@ def _until(holds: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_a_terminated_run_interrupts_what_runs(tmp_path: Path) -> None:
-    ready, told = tmp_path / "ready", tmp_path / "told"
-    waits = f"trap 'echo interrupted > {told}; exit 1' INT; echo > {ready}; while :; do sleep 0.05; done"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kit.lanes", "sh", "-c", waits, "--", "touch", str(tmp_path / "next")],
+def main(folder: Path, *words: str, before: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
+    """kit.lanes with these words, begun by the command `before`."""
+    return subprocess.Popen(
+        [*before, sys.executable, "-c", MAIN, str(folder), *words],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
-    _until(ready.exists)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 130
-    assert told.read_text() == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "before", [(), ("sh", "-c", 'trap "" INT; exec "$@"', "sh")], ids=["by hand", "by a script's &"]
+)
+def test_a_terminated_run_interrupts_what_runs(tmp_path: Path, before: tuple[str, ...]) -> None:
+    ready, told = tmp_path / "ready", tmp_path / "told"
+    waits = [sys.executable, "-c", WAIT, str(ready), str(told)]
+    process = main(tmp_path, *waits, "--", "touch", str(tmp_path / "next"), before=before)
+    try:
+        _until(ready.exists)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert told.read_text() == "interrupted"
     assert not (tmp_path / "next").exists()
+
+
+def test_no_demo_begins_beside_a_run_and_nothing_of_earlier_ones_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier, ready, go = (tmp_path / name for name in ("earlier", "ready", "go"))
+    earlier.touch()
+    os.mkfifo(go)
+    process = main(tmp_path, "sh", "-c", f"test ! -e {earlier} && touch {ready} && cat {go}")
+    try:
+        _until(lambda: ready.exists() or process.poll() is not None)
+        monkeypatch.setattr(alone, "LOCK", tmp_path / "demo.lock")
+        with pytest.raises(alone.BusyError, match=r"make test \(pid \d+\) is at work"), alone.alone("make demo"):
+            pass
+        go.write_text("so many passed")
+        said, _ = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    assert "namespaces e2e-x" in said
+    with alone.alone("make demo"):
+        pass

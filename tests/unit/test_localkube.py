@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kit.kubectl import NEAR
 from localkube import cli, config, daemons, images, network, paths, rootfs, seed, tools
 from localkube.images import Image
 from localkube.say import Failure
@@ -134,9 +135,10 @@ def test_names_of_the_world_are_forwarded_where_somebody_can_be_asked(resolv_con
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        ({}, "10.244.0.0/24,10.96.0.0/16"),
-        ({"NO_PROXY": "a.test,", "no_proxy": "b.test"}, "a.test,10.244.0.0/24,10.96.0.0/16"),
-        ({"no_proxy": "b.test"}, "b.test,10.244.0.0/24,10.96.0.0/16"),
+        ({}, NEAR),
+        ({"NO_PROXY": "a.test,", "no_proxy": "b.test,a.test"}, f"a.test,b.test,{NEAR}"),
+        ({"no_proxy": "b.test"}, f"b.test,{NEAR}"),
+        ({"NO_PROXY": NEAR, "no_proxy": NEAR}, NEAR),
     ],
 )
 def test_the_node_is_reached_without_a_proxy(said: dict[str, str], expected: str) -> None:

@@ -166,7 +166,7 @@ def test_a_lock_whose_file_was_removed_by_its_holder_still_excludes(tmp_path: Pa
 
 def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """The command line; what it does to the process is undone."""
-    for name in ("NO_PROXY", "PATH"):
+    for name in ("NO_PROXY", "no_proxy", "PATH", "KUBECTL_KUBERC"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     umask = os.umask(0o022)
     try:
@@ -206,15 +206,32 @@ def test_programs_find_their_home_without_the_shells_word(monkeypatch: pytest.Mo
     assert seen == [str(Path.home())]
 
 
+def test_programs_heed_no_proxy_for_the_node_and_none_of_the_users_own_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[dict[str, str]]()
+    monkeypatch.setattr(venv, "ensure", lambda: seen.append(dict(os.environ)))
+    monkeypatch.setenv("no_proxy", "a.test")
+    assert main(monkeypatch, "venv") == 0
+    assert seen[0]["NO_PROXY"] == seen[0]["no_proxy"]
+    assert {"a.test", "127.0.0.1", paths.POD_CIDR} <= set(seen[0]["no_proxy"].split(","))
+    assert seen[0]["KUBECTL_KUBERC"] == "false"
+
+
+LEFT_OUT = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/go/bin"
+
+
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        ({"PATH": "/usr/local/bin:/usr/bin:/bin"}, "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"),
-        ({"PATH": "/sbin:/usr/sbin:/usr/local/sbin:/bin"}, "/sbin:/usr/sbin:/usr/local/sbin:/bin"),
-        ({}, f"{os.defpath}:/usr/local/sbin:/usr/sbin:/sbin"),
+        ({"PATH": "/usr/local/bin:/usr/bin:/bin"}, f"/usr/local/bin:/usr/bin:/bin:{LEFT_OUT}"),
+        (
+            {"PATH": "/usr/local/go/bin:/sbin:/usr/sbin:/usr/local/sbin:/bin"},
+            "/usr/local/go/bin:/sbin:/usr/sbin:/usr/local/sbin:/bin",
+        ),
+        ({"PATH": "/usr/local/sbin:/usr/sbin:/sbin"}, "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/go/bin"),  # sudo's
+        ({}, f"{os.defpath}:{LEFT_OUT}"),
     ],
 )
-def test_roots_programs_are_found_after_su_and_from_cron(said: dict[str, str], expected: str) -> None:
+def test_roots_programs_and_go_are_found_after_su_and_sudo_and_from_cron(said: dict[str, str], expected: str) -> None:
     assert cli.search_path(said) == expected
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from kit.kubectl import NEAR
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,12 +66,25 @@ def test_help_tells_of_every_target_that_is_for_people() -> None:
     assert {line.split()[0] for line in listed.splitlines()} == targets - {"debs"}
 
 
-@pytest.mark.parametrize("target", ["e2e", "components"])
-def test_tests_run_beside_nothing_that_earlier_runs_left(target: str) -> None:
-    lines = make(target, "CLUSTER=local").stdout.splitlines()
-    removed = next(number for number, line in enumerate(lines) if "kit.earlier" in line)
-    assert removed < next(number for number, line in enumerate(lines) if re.search(r"scenarios|kit\.imagetests", line))
-
-
-def test_your_own_cluster_keeps_its_namespaces() -> None:
-    assert "kit.earlier" not in make("e2e", "CLUSTER=current").stdout
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ({}, set()),
+        ({"NO_PROXY": "a.test,,b.test"}, {"a.test", "b.test"}),
+        ({"no_proxy": "a.test"}, {"a.test"}),
+        ({"NO_PROXY": "a.test", "no_proxy": "b.test,10.0.0.0/8"}, {"a.test", "b.test", "10.0.0.0/8"}),
+    ],
+)
+def test_loopback_and_the_node_are_reached_without_a_proxy(
+    said: dict[str, str], kept: set[str], tmp_path: Path
+) -> None:
+    others = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
+    rules = tmp_path / "rules.mk"  # a make below the make, as for most recipes
+    rules.write_text(f'said: ; @$(MAKE) -s -f Makefile -f {rules} told\ntold: ; @echo "$$NO_PROXY;$$no_proxy"\n')
+    command = ["make", "-s", "-f", "Makefile", "-f", str(rules), "said"]
+    done = subprocess.run(command, cwd=ROOT, env={**others, **said}, capture_output=True, text=True, timeout=60)
+    upper, lower = done.stdout.strip().split(";")
+    found = upper.split(",")
+    assert lower == upper
+    assert len(found) == len(set(found))
+    assert set(found) == {*NEAR.split(","), *kept}
