@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
 from artifact_support import Registry, contents, safetensors, write
 
-from slmops_artifacts import Manifest, push, read_manifest, transfer
+from slmops_artifacts import Manifest, folder, oci, push, read_manifest, sent, transfer
 from slmops_trainer import answers, checkpoints, teacher
 from slmops_trainer.checkpoints import Checkpoints
 from slmops_trainer.failure import RunFailure
@@ -73,6 +75,64 @@ def test_nothing_new_is_nothing_sent(run: Run, registry: Registry) -> None:
     pod.save()
     assert read_manifest(run.uri) == before
     assert kept(registry) == 1
+
+
+@pytest.mark.parametrize("kind", ["registry", "volume"])
+def test_a_save_costs_what_is_new_and_not_all_that_was_saved_before(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Of a run that asks for days there are hundreds of thousands of answers, and a save every five seconds."""
+    hashed: list[int] = []
+    copied: list[str] = []
+    looked_for: list[str] = []
+    hash_file, copy, has = sent.hash_file, folder._copy, oci._Repository._has
+    monkeypatch.setattr(sent, "hash_file", lambda path: (hashed.append(path.stat().st_size), hash_file(path))[1])
+    monkeypatch.setattr(folder, "_copy", lambda *given: (copied.append(given[1]), copy(*given))[1])
+    monkeypatch.setattr(oci._Repository, "_has", lambda it, sha256: (looked_for.append(sha256), has(it, sha256))[1])
+    uri = f"oci://{registry.host}/{REPOSITORY}:ckpt-1" if kind == "registry" else f"file://{tmp_path}/ckpt"
+    run = Run(uri, tmp_path)
+    pod = run.pod()
+    pod.load()
+    store = answers.Answers(pod.folder / answers.PART)
+    for number in range(60):
+        hashed.clear(), copied.clear(), looked_for.clear()
+        store.add(f"key {number}", teacher.Reply("x" * 1000, "stop", 3))
+        store.seal()
+        pod.save(patience=5)
+    assert 1000 < sum(hashed) < 5 * 1100  # of 60,000: the new chunk, and perhaps the one before it
+    assert len(looked_for) == (2 if kind == "registry" else 0)  # the new chunk, and the document that lists them
+    assert copied == ([] if kind == "registry" else ["generation/small-000061.jsonl"])
+    fresh = run.pod()
+    assert contents(fresh.load() or tmp_path) == contents(pod.folder)
+
+
+def test_what_the_registry_lost_between_two_saves_is_sent_again(run: Run, registry: Registry) -> None:
+    pod = run.pod()
+    pod.load()
+    save(pod, 1)
+    registry.blob(hash_of(pod.folder / "training/same.json")).unlink()
+    save(pod, 2)
+    assert loaded(run.pod()) == 2
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_published_file_that_others_changed_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    if not links:
+        monkeypatch.setattr(sent.os, "link", Mock(side_effect=OSError(errno.EPERM, "Operation not permitted")))
+    run = Run(f"file://{tmp_path}/ckpt", tmp_path)
+    pod = run.pod()
+    pod.load()
+    save(pod, 1)
+    published = tmp_path / "ckpt/training/same.json"
+    before = published.stat().st_ino
+    save(pod, 2)
+    assert (published.stat().st_ino == before) == links
+    published.write_bytes(b"[]")
+    save(pod, 3)
+    assert published.read_bytes() == b"{}"
+    assert loaded(run.pod()) == 3
 
 
 @pytest.mark.parametrize("harm", ["changed", "lost"])

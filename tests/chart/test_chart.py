@@ -86,6 +86,8 @@ def test_every_pod_is_restricted(found: Object) -> None:
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert "automountServiceAccountToken" in pod
+    assert pod["enableServiceLinks"] is False  # a Service slmops-metrics would set SLMOPS_METRICS_PORT=tcp://...
+    assert pod["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch"  # else each start chowns every file
     for container in pod["containers"] + pod.get("initContainers", []):
         context = container["securityContext"]
         assert context["allowPrivilegeEscalation"] is False
@@ -180,13 +182,35 @@ def test_a_key_of_ones_own_makes_every_rendering_the_same() -> None:
         ("prometheus.url=prom:9090", "url"),
         ("prometheus.existingSecret=Not_A_Name", "existingSecret"),
         ("watchNamespaces={UPPER}", "watchNamespaces"),
+        ("watchNamespaces={a.b}", "watchNamespaces"),
         ("registry.persistence.size=big", "size"),
+        ("registry.persistence.size=10K", "size"),
+        ("registry.persistence.size=10ki", "size"),
+        ("prometheus.bundled.retention=1h1d", "retention"),
+        ("prometheus.bundled.scrapeInterval=", "scrapeInterval"),
+        ("podMonitor.interval=15sec", "interval"),
     ],
 )
 def test_wrong_values_are_refused_by_name(value: str, word: str) -> None:
     done = helm("template", "slmops", str(CHART), "--set", value)
     assert done.returncode != 0
     assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "watchNamespaces={a-b,c}",
+        *(f"registry.persistence.size={size}" for size in ("10k", "10Ki", "1.5Gi", "2T")),
+        *(f"prometheus.bundled.retention={retention}" for retention in ("6h", "1d12h", "1y", "90m")),
+        "prometheus.bundled.scrapeInterval=1m30s",
+        "podMonitor.interval=1m30s",
+    ],
+)
+def test_what_kubernetes_and_prometheus_take_the_schema_takes(value: str) -> None:
+    flags = [part for item in EVERYTHING for part in ("--set", item)]
+    done = helm("template", "slmops", str(CHART), *flags, "--set", value)
+    assert done.returncode == 0, done.stderr
 
 
 def test_settings_cover_the_charts_variables() -> None:
@@ -236,6 +260,14 @@ def test_names_that_yaml_takes_for_numbers_stay_names(release: str, namespace: s
         leaves = [leaf for f in found for leaf in texts(f, f["kind"])]
         assert ("Deployment.metadata.namespace", namespace) in leaves
         assert [leaf for leaf in leaves if not isinstance(leaf[1], str)] == []
+
+
+def test_the_registry_may_collect_garbage_for_long_and_is_not_asked_meanwhile() -> None:
+    """Nothing listens then: a restart would break the collection off, time and again."""
+    (container,) = pods(render())["slmops-registry"]["spec"]["containers"]
+    live, ready = ({"failureThreshold": 3, **container[probe]} for probe in ("livenessProbe", "readinessProbe"))
+    assert live["periodSeconds"] * live["failureThreshold"] >= 3600
+    assert ready["periodSeconds"] * ready["failureThreshold"] <= 10
 
 
 def pods(objects: list[Object]) -> dict[str, Object]:

@@ -33,7 +33,7 @@ def ask(
     endpoint = TeacherEndpoint(url=url, model="big")
     settings = replace(generation.Terms(endpoint, None, Sampling(0.7, 0.9, 16), concurrency=4, timeout=30.0), **terms)
     prompts = [[{"role": "user", "content": text}] for text in texts]
-    asked = generation.questions(prompts, samples, "big", settings.sampling, 1)
+    asked = generation.questions(prompts, samples, "big", settings.sampling, 1, lambda: None)
     outcome = generation.ask_all(ctx, asked, settings, store, "Generating")
     replies = [store.get(question.key) for question in asked]
     return outcome, [reply.text if reply else None for reply in replies]

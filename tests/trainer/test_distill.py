@@ -15,6 +15,7 @@ from slmops.api.run import EXIT_INTERRUPTED
 from slmops_artifacts import read_manifest
 from slmops_trainer import answers, distill, train
 from slmops_trainer.context import Context
+from slmops_trainer.data import Example
 from slmops_trainer.failure import RunFailure
 
 RIGHT = {question: answer for question, answer in task() if "kitchen" in question or "lab" in question}
@@ -139,11 +140,12 @@ def test_a_pod_lost_in_training_goes_on_in_training(
         assert len(fake.requests) == requests
 
 
-def test_training_holds_no_answers_in_memory(
+def test_training_holds_neither_answers_nor_prompts_in_memory(
     make_run: Callable[..., Context], job: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stores: list[weakref.ref[answers.Answers]] = []
     alive: list[bool] = []
+    questions: set[str] = set()
 
     class Watched(answers.Answers):
         def __init__(self, folder: Path) -> None:
@@ -153,6 +155,7 @@ def test_training_holds_no_answers_in_memory(
     def looking(*arguments: Any, **more: Any) -> train.TrainReport:
         gc.collect()
         alive.extend(store() is not None for store in stores)
+        questions.update(found.messages[-1].content for found in gc.get_objects() if type(found) is Example)
         return train.train(*arguments, **more)
 
     monkeypatch.setattr(answers, "Answers", Watched)
@@ -160,6 +163,8 @@ def test_training_holds_no_answers_in_memory(
     with FakeTeacher(knows) as fake:
         assert distill.run(make_run(**job(fake))).succeeded
     assert alive == [False]
+    assert questions & set(RIGHT) == set()
+    assert {question for question, _ in GOLD} <= questions  # they are asked once more, of the student
 
 
 def test_the_system_prompt_is_asked_with_and_trained_on_and_thoughts_are_neither(

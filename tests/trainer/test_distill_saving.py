@@ -188,16 +188,17 @@ def test_a_killed_pod_has_to_ask_again_only_what_was_not_saved(pod: Callable[[],
 
 
 def test_many_saves_make_few_files(pod: Callable[[], Context], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "SMALL_CHUNKS", 4)
+    monkeypatch.setattr(answers, "MERGED", 4)
     store = answers.Answers(tmp_path / "answers")
-    for number in range(10):
+    for number in range(26):
         store.add(f"key {number}", teacher.Reply(f"text\u2028{number}\r\n", "stop", 3))
         assert store.seal()
     assert not store.seal()
     names = sorted(path.name for path in (tmp_path / "answers").iterdir())
-    assert names == ["large-000005.jsonl", "large-000010.jsonl", "small-000011.jsonl", "small-000012.jsonl"]
+    assert names == ["huge-000021.jsonl", "large-000026.jsonl", "large-000031.jsonl", "small-000032.jsonl",
+                     "small-000033.jsonl"]  # fmt: skip
     again = answers.Answers(tmp_path / "answers")
-    assert len(again) == 10
+    assert len(again) == 26
     assert again.get("key 7") == teacher.Reply("text\u20287\r\n", "stop", 3)
 
 

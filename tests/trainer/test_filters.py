@@ -8,7 +8,7 @@ import pytest
 from slmops.api.distillation import Filters
 from slmops_trainer import filters
 from slmops_trainer.data import Example, Message
-from slmops_trainer.failure import RunFailure
+from slmops_trainer.failure import RunFailure, interrupted
 
 SCHEMA = {"type": "object", "required": ["room"], "properties": {"room": {"type": "string"}}}
 
@@ -21,7 +21,7 @@ def run(
     rows: list[filters.Row], thoughts: bool = False, schema: Any = None, **rules: Any
 ) -> tuple[list[str], dict[str, int]]:
     validator = filters.schema_of(json.dumps(schema), "test") if schema is not None else None
-    kept, drops = filters.apply(rows, Filters.model_validate(rules), validator, thoughts=thoughts)
+    kept, drops = filters.apply(rows, Filters.model_validate(rules), validator, thoughts=thoughts, check=lambda: None)
     return [example.answer or "" for example in kept], dict(drops)
 
 
@@ -85,6 +85,21 @@ def test_a_row_is_counted_once_and_every_row_is_accounted_for() -> None:
     kept, drops = run(rows, maxCharacters=3, validJson=False)
     assert len(kept) + sum(drops.values()) == len(rows)
     assert set(drops) <= set(filters.NAMES)
+
+
+def test_a_pod_that_is_asked_to_stop_does_not_filter_to_the_end() -> None:
+    left = 3
+
+    def check() -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise interrupted("stop")
+
+    rows = [row(str(number)) for number in range(9)]
+    with pytest.raises(RunFailure, match="stop"):
+        filters.apply(rows, Filters(), None, thoughts=False, check=check)
+    assert left == -1
 
 
 def test_contamination_is_told_whatever_the_case_and_space() -> None:

@@ -1,5 +1,6 @@
 """Whole fine-tuning runs on a tiny model, through the store."""
 
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,9 @@ from slmops.api.run import RunResult
 from slmops_artifacts import ArtifactError, Manifest, push, read_manifest
 from slmops_trainer import context, finetune, generate, models
 from slmops_trainer.context import Context
+from slmops_trainer.data import Example
 from slmops_trainer.failure import RunFailure
+from slmops_trainer.train import TrainReport, train
 
 FULL: dict[str, Any] = {
     "method": "full",
@@ -72,6 +75,24 @@ def test_a_full_run_learns_and_says_from_what(
     assert manifest.versions["transformers"] == "4.57.6"
     assert "fieldMatch" in (tmp_path / "store/out/README.md").read_text()
     assert json.loads((tmp_path / "store/out/generation_config.json").read_text())["eos_token_id"] == 2
+
+
+def test_training_holds_no_text_of_its_set_in_memory(
+    make_run: Callable[..., Context], sets: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[set[str]] = []
+
+    def looking(*arguments: Any, **more: Any) -> TrainReport:
+        gc.collect()
+        held.append({found.messages[-1].content for found in gc.get_objects() if type(found) is Example})
+        return train(*arguments, **more)
+
+    monkeypatch.setattr(finetune, "train", looking)
+    few = {**FULL["training"], "maxSteps": 1}
+    result = finetune.run(make_run(finetune=spec(*sets, training=few)))
+    questions = [question for question, _ in task()]
+    assert held[0] & set(questions) == set(questions[::9])  # what is held out is measured once more
+    assert result.metrics["examples"] == len(questions) - len(questions[::9])
 
 
 def test_a_model_whose_template_leaves_thoughts_empty_is_asked_as_it_was_trained(

@@ -4,6 +4,7 @@ import errno
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_teacher import FakeTeacher
 from safetensors import SafetensorError
 from tiny import chat, task
 
@@ -228,6 +230,30 @@ def test_waiting_ends_when_the_pod_is_asked_to_stop(pods: Callable[..., Pod], aw
     pod.process.send_signal(signal.SIGTERM)
     code, said = pod.end()  # far sooner than the five minutes of waiting
     assert (code, said["reason"]) == (143, "Interrupted")
+
+
+def test_the_log_tells_of_no_request_and_so_of_no_key_in_a_url(
+    pods: Callable[..., Pod], tiny_model: Path, jsonl: Callable[..., str]
+) -> None:
+    """With a store on a volume nothing but the teacher is spoken to over HTTP."""
+    questions = [question for question, _ in task()][:8]
+    with FakeTeacher(dict(task()).__getitem__) as fake:
+        spec = run_spec(tiny_model, "")
+        del spec["finetune"]
+        spec["teacher"] = {"url": f"{fake.url}?key=s3cret", "model": "big"}
+        spec["distill"] = {
+            "teacher": {"endpoint": {"url": fake.url, "model": "big"}},
+            "student": {"uri": "pvc://data/base"},
+            "taskType": "extraction",
+            "data": {"prompts": {"uri": jsonl([{"prompt": question} for question in questions])}},
+            "training": {"maxSteps": 1, "learningRate": 1e-3, "batchSize": 8},
+        }
+        pod = pods(spec)
+        code, said = pod.end()
+    assert code == 0, said
+    assert sum(fake.asked.values()) == len(questions)
+    assert "Run succeeded" in pod.said()
+    assert not re.search("s3cret|HTTP Request", pod.said())
 
 
 def big(lineage: int, metrics: int, message: str = "") -> RunResult:

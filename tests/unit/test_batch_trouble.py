@@ -234,6 +234,33 @@ def test_a_run_that_waits_for_days_asks_less_often() -> None:
     assert by_event.requeue is None
 
 
+def test_a_job_without_a_pod_asks_less_often_the_longer_it_waits() -> None:
+    obj = finetune()
+    owned = job(obj)
+    said_so = {
+        "reason": "FailedCreate",
+        "lastTimestamp": at(0),
+        "involvedObject": {"uid": owned["metadata"]["uid"]},
+        "message": 'Error creating: pods "x" is forbidden: exceeded quota: team',
+    }
+    plan = run(obj, job=owned, events=(said_so,))
+    assert (ready(plan)[1], plan.requeue) == ("QuotaExceeded", 5.0)
+    for condition_ in plan.status["conditions"]:
+        condition_["lastTransitionTime"] = at(-1800)
+    later = run(after(obj, plan), job=owned, events=(said_so,))
+    assert (ready(later)[1], later.requeue) == ("QuotaExceeded", 60.0)
+    assert run(after(obj, plan), job=owned).requeue == 60.0
+
+
+@pytest.mark.parametrize(("age", "seconds"), [(0, 3.0), (60, 3.0), (200, 10.0), (600, 30.0), (86400, 30.0)])
+def test_a_long_run_is_asked_for_its_progress_less_often(age: int, seconds: float) -> None:
+    obj = finetune()
+    began = pod(obj, state=RUNNING)
+    began["metadata"]["creationTimestamp"] = at(-age)
+    plan = run(obj, job=job(obj), pods=(began,))
+    assert (ready(plan)[1], plan.requeue) == ("Running", seconds)
+
+
 class Deaf(MemoryCluster):
     """Nobody may ask for Events here."""
 
@@ -257,6 +284,21 @@ def test_events_are_read_only_where_the_pod_says_nothing_itself() -> None:
     cluster.set_status(key_of(late), {**late["status"], "conditions": []})
     with pytest.raises(AssertionError, match="Events of Pod"):
         Driver(cluster, Settings(), reconcilers(), lambda _: None, clock=lambda: NOW).run(key_of(obj))
+
+
+def test_a_job_that_waits_in_a_queue_has_no_events_worth_reading() -> None:
+    obj = finetune(queueName="gpus")
+    cluster = Deaf()
+    for one in (obj, job(obj, age=3600, spec={"suspend": True})):
+        cluster.put(one)
+    driver = Driver(cluster, Settings(), reconcilers(), lambda _: None, clock=lambda: NOW)
+    driver.run(key_of(obj))
+    found = cluster.get(key_of(obj))
+    assert found is not None
+    assert (of(found, "Ready") or {})["reason"] == "Queued"
+    cluster.put(job(obj, age=3600))
+    with pytest.raises(AssertionError, match="Events of Job"):
+        driver.run(key_of(obj))
 
 
 LOST = {"exitCode": 137, "reason": "ContainerStatusUnknown", "message": "could not be located", "finishedAt": None}

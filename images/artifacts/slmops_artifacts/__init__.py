@@ -19,6 +19,7 @@ from typing import Any
 from .errors import ArtifactError, Reason
 from .files import Choose, Ticker
 from .model import Manifest, Parent
+from .sent import Sent
 from .staging import installed
 from .uris import FolderRef, HubRef, OciRef, Ref, parse
 from .waiting import waiting
@@ -28,6 +29,7 @@ __all__ = [
     "Manifest",
     "Parent",
     "Reason",
+    "Sent",
     "delete",
     "pinned",
     "pull",
@@ -98,20 +100,23 @@ def push(
     secret: Secret | None = None,
     progress: Callable[[int, int], None] | None = None,
     patience: float | None = None,
+    sent: Sent | None = None,
 ) -> tuple[str, Manifest]:
     """Publish the folder `src` under `uri`. Returns the pinned URI and the manifest with its digest.
 
     Equal files and an equal manifest give an equal digest, and files that the store has are not sent again.
+    `sent`: what is known from the last push to this URI, for who pushes there every few seconds.
     """
+    sent = sent or Sent()
     match parse(uri):
         case OciRef() as ref:
             from . import oci
 
-            return oci.push(Path(src), ref, manifest, secret, progress, patience)
+            return oci.push(Path(src), ref, manifest, secret, progress, patience, sent)
         case FolderRef() as ref:
             from . import folder
 
-            return folder.push(Path(src), ref, manifest, progress)
+            return folder.push(Path(src), ref, manifest, progress, sent)
         case HubRef() as ref:
             raise ArtifactError(
                 "BadUri", f"{ref} cannot be written: the Hub is a source only. Push to oci:// or pvc://."

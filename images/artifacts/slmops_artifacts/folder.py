@@ -11,6 +11,7 @@ from .errors import ArtifactError, from_os
 from .files import CHUNK, Choose, Entry, Progress, Ticker, folder_digest, hash_file, list_files
 from .formats import FOLDER_MANIFEST, check_content, check_files, detect_format
 from .model import Manifest
+from .sent import Sent
 from .staging import Staging, discard, installed
 from .uris import FolderRef
 
@@ -102,7 +103,7 @@ def _copy_out(
     return manifest
 
 
-def push(src: Path, ref: FolderRef, manifest: Manifest, progress: Progress | None) -> tuple[str, Manifest]:
+def push(src: Path, ref: FolderRef, manifest: Manifest, progress: Progress | None, sent: Sent) -> tuple[str, Manifest]:
     """Copy `src` to a temporary name beside the target, then rename it into its place."""
     if ref.digest:
         raise ArtifactError("BadUri", f"{ref} names a digest. Push to a path; the digest follows from the content.")
@@ -113,7 +114,7 @@ def push(src: Path, ref: FolderRef, manifest: Manifest, progress: Progress | Non
     verdicts = check_files(files, str(src))
     for path, file in files.items():
         check_content(path, file, str(src))
-    entries = [hash_file(file)._replace(path=path) for path, file in sorted(files.items())]
+    entries = sent.entries(files)
     total = sum(entry.size for entry in entries)
     ticker = Ticker(total, progress)
     digest = folder_digest(entries)
@@ -122,10 +123,14 @@ def push(src: Path, ref: FolderRef, manifest: Manifest, progress: Progress | Non
         if staging.done() == manifest:
             ticker.add(total)
             return str(ref), manifest
+        linked = {entry for entry in entries if sent.link(entry, ref.path, staging.target(entry.path))}
         staging.reserve(total)
         for entry in entries:
-            if _copy(files[entry.path], entry.path, staging, ticker.add) != entry:
+            if entry in linked:
+                ticker.add(entry.size)
+            elif _copy(files[entry.path], entry.path, staging, ticker.add) != entry:
                 raise ArtifactError("DigestMismatch", f"{src}/{entry.path} changed while it was copied. Push it again.")
+        sent.copied(staging.folder, entries)
         staging.publish(manifest, entries)
     return str(ref), manifest
 

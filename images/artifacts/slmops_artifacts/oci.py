@@ -18,10 +18,11 @@ from pydantic import ValidationError
 
 from .download import Wanted, fetch
 from .errors import ArtifactError, from_os
-from .files import CHUNK, Choose, Entry, Progress, Ticker, canonical, check_paths, hash_file, list_files
+from .files import CHUNK, Choose, Entry, Progress, Ticker, canonical, check_paths, list_files
 from .formats import Role, check_content, check_files, detect_format
 from .model import Manifest
 from .registry_auth import RegistryAuth, plain_http
+from .sent import Sent
 from .staging import Staging
 from .transfer import Http
 from .trust import trusted
@@ -108,6 +109,7 @@ def push(
     secret: Mapping[str, Any] | None,
     progress: Progress | None,
     patience: float | None,
+    sent: Sent,
 ) -> tuple[str, Manifest]:
     """Upload what the registry does not have yet, then the manifest."""
     if ref.digest:
@@ -116,7 +118,7 @@ def push(
     verdicts = check_files(files, str(src))
     for path, file in files.items():
         check_content(path, file, str(src))
-    entries = [hash_file(file)._replace(path=path) for path, file in sorted(files.items())]
+    entries = sent.entries(files)
     manifest = manifest.completed(
         digest="",
         format=manifest.format or detect_format(verdicts),
@@ -143,9 +145,14 @@ def push(
     for _ in range(_PUSHES):
         ticker = Ticker(manifest.size_bytes, progress)
         for entry in entries:
-            repository.put_file(files[entry.path], entry, ticker)
+            if entry.sha256 in sent.blobs:
+                ticker.add(entry.size)
+            else:
+                repository.put_file(files[entry.path], entry, ticker)
         repository.put_bytes(config)
+        sent.blobs = frozenset()  # what it has lost all the same is found the next time
         if (digest := repository.put_manifest(document)) is not None:
+            sent.blobs = frozenset(entry.sha256 for entry in entries)
             return ref.pinned(digest), manifest.model_copy(update={"digest": digest})
     raise ArtifactError("SourceUnavailable", f"{ref}: the registry lost files while they were pushed. See its log.")
 

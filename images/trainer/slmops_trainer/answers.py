@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 PART = "generation"  # the checkpoint's subfolder
 SHARED, SHARED_TAG = "answers.jsonl", "slmops-answers"
 OPEN = ".open.jsonl"  # hidden, so that no checkpoint takes it along half written
-SMALL_CHUNKS = 32  # this many are merged into one, so that a long run does not end in ten thousand files
-
+SIZES = ("small", "large", "huge")  # of chunks
+MERGED = 32  # this many of a size become one of the next, so that a long run does not end in ten thousand files
 
 log = logging.getLogger("slmops")
 
@@ -119,24 +120,25 @@ class Answers:
         self._open.close()
         self._open = None
         (self._folder / OPEN).rename(self._folder / f"small-{self._next():06d}.jsonl")
-        small = sorted(self._folder.glob("small-*.jsonl"))
-        if len(small) >= SMALL_CHUNKS:
-            self._merge(small)
+        for size, larger in pairwise(SIZES):
+            chunks = sorted(self._folder.glob(f"{size}-*.jsonl"))
+            if len(chunks) >= MERGED:
+                self._merge(chunks, larger)
         return True
 
     def _next(self) -> int:
         """A number that no chunk has had: chunks never change once they have a name."""
         return 1 + max((int(path.stem.rpartition("-")[2]) for path in self._folder.glob("*-*.jsonl")), default=0)
 
-    def _merge(self, small: Sequence[Path]) -> None:
+    def _merge(self, chunks: Sequence[Path], larger: str) -> None:
         target = self._folder / OPEN
         with target.open("wb") as stream:
-            for path in small:
+            for path in chunks:
                 stream.write(path.read_bytes())
             stream.flush()
             os.fsync(stream.fileno())
-        target.rename(self._folder / f"large-{self._next():06d}.jsonl")
-        for path in small:
+        target.rename(self._folder / f"{larger}-{self._next():06d}.jsonl")
+        for path in chunks:
             path.unlink()
 
     def recall(self, shared: Checkpoints) -> None:

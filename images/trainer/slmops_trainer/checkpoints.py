@@ -8,9 +8,9 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from slmops_artifacts import Manifest, delete, pinned, pull, push, read_manifest
+from slmops_artifacts import Manifest, Sent, delete, pinned, pull, push, read_manifest
 from slmops_artifacts.errors import ArtifactError
-from slmops_artifacts.files import folder_digest, hash_file, list_files
+from slmops_artifacts.files import folder_digest, list_files
 from slmops_artifacts.folder import discard_damaged
 from slmops_artifacts.uris import FolderRef, OciRef, parse
 from slmops_trainer.failure import from_artifact
@@ -36,6 +36,7 @@ class Checkpoints:
         self.folder = folder
         self._uid = uid
         self._created = created
+        self._sent = Sent()
         self._published = ""  # digest of the files that the store has
         self._found: bool | None = None  # None: not looked for yet
         self._good = ""  # pinned URI of the newest checkpoint that is known to be whole, where the store keeps several
@@ -74,13 +75,13 @@ class Checkpoints:
         """
         source = folder or self.folder
         files = list_files(source, str(source))
-        digest = folder_digest(hash_file(path)._replace(path=name) for name, path in files.items())
+        digest = folder_digest(self._sent.entries(files))
         if not files or digest == self._published:
             return ""
         annotations = {ANNOTATION_UID: self._uid, **({PREVIOUS: self._good} if self._good else {})}
         manifest = Manifest(kind="checkpoint", annotations=annotations, created=self._created)
         try:
-            uri, _ = push(source, self.uri, manifest, patience=patience)
+            uri, _ = push(source, self.uri, manifest, patience=patience, sent=self._sent)
         except ArtifactError as error:
             if error.reason != "Refused":
                 raise from_artifact(error, writing=True) from error

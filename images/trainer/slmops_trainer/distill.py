@@ -51,8 +51,7 @@ def run(ctx: Context) -> RunResult:
     with ctx.told("Looking for answers", "store"):
         store.recall(answers.shared(ctx, "answers"))
     try:
-        made = synthetic.make(ctx, spec, terms, prompts, held_out, schema, store, unfit)
-        examples = made.examples
+        examples, manifest = synthetic.make(ctx, spec, terms, prompts, held_out, schema, store, unfit)
         _measure_teacher(ctx, spec, terms, gold, store)
     finally:
         with ctx.told("Leaving answers", "store"):  # which ends at once when the pod is asked to stop
@@ -64,6 +63,7 @@ def run(ctx: Context) -> RunResult:
     encoded = encoding.encode(
         loaded.tokenizer, examples.items, loaded.stop_ids, "assistant", limit, examples.source, ctx.check
     )
+    examples = replace(examples, items=())  # its text is not held while it is trained on
     ctx.check()
     _measure(ctx, loaded, spec.evaluation, gold, BEFORE, "base_", base.digest)
     ctx.keep()
@@ -79,7 +79,7 @@ def run(ctx: Context) -> RunResult:
     origin = publish.Origin(
         ctx.spec.model.uri,
         # The set's own ancestors, the teacher among them, are the student's too.
-        base.model_copy(update={"lineage": (*made.manifest.lineage, *base.lineage)}),
+        base.model_copy(update={"lineage": (*manifest.lineage, *base.lineage)}),
         ctx.spec.model.name,
         (examples.parent,),
     )
@@ -156,7 +156,7 @@ def _measure_teacher(
     greedy = replace(terms, sampling=Sampling(0.0, 1.0, longest), min_success_ratio=0.0, budget=None)
     shown = [synthetic.instructed(item, None, think=settings.chain_of_thought) for item in held_out.items]
     teacher, seed = answers.teacher_key(terms.endpoint), spec.training.seed
-    asked = generation.questions(synthetic.wire(shown), 1, teacher, greedy.sampling, seed)
+    asked = generation.questions(synthetic.wire(shown), 1, teacher, greedy.sampling, seed, ctx.check)
     generation.ask_all(ctx, asked, greedy, store, TEACHER)
     replies = [store.get(question.key) for question in asked]
     texts = [_answer(reply.text, think=settings.chain_of_thought) if reply else "" for reply in replies]

@@ -42,16 +42,18 @@ def contaminated(prompts: Sequence[Example], held_out: Sequence[Example]) -> set
 
 
 def apply(
-    rows: Sequence[Row], filters: Filters, schema: Validator | None, *, thoughts: bool
+    rows: Sequence[Row], filters: Filters, schema: Validator | None, *, thoughts: bool, check: Callable[[], None]
 ) -> tuple[list[Example], Counter[str]]:
     """What is trained on, in order, and how many rows each filter dropped. A row is counted once, by the first filter.
 
     `thoughts`: the teacher was asked to reason in <think></think>, which is cut out first.
+    `check()` is called before each row and may raise: a schema may take long.
     """
     drops: Counter[str] = Counter()
     kept: list[Example] = []
     seen: set[tuple[tuple[Message, ...], str]] = set()
     for row in rows:
+        check()
         answer = after_thoughts(row.text) if thoughts else row.text.strip()
         reason = _reason(row, answer, filters, schema)
         if reason is None and answer is not None:

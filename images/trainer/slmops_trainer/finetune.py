@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def run(ctx: Context) -> RunResult:
     encoded = encoding.encode(
         loaded.tokenizer, training.items, loaded.stop_ids, spec.loss_on, limit, training.source, ctx.check
     )
+    examples, training = len(training.items), replace(training, items=())  # its text is not held while it is trained on
     ctx.check()
     # What can be known to fail does so before anything is measured.
     watched = _watched(loaded, spec, held_out)
@@ -60,7 +62,7 @@ def run(ctx: Context) -> RunResult:
     tuned = ctx.work / "tuned"
     written = write(loaded, model, spec, tuned, ctx.spec.model.uri, began)
     _measure(ctx, written, spec, held_out, AFTER, "")
-    _count(ctx, report, encoded, training)
+    _count(ctx, report, encoded, examples)
     # The main metrics first: what does not fit into the termination message goes from the end.
     ctx.metrics = dict(sorted(ctx.metrics.items(), key=lambda item: _rank(item[0], spec)))
     origin = publish.Origin(ctx.spec.model.uri, base, ctx.spec.model.name, (training.parent,))
@@ -171,13 +173,13 @@ def _watched(
     ).items
 
 
-def _count(ctx: Context, report: TrainReport, encoded: encoding.EncodedSet, training: data.Examples) -> None:
+def _count(ctx: Context, report: TrainReport, encoded: encoding.EncodedSet, examples: int) -> None:
     ctx.metric("loss", report.loss)
     if report.evaluation_loss is not None:
         ctx.metric("evaluation_loss", report.evaluation_loss)
     ctx.metric("steps", report.steps)
     ctx.metric("epochs", report.epochs)
-    ctx.metric("examples", len(training.items) - encoded.too_long)
+    ctx.metric("examples", examples - encoded.too_long)
     ctx.metric("examples_too_long", encoded.too_long)
     ctx.metric("tokens", report.tokens)
     ctx.metric("training_seconds", report.seconds)

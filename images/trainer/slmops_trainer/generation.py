@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -78,11 +78,20 @@ class _Turn(NamedTuple):
 
 
 def questions(
-    prompts: Sequence[Sequence[dict[str, str]]], samples: int, teacher: str, sampling: Sampling, seed: int
+    prompts: Sequence[Sequence[dict[str, str]]],
+    samples: int,
+    teacher: str,
+    sampling: Sampling,
+    seed: int,
+    check: Callable[[], None],
 ) -> list[Question]:
-    """`samples` questions to each prompt, prompt by prompt. Equal prompts give equal keys: they are asked once."""
+    """`samples` questions to each prompt, prompt by prompt. Equal prompts give equal keys: they are asked once.
+
+    `check()` is called before each prompt and may raise.
+    """
     found: list[Question] = []
     for number, messages in enumerate(prompts):
+        check()
         for sample in range(samples):
             key = answer_key(messages, sample, teacher, sampling, seed)
             whole = answer_key(messages, sample, teacher, sampling, seed, limit=False)

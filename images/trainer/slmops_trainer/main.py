@@ -26,6 +26,7 @@ log = logging.getLogger("slmops")
 def main() -> int:
     """Run what SLMOPS_RUN says. Returns the exit status (slmops.api.run.EXIT_*)."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # below that it tells of every request, with its whole URL
     termination_log = Path(os.environ.get("SLMOPS_TERMINATION_LOG", TERMINATION_LOG))
     work = Path(os.environ.get("SLMOPS_WORK", WORK_DIR))
     board = Board()

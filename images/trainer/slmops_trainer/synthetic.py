@@ -4,9 +4,9 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from jsonschema.protocols import Validator
 
@@ -35,8 +35,7 @@ THINK = (
 log = logging.getLogger("slmops")
 
 
-@dataclass(frozen=True, slots=True)
-class SyntheticSet:
+class SyntheticSet(NamedTuple):
     """What the student learns from: the examples, and the manifest of the artifact that holds them."""
 
     examples: Examples
@@ -131,17 +130,18 @@ def _generate(
     settings, rules = spec.data.generation, spec.data.filters
     # What would be dropped anyway is not asked: the teacher's tokens are the dear part.
     leaked = filters.contaminated(prompts.items, held_out.items) if held_out and rules.decontaminate else set()
-    asked = [example for index, example in enumerate(prompts.items) if index not in leaked | unfit]
+    left_out = leaked | unfit
+    asked = [example for index, example in enumerate(prompts.items) if index not in left_out]
     taught = [instructed(example, settings.system_prompt) for example in asked]
     shown = wire([instructed(example, settings.system_prompt, think=settings.chain_of_thought) for example in asked])
     samples = settings.samples_per_prompt if settings.temperature else 1  # greedy answers to one prompt are equal
     teacher = answers.teacher_key(terms.endpoint)
-    questions = generation.questions(shown, samples, teacher, terms.sampling, spec.training.seed)
+    questions = generation.questions(shown, samples, teacher, terms.sampling, spec.training.seed, ctx.check)
     outcome = generation.ask_all(ctx, questions, terms, store, GENERATING)
     ctx.report(FILTERING, 0, 1, f"{len(store)} answers")
     replies = [(store.get(question.key), taught[question.prompt]) for question in questions]
     rows = [filters.Row(example, reply.text, reply.finish) for reply, example in replies if reply is not None]
-    kept, drops = filters.apply(rows, rules, schema, thoughts=settings.chain_of_thought)
+    kept, drops = filters.apply(rows, rules, schema, thoughts=settings.chain_of_thought, check=ctx.check)
     drops["decontaminate"] = len(leaked) * samples
     drops["maxLength"] = len(unfit - leaked) * samples
     metrics = {

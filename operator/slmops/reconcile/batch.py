@@ -148,8 +148,8 @@ class BatchReconciler:
 
     def _events(self, found: Object | None, pods: tuple[Object, ...], world: World) -> tuple[Object, ...]:
         """What has been told of a Job without a pod, or of a pod that is long in starting. Raises ClusterError."""
-        if found is None:
-            return ()
+        if found is None or (not pods and found["spec"].get("suspend")):
+            return ()  # a suspended Job has tried no pod yet
         about = pods[-1] if pods else found
         late = (world.now - created(about)).total_seconds() > LATE_SECONDS
         # Events are kept in no cache: each read scans all those of the namespace, so what a pod says itself is enough.

@@ -26,7 +26,7 @@ from slmops.reconcile.pods import (
 )
 from slmops.reconcile.state import Event, Plan
 
-POLL_RUNNING = 3.0  # seconds between two looks at a run's progress
+POLL_RUNNING, POLL_RUNNING_MAX = 3.0, 30.0  # seconds between two looks at the progress of a run; it may take days
 POLL_STARTING = 15.0  # at a pod that does not start: some causes are told by Events alone
 _POD_FORBIDDEN = re.compile(r'^pods "[^"]*" is forbidden: ')
 POLL_PODLESS = 5.0  # and at the Job's events while it has no pod: nothing else tells why
@@ -158,7 +158,7 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
     if pod is not None and running(pod):
         message = f"Pod {pod['metadata']['name']} runs."
         status = going_on(p, "Running", "Running", message, progress=progress(p), last_failure=failure)
-        return plan(status, *news, apply=apply, requeue=POLL_RUNNING)
+        return plan(status, *news, apply=apply, requeue=_poll_running(p))
     if p.spec.queue_name and job["spec"].get("suspend"):
         message = f"Waits in queue {p.spec.queue_name} to be admitted."
         return plan(going_on(p, "Queued", "Queued", message, last_failure=failure), *news, apply=apply)
@@ -166,6 +166,7 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
         trouble = trouble_of(pod) or told(pod, p.seen.events)
     else:
         trouble = (held_up(p.seen.pods[-1], p.now) if p.seen.pods else None) or _refused(p, job)
+    poll = conditions.patiently(POLL_STARTING if pod else POLL_PODLESS, p.status.conditions, p.now)
     if trouble is not None:
         if trouble.reason in NO_IMAGE and _image_changed(p, job):
             return _again(p)
@@ -174,13 +175,19 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
         if trouble.reason == "ImagePullBackOff" and known and known.reason == trouble.reason:
             message = known.message  # the kubelet says two things in turns; the first one has the cause
         status = going_on(p, "Pending", trouble.reason, message, last_failure=failure)
-        return plan(status, *news, *_first(p, trouble), apply=apply, requeue=POLL_STARTING if pod else POLL_PODLESS)
+        return plan(status, *news, *_first(p, trouble), apply=apply, requeue=poll)
     reason, message = "Starting", "The pod starts."
     if failure is not None:
         reason = "Retrying"
         message = f"Attempt {p.status.attempts + 1} of {p.spec.backoff_limit + 1} starts; before: {failure.message}"
     status = going_on(p, "Pending", reason, message, last_failure=failure)
-    return plan(status, *news, apply=apply, requeue=POLL_STARTING if pod else POLL_PODLESS)
+    return plan(status, *news, apply=apply, requeue=poll)
+
+
+def _poll_running(p: Pass) -> float:
+    """Seconds until the next look at the progress; the pod's end is told by an event."""
+    age = p.now - parse(p.status.start_time) if p.status.start_time else timedelta()
+    return max(POLL_RUNNING, min(age.total_seconds() / 20, POLL_RUNNING_MAX))
 
 
 def _image_changed(p: Pass, job: Object) -> bool:
