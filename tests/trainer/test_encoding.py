@@ -1,14 +1,16 @@
 """Token ids and labels: golden masks, what inference sees, what ends an answer."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tiny import CHATML, EMPTY_THOUGHTS, MARKED, write_tokenizer
 from tokenizers import normalizers
 
-from slmops_trainer import encoding, evaluate
-from slmops_trainer.data import Example, Message
+from slmops_artifacts import Parent
+from slmops_trainer import encoding, evaluate, synthetic
+from slmops_trainer.data import Example, Examples, Message
 from slmops_trainer.encoding import IGNORED
 from slmops_trainer.failure import RunFailure
 
@@ -250,6 +252,23 @@ def test_a_conversation_is_as_long_as_its_longest_answer_makes_it(tokenizer: Any
         len(encoding.encode(tokenizer, [ASK], [END], "assistant", 10_000).items[0].input_ids),
     ]
     assert len(encoded[0].input_ids) > len(encoded[1].input_ids) + 200
+
+
+@pytest.mark.parametrize("tokenizer", [QWEN3], indirect=True)
+@pytest.mark.parametrize("long", [0, 1])
+def test_a_prompt_with_an_earlier_answer_that_is_too_long_is_left_out(tokenizer: Any, long: int) -> None:
+    """Whichever comes first: it is asked about neither in vain, nor does it fail the others."""
+    thoughts = [f"<think>\n{'bulb ' * (400 if at == long else 1)}\n</think>\n\nlab" for at in (0, 1)]
+    rows = [Example((*TALK.messages[:2], Message("assistant", one), TALK.messages[3]), None, 4) for one in thoughts]
+    prompts = Examples(
+        tuple(rows), "messages", "the set", Parent(kind="dataset", uri="pvc://a/b", digest="sha256:" + "1" * 64)
+    )
+    spec: Any = SimpleNamespace(
+        training=SimpleNamespace(max_length=300), data=SimpleNamespace(generation=SimpleNamespace(system_prompt=None))
+    )
+    loaded: Any = SimpleNamespace(tokenizer=tokenizer, stop_ids=(END,))
+    ctx: Any = SimpleNamespace(check=lambda: None)
+    assert synthetic.unfit(ctx, loaded, prompts, spec) == {long}
 
 
 @pytest.mark.parametrize("tokenizer", [QWEN3], indirect=True)

@@ -63,6 +63,7 @@ def run(ctx: Context) -> RunResult:
     encoded = encoding.encode(
         loaded.tokenizer, examples.items, loaded.stop_ids, "assistant", limit, examples.source, ctx.check
     )
+    kept = len(examples.items)
     examples = replace(examples, items=())  # its text is not held while it is trained on
     ctx.check()
     _measure(ctx, loaded, spec.evaluation, gold, BEFORE, "base_", base.digest)
@@ -75,7 +76,7 @@ def run(ctx: Context) -> RunResult:
     student = ctx.work / "trained"
     models.write(loaded, loaded.model, student)
     _measure(ctx, models.load(student, "the trained student", began), spec.evaluation, gold, AFTER, "")
-    _count(ctx, report, encoded, spec.evaluation)
+    _count(ctx, report, kept - encoded.too_long, encoded.too_long, spec.evaluation)
     origin = publish.Origin(
         ctx.spec.model.uri,
         # The set's own ancestors, the teacher among them, are the student's too.
@@ -198,7 +199,7 @@ def _watched(loaded: models.Loaded, spec: DistillationJobSpec, held_out: Example
     return encoding.encode(loaded.tokenizer, held_out.items, loaded.stop_ids, "assistant", limit).items
 
 
-def _count(ctx: Context, report: TrainReport, encoded: encoding.EncodedSet, evaluation: Evaluation | None) -> None:
+def _count(ctx: Context, report: TrainReport, learned: int, too_long: int, evaluation: Evaluation | None) -> None:
     """The rest of the metrics, and their order: what does not fit into the termination message goes from the end."""
     wanted = list(evaluation.metrics) if evaluation else []
     for name in wanted:
@@ -210,8 +211,8 @@ def _count(ctx: Context, report: TrainReport, encoded: encoding.EncodedSet, eval
         ctx.metric("evaluation_loss", report.evaluation_loss)
     ctx.metric("steps", report.steps)
     ctx.metric("epochs", report.epochs)
-    ctx.metric("examples", len(encoded.items))
-    ctx.metric("examples_too_long", encoded.too_long)
+    ctx.metric("examples", learned)
+    ctx.metric("examples_too_long", too_long)
     ctx.metric("tokens", report.tokens)
     ctx.metric("training_seconds", report.seconds)
     first = [f"{prefix}{name}" for prefix in ("", "teacher_", "teacher_share_", "base_") for name in wanted]

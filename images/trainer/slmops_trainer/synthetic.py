@@ -85,6 +85,11 @@ def unfit(ctx: "Context", loaded: Loaded, prompts: Examples, spec: DistillationJ
         ctx.check()
         if len(encoding.encode_prompt(loaded.tokenizer, example)) + ROOM > limit:
             found.add(index)
+    # The text of an earlier answer may be longer: some templates leave its thoughts out once it is an earlier one.
+    talks = [at for at, example in enumerate(taught) if any(m.role == "assistant" for m in example.messages)]
+    whole = [replace(taught[at], answer="x") for at in talks]
+    lengths = encoding.lengths(loaded.tokenizer, whole, loaded.stop_ids, ctx.check)
+    found |= {at for at, length in zip(talks, lengths, strict=True) if length > limit}
     # Earlier answers in a conversation have to be told apart in it: one of each shape shows whether they can.
     shapes = {tuple(m.role for m in taught[i].messages): taught[i] for i in range(len(taught)) if i not in found}
     for example in shapes.values():
