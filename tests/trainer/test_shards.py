@@ -10,7 +10,8 @@ import torch
 from tiny import task
 from torch import nn
 
-from slmops_trainer import encoding, models, shards
+from slmops.api.finetune import Lora
+from slmops_trainer import encoding, finetune, models, shards
 from slmops_trainer.data import Example, Message
 from slmops_trainer.loss import collate, loss_sum
 
@@ -52,6 +53,36 @@ def test_shares_add_up_to_the_whole_bit_for_bit_each_time(tiny_model: Path, shar
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
     assert again == total
     assert all(torch.equal(one, other) for one, other in zip(found, same, strict=True))
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_an_adapter_of_an_embedding_learns_the_same_on_all_threads(tiny_model: Path) -> None:
+    """Its gradient comes transposed, and AdamW's fused kernel reads numbers in the order in which they lie."""
+
+    def tuned(shares: int) -> dict[str, torch.Tensor]:
+        loaded = models.load(tiny_model, "tiny")
+        loaded.model.config.tie_word_embeddings = False
+        torch.manual_seed(0)
+        untied = type(loaded.model)(loaded.model.config)
+        model = finetune.adapt(untied, Lora(r=4, dropout=0.0, target_modules=["q_proj", "embed_tokens"]), 0)
+        examples = [Example((Message("user", text),), answer, line) for line, (text, answer) in enumerate(task(), 1)]
+        rows = encoding.encode(loaded.tokenizer, examples, loaded.stop_ids, "assistant", 256).items[:8]
+        named = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        optimizer = torch.optim.AdamW(named.values(), lr=0.01, fused=True)
+        dealt = shards.deal([len(row.input_ids) for row in rows], shares)
+        pool = shards.Shards(list(named.values()), shares)
+        for _ in range(2):  # A has a gradient once B is not zero
+            batches = [collate([rows[row] for row in share], 0, "cpu") for share in dealt]
+            pool.backward(lambda share: loss_sum(model, batches[share]), len(dealt))  # noqa: B023  # done in this round
+            optimizer.step()
+            optimizer.zero_grad()
+        pool.close()
+        return {name: value.detach() for name, value in named.items()}
+
+    whole, parts = tuned(1), tuned(2)
+    assert any("lora_embedding_A" in name for name in whole)
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize(

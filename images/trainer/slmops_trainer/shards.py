@@ -96,11 +96,23 @@ class Shards:
         for value, gradients in self.pool.map(one, range(shares)):
             total += value
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+                if gradient is not None and parameter.grad is not None:
+                    parameter.grad.add_(gradient)
+                elif gradient is not None:
+                    parameter.grad = _laid_out(gradient, parameter)
         return total
 
     def close(self) -> None:
         """End the threads."""
         if self.pool is not None:
             self.pool.shutdown()
+
+
+def _laid_out(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The gradient with its numbers in the parameter's order: the optimizer's fused kernel reads both as they lie.
+
+    An adapter of an embedding has one that is transposed, which `backward` would have copied, too.
+    """
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
