@@ -188,6 +188,46 @@ def test_the_least_fall_that_counts_counts_for_stopping_only(
     assert all(torch.equal(weights[name], seen[1][name]) for name in weights)
 
 
+@pytest.mark.parametrize(
+    ("watch", "last", "expected"),
+    [
+        (12, (2.0, 2.0), (4, 1.0, 1)),  # the same rows: two more that are worse end it, and the best is of the first pod
+        (11, (9.0, 8.0, 7.0, 6.0, 5.0), (STEPS, 5.0, 6)),  # step 2 is measured again, and the 1.0 counts no more
+    ],
+)
+def test_losses_on_another_evaluation_set_are_not_compared(
+    make_run: Callable[..., Context],
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    watch: int,
+    last: tuple[float, ...],
+    expected: tuple[int, float, int],
+) -> None:
+    """It may be corrected while the run is suspended."""
+    training = recipe(earlyStopping={"patience": 2, "everySteps": 1})
+    seen = measuring(monkeypatch, 3.0, 1.0, *last)
+    ctx = make_run(finetune=None)
+    stop_after(ctx, 2)
+    with pytest.raises(RunFailure, match="Stopped after step 2 of 6"):
+        fit(ctx, tiny_model, training, watch=12)
+    weights, report = fit(make_run(finetune=None), tiny_model, training, watch=watch)
+    assert (report.steps, report.evaluation_loss) == expected[:2]
+    assert report.resumed_at == 2
+    assert all(torch.equal(weights[name], seen[expected[2]][name]) for name in weights)
+
+
+def test_a_training_that_is_over_is_measured_again_on_another_evaluation_set(
+    make_run: Callable[..., Context], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No step is done over it, and the weights stay those that were the best."""
+    training = recipe(earlyStopping={"patience": 2, "everySteps": 1})
+    seen = measuring(monkeypatch, 1.0, 2.0, 2.0, 7.0)
+    fit(make_run(finetune=None), tiny_model, training, watch=12)
+    weights, report = fit(make_run(finetune=None), tiny_model, training, watch=11)
+    assert (report.steps, report.evaluation_loss, len(seen)) == (3, 7.0, 4)
+    assert all(torch.equal(weights[name], seen[0][name]) for name in weights)
+
+
 @pytest.mark.parametrize("said", [{"evaluation_loss": None}, {"evaluation_loss": 1.0, "best": 1.0, "waited": 1}])
 def test_a_state_of_an_older_trainer_is_gone_on_with(
     make_run: Callable[..., Context], tiny_model: Path, said: dict[str, float | None]

@@ -31,7 +31,7 @@ class Counters:
 
     `loss` is smoothed, `seconds` were spent training, `measured` is the step of the last evaluation, `least` the least
     evaluation loss, that of the weights in BEST, `best` the last that was less by minDelta, and `waited` counts the
-    evaluations since.
+    evaluations since. `evaluation` is the digest of the rows that were measured, empty in a state of an older trainer.
     """
 
     fingerprint: str
@@ -44,6 +44,11 @@ class Counters:
     waited: int = 0
     measured: int = 0
     done: bool = False
+    evaluation: str = ""
+
+    def forget_evaluations(self) -> None:
+        """Measure anew from here on: losses of other rows cannot be compared."""
+        self.least, self.best, self.waited, self.measured = None, None, 0, 0
 
 
 def fingerprint(model: Any, encoded: Sequence[Encoded], training: Training, base: str) -> str:
@@ -54,9 +59,14 @@ def fingerprint(model: Any, encoded: Sequence[Encoded], training: Training, base
     digest = hashlib.sha256(json.dumps([training.wire(), base], sort_keys=True).encode())
     for name, parameter in trainable(model).items():
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-    for row in encoded:
-        digest.update(array("q", row.input_ids).tobytes())
-        digest.update(array("q", row.labels).tobytes())
+    _add(digest, encoded)
+    return digest.hexdigest()
+
+
+def rows_digest(encoded: Sequence[Encoded]) -> str:
+    """Changes with every token of the rows."""
+    digest = hashlib.sha256()
+    _add(digest, encoded)
     return digest.hexdigest()
 
 
@@ -109,9 +119,10 @@ def read_counters(folder: Path) -> Counters | None:
     if not path.is_file():
         return None
     said, known = json.loads(path.read_text()), {field.name for field in fields(Counters)}
+    counters = Counters(**{name: value for name, value in said.items() if name in known})
     if not (folder / BEST).is_file():
-        said |= {"least": None, "best": None, "waited": 0, "measured": 0}
-    return Counters(**{name: value for name, value in said.items() if name in known})
+        counters.forget_evaluations()
+    return counters
 
 
 def restore(folder: Path, model: Any, optimizer: Any, counters: Counters) -> None:
@@ -142,6 +153,12 @@ def set_randoms(saved: dict[str, Any]) -> None:
     torch.set_rng_state(saved["cpu"])
     if "cuda" in saved and torch.cuda.is_available():
         torch.cuda.set_rng_state(saved["cuda"])
+
+
+def _add(digest: "hashlib._Hash", encoded: Sequence[Encoded]) -> None:
+    for row in encoded:
+        digest.update(array("q", row.input_ids).tobytes())
+        digest.update(array("q", row.labels).tobytes())
 
 
 def _save_weights(model: Any, path: Path) -> None:

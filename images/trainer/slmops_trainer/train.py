@@ -101,7 +101,9 @@ class _Run:
         self.per_epoch = schedule.steps_per_epoch(len(encoded), training)
         self.lengths = [len(row.input_ids) for row in encoded]
         self.batches: tuple[int, list[list[int]]] = (-1, [])
-        self.counters = state.Counters(state.fingerprint(model, encoded, training, base))
+        self.counters = state.Counters(
+            state.fingerprint(model, encoded, training, base), evaluation=state.rows_digest(evaluation)
+        )
         self.resumed_at: int | None = None
         self.stored = 0
         self.parameters = list(state.trainable(model).values())
@@ -122,6 +124,7 @@ class _Run:
         saved = state.read_counters(self.folder)
         if saved is not None and saved.fingerprint == self.counters.fingerprint:
             state.restore(self.folder, self.model, self.optimizer, saved)
+            self._compare_evaluations(saved)
             self.counters, self.resumed_at, self.stored = saved, saved.step, saved.step
             log.info("Resumed at step %d of %d", saved.step, self.total)
         elif saved is not None:
@@ -193,7 +196,7 @@ class _Run:
         else:
             counters.waited += 1
         log.info("Measured evaluation loss %.4f at step %d", value, counters.step)
-        counters.done = counters.waited >= rule.patience
+        counters.done = counters.done or counters.waited >= rule.patience
 
     def maybe_save(self) -> None:
         """Save when it is time, and when the pod has been asked to stop: then the run ends here.
@@ -244,6 +247,15 @@ class _Run:
             stopped_early=counters.step < self.total,
             resumed_at=self.resumed_at,
         )
+
+    def _compare_evaluations(self, saved: state.Counters) -> None:
+        """Where the evaluation set was changed since, what was measured on the old one counts no more."""
+        if saved.evaluation not in ("", self.counters.evaluation):
+            log.warning("The evaluation set has changed since the checkpoint: its losses are measured anew")
+            if saved.done and saved.least is not None:  # no step follows: of all weights these were the best
+                state.restore_best(self.folder, self.model)
+            saved.forget_evaluations()
+        saved.evaluation = self.counters.evaluation
 
     def _unless_stopped(self, done: int, total: int) -> None:  # noqa: ARG002  # what mean_loss calls
         if self.ctx.stop.is_set():
