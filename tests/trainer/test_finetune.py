@@ -15,6 +15,7 @@ from tiny import CHATML, EMPTY_THOUGHTS, MARKED, chat, task, write_model
 from slmops.api.finetune import Lora
 from slmops.api.run import RunResult
 from slmops_artifacts import ArtifactError, Manifest, push, read_manifest
+from slmops_artifacts.errors import Reason
 from slmops_trainer import context, finetune, generate, models
 from slmops_trainer.context import Context
 from slmops_trainer.data import Example
@@ -346,18 +347,19 @@ def test_what_cannot_be_adapted_is_said(tiny_model: Path) -> None:
         finetune.adapt(models.load(tiny_model, "tiny").model, Lora(target_modules=["norm"]), 1)
 
 
-def test_a_result_waits_for_a_store_that_is_full(
+def test_a_result_waits_for_a_store_that_is_full_or_gets_other_credentials(
     make_run: Callable[..., Context], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What lies in the pod exists nowhere else."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
     tries: list[str] = []
+    reasons: tuple[Reason, ...] = ("DiskFull", "SourceUnavailable", "AccessDenied")
 
     def busy(folder: Path, uri: str, manifest: Manifest, **more: Any) -> tuple[str, Manifest]:
         tries.append(ctx.board.progress.message)
         if len(tries) < 4:
-            raise ArtifactError("DiskFull" if len(tries) % 2 else "SourceUnavailable", "no room.")
+            raise ArtifactError(reasons[len(tries) - 1], "no room.")
         return push(folder, uri, manifest, **more)
 
     monkeypatch.setattr(context, "push", busy)
@@ -371,6 +373,11 @@ def test_a_result_waits_for_a_store_that_is_full(
         ctx.push(tmp_path / "model", Manifest(kind="model"))
     assert (caught.value.reason, caught.value.retryable) == ("DiskFull", True)
     ctx.store_patience, tries = 3600.0, []
+    with monkeypatch.context() as patch, pytest.raises(RunFailure) as caught:
+        patch.setattr(context, "ACCESS_PATIENCE", 0.0)
+        ctx.push(tmp_path / "model", Manifest(kind="model"))
+    assert (caught.value.reason, len(tries)) == ("AccessDenied", 3)
+    tries = []
     ctx.stop.set()
     with pytest.raises(RunFailure, match="waited for the store: no room"):
         ctx.push(tmp_path / "model", Manifest(kind="model"))

@@ -11,7 +11,8 @@ import torch
 from tiny import task
 
 from slmops.api.batch import Training
-from slmops_trainer import encoding, finetune, models, state
+from slmops_artifacts import ArtifactError
+from slmops_trainer import checkpoints, encoding, finetune, models, state
 from slmops_trainer.context import Context
 from slmops_trainer.data import Example, Message
 from slmops_trainer.failure import RunFailure
@@ -256,8 +257,8 @@ def test_early_stopping_measures_the_last_weights_too(
     assert all(torch.equal(weights[name], seen[best][name]) for name in weights)
 
 
-@pytest.mark.parametrize("reason", ["StoreUnavailable", "DiskFull"])
-def test_a_store_that_is_away_or_full_ends_no_training(
+@pytest.mark.parametrize("reason", ["StoreUnavailable", "DiskFull", "AccessDenied"])
+def test_a_store_that_is_away_or_full_or_gets_other_credentials_ends_no_training(
     make_run: Callable[..., Context], tiny_model: Path, monkeypatch: pytest.MonkeyPatch, reason: Any
 ) -> None:
     whole, _ = fit(make_run(uid="whole", finetune=None), tiny_model, recipe())
@@ -283,6 +284,18 @@ def test_a_store_that_is_away_or_full_ends_no_training(
     torn, report = fit(make_run(uid="torn", finetune=None), tiny_model, training)
     assert report.resumed_at == 1
     assert all(torch.equal(whole[name], torn[name]) for name in whole)
+
+
+def test_a_store_that_never_took_a_checkpoint_and_refuses_access_ends_the_training(
+    make_run: Callable[..., Context], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise ArtifactError("AccessDenied", "the store refused access (HTTP 401).")
+
+    monkeypatch.setattr(checkpoints, "push", refused)
+    with pytest.raises(RunFailure) as caught:
+        fit(make_run(finetune=None), tiny_model, recipe(maxSteps=1))
+    assert caught.value.reason == "AccessDenied"
 
 
 def test_a_store_that_lets_no_tag_be_replaced_ends_no_training(

@@ -43,6 +43,11 @@ class Checkpoints:
         self._older: list[str] = []  # pinned URIs that the next save makes superfluous
         self._refused = ""  # why the store took none lately
 
+    @property
+    def stored(self) -> bool:
+        """Whether the store has taken a checkpoint of this run."""
+        return bool(self._found or self._published)
+
     def load(self, patience: float | None = None) -> Path | None:
         """The folder with the last complete checkpoint, None where there is none yet. Pulls once.
 

@@ -21,6 +21,8 @@ from slmops_trainer.progress import Board
 
 BEGAN = "run/began.json"  # the checkpoint's file
 STORE_PATIENCE = 3600.0  # seconds for which a store that is away or full is waited for, with the result in hand
+# Seconds for which credentials that the store refuses are waited for then: replaced ones take minutes to reach the pod.
+ACCESS_PATIENCE = 600.0
 STORE_PAUSE = 15.0  # seconds between two tries
 # Seconds for which a store that is away holds up the run, and the end of the pod (whose grace is 60 s).
 SAVE_PATIENCE = 30.0
@@ -114,12 +116,14 @@ class Context:
     def keep(self) -> str:
         """Save the checkpoint. Returns what prevented it, if the store may be mended: then the run goes on without.
 
-        Raises RunFailure(AccessDenied).
+        Credentials that the store refuses are among that once it has taken a checkpoint: they are being replaced.
+        Raises RunFailure(AccessDenied) before.
         """
         try:
             return self.checkpoints.save(patience=SAVE_PATIENCE)
         except RunFailure as failure:
-            if failure.reason not in ("StoreUnavailable", "DiskFull"):
+            mended = failure.reason in ("StoreUnavailable", "DiskFull")
+            if not mended and not (failure.reason == "AccessDenied" and self.checkpoints.stored):
                 raise
             log.warning("Did not save the checkpoint: %s", failure.message)
             return failure.message
@@ -129,7 +133,8 @@ class Context:
     ) -> tuple[Artifact, Manifest]:
         """Publish `folder` at `uri` (default: spec.output). Not broken off by SIGTERM: it was paid for.
 
-        A store that is away or full is waited for, up to an hour: what lies in this pod exists nowhere else.
+        A store that is away or full is waited for, up to an hour, and one that refuses the credentials ten minutes:
+        what lies in this pod exists nowhere else, and each try reads them anew.
         Raises RunFailure(StoreUnavailable, AccessDenied, DiskFull, Interrupted).
         """
         target = uri or self.spec.output
@@ -139,20 +144,24 @@ class Context:
 
         annotations = {**manifest.annotations, ANNOTATION_UID: self.spec.uid}
         whole = manifest.model_copy(update={"annotations": annotations})
-        end = time.monotonic() + self.store_patience
+        patience = dict.fromkeys(("StoreUnavailable", "DiskFull"), self.store_patience)
+        patience["AccessDenied"] = min(self.store_patience, ACCESS_PATIENCE)
+        ends: dict[str, float] = {}
         while True:
             try:
                 pinned, pushed = push(folder, target, whole, progress=progress, patience=STORE_PAUSE)
             except ArtifactError as error:
                 failure = from_artifact(error, writing=True)
-                if failure.reason not in ("StoreUnavailable", "DiskFull") or time.monotonic() >= end:
+                now = time.monotonic()
+                left = ends.setdefault(failure.reason, now + patience.get(failure.reason, 0.0)) - now
+                if left <= 0:
                     raise failure from error
                 log.warning("Waits for the store: %s", error.message)
                 self.report(stage, 0, 1, f"Waits for the store: {error.message}")
             else:
                 log.info("Pushed %s (%s, %d bytes)", pinned, pushed.digest, pushed.size_bytes)
                 return Artifact(uri=pinned, digest=pushed.digest, size_bytes=pushed.size_bytes), pushed
-            if self.stop.wait(min(STORE_PAUSE, max(0.0, end - time.monotonic()))):
+            if self.stop.wait(min(STORE_PAUSE, left)):
                 raise interrupted(f"The pod was asked to stop while it waited for the store: {failure.message}")
 
     @contextmanager
