@@ -25,15 +25,17 @@ CHECKPOINT = Manifest(kind="checkpoint", created="2026-01-01T00:00:00Z")
 class Kept(Registry):
     """A registry under its keeper, as the image has them, but for the paths; it looks four times a second."""
 
-    def __init__(self, folder: Path, age: float) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, age: float, storage: Path | None = None) -> None:
+        super().__init__(folder, storage=storage)
         self._age = age
+        self._short = "0.2" if storage else "0"  # however full this machine's disk is
 
     def command(self) -> tuple[list[str], dict[str, str]]:
         env = {
             "SLMOPS_REGISTRY_STORAGE": str(self.storage),
             "SLMOPS_REGISTRY_LOOK_SECONDS": "0.25",
             "SLMOPS_REGISTRY_AGE_SECONDS": str(self._age),
+            "SLMOPS_REGISTRY_SHORT": self._short,
             "REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY": str(self.storage),
             "REGISTRY_HTTP_ADDR": self.host,
             "REGISTRY_HTTP_DEBUG_ADDR": f"127.0.0.1:{free_port()}",
@@ -110,6 +112,65 @@ def test_young_files_disturb_no_registry(kept: Kept, model: Path) -> None:
     kept.age()
     delete(f"oci://{kept.host}/a:v2")
     wait_for(lambda: "Garbage was collected" in kept.log(), 60)
+
+
+@pytest.fixture
+def cramped(tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kept]:
+    """One whose garbage is never old, on a volume of 4 MiB."""
+    (tmp_path / "cramped").mkdir()
+    server = Kept(tmp_path / "cramped", 3600.0, small_disk)
+    server.start()
+    monkeypatch.setenv("SLMOPS_PLAIN_HTTP", server.host)
+    monkeypatch.setenv("SLMOPS_RETRY_SECONDS", "60")
+    yield server
+    server.stop()
+
+
+def begun_upload(server: Kept, size: int) -> str:
+    """An upload to the registry of which so many bytes have come; where it goes on."""
+    place = httpx.post(f"http://{server.host}/v2/half/blobs/uploads/", trust_env=False).headers["location"]
+    taken = httpx.patch(
+        place, content=bytes(size), headers={"Content-Type": "application/octet-stream"}, trust_env=False
+    )
+    assert taken.status_code == 202
+    return str(taken.headers["location"])
+
+
+def test_where_room_is_short_young_files_go_as_soon_as_nobody_uploads(cramped: Kept, tmp_path: Path) -> None:
+    """What is being pushed is not named yet, either."""
+
+    def push_checkpoint(fill: bytes) -> str:
+        folder = write(tmp_path / "one", {"weights.safetensors": safetensors(1120 << 10, fill)})
+        return push(folder, f"oci://{cramped.host}/run:ckpt", CHECKPOINT)[0]
+
+    delete(push_checkpoint(b"1"))
+    cramped.wait_for_looks()
+    assert "Garbage was collected" not in cramped.log()  # there is room
+    place = begun_upload(cramped, 1 << 10)
+    last = [push_checkpoint(fill) for fill in (b"2", b"3")]
+    cramped.wait_for_looks()
+    assert "Garbage was collected" not in cramped.log()
+    assert httpx.delete(place, trust_env=False).status_code == 204
+    wait_for(lambda: cramped.used() < (5 << 20) / 2, 60)
+    for number, uri in enumerate(last):
+        pull(uri, tmp_path / f"out-{number}")
+    cramped.wait_for_looks()
+    assert cramped.log().count("Garbage was collected") == 1  # what is named is none, however short the room is
+
+
+def test_what_a_full_registry_took_of_an_upload_goes_when_nothing_more_comes(cramped: Kept, tmp_path: Path) -> None:
+    source = write(tmp_path / "large", {"model.safetensors": safetensors(6 << 20)})
+    with pytest.raises(ArtifactError) as caught:
+        push(source, f"oci://{cramped.host}/a:v1", CHECKPOINT, patience=0.1)
+    assert caught.value.reason == "DiskFull"
+    cramped.wait_for_looks()
+    [(left, size)] = growing(cramped.storage, "_uploads/*/data").items()
+    assert size > 3 << 20
+    os.utime(left, (0, 0))
+    wait_for(lambda: not left.parent.exists(), 60)
+    fits = write(tmp_path / "fits", {"model.safetensors": safetensors(3 << 20)})
+    push(fits, f"oci://{cramped.host}/a:v1", CHECKPOINT)
+    assert growing(cramped.storage, "_uploads/*/data") == {}
 
 
 def test_an_upload_goes_on_where_a_collection_found_it(

@@ -373,9 +373,10 @@ def test_a_result_waits_for_a_store_that_is_full_or_gets_other_credentials(
         ctx.push(tmp_path / "model", Manifest(kind="model"))
     assert (caught.value.reason, caught.value.retryable) == ("DiskFull", True)
     ctx.store_patience, tries = 3600.0, []
-    with monkeypatch.context() as patch, pytest.raises(RunFailure) as caught:
+    with monkeypatch.context() as patch:
         patch.setattr(context, "ACCESS_PATIENCE", 0.0)
-        ctx.push(tmp_path / "model", Manifest(kind="model"))
+        with pytest.raises(RunFailure) as caught:
+            ctx.push(tmp_path / "model", Manifest(kind="model"))
     assert (caught.value.reason, len(tries)) == ("AccessDenied", 3)
     tries = []
     ctx.stop.set()

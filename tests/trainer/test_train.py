@@ -192,7 +192,7 @@ def test_the_least_fall_that_counts_counts_for_stopping_only(
 @pytest.mark.parametrize(
     ("watch", "last", "expected"),
     [
-        (12, (2.0, 2.0), (4, 1.0, 1)),  # the same rows: two more that are worse end it, and the best is of the first pod
+        (12, (2.0, 2.0), (4, 1.0, 1)),  # the same rows: two more that are worse end it, and the first pod had the best
         (11, (9.0, 8.0, 7.0, 6.0, 5.0), (STEPS, 5.0, 6)),  # step 2 is measured again, and the 1.0 counts no more
     ],
 )
