@@ -168,7 +168,13 @@ class Router:
     """`python -m slmops_router` as a process."""
 
     def __init__(
-        self, folder: Path, dns: Dns, routes: dict[str, Any] | None = None, reach: float = 0.5, drain: float = 0.5
+        self,
+        folder: Path,
+        dns: Dns,
+        routes: dict[str, Any] | None = None,
+        reach: float = 0.5,
+        drain: float = 0.5,
+        ready: bool = True,
     ) -> None:
         self.folder, self.port, self.metrics_port, self.agent_port = folder, free_port(), free_port(), free_port()
         mounted = folder / "routes.json"
@@ -195,9 +201,9 @@ class Router:
             "--reach-seconds",
             str(reach),
         ]
-        self.start()
+        self.start(ready)
 
-    def start(self) -> None:
+    def start(self, ready: bool = True) -> None:
         self.process = subprocess.Popen(
             self.command,
             env={
@@ -208,7 +214,11 @@ class Router:
             stdout=(self.folder / "router.log").open("a"),
             stderr=subprocess.STDOUT,
         )
-        eventually(lambda: self.get("/readyz")[0] == 200, f"router ready, see {self.folder}/router.log")
+        what, path = ("ready", "/readyz") if ready else ("alive", "/livez")
+        eventually(lambda: self.get(path)[0] == 200, f"router {what}, see {self.folder}/router.log")
+
+    def wait_until_ready(self) -> None:
+        eventually(lambda: self.get("/readyz")[0] == 200, "router ready")
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)

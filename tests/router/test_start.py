@@ -1,7 +1,7 @@
 """A router pod that starts beside others: it may only be called ready once it can answer."""
 
 import pytest
-from router_world import ask, routes
+from router_world import ask, eventually, routes
 
 
 @pytest.mark.parametrize("lost", [0, 4])
@@ -16,6 +16,20 @@ def test_the_first_request_after_readiness_is_answered(pod, router, port, dns, l
 def test_a_router_whose_model_has_no_pod_is_ready_all_the_same(router, port):
     one = router(routes({"a": 100}, port), reach=1)
     assert ask(one.port)[1].startswith("503")
+
+
+def test_a_router_that_no_nameserver_answered_knows_no_pod_and_is_not_ready(pod, router, port, dns):
+    """Others beside it, which do, would be taken away for it."""
+    pod("a", chunks=1)
+    dns.deaf = 1_000_000
+    one = router(routes({"a": 100}, port), reach=1, ready=False)
+    eventually(lambda: 1_000_000 - dns.deaf > 8, "DNS asked for some seconds")
+    assert one.call("GET", "/livez", token=None) == (200, {"alive": True})
+    assert one.call("GET", "/readyz", token=None) == (503, {"ready": False})
+    dns.deaf = 0
+    one.wait_until_ready()
+    one.ready("a")
+    assert ask(one.port)[1] == "ok"
 
 
 def test_a_router_without_requests_to_send_is_ready_at_once(router, port):

@@ -119,17 +119,19 @@ class Haproxy:
     def ready(self) -> bool:
         """Whether requests may come. A fresh one first has to reach a pod of every revision that gets any.
 
-        From then on pods come and go without it: what none of them answers is answered here.
+        From then on pods come and go without it: what none of them answers is answered here. It waits for them for a
+        while only, for there may be none; but for DNS as long as it takes, for until then it knows of none.
         """
         try:
             if self._open:
                 runtime.running(self.place.socket)
                 return True
             up = runtime.seen(self.place.socket, self._routes).up
+            reached = all(up[r.revision] for r in self._routes.revisions if r.weight)
+            late = self._clock() - self._began > self.place.reach_seconds
+            self._open = reached or (late and runtime.resolved(self.place.socket))
         except RuntimeApiError:
             return False
-        reached = all(up[r.revision] for r in self._routes.revisions if r.weight)
-        self._open = reached or self._clock() - self._began > self.place.reach_seconds
         return self._open
 
     def drain(self) -> None:

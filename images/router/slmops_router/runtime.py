@@ -54,6 +54,12 @@ def running(path: Path) -> Running:
     return Running(said.get("description", ""), said.get("Pid", ""))
 
 
+def resolved(path: Path) -> bool:
+    """Whether a nameserver has answered, be it that there is no such name. Raises RuntimeApiError."""
+    found = re.findall(r"^\s*(?:valid|nx|any_err):\s*(\d+)", ask(path, "show resolvers dns"), re.MULTILINE)
+    return any(int(count) for count in found)
+
+
 def close(path: Path, frontend: str) -> int:
     """Refuse new connections, and let the next answer on each of the others say that it is the last; how many are left.
 

@@ -175,7 +175,8 @@ def _container(name: str, settings: Settings) -> Object:
             {"name": "metrics", "containerPort": keys.METRICS_PORT, "protocol": "TCP"},
             {"name": "agent", "containerPort": AGENT_PORT, "protocol": "TCP"},
         ],
-        "startupProbe": parts.probe("/readyz", "agent", 1, 60),
+        # Not /readyz: a router that waits for DNS is not made well by a restart.
+        "startupProbe": parts.probe("/livez", "agent", 1, 60),
         "readinessProbe": parts.probe("/readyz", "agent", 2, 2),
         "livenessProbe": parts.probe("/livez", "agent", 10, 3),
         "resources": parts.resources(settings.router_pod),
