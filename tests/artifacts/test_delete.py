@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from artifact_support import Registry, contents, safetensors, write
 
-from slmops_artifacts import ArtifactError, Manifest, delete, oci, pinned, pull, push, read_manifest
+from slmops_artifacts import ArtifactError, Manifest, cli, delete, oci, pinned, pull, push, read_manifest
 
 CHECKPOINT = Manifest(kind="checkpoint", created="2026-01-01T00:00:00Z")
 
@@ -39,7 +39,9 @@ def test_only_what_was_named_goes_and_its_room_with_it(registry: Registry, tmp_p
     assert delete(uri)
 
 
-def test_a_registry_that_allows_no_deletion(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_registry_that_allows_no_deletion(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "strict").mkdir()
     server = Registry(tmp_path / "strict", deletes=False)
     server.start()
@@ -47,6 +49,8 @@ def test_a_registry_that_allows_no_deletion(tmp_path: Path, model: Path, monkeyp
         monkeypatch.setenv("SLMOPS_PLAIN_HTTP", server.host)
         uri, manifest = push(model, f"oci://{server.host}/a:v1", CHECKPOINT)
         assert delete(uri) is False
+        assert cli.main(["delete", uri]) == 3
+        assert "allows no removal" in capsys.readouterr().err
         assert read_manifest(uri) == manifest
     finally:
         server.stop()

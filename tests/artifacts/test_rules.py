@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
-from artifact_support import Registry, run_cli, safetensors, write
+from artifact_support import ROOT, Registry, run_cli, safetensors, write
 
-from slmops_artifacts import ArtifactError, Manifest, Parent, pull, push, resolve
+from slmops_artifacts import ArtifactError, Manifest, Parent, pull, push, read_manifest, resolve
 from slmops_artifacts.cli import main
 from slmops_artifacts.formats import check_files, detect_format
 from slmops_artifacts.registry_auth import _match
@@ -268,7 +269,13 @@ def test_the_command_line(registry: Registry, model: Path, tmp_path: Path) -> No
     _, second, _ = run("push", str(data), f"oci://{registry.host}/cli:d", "--kind", "dataset", "--parent", pinned)
     shown = json.loads(run("show", second)[1])
     assert (shown["kind"], shown["format"], shown["lineage"][0]["digest"]) == ("dataset", "jsonl", digest)
+    assert run("delete", second)[:2] == (0, second.rpartition("@")[2])
+    assert run("resolve", uri)[:2] == (0, digest)
     assert not (tmp_path / "log").exists()
+    for verb in ("show", "delete"):
+        code, out, err = run(verb, f"oci://{registry.host}/cli:d")
+        assert (code, out) == (3, "")
+        assert err.startswith("SourceNotFound: There is nothing at ")
 
     code, out, err = run("pull", f"oci://{registry.host}/none:v1", str(tmp_path / "none"))
     assert (code, out) == (3, "")
@@ -280,6 +287,24 @@ def test_the_command_line(registry: Registry, model: Path, tmp_path: Path) -> No
     assert run("resolve", uri)[0] == 1
     assert run("pull", "nonsense", str(tmp_path / "none"))[0] == 3
     assert run("push", str(tmp_path / "absent"), uri)[0] == 3
+
+
+def test_the_readme_s_example_works(registry: Registry, model: Path, tmp_path: Path) -> None:
+    """With folders in the place of the Hub and of what lies on a pod."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "images/artifacts/README.md").read_text(), re.DOTALL)
+    here = {
+        "hf://org/name@main": f"file://{model}",
+        "/models/base": str(tmp_path / "base"),
+        'Path("out")': f"Path({str(model)!r})",
+        "registry:5000": registry.host,
+    }
+    assert all(text in code for text in here)
+    for text, local in here.items():
+        code = code.replace(text, local)
+    said: dict[str, Any] = {}
+    exec(code, said)
+    assert read_manifest(said["uri"]) == said["tuned"]
+    assert [parent.digest for parent in said["tuned"].lineage] == [said["base"].digest]
 
 
 def test_the_termination_message_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

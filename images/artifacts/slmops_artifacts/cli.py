@@ -1,4 +1,4 @@
-"""The command line: `python -m slmops_artifacts pull | push | resolve | show`.
+"""The command line: `python -m slmops_artifacts pull | push | resolve | show | delete`.
 
 Exit codes: 0 done; 1 it may work in another try; 2 wrong usage; 3 it will not work until somebody mends it.
 """
@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import ArtifactError, Manifest, pull, push, read_manifest, resolve
+from . import ArtifactError, Manifest, delete, pull, push, read_manifest, resolve
 
 TERMINATION_LOG = "/dev/termination-log"
 _LOG_LIMIT = 4000
@@ -49,9 +49,11 @@ def _run(args: argparse.Namespace) -> int:
             uri, manifest = push(args.src, args.uri, _describe(args), secret=secret, progress=_Meter("Pushed"))
             print(uri)
         case "resolve":
-            digest = resolve(args.uri, secret=secret)
-            if digest is None:
-                raise ArtifactError("SourceNotFound", f"There is nothing at {args.uri}.")
+            print(_resolve(args.uri, secret))
+        case "delete":
+            digest = _resolve(args.uri, secret)
+            if not delete(args.uri, secret=secret):
+                raise ArtifactError("Refused", f"The store of {args.uri} allows no removal. Allow it there.")
             print(digest)
         case _:
             found = read_manifest(args.uri, secret=secret)
@@ -59,6 +61,13 @@ def _run(args: argparse.Namespace) -> int:
                 raise ArtifactError("SourceNotFound", f"There is nothing at {args.uri}.")
             print(found.model_dump_json(indent=2))
     return 0
+
+
+def _resolve(uri: str, secret: dict[str, str] | None) -> str:
+    digest = resolve(uri, secret=secret)
+    if digest is None:
+        raise ArtifactError("SourceNotFound", f"There is nothing at {uri}.")
+    return digest
 
 
 def _describe(args: argparse.Namespace) -> Manifest:
@@ -144,5 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("resolve", parents=[shared], help="print the digest that a URI means now")
     one.add_argument("uri")
     one = commands.add_parser("show", parents=[shared], help="print the manifest of an artifact")
+    one.add_argument("uri")
+    one = commands.add_parser("delete", parents=[shared], help="remove an artifact, with every tag on its content")
     one.add_argument("uri")
     return parser
