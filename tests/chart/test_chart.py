@@ -385,6 +385,30 @@ def test_the_operators_metrics_alone_keep_the_namespace_that_they_name() -> None
     assert monitors["slmops-operator"]["selector"]["matchLabels"].items() <= labels.items()
 
 
+@pytest.mark.parametrize("watched", [(), ("watchNamespaces={team}",)])
+def test_what_a_pod_says_of_other_namespaces_is_believed_of_the_operators_alone(watched: tuple[str, ...]) -> None:
+    """Else whoever may make a pod could write the numbers by which others' rollouts are judged."""
+    found = render(*EVERYTHING, *watched)
+    (operator,) = [f for f in found if f["kind"] == "Deployment" and f["metadata"]["name"] == "slmops-operator"]
+    labels = operator["spec"]["template"]["metadata"]["labels"]
+    own = {key: labels[key] for key in ("app.kubernetes.io/name", "app.kubernetes.io/instance")}
+    (config,) = [f["data"]["prometheus.yml"] for f in found if "prometheus.yml" in f.get("data", {})]
+    believed = [job for job in yaml.safe_load(config)["scrape_configs"] if job["honor_labels"]]
+    assert len(believed) == 1
+    for job in believed:
+        assert [sd["namespaces"]["names"] for sd in job["kubernetes_sd_configs"]] == [["slmops-system"]]
+        kept = {r["source_labels"][0]: r["regex"] for r in job["relabel_configs"] if r.get("action") == "keep"}
+        prefix = "__meta_kubernetes_pod_label_"
+        assert {prefix + re.sub("[./]", "_", key): value for key, value in own.items()}.items() <= kept.items()
+    monitors = [
+        f["spec"]
+        for f in found
+        if f["kind"] == "PodMonitor" and any(point["honorLabels"] for point in f["spec"]["podMetricsEndpoints"])
+    ]
+    assert [m["namespaceSelector"] for m in monitors] == [{"matchNames": ["slmops-system"]}]
+    assert [m["selector"]["matchLabels"] for m in monitors] == [own]
+
+
 def test_without_crds_a_release_in_namespaces_of_its_own_needs_no_rights_on_the_cluster() -> None:
     bound = render(*EVERYTHING, "watchNamespaces={team}", "crds.install=false")
     assert [f"{f['kind']}/{f['metadata']['name']}" for f in bound if not f["metadata"].get("namespace")] == []

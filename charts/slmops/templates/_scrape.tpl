@@ -1,18 +1,25 @@
 {{/* The scrape jobs of the bundled Prometheus, and what to copy into one's own (docs/metrics.md): pods of ours that
 have a port named metrics, with the labels that rollout analysis asks for. The operator's metrics name the namespace of
-the object that they speak of: theirs is kept. */}}
+the object that they speak of: theirs is kept, and so no other pod is believed what it says of a namespace. */}}
 {{- define "slmops.scrape" -}}
 {{- $root := . }}
-{{- range $what, $label := dict "objects" "managed_by" "operator" "part_of" }}
+{{- range $what := list "objects" "operator" }}
 - job_name: slmops-{{ $what }}
   honor_labels: {{ eq $what "operator" }}
   kubernetes_sd_configs:
     - role: pod
-      {{- if $root.Values.watchNamespaces }}
+      {{- if eq $what "operator" }}
+      namespaces: {names: [{{ $root.Release.Namespace | quote }}]}
+      {{- else if $root.Values.watchNamespaces }}
       namespaces: {names: {{ toJson (uniq (append $root.Values.watchNamespaces $root.Release.Namespace)) }}}
       {{- end }}
   relabel_configs:
-    - {source_labels: [__meta_kubernetes_pod_label_app_kubernetes_io_{{ $label }}], regex: slmops, action: keep}
+    {{- if eq $what "operator" }}
+    - {source_labels: [__meta_kubernetes_pod_label_app_kubernetes_io_name], regex: slmops-operator, action: keep}
+    - {source_labels: [__meta_kubernetes_pod_label_app_kubernetes_io_instance], regex: {{ regexQuoteMeta $root.Release.Name | quote }}, action: keep}
+    {{- else }}
+    - {source_labels: [__meta_kubernetes_pod_label_app_kubernetes_io_managed_by], regex: slmops, action: keep}
+    {{- end }}
     - {source_labels: [__meta_kubernetes_pod_container_port_name], regex: metrics, action: keep}
     - {source_labels: [__meta_kubernetes_pod_phase], regex: Pending|Succeeded|Failed, action: drop}
     - {source_labels: [__meta_kubernetes_namespace], target_label: namespace}
