@@ -1,10 +1,12 @@
 """A real HTTP server that speaks /v1/chat/completions, answers the tiny task, and misbehaves by script."""
 
 import json
+import ssl
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
@@ -31,14 +33,25 @@ class FakeTeacher:
 
     asked     how often each question came in
     requests  their bodies, in order
+    sent      their headers, in order, by lower-case name
     seen      is told each request's path and query
+    base      the path before /chat/completions
+    `tls`: a folder with server.crt and server.key.
     """
 
-    def __init__(self, reply: Callable[[str], str], script: Script | None = None, port: int = 0) -> None:
+    def __init__(
+        self,
+        reply: Callable[[str], str],
+        script: Script | None = None,
+        port: int = 0,
+        *,
+        base: str = "/v1",
+        tls: Path | None = None,
+    ) -> None:
         self.reply, self.script = reply, script
         self.asked: Counter[str] = Counter()
         self.requests: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
+        self.sent: list[dict[str, str]] = []
         self.seen: Callable[[str], object] = lambda path: None
         self.most_at_once = 0
         self._now = 0
@@ -64,7 +77,12 @@ class FakeTeacher:
 
         self._server = Server(("127.0.0.1", port), Handler)
         self.port = self._server.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}/v1"
+        if tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(tls / "server.crt", tls / "server.key")
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self.base = base
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}{base}"
 
     def __enter__(self) -> Self:
         threading.Thread(target=lambda: self._server.serve_forever(0.02), daemon=True).start()
@@ -85,7 +103,7 @@ class FakeTeacher:
         self.seen(handler.path)
         with self._lock:
             self.requests.append(body)
-            self.keys.append(handler.headers.get("Authorization"))
+            self.sent.append({name.lower(): value for name, value in handler.headers.items()})
             self.asked[question] += 1
             number = len(self.requests)
             self._now += 1
@@ -93,7 +111,7 @@ class FakeTeacher:
             self.changed.notify_all()
         try:
             fault = self.script(number, question, body) if self.script else None
-            if handler.path.partition("?")[0] != "/v1/chat/completions":
+            if handler.path.partition("?")[0] != f"{self.base}/chat/completions":
                 fault = Fault(404, "no such path")
             if not isinstance(fault, Fault):
                 fault = Fault(body=answer(self.reply(question) if fault is None else fault))

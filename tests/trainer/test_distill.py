@@ -13,7 +13,7 @@ from tiny import CHATML, chat, task, write_model
 
 from slmops.api.run import EXIT_INTERRUPTED
 from slmops_artifacts import read_manifest
-from slmops_trainer import answers, distill, train
+from slmops_trainer import answers, distill, teacher, train
 from slmops_trainer.context import Context
 from slmops_trainer.data import Example
 from slmops_trainer.failure import RunFailure
@@ -138,6 +138,71 @@ def test_a_pod_lost_in_training_goes_on_in_training(
         assert result.metrics["teacher_exactMatch"] > 0.8
         assert distill.run(make_run(**spec)) == result  # a third pod finds the work done
         assert len(fake.requests) == requests
+
+
+def test_a_teacher_that_left_a_question_open_is_not_needed_in_training(
+    make_run: Callable[..., Context], job: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse = lambda _, question, __: Fault(400, "flagged") if question == GOLD[0][0] else None  # noqa: E731
+    with FakeTeacher(knows, refuse) as fake:
+        spec = job(fake)
+        first = make_run(**spec)
+        one_step = train._Run.one_step
+        monkeypatch.setattr(train._Run, "one_step", lambda run: (one_step(run), first.stop.set())[0])
+        with pytest.raises(RunFailure, match="Stopped after step 1"):
+            distill.run(first)
+    monkeypatch.setattr(train._Run, "one_step", one_step)
+    monkeypatch.setenv(teacher.ENV_PATIENCE, "0")  # nobody is there any more
+    result = distill.run(make_run(**spec))
+    assert result.metrics["teacher_exactMatch"] == first.metrics["teacher_exactMatch"] > 0.5
+
+
+@pytest.mark.parametrize("part", ["prompts", "gold"])
+def test_data_that_are_mended_after_a_missed_threshold_are_asked_and_trained_on(
+    make_run: Callable[..., Context], job: Callable[..., dict[str, Any]], tmp_path: Path, part: str
+) -> None:
+    with FakeTeacher(lambda question: knows(question) if question.rstrip("!") in RIGHT else "{}") as fake:
+        spec = job(fake, evaluation={"thresholds": {"exactMatch": 0.99}})
+        sets: list[str | None] = []
+        for mended in ({"prompt": "a mended one", "completion": "{}"}, {"prompt": "one more", "completion": "{}"}):
+            for _ in range(2):  # the second pod finds what the first one left
+                with pytest.raises(RunFailure, match="is below"):
+                    distill.run(make_run(**spec))
+            left = read_manifest("pvc://store/out-rejected")
+            assert left is not None
+            sets.append(left.digest if part == "gold" else left.dataset_digest)
+            path = tmp_path / f"data/{part}/rows.jsonl"
+            if part == "gold":
+                mended = chat(mended["prompt"], mended["completion"])
+            with path.open("a") as stream:
+                stream.write(json.dumps(mended) + "\n")
+    assert len(set(sets)) == 2
+    assert fake.asked["a mended one"] == 1
+    assert set(fake.asked.values()) == {1}  # nothing is paid for twice
+
+
+def test_a_prompt_that_comes_to_be_held_out_is_not_trained_on(
+    make_run: Callable[..., Context],
+    job: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    leaked, wanted = next(iter(RIGHT.items()))
+    with FakeTeacher(knows) as fake:
+        spec = job(fake)
+        first = make_run(**spec)
+        push = first.push
+        monkeypatch.setattr(first, "push", lambda *args, **more: (push(*args, **more), first.stop.set())[0])
+        with pytest.raises(RunFailure) as caught:
+            distill.run(first)
+        assert caught.value.exit_code == EXIT_INTERRUPTED
+        published = tmp_path / "store/out-data-0123abcd/train.jsonl"
+        assert leaked in published.read_text()
+        with (tmp_path / "data/gold/rows.jsonl").open("a") as stream:
+            stream.write(json.dumps(chat(leaked, wanted)) + "\n")
+        result = distill.run(make_run(**spec))
+    assert leaked not in [json.loads(line)["messages"][0]["content"] for line in published.read_text().splitlines()]
+    assert (result.metrics["dropped_decontaminate"], result.metrics["kept"]) == (1, 15)
 
 
 def test_training_holds_neither_answers_nor_prompts_in_memory(

@@ -21,6 +21,7 @@ from slmops_artifacts import ArtifactError, pull
 from slmops_trainer import answers, checkpoints, generation, teacher
 from slmops_trainer.context import Context
 from slmops_trainer.failure import RunFailure
+from slmops_trainer.replies import Reply
 
 
 def test_asking_holds_while_the_store_takes_nothing(
@@ -191,7 +192,7 @@ def test_many_saves_make_few_files(pod: Callable[[], Context], tmp_path: Path, m
     monkeypatch.setattr(answers, "MERGED", 4)
     store = answers.Answers(tmp_path / "answers")
     for number in range(26):
-        store.add(f"key {number}", teacher.Reply(f"text\u2028{number}\r\n", "stop", 3))
+        store.add(f"key {number}", Reply(f"text\u2028{number}\r\n", "stop", 3))
         assert store.seal()
     assert not store.seal()
     names = sorted(path.name for path in (tmp_path / "answers").iterdir())
@@ -199,23 +200,23 @@ def test_many_saves_make_few_files(pod: Callable[[], Context], tmp_path: Path, m
                      "small-000033.jsonl"]  # fmt: skip
     again = answers.Answers(tmp_path / "answers")
     assert len(again) == 26
-    assert again.get("key 7") == teacher.Reply("text\u20287\r\n", "stop", 3)
+    assert again.get("key 7") == Reply("text\u20287\r\n", "stop", 3)
 
 
 def test_a_disk_that_fills_up_spoils_no_answer(tmp_path: Path) -> None:
     store = answers.Answers(tmp_path / "answers")
-    store.add("one", teacher.Reply("first", "stop", 3))
+    store.add("one", Reply("first", "stop", 3))
     used = sum(path.stat().st_size for path in (tmp_path / "answers").iterdir())
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (used + 20, limits[1]))  # as a full disk: a part of the line fits
     try:
         with pytest.raises(OSError, match="File too large"):
-            store.add("two", teacher.Reply("second", "stop", 3))
+            store.add("two", Reply("second", "stop", 3))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     store.seal()
     again = answers.Answers(tmp_path / "answers")
-    assert (again.get("one"), again.get("two")) == (teacher.Reply("first", "stop", 3), None)
+    assert (again.get("one"), again.get("two")) == (Reply("first", "stop", 3), None)
 
 
 def test_what_another_version_shared_is_ignored(pod: Callable[[], Context], tmp_path: Path) -> None:
@@ -226,11 +227,11 @@ def test_what_another_version_shared_is_ignored(pod: Callable[[], Context], tmp_
     store = answers.Answers(tmp_path / "answers")
     store.recall(answers.shared(pod(), "answers"))
     assert store.get("who?") is None
-    store.add("who", teacher.Reply("me", "stop", 1))
+    store.add("who", Reply("me", "stop", 1))
     store.share(answers.shared(pod(), "answers"))
     later = answers.Answers(tmp_path / "later")
     later.recall(answers.shared(pod(), "answers"))
-    assert later.get("who") == teacher.Reply("me", "stop", 1)
+    assert later.get("who") == Reply("me", "stop", 1)
 
 
 def test_objects_that_ask_at_the_same_time_leave_the_answers_of_all(pod: Callable[[], Context], tmp_path: Path) -> None:
@@ -238,15 +239,15 @@ def test_objects_that_ask_at_the_same_time_leave_the_answers_of_all(pod: Callabl
     for store in stores:
         store.recall(answers.shared(pod(), "answers"))
     for number, store in enumerate(stores):
-        store.add("of all", teacher.Reply("same", "stop", 1))
-        store.add(f"of {number}", teacher.Reply(f"text {number}", "stop", 1))
+        store.add("of all", Reply("same", "stop", 1))
+        store.add(f"of {number}", Reply(f"text {number}", "stop", 1))
     for store in stores:
         store.share(answers.shared(pod(), "answers"))
     later = answers.Answers(tmp_path / "later")
     later.recall(answers.shared(pod(), "answers"))
-    assert later.get("of all") == teacher.Reply("same", "stop", 1)
+    assert later.get("of all") == Reply("same", "stop", 1)
     assert [later.get(f"of {number}") for number in range(3)] == [
-        teacher.Reply(f"text {number}", "stop", 1) for number in range(3)
+        Reply(f"text {number}", "stop", 1) for number in range(3)
     ]
     assert later.recalled == 4
     lines = (tmp_path / "store/out-answers/answers.jsonl").read_text().splitlines()
@@ -259,7 +260,7 @@ def test_answers_of_earlier_objects_lie_on_the_disk_until_they_are_asked_for(
     store = answers.Answers(tmp_path / "store")
     texts = {f"key {number}": f"{number}\u2028ä" * 30_000 for number in range(50)}
     for key, text in texts.items():
-        store.add(key, teacher.Reply(text, "stop", 1))
+        store.add(key, Reply(text, "stop", 1))
     store.share(answers.shared(pod(), "answers"))
     later = answers.Answers(tmp_path / "later")
     tracemalloc.start()
@@ -269,7 +270,7 @@ def test_answers_of_earlier_objects_lie_on_the_disk_until_they_are_asked_for(
     finally:
         tracemalloc.stop()
     for key in ("key 7", "key 0", "key 49"):
-        assert later.get(key) == teacher.Reply(texts[key], "stop", 1)
+        assert later.get(key) == Reply(texts[key], "stop", 1)
     assert (len(later), later.recalled) == (3, 3)
 
 

@@ -265,6 +265,23 @@ def test_a_model_below_its_threshold_is_kept_aside(
     assert (tmp_path / "store/out-rejected/model.safetensors").is_file()
 
 
+def test_data_that_are_mended_after_a_missed_threshold_are_trained_on(
+    make_run: Callable[..., Context], sets: tuple[str, str], tmp_path: Path
+) -> None:
+    strict = spec(*sets, training={"maxSteps": 1}, evaluation={"thresholds": {"exactMatch": 0.9}})
+    rows = tmp_path / "data" / sets[0].rpartition("/")[2] / "rows.jsonl"
+    digests: list[str | None] = []
+    for mended in (chat("a new one", "{}"), chat("another", "{}")):
+        with pytest.raises(RunFailure, match="exactMatch 0 is below"):
+            finetune.run(make_run(finetune=strict))
+        left = read_manifest("pvc://store/out-rejected")
+        assert left is not None
+        digests.append(left.dataset_digest)
+        with rows.open("a") as stream:
+            stream.write(json.dumps(mended) + "\n")
+    assert len(set(digests)) == 2
+
+
 def test_a_held_out_question_in_training_is_refused(
     make_run: Callable[..., Context], jsonl: Callable[..., str]
 ) -> None:

@@ -200,16 +200,21 @@ def test_a_model_that_lost_too_much_fails_its_gate_and_is_kept_aside(
     quantized: Callable[..., RunResult], gold: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = {"dataset": {"uri": gold}, "metric": "exactMatch", "maxDrop": 0.5, "maxTokens": 12}
+    answering = OnnxModel.answer
     monkeypatch.setattr(OnnxModel, "answer", lambda *_: [])
     for _ in range(2):  # the second pod finds what the first one left
         with pytest.raises(RunFailure) as caught:
             quantized(precision="fp32", gate=gate)
+        monkeypatch.setattr(OnnxModel, "answer", answering)
         assert caught.value.reason == "GateFailed"
         assert not caught.value.retryable
         assert "exactMatch fell from 1 to 0, a loss of 1; gate.maxDrop allows 0.5" in caught.value.message
         assert "pvc://store/out-rejected" in caught.value.message
     assert not (tmp_path / "store/out").exists()
     assert (tmp_path / "store/out-rejected/model.onnx").is_file()
+    with (tmp_path / "data" / gold.rpartition("/")[2] / "rows.jsonl").open("a") as stream:
+        stream.write(json.dumps(chat("a mended one", "{}")) + "\n")
+    assert quantized(precision="fp32", gate=gate).succeeded
 
 
 def test_a_store_that_is_away_in_the_end_costs_no_second_conversion(

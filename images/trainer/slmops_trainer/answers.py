@@ -20,7 +20,8 @@ from slmops_artifacts import ArtifactError
 from slmops_artifacts.uris import OciRef, parse
 from slmops_trainer.checkpoints import DAMAGED, Checkpoints
 from slmops_trainer.failure import RunFailure
-from slmops_trainer.teacher import Reply, Sampling
+from slmops_trainer.replies import CUT_OFF, Reply
+from slmops_trainer.teacher import Sampling
 
 if TYPE_CHECKING:
     from slmops_trainer.context import Context
@@ -101,7 +102,7 @@ class Answers:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._open = (self._folder / OPEN).open("wb", buffering=0)
         end = self._open.tell()
-        row = _Row(key, reply, "" if reply.finish == "length" else whole)
+        row = _Row(key, reply, "" if reply.finish in CUT_OFF else whole)
         line = _line(row)
         try:
             while line:

@@ -1,16 +1,20 @@
 """DistillationJob: a teacher writes the training set, a student learns it, both are held against the gold answers."""
 
+import json
+import ssl
 from dataclasses import replace
 from typing import Any
 
 from slmops.api.batch import Evaluation
 from slmops.api.distillation import DistillationJobSpec
-from slmops.api.run import RunResult
+from slmops.api.run import RunResult, TeacherEndpoint
+from slmops_artifacts.errors import ArtifactError
+from slmops_artifacts.trust import trusted
 from slmops_trainer import answers, data, encoding, evaluate, filters, generation, measure, models, publish, synthetic
 from slmops_trainer.checkpoints import QUICK
 from slmops_trainer.context import Context, read_secret
 from slmops_trainer.data import Examples
-from slmops_trainer.failure import RunFailure
+from slmops_trainer.failure import RunFailure, from_artifact
 from slmops_trainer.progress import Stage
 from slmops_trainer.teacher import Sampling
 from slmops_trainer.train import TrainReport, train
@@ -39,6 +43,10 @@ def run(ctx: Context) -> RunResult:
     terms = _terms(ctx, spec)
     prompts = data.load(ctx, spec.data.prompts, "prompts")
     held_out = _held_out(ctx, spec, prompts)
+    inputs = publish.inputs_of(
+        prompts.digest, held_out.digest if held_out else None, json.dumps(schema.schema) if schema else None
+    )
+    publish.check_rejected(ctx, spec.evaluation, inputs)
     folder, base = ctx.pull(ctx.spec.model, "student")
     ctx.report("Loading", 0, 1, ctx.spec.model.uri)
     began = ctx.began()
@@ -51,7 +59,7 @@ def run(ctx: Context) -> RunResult:
     with ctx.told("Looking for answers", "store"):
         store.recall(answers.shared(ctx, "answers"))
     try:
-        examples, manifest = synthetic.make(ctx, spec, terms, prompts, held_out, schema, store, unfit)
+        examples, manifest = synthetic.make(ctx, spec, terms, prompts, held_out, schema, store, unfit, inputs)
         _measure_teacher(ctx, spec, terms, gold, store)
     finally:
         with ctx.told("Leaving answers", "store"):  # which ends at once when the pod is asked to stop
@@ -90,7 +98,9 @@ def run(ctx: Context) -> RunResult:
         "evaluationDigest": gold.digest if gold else None,
     }
     title = f"A student of {terms.endpoint.name or terms.endpoint.model}, distilled for {spec.task_type}."
-    return publish.publish(ctx, student, origin, spec.evaluation, recipe=recipe, seed=spec.training.seed, title=title)
+    return publish.publish(
+        ctx, student, origin, spec.evaluation, inputs=inputs, recipe=recipe, seed=spec.training.seed, title=title
+    )
 
 
 def _terms(ctx: Context, spec: DistillationJobSpec) -> generation.Terms:
@@ -98,9 +108,9 @@ def _terms(ctx: Context, spec: DistillationJobSpec) -> generation.Terms:
     endpoint, settings = ctx.spec.teacher, spec.data.generation
     if endpoint is None:
         raise RunFailure("BadSpec", "The run names no teacher.")
-    key = None
-    if endpoint.secret:
-        key = (read_secret(endpoint.secret) or {}).get(endpoint.key or "", "").strip()
+    key, secret = None, read_secret(endpoint.secret)
+    if secret is not None:
+        key = secret.get(endpoint.key or "", "").strip()
         if not key or not key.isascii() or not key.isprintable():
             where = f"Secret {endpoint.secret}, key {endpoint.key},"
             raise RunFailure("AccessDenied", f"{where} holds no usable API key. Put the teacher's key there.")
@@ -112,7 +122,16 @@ def _terms(ctx: Context, spec: DistillationJobSpec) -> generation.Terms:
         timeout=settings.request_timeout_seconds,
         min_success_ratio=settings.min_success_ratio,
         budget=settings.max_total_tokens,
+        trust=_trust(endpoint, secret),
     )
+
+
+def _trust(endpoint: TeacherEndpoint, secret: dict[str, str] | None) -> ssl.SSLContext:
+    """The usual authorities, and what stands as ca.crt in the Secret. Raises RunFailure(AccessDenied)."""
+    try:
+        return trusted(secret)
+    except ArtifactError as error:
+        raise from_artifact(error.from_secret(endpoint.secret)) from error
 
 
 def _held_out(ctx: Context, spec: DistillationJobSpec, prompts: Examples) -> Examples | None:
@@ -148,20 +167,27 @@ def _check_held_out(loaded: models.Loaded, gold: Examples | None, evaluation: Ev
 def _measure_teacher(
     ctx: Context, spec: DistillationJobSpec, terms: generation.Terms, held_out: Examples | None, store: answers.Answers
 ) -> None:
-    """The teacher's own score on the held-out questions; a question that it does not answer counts as wrong."""
+    """The teacher's own score on the held-out questions; a question that it does not answer counts as wrong.
+
+    It is taken once, for such a question would be asked and paid for by each pod anew.
+    """
     if held_out is None or spec.evaluation is None:
         return
-    settings = spec.data.generation
-    # Thoughts need room before the answer, and many teachers think aside, unasked.
-    longest = max(spec.evaluation.max_tokens, settings.max_tokens)
-    greedy = replace(terms, sampling=Sampling(0.0, 1.0, longest), min_success_ratio=0.0, budget=None)
-    shown = [synthetic.instructed(item, None, think=settings.chain_of_thought) for item in held_out.items]
+    gold, evaluation, settings = held_out, spec.evaluation, spec.data.generation
     teacher, seed = answers.teacher_key(terms.endpoint), spec.training.seed
-    asked = generation.questions(synthetic.wire(shown), 1, teacher, greedy.sampling, seed, ctx.check)
-    generation.ask_all(ctx, asked, greedy, store, TEACHER)
-    replies = [store.get(question.key) for question in asked]
-    texts = [_answer(reply.text, think=settings.chain_of_thought) if reply else "" for reply in replies]
-    for name, value in evaluate.evaluate(texts, held_out.references, spec.evaluation.metrics).items():
+
+    def take() -> dict[str, float]:
+        # Thoughts need room before the answer, and many teachers think aside, unasked.
+        longest = max(evaluation.max_tokens, settings.max_tokens)
+        greedy = replace(terms, sampling=Sampling(0.0, 1.0, longest), min_success_ratio=0.0, budget=None)
+        shown = [synthetic.instructed(item, None, think=settings.chain_of_thought) for item in gold.items]
+        asked = generation.questions(synthetic.wire(shown), 1, teacher, greedy.sampling, seed, ctx.check)
+        generation.ask_all(ctx, asked, greedy, store, TEACHER)
+        replies = [store.get(question.key) for question in asked]
+        texts = [_answer(reply.text, think=settings.chain_of_thought) if reply else "" for reply in replies]
+        return evaluate.evaluate(texts, gold.references, evaluation.metrics)
+
+    for name, value in measure.kept(ctx, TEACHER, gold, teacher, take).items():
         ctx.metric(f"teacher_{name}", value)
 
 

@@ -16,13 +16,12 @@ from slmops.api.distillation import Filters
 from slmops.api.run import CONFIGMAP_ROOT
 from slmops_trainer.data import Example, Message, taught
 from slmops_trainer.failure import RunFailure
+from slmops_trainer.replies import CUT_OFF
 
 NAMES = (
     "decontaminate", "maxLength", "noAnswer", "truncated", "minCharacters", "maxCharacters", "validJson", "jsonSchema",
     "dedupe",
 )  # fmt: skip
-
-CUT_OFF = ("length", "content_filter")  # finish reasons of answers that did not come to their end
 
 _OPEN, _CLOSE = "<think>", "</think>"
 

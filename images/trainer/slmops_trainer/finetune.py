@@ -37,6 +37,8 @@ def run(ctx: Context) -> RunResult:
     held_out = data.load(ctx, spec.evaluation.dataset, "evaluation") if spec.evaluation else None
     if held_out is not None:
         data.refuse_leaks(training, held_out)
+    inputs = publish.inputs_of(training.digest, held_out.digest if held_out else None)
+    publish.check_rejected(ctx, spec.evaluation, inputs)
     folder, base = ctx.pull(ctx.spec.model, "base")
     ctx.report("Loading", 0, 1, ctx.spec.model.uri)
     began = ctx.began()
@@ -72,7 +74,9 @@ def run(ctx: Context) -> RunResult:
         "trainableParameters": trainable,
     }
     title = f"A causal language model, fine-tuned ({spec.method})."
-    return publish.publish(ctx, tuned, origin, spec.evaluation, recipe=recipe, seed=spec.training.seed, title=title)
+    return publish.publish(
+        ctx, tuned, origin, spec.evaluation, inputs=inputs, recipe=recipe, seed=spec.training.seed, title=title
+    )
 
 
 def adapt(model: Any, lora: Lora, seed: int) -> Any:

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import logging
+import ssl
 import threading
 import time
 from collections import Counter, deque
@@ -15,11 +16,14 @@ from slmops_artifacts import ArtifactError, waiting
 from slmops_trainer.answers import Answers, answer_key
 from slmops_trainer.context import SAVE_PATIENCE, Context
 from slmops_trainer.failure import RunFailure, interrupted
-from slmops_trainer.teacher import Rejected, Sampling, Silent, Teacher
+from slmops_trainer.replies import Rejected
+from slmops_trainer.teacher import Forbidden, Sampling, Silent, Teacher
 
 SAVE_SECONDS = 5.0  # between two checkpoints: what a killed pod has to pay twice at most
 HOLD_SECONDS = 15.0  # of a save that does not come to its end, after which nothing more is asked
 GRACE_SECONDS = 5.0  # that requests in flight get when the pod is asked to stop
+LAST_SECONDS = 30.0  # that requests in flight get when the run has failed: they are paid for
+FORBIDDEN = 4  # questions, and all that are asked side by side: so many are forbidden before the key is to blame
 HOPELESS = 20  # prompts without any answer at all, after which it is no use to go on
 
 log = logging.getLogger("slmops")
@@ -41,7 +45,12 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """How the teacher is asked. `min_success_ratio`: least share of prompts with an answer; `budget`: answer tokens."""
+    """How the teacher is asked.
+
+    min_success_ratio  least share of prompts with an answer
+    budget             answer tokens
+    trust              whose certificates are trusted; None: the usual authorities'
+    """
 
     endpoint: TeacherEndpoint
     key: str | None
@@ -50,6 +59,7 @@ class Terms:
     timeout: float
     min_success_ratio: float = 0.0
     budget: int | None = None
+    trust: ssl.SSLContext | None = None
 
 
 @dataclass
@@ -133,6 +143,9 @@ class _Run:
         self.done = len(self.all) - len(self.turns)
         self.width = min(terms.concurrency, len(self.turns))
         self.silences = 0  # questions that waited in vain since the last answer
+        self.forbidden: list[tuple[Question, Forbidden]] = []  # before anything was answered
+        self.probing = asyncio.Lock()
+        self.lost = False  # the run has failed: nothing more is asked
         self.saving = threading.Lock()
         self.saving_since: float | None = None
         self.trouble = ""
@@ -143,13 +156,21 @@ class _Run:
         self._tell()
         terms = self.terms
         async with Teacher(
-            terms.endpoint, terms.key, timeout=terms.timeout, concurrency=terms.concurrency, on_trouble=self._on_trouble
+            terms.endpoint,
+            terms.key,
+            timeout=terms.timeout,
+            concurrency=terms.concurrency,
+            on_trouble=self._on_trouble,
+            known=len(self.store) > 0,
+            trust=terms.trust,
         ) as teacher:
             workers = [asyncio.create_task(self._work(teacher)) for _ in range(self.width)]
             keeper = asyncio.create_task(self._keep())
             try:
                 await self._until_over(workers, keeper)
+                self._settle(teacher)
             except Exception:
+                await self._finish(workers, keeper)
                 await self._wind_up([*workers, keeper])
                 await self._last_save(quiet=True)
                 raise
@@ -174,11 +195,18 @@ class _Run:
                 return
             running -= over
 
+    async def _finish(self, workers: Sequence["asyncio.Task[None]"], keeper: "asyncio.Task[None]") -> None:
+        """Let what is in flight come in, if it can be saved."""
+        self.lost = True
+        end = time.monotonic() + LAST_SECONDS
+        while not (keeper.done() or all(task.done() for task in workers) or time.monotonic() > end):
+            await asyncio.wait(workers, timeout=0.1)
+
     async def _work(self, teacher: Teacher) -> None:
         while self.turns:
             await self._until_saved()
             spent = self.terms.budget is not None and self.outcome.tokens >= self.terms.budget
-            if spent or self.ctx.stop.is_set() or not self.turns:
+            if spent or self.lost or self.ctx.stop.is_set() or not self.turns:
                 return
             turn = self.turns.popleft()
             question = turn.question
@@ -187,6 +215,9 @@ class _Run:
             except Rejected as rejected:
                 self.outcome.tokens += rejected.tokens
                 self._reject(question, str(rejected))
+            except Forbidden as forbidden:
+                await self._doubt(teacher, question, forbidden)
+                continue
             except Silent as silent:
                 await self._put_off(teacher, turn, silent)
                 continue
@@ -197,6 +228,7 @@ class _Run:
                 self.outcome.tokens += reply.tokens
                 self.done += 1
                 self.silences = 0
+                self._settle(teacher)
             self.trouble = ""
             self._tell()
 
@@ -231,12 +263,32 @@ class _Run:
         text = f"{failure.message} {self.done} of {len(self.all)} answers came, and are saved."
         raise RunFailure(failure.reason, text, retryable=failure.retryable)
 
+    async def _doubt(self, teacher: Teacher, question: Question, forbidden: Forbidden) -> None:
+        """Is it the key that is forbidden, or this question? Others tell: one that was answered before, where there is.
+
+        Raises RunFailure(AccessDenied) when as many as are asked side by side, and FORBIDDEN, tell nothing else.
+        """
+        self.forbidden.append((question, forbidden))
+        async with self.probing:
+            if self.answered and not teacher.answered:
+                await self._answers_another(teacher)
+        if teacher.answered or len(self.forbidden) >= max(self.width, FORBIDDEN):
+            self._settle(teacher)
+
+    def _settle(self, teacher: Teacher) -> None:
+        """Reject what was forbidden, once anything else is answered. Raises RunFailure(AccessDenied) if nothing is."""
+        while self.forbidden and not self.ctx.stop.is_set():
+            question, forbidden = self.forbidden.pop()
+            if not teacher.answered:
+                raise forbidden.failure
+            self._reject(question, str(forbidden))
+
     async def _answers_another(self, teacher: Teacher) -> bool:
         """Whether the teacher answers a question that it has answered before: at the end no others are left to tell."""
         known = next(question for question in self.all if self.store.get(question.key))
         try:
             reply = await teacher.ask(known.messages, self.terms.sampling, known.seed)
-        except (Rejected, Silent):
+        except (Rejected, Forbidden, Silent):
             return False
         self.outcome.tokens += reply.tokens
         self.silences = 0

@@ -1,7 +1,7 @@
 """The evaluation of a model on held-out examples, as fine-tuning and distillation both do it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slmops.api.batch import Evaluation
@@ -48,17 +48,25 @@ def once(
 ) -> dict[str, float]:
     """The metrics of a model that the run did not make: what an earlier pod measured is not measured again.
 
-    `origin`: the model's digest. Only of the same model and on the same examples is it the same: a tag may have moved
+    `origin`: the model's digest. Raises the failures of `measure` and of the store.
+    """
+    return kept(ctx, stage, examples, origin, lambda: measure(ctx, loaded, examples, evaluation, stage)[1])
+
+
+def kept(
+    ctx: "Context", stage: str, examples: Examples, origin: str, take: Callable[[], dict[str, float]]
+) -> dict[str, float]:
+    """What an earlier pod measured in `stage`, else what `take` gives.
+
+    Only of the same model, which `origin` identifies, and on the same examples is it the same: a tag may have moved
     and a ConfigMap been edited since. The measurement goes into the checkpoint's folder; the next save publishes it.
-    Raises the failures of `measure` and of the store.
     """
     ctx.resume()
     path = ctx.checkpoints.folder / PART / f"{stage}.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     of = {"examples": examples.digest, "model": origin}
     if {name: found.get(name) for name in of} != of:
-        _, values = measure(ctx, loaded, examples, evaluation, stage)
-        found = {**of, "metrics": values}
+        found = {**of, "metrics": take()}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found))
     metrics: dict[str, float] = found["metrics"]

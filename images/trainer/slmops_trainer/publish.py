@@ -1,5 +1,8 @@
 """The last act of a training run: model card, manifest, thresholds, and the result."""
 
+import hashlib
+import json
+import logging
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "numpy")
 REJECTED = "-rejected"  # after the output's tag: an artifact that missed its thresholds
+ANNOTATION_INPUTS = "slmops.dev/inputs"
+
+log = logging.getLogger("slmops")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,7 @@ def publish(
     origin: Origin,
     evaluation: Evaluation | None,
     *,
+    inputs: str,
     recipe: Mapping[str, Any],
     seed: int,
     title: str,
@@ -64,6 +71,7 @@ def publish(
         seed=seed,
         versions=versions(),
         metrics=dict(ctx.metrics),
+        annotations={ANNOTATION_INPUTS: inputs},
         created=ctx.started,
     )
     (folder / "README.md").write_text(card(ctx, manifest, title), encoding="utf-8")
@@ -75,20 +83,37 @@ def publish(
 
 
 def earlier(ctx: "Context", evaluation: Evaluation | None) -> RunResult | None:
-    """The result, if an earlier pod of this run published its artifact and only its last word was lost.
-
-    Raises RunFailure(QualityBelowThreshold) if what it published was the rejected model.
-    """
+    """The result, if an earlier pod of this run published its artifact and only its last word was lost."""
     found = ctx.existing()
-    if found is not None:
-        return finished(*found, evaluation)
-    if evaluation is not None and evaluation.thresholds:
-        rejected = ctx.existing(rejected_uri(ctx.spec.output))
-        if rejected is not None:
-            artifact, manifest = rejected
-            ctx.metrics.update(manifest.metrics)
-            raise rejection(evaluate.below(manifest.metrics, evaluation.thresholds), artifact)
-    return None
+    return finished(*found, evaluation) if found is not None else None
+
+
+def check_rejected(ctx: "Context", evaluation: Evaluation | None, inputs: str) -> None:
+    """Raise RunFailure(QualityBelowThreshold) if an earlier pod of this run published a rejected model of the same."""
+    if evaluation is None or not evaluation.thresholds:
+        return
+    rejected = existing(ctx, rejected_uri(ctx.spec.output), inputs)
+    if rejected is not None:
+        artifact, manifest = rejected
+        ctx.metrics.update(manifest.metrics)
+        raise rejection(evaluate.below(manifest.metrics, evaluation.thresholds), artifact)
+
+
+def inputs_of(*parts: str | None) -> str:
+    """Identity of what a run reads besides its recipe, which cannot be edited: digests of datasets, and texts."""
+    return "sha256:" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def existing(ctx: "Context", uri: str, inputs: str) -> tuple[Artifact, Manifest] | None:
+    """What an earlier pod of this run published at `uri`, if it read the same: a ConfigMap may have been mended since.
+
+    One that does not say what it was made from, by an earlier version, counts as made from the same.
+    """
+    found = ctx.existing(uri)
+    if found is not None and found[1].annotations.get(ANNOTATION_INPUTS, inputs) != inputs:
+        log.info("It was made from other data than is there now: it is made anew")
+        return None
+    return found
 
 
 def finished(artifact: Artifact, manifest: Manifest, evaluation: Evaluation | None) -> RunResult:

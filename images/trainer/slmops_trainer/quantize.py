@@ -53,6 +53,7 @@ def run(ctx: Context) -> RunResult:
     if done is not None:
         return done
     held_out = _held_out(ctx, spec.gate)
+    _check_rejected(ctx, spec.gate, held_out)
     uri = ctx.spec.model.uri
     folder, source = ctx.pull(ctx.spec.model, "source")
     refuse(models.check(folder, uri), uri)
@@ -134,16 +135,26 @@ def columns(metrics: Mapping[str, float], gate: Gate | None) -> dict[str, str]:
 
 
 def _earlier(ctx: Context, gate: Gate | None) -> RunResult | None:
-    """The result, if an earlier pod published it. Raises RunFailure(GateFailed) if it published a rejected model."""
+    """The result, if an earlier pod published it."""
     found = ctx.existing()
-    if found is not None:
-        artifact, manifest = found
-        return result.success(artifact, manifest, **columns(manifest.metrics, gate))
-    rejected = ctx.existing(publish.rejected_uri(ctx.spec.output)) if gate else None
-    if rejected is not None and gate is not None:
+    if found is None:
+        return None
+    artifact, manifest = found
+    return result.success(artifact, manifest, **columns(manifest.metrics, gate))
+
+
+def _check_rejected(ctx: Context, gate: Gate | None, held_out: Examples | None) -> None:
+    """Raise RunFailure(GateFailed) if an earlier pod published a model that this very gate rejected."""
+    if gate is None:
+        return
+    rejected = publish.existing(ctx, publish.rejected_uri(ctx.spec.output), _inputs(held_out))
+    if rejected is not None:
         ctx.metrics.update(rejected[1].metrics)
         raise _failed(gate, ctx.metrics, rejected[0])
-    return None
+
+
+def _inputs(held_out: Examples | None) -> str:
+    return publish.inputs_of(held_out.digest if held_out else None)
 
 
 def _held_out(ctx: Context, gate: Gate | None) -> Examples | None:
@@ -241,6 +252,7 @@ def _publish(ctx: Context, out: Path, source: Manifest, held_out: Examples | Non
         recipe={**spec.wire(), "olive": onnx_build.options(spec), "gateDigest": held_out.digest if held_out else None},
         versions=_versions(),
         metrics=dict(ctx.metrics),
+        annotations={publish.ANNOTATION_INPUTS: _inputs(held_out)},
         created=ctx.started,
     )
     title = f"An ONNX model for onnxruntime-genai, weights in {spec.precision}."

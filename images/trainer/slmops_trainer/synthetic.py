@@ -51,13 +51,15 @@ def make(
     schema: Validator | None,
     store: answers.Answers,
     unfit: set[int],
+    inputs: str,
 ) -> SyntheticSet:
     """The set, from the artifact that an earlier pod of this run published, or asked of the teacher and published.
 
     `unfit`: positions of prompts that the student could not be trained on, which are not asked.
+    `inputs`: identity of what the set is made from; a set of something else is made anew.
     Raises RunFailure(NothingToTrain) with the drop report, and those of generation.ask_all and the store.
     """
-    found = ctx.existing(uri_of(ctx))
+    found = publish.existing(ctx, uri_of(ctx), inputs)
     if found is not None:
         folder, _ = ctx.pull(Input(uri=found[0].uri), "synthetic", "Pulling synthetic data")
         return _read(ctx, folder, found[0].uri, found[1])
@@ -67,7 +69,7 @@ def make(
     with (folder / FILE).open("w", encoding="utf-8") as stream:
         for example in kept:
             stream.write(json.dumps(example.row, ensure_ascii=False) + "\n")
-    manifest = _manifest(ctx, spec, terms.endpoint, prompts, metrics)
+    manifest = _manifest(ctx, spec, terms.endpoint, prompts, metrics, inputs)
     artifact, manifest = ctx.push(folder, manifest, uri_of(ctx), FILTERING)
     return _read(ctx, folder, artifact.uri, manifest)
 
@@ -172,7 +174,12 @@ def _generate(
 
 
 def _manifest(
-    ctx: "Context", spec: DistillationJobSpec, teacher: TeacherEndpoint, prompts: Examples, metrics: dict[str, float]
+    ctx: "Context",
+    spec: DistillationJobSpec,
+    teacher: TeacherEndpoint,
+    prompts: Examples,
+    metrics: dict[str, float],
+    inputs: str,
 ) -> Manifest:
     """The set comes from the prompts and, if the teacher is ours, from the model that it serves."""
     line = tuple(Parent(kind=row.kind, uri=row.uri, digest=row.digest, name=row.name) for row in teacher.lineage)
@@ -188,6 +195,7 @@ def _manifest(
         seed=spec.training.seed,
         versions=publish.versions(),
         metrics=metrics,
+        annotations={publish.ANNOTATION_INPUTS: inputs},
         created=ctx.started,
     )
 

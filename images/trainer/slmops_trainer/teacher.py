@@ -1,9 +1,10 @@
 """The teacher: one OpenAI-compatible endpoint, asked with patience. What one question costs and yields is decided here.
 
-Three things can go wrong, and they end differently:
+Four things can go wrong, and they end differently:
   refused       the key, the URL or the account is no good: fatal at once (RunFailure)
-  trouble       429, 5xx, no connection, no answer in time: asked again, with jittered backoff and Retry-After, until
-                nothing was heard for `patience` seconds: then Silent
+  forbidden     403 before any answer: of the key, or of this question alone. Others tell: Forbidden
+  trouble       429, 5xx, no connection, no answer in time, one that broke off: asked again, with jittered backoff and
+                Retry-After, until nothing was heard for `patience` seconds: then Silent
   rejection     the endpoint answers, but not with an answer: Rejected, after TRIES if another try may help (no JSON,
                 no choices, empty text), at once if not (HTTP 400, but for a parameter that can be done without)
 """
@@ -13,34 +14,30 @@ import json
 import logging
 import os
 import random
-import re
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
 
 from slmops.api.run import TeacherEndpoint
+from slmops_trainer import replies
 from slmops_trainer.failure import RunFailure
+from slmops_trainer.replies import EXCERPT, Rejected, Reply, Trouble
 
 ENV_PATIENCE = "SLMOPS_TEACHER_PATIENCE_SECONDS"
 PATIENCE = 300.0  # seconds without any answer before the pod gives up; the next one goes on from what was saved
 TRIES = 3  # of a question whose answer is garbage
 OWN_TRIES = 8  # of a question that alone runs into trouble, over half a minute, while others are answered
 OWN_PROOFS = 3  # so often others were answered between two of its tries: one such answer may be the teacher's last
-OWN_CODES = (408, 500, 502, 504, 524)  # a question may bring a worker down, or take longer than a gateway waits
+OWN_CODES = (408, 424, 500, 502, 504, 524)  # a question may bring a worker down, or take longer than a gateway waits
 CONNECT_SECONDS = 10.0
-FIRST_PAUSE, LONGEST_PAUSE, LONGEST_HINT = 0.25, 15.0, 900.0  # seconds
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0  # seconds
+LONGEST_HINT = 600.0  # seconds of Retry-After that a pod, and its GPU, waits: twice, and the pod has ended
 BODY_MAX = 16 << 20  # bytes of a response
-EXCERPT = 160  # characters of a bad response in messages
-# OpenAI's words: "Unsupported parameter: 'max_tokens' is ..", "Unsupported value: 'temperature' does not .."
-UNSUPPORTED = re.compile(
-    rb"unsupported (?:parameter|value): \W{0,2}(max_tokens|temperature|top_p|seed)\b", re.IGNORECASE
-)
-
 log = logging.getLogger("slmops")
 
 
@@ -53,28 +50,15 @@ class Sampling:
     max_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """An answer. `finish` is the endpoint's finish_reason ("length": cut off); `tokens` counts the answer's tokens."""
+class Forbidden(Exception):  # noqa: N818  # a verdict, not an error
+    """HTTP 403 before the teacher has answered anything.
 
-    text: str
-    finish: str
-    tokens: int
-
-
-class Rejected(Exception):  # noqa: N818  # a verdict, not an error
-    """A question got no usable answer. The text says what came instead.
-
-    final        asking again would bring the same
-    tokens       that the teacher wrote for it nevertheless
-    unsupported  the parameter that the teacher does not take, if that was all that was wrong
+    The text says what came; `failure`: how the run ends if nothing else is answered either.
     """
 
-    def __init__(self, what: str, *, final: bool = False, tokens: int = 0, unsupported: str = "") -> None:
+    def __init__(self, what: str, failure: RunFailure) -> None:
         super().__init__(what)
-        self.final = final
-        self.tokens = tokens
-        self.unsupported = unsupported
+        self.failure = failure
 
 
 class Silent(Exception):  # noqa: N818  # a verdict, not an error
@@ -90,20 +74,13 @@ class Silent(Exception):  # noqa: N818  # a verdict, not an error
         self.own = own
 
 
-@dataclass(frozen=True, slots=True)
-class _Trouble:
-    """Worth another try. `hint`: seconds that the endpoint asks for; `own`: may be this question's fault alone."""
-
-    what: str
-    hint: float = 0.0
-    own: bool = False
-
-
 class Teacher:
     """A client for one endpoint; an async context manager.
 
     timeout     seconds for one request
     on_trouble  called with a sentence while the endpoint does not answer
+    known       it has answered in an earlier pod: its URL and its model are right
+    trust       whose certificates are trusted; None: the usual authorities'
     patience    seconds without a sign of life before Silent
     """
 
@@ -115,6 +92,8 @@ class Teacher:
         timeout: float,
         concurrency: int,
         on_trouble: Callable[[str], None],
+        known: bool = False,
+        trust: ssl.SSLContext | None = None,
         patience: float | None = None,
     ) -> None:
         self._endpoint = endpoint
@@ -127,10 +106,11 @@ class Teacher:
         self._silent_since: float | None = None  # the first trouble after the last sign of life
         self._not_before = 0.0  # the endpoint asked all of us to wait
         self._last_answer = 0.0
+        self._known = known
         self._unsupported: set[str] = set()  # parameters that the endpoint does not take
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.AsyncClient(
-            headers={"User-Agent": "slmops", **headers},
+            headers={"User-Agent": "slmops", **(_credentials(self._url, key) if key else {})},
+            verify=trust or True,
             # asyncio.timeout below bounds the whole exchange, not each read; a host that does not even take the
             # connection (a Service without pods, say) is known sooner
             timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
@@ -150,7 +130,7 @@ class Teacher:
     ) -> Reply:
         """One answer to one conversation; `since`: when it was put off (monotonic seconds), if it was.
 
-        Raises Rejected, Silent, RunFailure(AccessDenied, BadSpec).
+        Raises Rejected, Forbidden, Silent, RunFailure(AccessDenied, BadSpec).
         """
         body = self._body(messages, sampling, seed)
         troubled, tries, garbage, tokens = 0.0, 0, 0, 0
@@ -161,8 +141,8 @@ class Teacher:
             if isinstance(found, Reply):
                 self._last_answer = time.monotonic()
                 return found
-            if isinstance(found, Rejected) and found.unsupported in body:
-                self._do_without(found.unsupported)
+            if isinstance(found, Rejected) and (odd := body.keys() & found.unsupported):
+                self._do_without(odd)
                 body = self._body(messages, sampling, seed)
                 continue
             if isinstance(found, Rejected):
@@ -174,12 +154,18 @@ class Teacher:
                 continue
             tries += 1
             troubled = troubled or time.monotonic()
-            proofs += self._last_answer > last
+            alone = self._last_answer <= last
+            proofs += not alone
             last = time.monotonic()
             apart = proofs >= OWN_PROOFS or self.answered_since(since)
             if found.own and tries >= OWN_TRIES and apart:
                 raise Rejected(f"{found.what}, {tries} times, while other questions were answered", tokens=tokens)
-            await self._pause(found, tries, troubled)
+            await self._pause(found, tries, troubled, alone=alone)
+
+    @property
+    def answered(self) -> bool:
+        """Whether it has answered anything in this pod."""
+        return self._last_answer > 0
 
     def answered_since(self, moment: float | None) -> bool:
         """Whether anything was answered after that moment (monotonic seconds); None: there was no such moment."""
@@ -201,14 +187,14 @@ class Teacher:
             body["max_completion_tokens"] = body["max_tokens"]
         return {name: value for name, value in body.items() if name not in self._unsupported}
 
-    def _do_without(self, name: str) -> None:
+    def _do_without(self, names: set[str]) -> None:
         """Models of OpenAI that think call the limit otherwise, and set their temperature themselves."""
-        if name not in self._unsupported:
+        for name in sorted(names - self._unsupported):
             instead = "max_completion_tokens" if name == "max_tokens" else "the teacher's own"
             log.warning("The teacher takes no %s: %s is used", name, instead)
-        self._unsupported.add(name)
+        self._unsupported |= names
 
-    async def _once(self, body: dict[str, Any]) -> "Reply | Rejected | _Trouble":
+    async def _once(self, body: dict[str, Any]) -> Reply | Rejected | Trouble:
         """One exchange. Everything that the server says, as a value; only what is fatal is raised."""
         try:
             async with (
@@ -224,54 +210,45 @@ class Teacher:
                         self._alive()
                         return Rejected(f"a response of more than {BODY_MAX >> 20} MiB")
         except TimeoutError:
-            return _Trouble(f"no answer within {self._timeout:.0f} s", own=True)
+            return Trouble(f"no answer within {self._timeout:.0f} s", own=True)
         except httpx.HTTPError as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise self._untrusted(str(error)) from error
             # A connection that is taken and then cut may be what one question does to a worker or to a gateway.
             cut = isinstance(error, httpx.ReadError | httpx.RemoteProtocolError)
-            return _Trouble(f"{str(error) or type(error).__name__}"[:EXCERPT], own=cut)
+            return Trouble(f"{str(error) or type(error).__name__}"[:EXCERPT], own=cut)
         except (httpx.InvalidURL, UnicodeError) as error:
             raise RunFailure("BadSpec", f"The teacher's URL {self._endpoint.url} cannot be used: {error}.") from error
         return self._judge(response, bytes(raw))
 
-    def _judge(self, response: httpx.Response, raw: bytes) -> "Reply | Rejected | _Trouble":
-        code = response.status_code
-        # Once it has answered, it is not the key or the URL: some endpoints say 403 of a single question.
-        if code in (401, 402) or (code == 403 and not self._last_answer):
+    def _judge(self, response: httpx.Response, raw: bytes) -> Reply | Rejected | Trouble:
+        body = replies.load(raw)
+        code, away = replies.status(response.status_code, body), response.has_redirect_location
+        if code in (401, 402):
             raise self._denied(code)
-        if (code in (404, 405) or response.has_redirect_location) and not self._last_answer:
-            raise self._misdirected(response, raw)
-        if code in (404, 408, 425, 429) or code >= 500:
-            said = f": {self._excerpt(raw)}" if raw.lstrip().startswith(b"{") else ""
-            return _Trouble(f"HTTP {code}{said}", _retry_after(response), own=code in OWN_CODES)
-        self._alive()
+        # Once it has answered, it is not the key or the URL: some endpoints say 403 of a single question.
+        if code == 403 and not self.answered:
+            raise Forbidden(f"HTTP 403: {self._excerpt(raw)}", self._denied(code))
+        if code in (404, 405) or away:
+            if not (self._known or self.answered):
+                raise self._misdirected(code, response, raw)
+            return self._trouble(code, response, raw)
+        passing = code in (408, 424, 425) or (code == 429 and not replies.too_large(raw)) or code >= 500
+        if passing:
+            return self._trouble(code, response, raw)
         if code != 200:
-            odd = UNSUPPORTED.search(raw) if code == 400 else None
-            name = odd[1].decode() if odd else ""
-            return Rejected(f"HTTP {code}: {self._excerpt(raw)}", final=True, unsupported=name)
-        return self._read(raw)
+            self._alive()
+            odd = replies.unsupported(raw) if code == 400 else frozenset()
+            return Rejected(f"HTTP {code}: {self._excerpt(raw)}", final=True, unsupported=odd)
+        found = replies.read(body, self._excerpt(raw))
+        if not isinstance(found, Trouble):
+            self._alive()
+        return found
 
-    def _read(self, raw: bytes) -> Reply | Rejected:
-        try:
-            body = json.loads(raw)
-        except (ValueError, RecursionError):
-            return Rejected(f"no JSON: {self._excerpt(raw)}")
-        try:
-            choice = body["choices"][0]
-            text = choice["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            return Rejected(f"no choices[0].message.content: {self._excerpt(raw)}")
-        finish = str(choice.get("finish_reason") or "")
-        usage = body.get("usage")
-        counted = usage.get("completion_tokens") if isinstance(usage, dict) else None
-        tokens = counted if isinstance(counted, int) and counted > 0 else 0
-        if not isinstance(text, str) or not text.strip():
-            if finish == "length":  # a model that reasons aside has used up its tokens
-                return Rejected("no room for an answer: raise generation.maxTokens", final=True, tokens=tokens)
-            return Rejected(f"an empty answer: {self._excerpt(raw)}", tokens=tokens)
-        if any("\ud800" <= char <= "\udfff" for char in text):
-            return Rejected("half a surrogate pair, which is no text", tokens=tokens)
-        # A server that counts nothing must not make the token budget endless: four characters are about a token.
-        return Reply(text, finish, tokens or (len(text) + 3) // 4)
+    def _trouble(self, code: int, response: httpx.Response, raw: bytes) -> Trouble:
+        said = f": {self._excerpt(raw)}" if raw.lstrip().startswith(b"{") else ""
+        hint = replies.retry_after(response.headers.get("retry-after", "").strip())
+        return Trouble(f"HTTP {code}{said}", hint, own=code in OWN_CODES)
 
     def _alive(self) -> None:
         self._silent_since = None
@@ -281,14 +258,22 @@ class Teacher:
         while (rest := self._not_before - time.monotonic()) > 0:  # noqa: ASYNC110  # a moment, not an event
             await asyncio.sleep(rest + random.uniform(0, 0.1))  # noqa: S311  # jitter
 
-    async def _pause(self, trouble: _Trouble, tries: int, troubled: float) -> None:
-        """Wait before the next try; raise Silent when there was trouble for too long, with this question, too."""
+    async def _pause(self, trouble: Trouble, tries: int, troubled: float, *, alone: bool) -> None:
+        """Wait before the next try; raise Silent when there was trouble for too long, with this question, too.
+
+        `alone`: nothing was answered since the try before: an endpoint that then asks for more time than a pod waits
+        is left to a later one.
+        """
         now = time.monotonic()
         if self._silent_since is None:
             self._silent_since = now
-        hint = min(trouble.hint, LONGEST_HINT)
+        hint = trouble.hint if trouble.hint <= LONGEST_HINT else 0.0
         if hint:
             self._not_before = max(self._not_before, now + hint)
+        if trouble.hint > LONGEST_HINT and alone:
+            text = f"The teacher at {self._endpoint.url} asks for {trouble.hint:.0f} s without requests"
+            failure = RunFailure("TeacherUnavailable", f"{text} ({trouble.what}). Look at its quota.")
+            raise Silent(trouble.what, failure, own=False)
         if now - max(self._silent_since, troubled) >= self._patience + hint:
             raise Silent(trouble.what, self._unavailable(now - self._silent_since, trouble.what), own=trouble.own)
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(tries - 1, 10)) * random.uniform(0.5, 1.5)  # noqa: S311  # jitter
@@ -316,8 +301,17 @@ class Teacher:
             remedy = "Its account has nothing left to pay with: top it up."
         return RunFailure("AccessDenied", f"The teacher at {self._endpoint.url} refused access (HTTP {code}). {remedy}")
 
-    def _misdirected(self, response: httpx.Response, raw: bytes) -> RunFailure:
-        code = response.status_code
+    def _untrusted(self, error: str) -> RunFailure:
+        why = error.partition("verify failed: ")[2].partition(" (_ssl")[0] or "verify failed"
+        given = self._endpoint.secret
+        where = f"Secret {given}" if given else "the Secret of spec.teacher.endpoint.apiKeySecretRef"
+        return RunFailure(
+            "AccessDenied",
+            f"The teacher at {self._endpoint.url} has a certificate that is not trusted here ({why}). "
+            f"If its CA is your own, put that CA's certificate as ca.crt into {where}.",
+        )
+
+    def _misdirected(self, code: int, response: httpx.Response, raw: bytes) -> RunFailure:
         if response.has_redirect_location:
             # Not followed: the key would go along.
             target = response.headers["location"].partition("?")[0][:EXCERPT]
@@ -340,14 +334,9 @@ class Teacher:
         return repr(text[:EXCERPT]) if text else "an empty body"
 
 
-def _retry_after(response: httpx.Response) -> float:
-    """Seconds that the endpoint asks us to wait: a number or an HTTP date."""
-    value = response.headers.get("retry-after", "").strip()
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return 0.0
+def _credentials(url: str, key: str) -> dict[str, str]:
+    """Azure's endpoints of one deployment take a key in a header of their own, and refuse one beside a bearer token."""
+    head, _, query = url.partition("?")
+    if "/openai/deployments/" in head or "api-version=" in query:
+        return {"api-key": key}
+    return {"Authorization": f"Bearer {key}"}

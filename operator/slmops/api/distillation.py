@@ -16,7 +16,11 @@ class Endpoint(Model):
 
     url: str = Field(max_length=1024, pattern=r"^https?://[^\s]+$", description="Base URL, up to and with /v1.")
     model: str = Field(min_length=1, max_length=253, description="The model field of the requests.")
-    api_key_secret_ref: SecretKeyRef | None = Field(default=None, description="Key sent as bearer token.")
+    api_key_secret_ref: SecretKeyRef | None = Field(
+        default=None,
+        description="Key sent as bearer token, to an Azure deployment as api-key; "
+        "in the Secret's key ca.crt, a CA of your own.",
+    )
 
 
 class DeploymentRef(Model):
