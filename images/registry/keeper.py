@@ -129,7 +129,7 @@ def old(digest: str) -> bool:
 def room_is_short() -> bool:
     """Whether the next pushes may find no room."""
     usage = shutil.disk_usage(STORAGE)
-    return usage.free < SHORT * usage.total
+    return usage.free < SHORT * (usage.used + usage.free)  # as df counts: some of the total is nobody's
 
 
 def uploads() -> tuple[list[Path], bool]:
