@@ -37,6 +37,7 @@ help: ## this list
 
 demo: venv ## from a bare machine to a served, canary-promoted int4 model (CLUSTER=current VALUES=FILE: on your cluster)
 ifneq ($(CLUSTER),current)
+	@PYTHONPATH=e2e $(PY) -m kit.alone
 	@$(MAKE) --no-print-directory up images
 endif
 	@PYTHONPATH=e2e $(PY) -m kit.chart install
@@ -65,6 +66,7 @@ debs:
 	@$(KUBE) debs
 
 components: venv debs ## all tests but the scenarios: unit, operator, artifacts, router, chart; server and trainer in their images
+	@PYTHONPATH=e2e $(PY) -m kit.alone
 	@$(MAKE) --no-print-directory up images
 	@PYTHONPATH=e2e $(PY) -m kit.lanes \
 		$(PY) -m pytest -q tests/unit -- $(PY) -m pytest -q tests/kube -- $(PY) -m pytest -q tests/artifacts -- \
@@ -73,6 +75,7 @@ components: venv debs ## all tests but the scenarios: unit, operator, artifacts,
 
 e2e: venv ## the scenarios on a real node with real pods
 ifneq ($(CLUSTER),current)
+	@PYTHONPATH=e2e $(PY) -m kit.alone
 	@$(MAKE) --no-print-directory up images
 endif
 	@$(PY) -m pytest -q -x --timeout=1500 e2e/scenarios
@@ -84,6 +87,7 @@ clients: venv ## slmops-server under lm-evaluation-harness and locust (fetches 1
 	@$(PY) -m pytest -q tests/clients
 
 bench: venv ## what the operator costs, on the local node
+	@PYTHONPATH=e2e $(PY) -m kit.alone
 	@$(MAKE) --no-print-directory up images
 	@PYTHONPATH=e2e $(PY) -m kit.chart install
 	@PYTHONPATH=e2e $(PY) -m kit.bench

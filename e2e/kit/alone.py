@@ -1,8 +1,12 @@
 """One at a time in a clone, or one would take the other's work away: a demo, tests on the local node, and what installs
-or removes the chart below them."""
+or removes the chart below them.
+
+python -m kit.alone     fails where another one is at work
+"""
 
 import fcntl
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,10 +20,10 @@ class BusyError(Exception):
 
 
 @contextmanager
-def alone(doing: str) -> Iterator[None]:
+def alone(doing: str) -> Iterator[int]:
     """Hold the clone's lock while the block runs; raises BusyError at once if it is held.
 
-    It goes with the process, whatever that has started.
+    It goes with the process, whatever that has started; a process that is given this file too keeps it as well.
     """
     LOCK.parent.mkdir(parents=True, exist_ok=True)
     with LOCK.open("a+", encoding="utf-8") as file:
@@ -32,4 +36,18 @@ def alone(doing: str) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{doing} (pid {os.getpid()})\n")
         file.flush()
-        yield
+        yield file.fileno()
+
+
+def main() -> int:
+    """The exit code."""
+    try:
+        with alone("a check"):
+            return 0
+    except BusyError as busy:
+        print(f"did not start: {busy}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -115,8 +115,8 @@ def lent(kube: Kubectl, *values: str, images: dict[str, str] | None = None) -> I
 
     The local node's release keeps them: its next user installs anew. Raises what install() raises.
     """
-    install(kube, *values, images=images)
     try:
+        install(kube, *values, images=images)
         yield
     finally:
         if CURRENT:

@@ -30,13 +30,15 @@ def remove(kube: Kubectl, own: str = "") -> list[str]:
 
 
 @contextmanager
-def beside_nothing() -> Iterator[None]:
+def beside_nothing() -> Iterator[int]:
     """Tests on the local node, while the block runs: nothing of earlier runs beside them, and no demo begins.
+
+    Gives the file of the lock.
 
     Raises BusyError while one runs, KubectlError, OSError.
     """
-    with alone("make test"):
+    with alone("make test") as lock:
         found = remove(Kubectl())
         if found:
             print(f"removed, of earlier runs: namespaces {', '.join(found)}", flush=True)
-        yield
+        yield lock

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -43,6 +44,7 @@ class Lanes:
 
     folder: Path
     say: Callable[[str], None]
+    keep: tuple[int, ...] = ()  # open files that the commands hold too: they may outlive a run that is killed
     began: float = field(default_factory=time.monotonic)
     failed: list[str] = field(default_factory=list)
     stopping: bool = False
@@ -66,7 +68,9 @@ class Lanes:
         except KeyboardInterrupt:
             self.stopping = True
             for thread in threads:
-                thread.join()
+                while thread.is_alive():
+                    with suppress(KeyboardInterrupt):  # another one hurries the commands, which have it too
+                        thread.join()
             raise
         return not self.failed
 
@@ -83,7 +87,9 @@ class Lanes:
     def _one(self, lane: int, command: Command, log: Path) -> None:
         name, began = shlex.join(command[-3:]), time.monotonic()
         with log.open("wb") as stream:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, pass_fds=self.keep
+            )
         with self._lock:
             self._running[lane] = (name, process)
             if self.stopping:  # since the lane looked
@@ -125,7 +131,8 @@ def main() -> int:
     # What a script starts with `&` ignores SIGINT, and so would the commands. One with a handler is not handed down.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with earlier.beside_nothing():
+        with earlier.beside_nothing() as lock:
+            lanes.keep = (lock,)
             done = lanes.run(parse(sys.argv[1:]))
     except (BusyError, KubectlError, OSError) as problem:
         print(f"failed: {problem}", file=sys.stderr)

@@ -85,7 +85,8 @@ def _build(names: list[str]) -> None:
         "go", "build", "-v", "-trimpath", "-mod=readonly", "-ldflags", linker, "-o", f"{partial}/",
         *(GO_PACKAGES[name] for name in names),
         cwd=paths.TOOLS_MODULE,
-        env={"GOFLAGS": "-buildvcs=false", "GOWORK": "off", "GO111MODULE": "on"},
+        # An older Go fetches the one that go.mod asks for, also where it was told not to.
+        env={"GOFLAGS": "-buildvcs=false", "GOWORK": "off", "GO111MODULE": "on", "GOTOOLCHAIN": "auto"},
         log=paths.LOG / "go-build.log",
         doing="go build",
         hint="check that the Go module proxy is reachable (go env GOPROXY), then run again",

@@ -33,6 +33,7 @@ def test_a_file_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 HELM = """#!/bin/sh
 echo "$1" >> {log}
 case "$*" in *=lent*) echo lent >> {log};; esac
+case "$*" in *=broken*) exit 1;; esac
 if [ "$1" = status ]; then cat {status}; fi
 """
 
@@ -135,6 +136,16 @@ def test_what_the_scenarios_set_is_taken_back_when_one_fails(
     with pytest.raises(LookupError):
         fail()
     assert (helm / "calls").read_text().split()[3:] == after
+
+
+def test_what_the_scenarios_set_is_taken_back_when_it_could_not_be_set_wholly(
+    helm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chart, "CURRENT", True)
+    (helm / "status").write_text(json.dumps({"info": {"status": "deployed"}}))
+    with pytest.raises(KubectlError), chart.lent(Cluster(), "hfEndpoint=lent", "x=broken", images={"operator": "o:1"}):
+        pass
+    assert (helm / "calls").read_text().split() == ["status", "upgrade", "lent", "status", "upgrade"]
 
 
 class Cluster(Kubectl):

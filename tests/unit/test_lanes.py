@@ -14,7 +14,6 @@ import pytest
 from kit import alone
 from kit.lanes import Lanes, parse
 
-OK, BAD = ["true"], ["sh", "-c", "echo the reason; exit 3"]
 # `python -m kit.lanes` with a lock, logs and a node of its own, in the folder argv[1]; `earlier` there is the node.
 MAIN = """
 import sys
@@ -81,10 +80,15 @@ def test_lanes_run_at_the_same_time(lanes: Lanes, tmp_path: Path) -> None:
 def test_after_a_failure_no_command_is_begun_and_its_log_is_shown(
     lanes: Lanes, said: list[str], tmp_path: Path
 ) -> None:
-    told, gate = tmp_path / "told", tmp_path / "gate"
+    told, gate, began = tmp_path / "told", tmp_path / "gate", tmp_path / "began"
     os.mkfifo(gate)
-    threading.Thread(target=lambda: (_until(lambda: bool(lanes.failed)), gate.write_text("go"))).start()
-    assert not lanes.run([[BAD, noted(told, "same")], [["cat", str(gate)], noted(told, "other")]])
+    go_on = threading.Thread(
+        target=lambda: (_until(lambda: bool(lanes.failed)), gate.write_text("go")), daemon=True
+    )  # fmt: skip
+    go_on.start()
+    bad = ["sh", "-c", f"until test -e {began}; do sleep 0.01; done; echo the reason; exit 3"]
+    other = ["sh", "-c", f"touch {began}; cat {gate}"]
+    assert not lanes.run([[bad, noted(told, "same")], [other, noted(told, "other")]])
     assert not told.exists()
     assert "the reason" in said
     failure = next(line for line in said if "failed:" in line)
@@ -154,3 +158,34 @@ def test_no_demo_begins_beside_a_run_and_nothing_of_earlier_ones_goes_on(
     assert "namespaces e2e-x" in said
     with alone.alone("make demo"):
         pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_demo_begins_before_the_commands_of_a_run_that_is_ended_are_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """Told twice, for some are impatient; the command here is deaf to it."""
+    ready, go = tmp_path / "ready", tmp_path / "go"
+    os.mkfifo(go)
+    process = main(tmp_path, "sh", "-c", f"trap '' INT; touch {ready}; exec cat {go}")
+    monkeypatch.setattr(alone, "LOCK", tmp_path / "demo.lock")
+
+    def free() -> bool:
+        try:
+            with alone.alone("make demo"):
+                return True
+        except alone.BusyError:
+            return False
+
+    try:
+        _until(ready.exists)
+        process.send_signal(number)
+        process.send_signal(number)
+        if number is signal.SIGKILL:
+            process.wait(20)
+        assert not free()
+        go.write_text("over")
+        _until(free)
+    finally:
+        process.kill()
+        process.communicate()
