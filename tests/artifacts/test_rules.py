@@ -15,7 +15,7 @@ from artifact_support import ROOT, Registry, run_cli, safetensors, write
 
 from slmops_artifacts import ArtifactError, Manifest, Parent, pull, push, read_manifest, resolve
 from slmops_artifacts.cli import main
-from slmops_artifacts.formats import check_files, detect_format
+from slmops_artifacts.formats import check_content, check_files, detect_format
 from slmops_artifacts.registry_auth import _match
 from slmops_artifacts.uris import parse
 
@@ -148,6 +148,13 @@ def test_weights_may_begin_with_any_numbers(data: bytes, tmp_path: Path) -> None
     push(source, f"file://{tmp_path}/out", Manifest(kind="model"))
     pull(f"file://{tmp_path}/out", tmp_path / "pulled")
     assert (tmp_path / "pulled" / "model.onnx.data").read_bytes() == data
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "set", {"train.jsonl": b'{"prompt": "a"}\n'})
+    (tmp_path / "set/train.jsonl").unlink()
+    with pytest.raises(ArtifactError, match=r"train\.jsonl"):
+        check_content("train.jsonl", tmp_path / "set/train.jsonl", "set")
 
 
 def test_an_empty_folder_is_no_artifact(tmp_path: Path) -> None:

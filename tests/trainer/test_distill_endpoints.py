@@ -196,7 +196,10 @@ def test_a_gateway_that_names_all_it_does_not_support_is_asked_without(pod: Call
 def test_azure_takes_its_key_in_a_header_of_its_own_alone(pod: Callable[[], Context], base: str, query: str) -> None:
     with FakeTeacher(upper, base=base) as fake:
         assert ask(pod(), fake.url + query, TEXTS, key="s3cret")[1] == UPPER
-    assert {(sent.get("api-key"), sent.get("authorization")) for sent in fake.sent} == {("s3cret", None)}
+        assert ask(pod(), fake.url + query, ["another"], key="eyJh.eyJz.c2ln")[1] == ["ANOTHER"]
+    told = [(sent.get("api-key"), sent.get("authorization")) for sent in fake.sent]
+    assert set(told[:-1]) == {("s3cret", None)}
+    assert told[-1] == (None, "Bearer eyJh.eyJz.c2ln")  # of Entra ID
 
 
 def test_what_is_in_flight_when_the_run_fails_is_kept(pod: Callable[[], Context], tmp_path: Path) -> None:

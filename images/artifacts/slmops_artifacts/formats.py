@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from .errors import ArtifactError
+from .errors import ArtifactError, from_os
 
 Role = Literal["weight", "config", "dataset", "doc"]
 
@@ -130,7 +130,17 @@ def detect_format(verdicts: dict[str, Verdict]) -> str:
 
 
 def check_content(path: str, file: Path, where: str) -> None:
-    """Look at the first bytes, so that code under any name and a pickle under that of weights are caught."""
+    """Look at the first bytes, so that code under any name and a pickle under that of weights are caught.
+
+    Raises ArtifactError.
+    """
+    try:
+        _check_head(path, file, where)
+    except OSError as error:
+        raise from_os(error, "Reading", file) from error
+
+
+def _check_head(path: str, file: Path, where: str) -> None:
     if _is_program(file):
         raise ArtifactError(
             "UnsupportedFormat",

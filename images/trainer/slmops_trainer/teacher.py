@@ -335,8 +335,12 @@ class Teacher:
 
 
 def _credentials(url: str, key: str) -> dict[str, str]:
-    """Azure's endpoints of one deployment take a key in a header of their own, and refuse one beside a bearer token."""
+    """Azure's endpoints of one deployment take a key in a header of their own, and refuse one beside a bearer token.
+
+    Entra ID's tokens (JWTs, RFC 7519) are bearer tokens there, too.
+    """
     head, _, query = url.partition("?")
-    if "/openai/deployments/" in head or "api-version=" in query:
+    token = key.startswith("eyJ") and key.count(".") == 2  # dots between a JWT's three parts
+    if not token and ("/openai/deployments/" in head or "api-version=" in query):
         return {"api-key": key}
     return {"Authorization": f"Bearer {key}"}
