@@ -5,17 +5,18 @@ import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fake_teacher import FakeTeacher, Fault, answer
-from tiny import CHATML, chat, task, write_model
+from tiny import CHATML, EMPTY_THOUGHTS, chat, task, write_model
+from transformers import AutoTokenizer
 
 from slmops.api.run import EXIT_INTERRUPTED
 from slmops_artifacts import read_manifest
-from slmops_trainer import answers, distill, teacher, train
+from slmops_trainer import answers, distill, encoding, teacher, train
 from slmops_trainer.context import Context
-from slmops_trainer.data import Example
+from slmops_trainer.data import Example, Message
 from slmops_trainer.failure import RunFailure
 
 RIGHT = {question: answer for question, answer in task() if "kitchen" in question or "lab" in question}
@@ -384,6 +385,47 @@ def test_a_conversation_that_the_template_cannot_take_costs_no_request(
                 distill.run(make_run(model=model, **spec))
             assert caught.value.reason == "BadDataset"
         assert not fake.requests
+
+
+def test_an_answer_with_a_token_that_the_student_lacks_is_dropped(
+    make_run: Callable[..., Context], job: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """Gemma 3 for text alone has no weights for that of images."""
+    model = write_model(tmp_path / "blind", CHATML)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([*(f"<unused{number}>" for number in range(len(tokenizer), 1024)), "<image>"])
+    tokenizer.save_pretrained(model)
+    first = next(iter(RIGHT))
+    with FakeTeacher(knows, lambda number, question, _: "see <image>" if question == first else None) as fake:
+        found = distill.run(make_run(model=model, **job(fake))).metrics
+    assert (found["answers"], found["kept"], found["dropped_unknownToken"], found["examples"]) == (16, 15, 1, 15)
+
+
+@pytest.mark.parametrize("where", ["prompts", "gold"])
+def test_a_student_that_was_tuned_without_thoughts_takes_conversations_with_them(
+    make_run: Callable[..., Context],
+    job: Callable[..., dict[str, Any]],
+    jsonl: Callable[..., str],
+    tmp_path: Path,
+    where: str,
+) -> None:
+    model = write_model(tmp_path / "tuned", EMPTY_THOUGHTS)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    encoding.complete(tokenizer, [Example((Message("user", "x"),), "y")])
+    assert encoding.COMPLETED in tokenizer.chat_template
+    tokenizer.save_pretrained(model)
+    question, right = GOLD[0]
+    before = [{"role": "user", "content": "Room?"}, {"role": "assistant", "content": "<think>\nbulb\n</think>\n\nlab"}]
+    with FakeTeacher(knows) as fake:
+        spec = job(fake, training={"maxSteps": 1}, evaluation={"metrics": ["perplexity"]})
+        if where == "prompts":
+            asked = {"role": "user", "content": question.rstrip("!")}
+            spec["distill"]["data"]["prompts"] = {"uri": jsonl([{"messages": [*before, asked]}], "talks")}
+        else:
+            told = cast("list[Any]", chat(question, right)["messages"])
+            spec["distill"]["evaluation"]["dataset"] = {"uri": jsonl([{"messages": [*before, *told]}], "gold-talks")}
+        found = distill.run(make_run(model=model, **spec)).metrics
+    assert found["kept"] == found["prompts"]
 
 
 def test_faults_of_the_spec_cost_no_request(

@@ -11,13 +11,14 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ask import ask, context
 from asking import STORE, TEXTS, in_thread, saved, upper, wait_until
 from fake_teacher import FakeTeacher, Fault, answer
 
-from slmops_artifacts import ArtifactError, pull
+from slmops_artifacts import ArtifactError, pull, push
 from slmops_trainer import answers, checkpoints, generation, teacher
 from slmops_trainer.context import Context
 from slmops_trainer.failure import RunFailure
@@ -162,6 +163,53 @@ def test_a_registry_without_the_repository_ends_the_asking_at_the_first_save(
         ended.set()
         assert caught.value.reason == "StoreUnavailable"
         assert len(fake.requests) <= 6  # four were answered, two are under way
+
+
+def deny(monkeypatch: pytest.MonkeyPatch, denied: range) -> list[None]:
+    """The store refuses the credentials of these pushes, counted from 1. One item for each that was tried."""
+    pushes: list[None] = []
+
+    def denying(*arguments: Any, **more: Any) -> Any:
+        pushes.append(None)
+        if len(pushes) in denied:
+            raise ArtifactError("AccessDenied", "the store refused access (HTTP 401).")
+        return push(*arguments, **more)
+
+    monkeypatch.setattr(checkpoints, "push", denying)
+    monkeypatch.setattr(generation, "STORE_PAUSE", 0.01)
+    return pushes
+
+
+def test_credentials_that_are_being_replaced_cost_no_answer(
+    pod: Callable[[], Context], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushes = deny(monkeypatch, range(2, 4))
+
+    def script(number: int, *_: object) -> None:
+        if number > 4:
+            wait_until(lambda: len(pushes) >= (4 if number > 8 else 1))
+
+    with FakeTeacher(upper, script) as fake:
+        _, texts = ask(pod(), fake.url, TEXTS)
+        assert texts == [text.upper() for text in TEXTS]
+        assert fake.asked == dict.fromkeys(TEXTS, 1)
+    assert saved(tmp_path) == len(TEXTS)
+
+
+@pytest.mark.parametrize(("taken", "patience"), [(0, 600.0), (1, 0.05)], ids=["from the first", "for long"])
+def test_credentials_that_stay_refused_end_the_asking(
+    pod: Callable[[], Context], monkeypatch: pytest.MonkeyPatch, taken: int, patience: float
+) -> None:
+    monkeypatch.setattr(generation, "ACCESS_PATIENCE", patience)
+    pushes = deny(monkeypatch, range(taken + 1, 1000))
+
+    def script(number: int, *_: object) -> None:
+        if number > 4:
+            wait_until(lambda: len(pushes) > 0)
+
+    with FakeTeacher(upper, script) as fake, pytest.raises(RunFailure) as caught:
+        ask(pod(), fake.url, TEXTS)
+    assert caught.value.reason == "AccessDenied"
 
 
 def test_a_killed_pod_has_to_ask_again_only_what_was_not_saved(pod: Callable[[], Context], tmp_path: Path) -> None:

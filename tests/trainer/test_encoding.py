@@ -308,6 +308,17 @@ def test_a_token_that_the_model_lacks_is_named_with_its_line(tokenizer: Any) -> 
         encoding.encode_prompt(tokenizer, asked)
 
 
+@pytest.mark.parametrize("tokenizer", [CHATML], indirect=True)
+def test_texts_with_a_token_that_the_model_lacks_are_found(tokenizer: Any) -> None:
+    tokenizer.add_tokens(["<image>"])
+    texts = ["lab", "an <image>", "<imag", "", "<image>"]
+    seen: list[None] = []
+    for rows, lacking in ((len(tokenizer) - 1, {1, 4}), (len(tokenizer), set())):
+        encoding.bound(tokenizer, rows)
+        assert encoding.lacking(tokenizer, texts, lambda: seen.append(None)) == lacking
+    assert len(seen) == len(texts)
+
+
 @pytest.mark.parametrize("tokenizer", [THINKING], indirect=True)
 def test_a_template_that_opens_thoughts_is_refused_with_the_cause(tokenizer: Any) -> None:
     """One question and answer a line would not help: the difference is in what is asked."""

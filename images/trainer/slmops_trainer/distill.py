@@ -51,15 +51,18 @@ def run(ctx: Context) -> RunResult:
     ctx.report("Loading", 0, 1, ctx.spec.model.uri)
     began = ctx.began()
     loaded = models.load(folder, ctx.spec.model.uri, began)
-    unfit = synthetic.unfit(ctx, loaded, prompts, spec)
     gold = _instructed(held_out, settings.system_prompt)
+    # As for training, or thoughts of earlier answers would not fit the template of a student that was tuned before.
+    known = (replace(example, answer=None) for example in prompts.items)
+    encoding.complete(loaded.tokenizer, (*known, *(gold.items if gold else ())))
+    unfit = synthetic.unfit(ctx, loaded, prompts, spec)
     _watched(loaded, spec, gold)  # for what it raises, before any answer is paid for
     _check_held_out(loaded, gold, spec.evaluation)
     store = answers.Answers(ctx.checkpoints.folder / answers.PART)
     with ctx.told("Looking for answers", "store"):
         store.recall(answers.shared(ctx, "answers"))
     try:
-        examples, manifest = synthetic.make(ctx, spec, terms, prompts, held_out, schema, store, unfit, inputs)
+        examples, manifest = synthetic.make(ctx, spec, terms, loaded, prompts, held_out, schema, store, unfit, inputs)
         _measure_teacher(ctx, spec, terms, gold, store)
     finally:
         with ctx.told("Leaving answers", "store"):  # which ends at once when the pod is asked to stop

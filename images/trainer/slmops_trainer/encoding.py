@@ -196,6 +196,22 @@ def _check_ids(tokenizer: Any, ids: Sequence[int], example: Example) -> None:
         )
 
 
+def lacking(tokenizer: Any, texts: Iterable[str], check: Callable[[], None]) -> set[int]:
+    """Positions of the texts with a token that the model has no weights for.
+
+    `check()` is called before each of them and may raise.
+    """
+    rows = getattr(tokenizer, ROWS, 1 << 62)
+    if max(tokenizer.get_vocab().values()) < rows:
+        return set()  # as for nearly all models: no text need be looked at
+    found: set[int] = set()
+    for at, text in enumerate(texts):
+        check()
+        if max(tokenizer(text, add_special_tokens=False)["input_ids"], default=0) >= rows:
+            found.add(at)
+    return found
+
+
 def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:
     """The text of an answer's ids, without special tokens, to the letter: as it was trained, as the server gives it.
 

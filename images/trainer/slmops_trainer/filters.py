@@ -20,7 +20,7 @@ from slmops_trainer.replies import CUT_OFF
 
 NAMES = (
     "decontaminate", "maxLength", "noAnswer", "truncated", "minCharacters", "maxCharacters", "validJson", "jsonSchema",
-    "dedupe",
+    "dedupe", "unknownToken",
 )  # fmt: skip
 
 _OPEN, _CLOSE = "<think>", "</think>"

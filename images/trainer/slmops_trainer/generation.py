@@ -14,7 +14,7 @@ from typing import NamedTuple
 from slmops.api.run import TeacherEndpoint
 from slmops_artifacts import ArtifactError, waiting
 from slmops_trainer.answers import Answers, answer_key
-from slmops_trainer.context import SAVE_PATIENCE, Context
+from slmops_trainer.context import ACCESS_PATIENCE, SAVE_PATIENCE, STORE_PAUSE, Context
 from slmops_trainer.failure import RunFailure, interrupted
 from slmops_trainer.replies import Rejected
 from slmops_trainer.teacher import Forbidden, Sampling, Silent, Teacher
@@ -148,6 +148,7 @@ class _Run:
         self.lost = False  # the run has failed: nothing more is asked
         self.saving = threading.Lock()
         self.saving_since: float | None = None
+        self.denied_since: float | None = None
         self.trouble = ""
 
     async def go(self) -> Outcome:
@@ -359,19 +360,31 @@ class _Run:
                 self.store.seal()
             if not len(self.store):
                 return ""
-            if not self.ctx.stop.is_set():
+            while not self.ctx.stop.is_set():
                 try:
                     with waiting(self._wait):
-                        return self.ctx.checkpoints.save()
-                except RunFailure:
+                        refused = self.ctx.checkpoints.save()
+                except RunFailure as failure:
                     if not self.ctx.stop.is_set():
-                        raise
+                        self._wait_for_access(failure)
+                else:
+                    self.denied_since = None
+                    return refused
             return self.ctx.checkpoints.save(patience=SAVE_PATIENCE) if last else ""
 
     def _wait(self, error: ArtifactError, seconds: float) -> None:
         log.warning("Waits for the store: %s", error.message)
         if self.ctx.stop.wait(seconds):
             raise interrupted(f"The pod was asked to stop while it waited for the store: {error.message}")
+
+    def _wait_for_access(self, failure: RunFailure) -> None:
+        """Pause where credentials are being replaced: the store has taken a checkpoint before. Else raise `failure`."""
+        self.denied_since = self.denied_since or time.monotonic()
+        late = time.monotonic() - self.denied_since >= ACCESS_PATIENCE
+        if failure.reason != "AccessDenied" or late or not self.ctx.checkpoints.stored:
+            raise failure
+        log.warning("Waits for the store: %s", failure.message)
+        self.ctx.stop.wait(STORE_PAUSE)
 
     @staticmethod
     async def _wind_up(tasks: Sequence["asyncio.Task[None]"]) -> None:

@@ -46,6 +46,7 @@ def make(
     ctx: "Context",
     spec: DistillationJobSpec,
     terms: generation.Terms,
+    student: Loaded,
     prompts: Examples,
     held_out: Examples | None,
     schema: Validator | None,
@@ -63,7 +64,7 @@ def make(
     if found is not None:
         folder, _ = ctx.pull(Input(uri=found[0].uri), "synthetic", "Pulling synthetic data")
         return _read(ctx, folder, found[0].uri, found[1])
-    kept, metrics = _generate(ctx, spec, terms, prompts, held_out, schema, store, unfit)
+    kept, metrics = _generate(ctx, spec, terms, student, prompts, held_out, schema, store, unfit)
     folder = ctx.work / "synthetic"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / FILE).open("w", encoding="utf-8") as stream:
@@ -127,6 +128,7 @@ def _generate(
     ctx: "Context",
     spec: DistillationJobSpec,
     terms: generation.Terms,
+    student: Loaded,
     prompts: Examples,
     held_out: Examples | None,
     schema: Validator | None,
@@ -149,6 +151,10 @@ def _generate(
     replies = [(store.get(question.key), taught[question.prompt]) for question in questions]
     rows = [filters.Row(example, reply.text, reply.finish) for reply, example in replies if reply is not None]
     kept, drops = filters.apply(rows, rules, schema, thoughts=settings.chain_of_thought, check=ctx.check)
+    # A teacher may write the name of a token that the student has no weights for: one such answer ends no paid run.
+    lacking = encoding.lacking(student.tokenizer, (example.answer or "" for example in kept), ctx.check)
+    kept = [example for at, example in enumerate(kept) if at not in lacking]
+    drops["unknownToken"] = len(lacking)
     drops["decontaminate"] = len(leaked) * samples
     drops["maxLength"] = len(unfit - leaked) * samples
     metrics = {
