@@ -4,7 +4,7 @@ from collections.abc import Collection
 from datetime import timedelta
 
 import pytest
-from tests.unit.rollout_world import ERRORS, START, World, analysis, revision, serving, spec, steps
+from tests.unit.rollout_world import ERRORS, START, RouterPod, World, analysis, revision, serving, spec, steps
 
 from slmops.api.deployment import ModelDeploymentStatus, RolloutStatus
 from slmops.api.times import stamp
@@ -89,3 +89,27 @@ def test_a_long_interval_leaves_nothing_out():
         world.after(200)
     assert world.windows == [300, 300]
     assert world.phase == "RolledBack"  # two measurements, of different requests
+
+
+def test_routers_that_are_replaced_do_not_hide_what_a_busy_candidate_does_now():
+    """They count anew, but the step is as old as before: an hour's good requests would outweigh the last bad ones."""
+    how = analysis(metrics=[ERRORS.model_copy(update={"max": 0.1})], failure_limit=1)
+    world = serving(steps=steps(10, pause=86400), analysis=how)
+    world.deploy("bbb")
+    world.requests = []
+    for _ in range(60):
+        world.after(30)
+        world.serve(1000)
+        world.requests += [(world.now, False)] * 100
+        world.after(30)
+    world.routers[0] = RouterPod(*world.config_map)
+    world.passes()
+    assert world.status.rollout.samples is not None
+    assert world.status.rollout.samples > 5000
+    for _ in range(10):
+        world.after(10)
+        world.serve(200)
+        world.requests += [(world.now, True)] * 20
+        world.passes()
+    assert max(world.windows) <= 70
+    assert world.phase == "RolledBack"
