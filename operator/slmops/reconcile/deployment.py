@@ -116,10 +116,11 @@ class DeploymentReconciler:
         up = [pod for pod in routers if _address(pod) and (is_ready(pod) or drains(pod, world.now))]
         asked = sorted(up, key=is_ready, reverse=True)[:ROUTERS_MOST]
         agents = tuple(self._agent(obj, pod, world.settings) for pod in asked)
+        began = status.rollout.routed_at or status.rollout.entered_at
         seen = Seen(
             target=wanted.revision,
             other=wanted.waiting if wanted.other else None,
-            pods={name: self._pods.pods_of(world, found, pods) for name, found in live.items()},
+            pods={name: self._pods.pods_of(world, found, pods, began) for name, found in live.items()},
             routers=tuple(_router(agent) for agent in agents if not agent.leaving),
             router_problem=self._pods.problem(world, front, routers),
             refusal=_refusal(obj, status),
