@@ -15,6 +15,7 @@ from slmops.api.run import Input
 from slmops.build import router as router_parts
 from slmops.build import serving
 from slmops.cluster.port import Cluster, ClusterError, Key, Object
+from slmops.cluster.same import covers
 from slmops.reconcile import conditions, sources
 from slmops.reconcile.deployment_measure import measure
 from slmops.reconcile.deployment_pods import EVENTS_SECONDS, PodReader, role
@@ -339,7 +340,7 @@ def _records(
     for revision in decision.replicas:
         if revision in outdated:
             continue
-        if revision in anew and revision not in observed.live:
+        if revision in anew:  # it has no Deployment, or one that is just like it
             records[revision] = anew[revision]
         elif revision in observed.records:
             records[revision] = observed.records[revision]
@@ -374,10 +375,16 @@ def _anew(obj: Object, spec: ModelDeploymentSpec, observed: Observed, decision: 
 def _outdated(observed: Observed, anew: Mapping[str, Object]) -> list[str]:
     """Revisions whose Deployment goes, so that the next pass makes it anew.
 
-    It is not changed: a pod that waits for its image keeps the GPU that its successor would wait for.
+    It is not changed: a pod that waits for its image keeps the GPU that its successor would wait for. A record alone
+    does not tell: one that was read back from the cluster says also what the API server added.
     """
     return [name for name, manifest in anew.items()
-            if name in observed.live and observed.records.get(name, manifest) != manifest]  # fmt: skip
+            if name in observed.live and observed.records.get(name) != manifest
+            and not _is_made_of(observed.live[name], manifest)]  # fmt: skip
+
+
+def _is_made_of(live: Object, manifest: Object) -> bool:
+    return covers(live["spec"], serving.scaled(manifest, live["spec"].get("replicas", 1))["spec"])
 
 
 def _server(obj: Object, revision: str) -> Key:
