@@ -5,6 +5,7 @@ from tests.kube.conftest import Start
 from tests.kube.serving import Nodes
 from tests.kube.test_rollout_killed import CHAT, model, phase, stable
 
+from slmops.api import keys
 from slmops.build.router import records_of
 
 
@@ -38,3 +39,26 @@ def test_records_of_the_version_before_are_sealed_and_touch_nothing(api: Api, st
             api.delete("Service", "chat")  # so that a pass looks
             wait_for("the seal", sealed)
         assert api.need("Deployment", name)["spec"] == before["spec"]
+
+
+def test_records_that_are_lost_take_no_failing_pod_away(api: Api, start: Start) -> None:
+    """Only a real API server adds its defaults to a Deployment, from which a lost record is made again."""
+    key = "k" * 32
+    start(SLMOPS_ROUTER_KEY=key).until_ready()
+    limits = {"cpu": 2, "memory": "1024Mi"}
+    owner = api.create("ModelDeployment", "chat", spec={"model": model("a"), "pod": {"resources": {"limits": limits}}})
+    live = wait_for(
+        "the Deployment",
+        lambda: next((one for one in api.list("Deployment") if keys.LABEL_REVISION in one["metadata"]["labels"]), None),
+    )
+    name, template = live["metadata"]["name"], live["spec"]["template"]
+    api.create("Pod", f"{name}-0", metadata={"labels": template["metadata"]["labels"]}, spec=template["spec"])
+    nowhere = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 free"}
+    api.patch("Pod", f"{name}-0", {"status": {"phase": "Pending", "conditions": [nowhere]}}, "status")
+    wait_for("its reason", lambda: api.reason(*CHAT) == "Unschedulable")
+    before = records_of(owner, api.need("ConfigMap", "chat-router"), key)
+    (revision,) = before
+    api.patch("ConfigMap", "chat-router", {"data": {f"deployment-{revision}.seal": None}})
+    api.delete("Service", "chat")  # so that a pass looks
+    wait_for("the record", lambda: records_of(owner, api.need("ConfigMap", "chat-router"), key) == before)
+    assert api.need("Deployment", name)["metadata"]["uid"] == live["metadata"]["uid"]

@@ -1,5 +1,6 @@
 """Which pods an upgraded operator touches: those that fail for want of what was mended, and no others."""
 
+import pytest
 from tests.unit.objects import Object
 from tests.unit.serving_world import SETTINGS, Kubernetes, uri
 
@@ -156,6 +157,33 @@ def test_a_candidate_that_is_made_anew_has_its_whole_time_again():
     assert world.status["rollout"]["phase"] == "Preparing"
     world.passes(seconds=2)
     assert world.status["phase"] == "RolledBack"
+
+
+@pytest.mark.parametrize("stable", [False, True])
+def test_a_record_that_was_read_back_from_the_cluster_takes_no_pods_away(stable: bool):
+    """It says all that the API server added; and the records of a whole cluster are lost by another router key."""
+    world = Kubernetes()
+    world.passes(1)
+    name = world.status["candidate"]["revision"]
+    if stable:
+        world.passes()
+    live = deployment_of(world, name)
+    live["spec"]["progressDeadlineSeconds"] = 600
+    live["spec"]["template"]["spec"]["schedulerName"] = "default-scheduler"
+    world.cluster.put(live)
+    stored = world.cluster.objects[Key("ConfigMap", "ns", "chat-router")]
+    stored["data"] = {entry: text for entry, text in stored["data"].items() if not entry.endswith(".seal")}
+    world.broken[name] = NOT_PULLED
+    before = uid_of(world, name)
+    world.passes()
+    assert uid_of(world, name) == before
+    assert deployment_of(world, name)["spec"]["progressDeadlineSeconds"] == 600
+    world.cluster.writes.clear()
+    world.passes()
+    assert world.cluster.writes == []
+    upgrade(world)
+    world.passes()
+    assert (image_of(world, name), uid_of(world, name) == before) == ("server:2", False)
 
 
 def test_a_first_revision_whose_pods_take_their_time_is_left_alone():

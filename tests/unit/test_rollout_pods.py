@@ -49,6 +49,7 @@ def died(code: int, reason: str = "Error", message: str = "") -> Any:
         (pod(server=died(2, message="usage:\nerror: no --such-flag\n")), "CrashLoopBackOff", "exit code 2: error: no"),
         (pod(server=died(255, "Unknown")), "NodeFailed", "node"),
         (pod(server=died(255)), "CrashLoopBackOff", "exit code 255"),
+        (pod(server=died(0, "Completed")), "CrashLoopBackOff", "exit code 0"),
         (pod(server=waiting("CreateContainerConfigError", 'secret "x"')), "CreateContainerConfigError", 'secret "x"'),
         (pod(conditions=[{"type": "PodScheduled", "status": "False", "message": "0/1 free"}]), "Unschedulable", "0/1"),
     ],
@@ -86,6 +87,7 @@ STARTING = {**NOT_ANSWERING, "started": False}
     [
         (pod(server=NOT_ANSWERING), True),
         (pod(server=died(1)), True),
+        (pod(server=died(0, "Completed")), True),
         (pod(server=died(137, "OOMKilled")), True),
         (pod(server={**STARTING, **died(1), "state": {"running": {}}}), True),
         (pod(server=died(255, "Unknown")), False),  # its node was started anew
@@ -97,9 +99,9 @@ STARTING = {**NOT_ANSWERING, "started": False}
     ],
 )
 def test_a_pod_falls_by_its_own_doing_or_is_taken(found, own):
-    assert fell([found]) == own
-    assert not fell([ended(found)])
-    assert not fell([{**found, "metadata": {"deletionTimestamp": "now"}}])
+    assert fell([found], stamp(NOW)) == own
+    assert not fell([aged(ended(found), stamp(NOW))], stamp(NOW))
+    assert not fell([{**found, "metadata": {"deletionTimestamp": "now"}}], stamp(NOW))
 
 
 def test_a_candidate_whose_pods_fall_is_given_up_and_one_whose_pods_are_taken_is_not():
@@ -161,6 +163,33 @@ def test_what_a_node_did_to_the_last_pod_is_told_while_the_next_one_says_nothing
     assert words in found.message
     assert ended_lately([over], NOW + LATELY) is None
     assert ended_lately([aged(ended(pod(server=died(1))), stamp(NOW))], NOW) is None  # no node's doing
+
+
+def test_a_pod_falls_that_writes_more_than_it_may_once():
+    over = aged(ended(pod(**FULL)), stamp(NOW))
+    assert fell([over, pod(server=STARTING)], stamp(NOW))
+    assert not fell([over], stamp(NOW + timedelta(seconds=1)))  # it is kept as a record for long
+    assert not fell([over], None)
+    assert not fell([aged(ended(pod(**REFUSED)), stamp(NOW))], stamp(NOW))
+
+
+def test_a_candidate_that_again_and_again_writes_more_than_it_may_is_given_up():
+    world = Kubernetes(rollout={"steps": [{"weight": 50, "pauseSeconds": 3600}]})
+    world.passes()
+    world.edit(model=uri("b"))
+    world.passes()
+    name = world.status["candidate"]["revision"]
+    for losses in range(1, 5):
+        assert world.status["weight"] == 50
+        world.now += timedelta(seconds=60)
+        since = [{"type": "Ready", "status": "False", "lastTransitionTime": stamp(world.now)}]
+        world.broken[name] = {"phase": "Failed", "conditions": since, **FULL}
+        world.passes()
+        assert world.status["rollout"]["losses"] == losses
+        world.broken.clear()
+        world.passes(seconds=60)
+    assert world.status["phase"] == "RolledBack"
+    assert "DiskFull" in world.status["rollout"]["outcome"]
 
 
 def aged(found: Any, created: str) -> Any:

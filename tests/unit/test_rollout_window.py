@@ -1,14 +1,15 @@
 """How far back a measurement looks: to every request that was not measured yet, and to enough of them."""
 
 from collections.abc import Collection
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
-from tests.unit.rollout_world import ERRORS, START, World, analysis, revision, serving, spec, steps
+from tests.unit.rollout_world import ERRORS, START, RouterPod, World, analysis, revision, serving, spec, steps
 
-from slmops.api.deployment import ModelDeploymentStatus, RolloutStatus
+from slmops.api.deployment import ModelDeploymentStatus, RolloutStatus, Verdict
 from slmops.api.times import stamp
-from slmops.rollout.machine import measurement_window
+from slmops.rollout.machine import decide, measurement_window
 from slmops.rollout.seen import Router, Seen
 
 
@@ -25,11 +26,11 @@ def test_a_query_never_looks_back_to_before_the_step(seconds, wanted):
     before = stamp(START - timedelta(hours=1))
     assert looks_back(seconds, 1000, entered_at=before, routed_at=stamp(START)) == wanted
     assert looks_back(seconds, 1000, entered_at=stamp(START)) == wanted
-    assert looks_back(seconds, 1000, entered_at=before, routed_at=stamp(START), measured_at=before) == wanted
+    assert looks_back(seconds, 1000, entered_at=before, routed_at=stamp(START), answered_at=before) == wanted
 
 
 @pytest.mark.parametrize(
-    ("seconds", "samples", "measured", "wanted"),
+    ("seconds", "samples", "answered", "wanted"),
     [
         (1200, 1000, None, 1200),  # nothing was measured yet
         (1200, 1000, 900, 300),  # intervalSeconds are more than windowSeconds
@@ -39,9 +40,10 @@ def test_a_query_never_looks_back_to_before_the_step(seconds, wanted):
         (1200, 0, 1190, 60),
     ],
 )
-def test_a_query_looks_back_to_the_last_measurement_and_to_enough_requests(seconds, samples, measured, wanted):
-    at = stamp(START + timedelta(seconds=measured)) if measured else None
-    assert looks_back(seconds, samples, routed_at=stamp(START), measured_at=at) == wanted
+def test_a_query_looks_back_to_the_last_answer_and_to_enough_requests(seconds, samples, answered, wanted):
+    asked = stamp(START + timedelta(seconds=seconds - 10))  # be it in vain
+    at = stamp(START + timedelta(seconds=answered)) if answered else None
+    assert looks_back(seconds, samples, routed_at=stamp(START), measured_at=asked, answered_at=at) == wanted
 
 
 def quiet(failing: Collection[int], minutes: int, failure_limit: int, most: float) -> World:
@@ -89,3 +91,60 @@ def test_a_long_interval_leaves_nothing_out():
         world.after(200)
     assert world.windows == [300, 300]
     assert world.phase == "RolledBack"  # two measurements, of different requests
+
+
+@pytest.mark.parametrize("word", ["Unreachable", "Inconclusive", "NoData"])
+def test_what_a_candidate_does_while_nobody_can_tell_is_measured_afterwards(word):
+    world = serving(steps=steps(10, pause=86400), analysis=analysis(failure_limit=0))
+    world.deploy("bbb")
+    world.serve(1000)
+    world.after(100)
+    world.measured = [word] * 30
+    for _ in range(30):
+        world.after(10)
+        world.serve(1000)
+    assert world.status.rollout.failures == 0
+    world.requests = [(world.now - timedelta(seconds=120), True), (world.now, False)]
+    world.after(10)
+    assert world.windows[-2:] == [300, 310]
+    assert world.phase == "RolledBack"
+
+
+@pytest.mark.parametrize(
+    ("words", "counts"),
+    [(("Pass", "NoData"), True), (("Unreachable", "Fail"), True), (("NoData", "Inconclusive"), False)],
+)
+def test_a_metric_that_never_has_an_answer_stretches_no_window(words, counts):
+    """In a long one, the good requests of before would outweigh what another metric finds now."""
+    world = serving(steps=steps(10, pause=86400), analysis=analysis(failure_limit=3))
+    world.deploy("bbb")
+    world.serve(1000)
+    world.now += timedelta(seconds=11)
+    verdicts = tuple(Verdict(name=str(number), verdict=word) for number, word in enumerate(words))
+    decision = decide(world.spec, world.status, replace(world.seen(), verdicts=verdicts), world.now)
+    assert decision.rollout.measured_at == stamp(world.now)
+    assert decision.rollout.answered_at == (stamp(world.now) if counts else None)
+
+
+def test_routers_that_are_replaced_do_not_hide_what_a_busy_candidate_does_now():
+    """They count anew, but the step is as old as before: an hour's good requests would outweigh the last bad ones."""
+    how = analysis(metrics=[ERRORS.model_copy(update={"max": 0.1})], failure_limit=1)
+    world = serving(steps=steps(10, pause=86400), analysis=how)
+    world.deploy("bbb")
+    world.requests = []
+    for _ in range(60):
+        world.after(30)
+        world.serve(1000)
+        world.requests += [(world.now, False)] * 100
+        world.after(30)
+    world.routers[0] = RouterPod(*world.config_map)
+    world.passes()
+    assert world.status.rollout.samples is not None
+    assert world.status.rollout.samples > 5000
+    for _ in range(10):
+        world.after(10)
+        world.serve(200)
+        world.requests += [(world.now, True)] * 20
+        world.passes()
+    assert max(world.windows) <= 70
+    assert world.phase == "RolledBack"

@@ -271,6 +271,11 @@ class RolloutStatus(Model):
     measured_at: str | None = Field(
         default=None, description="Last measurement.", json_schema_extra={"format": "date-time"}
     )
+    answered_at: str | None = Field(
+        default=None,
+        description="Last measurement in which any metric had an answer: the next one looks back to it.",
+        json_schema_extra={"format": "date-time"},
+    )
     passes: int = Field(default=0, description="Measurements passed in a row in this step.")
     failures: int = Field(default=0, description="Failed measurements of this rollout, as failureLimit counts them.")
     failed_at: str | None = Field(

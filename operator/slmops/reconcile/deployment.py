@@ -15,6 +15,7 @@ from slmops.api.run import Input
 from slmops.build import router as router_parts
 from slmops.build import serving
 from slmops.cluster.port import Cluster, ClusterError, Key, Object
+from slmops.cluster.same import covers
 from slmops.reconcile import conditions, sources
 from slmops.reconcile.deployment_measure import measure
 from slmops.reconcile.deployment_pods import EVENTS_SECONDS, PodReader, role
@@ -116,10 +117,11 @@ class DeploymentReconciler:
         up = [pod for pod in routers if _address(pod) and (is_ready(pod) or drains(pod, world.now))]
         asked = sorted(up, key=is_ready, reverse=True)[:ROUTERS_MOST]
         agents = tuple(self._agent(obj, pod, world.settings) for pod in asked)
+        began = status.rollout.routed_at or status.rollout.entered_at
         seen = Seen(
             target=wanted.revision,
             other=wanted.waiting if wanted.other else None,
-            pods={name: self._pods.pods_of(world, found, pods) for name, found in live.items()},
+            pods={name: self._pods.pods_of(world, found, pods, began) for name, found in live.items()},
             routers=tuple(_router(agent) for agent in agents if not agent.leaving),
             router_problem=self._pods.problem(world, front, routers),
             refusal=_refusal(obj, status),
@@ -338,7 +340,7 @@ def _records(
     for revision in decision.replicas:
         if revision in outdated:
             continue
-        if revision in anew and revision not in observed.live:
+        if revision in anew:  # it has no Deployment, or one that is just like it
             records[revision] = anew[revision]
         elif revision in observed.records:
             records[revision] = observed.records[revision]
@@ -373,10 +375,16 @@ def _anew(obj: Object, spec: ModelDeploymentSpec, observed: Observed, decision: 
 def _outdated(observed: Observed, anew: Mapping[str, Object]) -> list[str]:
     """Revisions whose Deployment goes, so that the next pass makes it anew.
 
-    It is not changed: a pod that waits for its image keeps the GPU that its successor would wait for.
+    It is not changed: a pod that waits for its image keeps the GPU that its successor would wait for. A record alone
+    does not tell: one that was read back from the cluster says also what the API server added.
     """
     return [name for name, manifest in anew.items()
-            if name in observed.live and observed.records.get(name, manifest) != manifest]  # fmt: skip
+            if name in observed.live and observed.records.get(name) != manifest
+            and not _is_made_of(observed.live[name], manifest)]  # fmt: skip
+
+
+def _is_made_of(live: Object, manifest: Object) -> bool:
+    return covers(live["spec"], serving.scaled(manifest, live["spec"].get("replicas", 1))["spec"])
 
 
 def _server(obj: Object, revision: str) -> Key:

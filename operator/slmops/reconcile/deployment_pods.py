@@ -30,8 +30,8 @@ class PodReader:
     def __init__(self) -> None:
         self._told: dict[str, tuple[datetime, Problem | None]] = {}  # by the pod's uid
 
-    def pods_of(self, world: World, deployment: Object, pods: Sequence[Object]) -> Pods:
-        """Those of `pods` that are of the revision of `deployment`. Raises ClusterError."""
+    def pods_of(self, world: World, deployment: Object, pods: Sequence[Object], since: str | None) -> Pods:
+        """Those of `pods` that are of the revision of `deployment`; `since` is as for `fell`. Raises ClusterError."""
         revision = deployment["metadata"]["labels"][keys.LABEL_REVISION]
         mine = [p for p in pods if p["metadata"]["labels"].get(keys.LABEL_REVISION) == revision]
         ready = sum(is_ready(pod) for pod in mine if role(pod) == keys.ROLE_SERVER)
@@ -41,7 +41,7 @@ class PodReader:
             ready=ready,
             problem=said or ended_lately(mine, world.now),
             failing=said is not None,
-            fell=fell(mine),
+            fell=fell(mine, since),
             imageless=imageless(mine),
         )
 

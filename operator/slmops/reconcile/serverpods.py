@@ -1,7 +1,7 @@
 """What the pods of a revision, or of the router, say of themselves when they are not ready."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import datetime, timedelta
 
 from slmops.api.times import parse
@@ -55,14 +55,18 @@ def imageless(pods: Iterable[Object]) -> bool:
     return bool(problems) and all(found is not None and found.reason == "ImagePullFailed" for found in problems)
 
 
-def fell(pods: Iterable[Object]) -> bool:
+def fell(pods: Collection[Object], since: str | None) -> bool:
     """Whether a pod that had started is not ready by its own doing: it ended, or says that it cannot answer.
 
-    One that was deleted or evicted does not count, nor its successor that has not started yet; and a node that is gone
-    makes a pod not ready, but none of its containers.
+    One that was deleted or evicted does not count, but for its own disk limit since that time; nor its successor that
+    has not started yet; and a node that is gone makes a pod not ready, but none of its containers.
     """
     said = [pod.get("status") or {} for pod in _living(pods)]
-    return any(_fell(container) for status in said for container in status.get("containerStatuses") or [])
+    ends = [failure_of(pod) for pod in _staying(pods) if is_over(pod)]
+    return any(_fell(container) for status in said for container in status.get("containerStatuses") or []) or any(
+        end is not None and end.reason == "DiskFull" and since is not None and parse(end.time) >= parse(since)
+        for end in ends
+    )
 
 
 def mute(pods: Iterable[Object]) -> Object | None:
@@ -129,7 +133,7 @@ def _container(container: Object) -> Problem | None:
     if reason in _CONFIG:
         return Problem(reason, cut(f"The container cannot start: {said or reason}"))
     ended = _end(container)
-    if ended.get("exitCode", 0) == 0:
+    if ended.get("exitCode", 0) == 0 and reason != "CrashLoopBackOff":  # which is also said of one that just ends
         return None
     return _died(container, ended)
 
@@ -138,7 +142,7 @@ def _fell(container: Object) -> bool:
     if container.get("ready"):
         return False
     ended = _end(container)
-    return bool(container.get("started")) or (ended.get("exitCode", 0) != 0 and ended.get("reason") not in NO_STATUS)
+    return bool(container.get("started") or (ended and ended.get("reason") not in NO_STATUS))
 
 
 def _end(container: Object) -> Object:

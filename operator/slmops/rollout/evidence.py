@@ -6,7 +6,7 @@ from slmops.api.times import parse, stamp
 from slmops.rollout.phases import PROMOTING, SAMPLES_SECONDS, STEP
 from slmops.rollout.seen import Problem
 from slmops.rollout.verbs import meant
-from slmops.rollout.verdicts import all_pass, first_failed, first_unknown, still_pass, too_few
+from slmops.rollout.verdicts import all_pass, any_answer, first_failed, first_unknown, still_pass, too_few
 from slmops.rollout.work import Work
 
 SPLIT_TURNS = 100  # requests from which the observed split is compared
@@ -75,6 +75,7 @@ def judged(work: Work) -> bool:
     work.verdicts = verdicts
     work.set(
         measured_at=stamp(work.now),
+        answered_at=stamp(work.now) if any_answer(verdicts) else work.roll.answered_at,
         verdicts=list(verdicts),
         passes=work.roll.passes + 1 if all_pass(verdicts) and work.roll.routed_at else 0,
     )
@@ -114,9 +115,9 @@ def _enough(work: Work, min_samples: int, passes: int) -> bool:
 def window(work: Work) -> int:
     """Seconds that a query looks back: windowSeconds, or more, so that no request is left out.
 
-    As far as to the measurement before, and as far as to find minSamples at the pace of the step: of a candidate with
-    one request a minute one bad request would be all that there is, and a good one would hide all that came before.
-    But never to before the step, whose evidence it shall be.
+    As far as to the last measurement that had an answer, and as far as to find minSamples at the pace of the step: of a
+    candidate with one request a minute one bad request would be all that there is, and a good one would hide all that
+    came before. But never to before the step, whose evidence it shall be.
     """
     analysis, roll = work.spec.rollout.analysis, work.roll
     assert analysis is not None
@@ -124,7 +125,7 @@ def window(work: Work) -> int:
     if began is None:
         return analysis.window_seconds
     age = (work.now - parse(began)).total_seconds()
-    unmeasured = -work.left(max(began, roll.measured_at or began), 0)
+    unmeasured = -work.left(max(began, roll.answered_at or began), 0)
     samples = work.samples()
     enough = age * analysis.min_samples / samples if samples else 0.0
     return max(1, int(min(age, max(analysis.window_seconds, unmeasured, enough))))

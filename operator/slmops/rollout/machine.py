@@ -189,7 +189,7 @@ def _step(work: Work) -> None:
     if not work.routed():
         return
     if work.roll.routed_at is None:
-        work.set(routed_at=stamp(work.now))
+        work.set(routed_at=stamp(work.now), samples=None)  # those of before are of another weight, or step
         work.note("StepRouted", f"Revision {work.name} gets {step.weight} % of the requests.")
     work.set(samples=work.told())
     work.wakes.append(TOLD_SECONDS)

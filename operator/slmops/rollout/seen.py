@@ -22,7 +22,7 @@ class Pods:
     ready: int
     problem: Problem | None = None  # what its pods say of themselves, or how the last one ended
     failing: bool = False  # the pods that are there have a problem: they do not just need time
-    fell: bool = False  # one that had started is not ready by its own doing: no node, drain or eviction took it
+    fell: bool = False  # one that had started is not ready by its own doing: no node or drain took it
     imageless: bool = False  # none of them can come to serve for want of its image
 
 

@@ -37,6 +37,11 @@ def first_unknown(verdicts: Iterable[Verdict]) -> Verdict | None:
     return next((v for v in verdicts if v.verdict not in (PASS, FAIL)), None)
 
 
+def any_answer(verdicts: Iterable[Verdict]) -> bool:
+    """Whether any metric was measured. One that never is would else stretch the windows of the others without end."""
+    return any(v.verdict in (PASS, FAIL) for v in verdicts)
+
+
 def all_pass(verdicts: Sequence[Verdict]) -> bool:
     """Whether there is evidence, and all of it is good."""
     return bool(verdicts) and all(v.verdict == PASS for v in verdicts)

@@ -51,12 +51,13 @@ class Work:
         """Begin a phase, or the next step."""
         self.set(
             phase=phase, entered_at=stamp(self.now), waiting_since=None, routed_at=None, measured_at=None,
-            approved=False, passes=0, hold="", state="",
+            answered_at=None, approved=False, passes=0, hold="", state="",
         )  # fmt: skip
 
     def start_over(self) -> None:
         """The running step has another weight now: what was earned, or approved, at the old one counts no more."""
-        self.set(waiting_since=None, routed_at=None, measured_at=None, approved=False, passes=0)
+        self.set(waiting_since=None, routed_at=None, approved=False, passes=0)
+        self.set(measured_at=None, answered_at=None)
 
     def hold(self, reason: str, message: str) -> None:
         """Say why it does not go on."""
@@ -79,7 +80,7 @@ class Work:
         """Give the candidate up: weight 0 now, its pods once the routers have obeyed."""
         assert self.candidate is not None
         if self.roll.routed_at is not None:
-            self.set(samples=max(self.samples(), self.roll.samples or 0))  # a router may be silent by now
+            self.set(samples=self.samples())
         self.weight, self.given_up = 0, True
         self.set(outcome=f"{why.reason}: {why.message}"[:512])
         self.enter(ROLLING_BACK)
@@ -114,16 +115,20 @@ class Work:
         return candidate_pods(self.spec.replicas, step.weight if step else 100)
 
     def samples(self) -> int:
-        """Requests that the candidate answered at this weight of this step."""
+        """Requests that the candidate answered at this weight of this step, the most that was ever told of them.
+
+        A router that takes the place of another counts anew, a silent one tells nothing.
+        """
         epoch = self.epoch()
-        return sum(r.answered.get(self.name, 0) for r in self.seen.routers if r.epoch == epoch)
+        counted = sum(r.answered.get(self.name, 0) for r in self.seen.routers if r.epoch == epoch)
+        return max(counted, self.roll.samples or 0) if self.roll.routed_at else counted
 
     def told(self) -> int:
         """What is told of them: the last number until they are a tenth more, so that requests alone hardly write."""
         new, old = self.samples(), self.roll.samples
         analysis = self.spec.rollout.analysis
         least = analysis.min_samples if analysis else 0
-        if old is None or not old <= new < old * 1.1 or (old < least) != (new < least):
+        if old is None or new >= old * 1.1 or (old < least) != (new < least):
             return new
         return old
 
