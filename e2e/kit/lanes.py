@@ -49,7 +49,8 @@ class Lanes:
     failed: list[str] = field(default_factory=list)
     stopping: bool = False
     _running: dict[int, tuple[str, "subprocess.Popen[bytes]"]] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    # Its owner may be interrupted by a signal whose handler takes it too.
+    _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def run(self, lanes: Sequence[Sequence[Command]]) -> bool:
         """Whether all succeeded. KeyboardInterrupt: after what ran has ended."""
@@ -124,8 +125,10 @@ def main() -> int:
     lanes = Lanes(LOCAL / "lanes", lambda text: print(text, flush=True))
 
     def terminated(number: int, frame: object) -> None:
+        again = lanes.stopping
         lanes.stop()
-        raise KeyboardInterrupt
+        if not again:
+            raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, terminated)
     # What a script starts with `&` ignores SIGINT, and so would the commands. One with a handler is not handed down.

@@ -163,7 +163,7 @@ def test_the_container_is_not_alive_when_a_stuck_engine_cannot_be_ended(
 
 async def livez(service: Service) -> int:
     """What the probe is answered."""
-    status, _ = await asked(Routes(service, api=False), "GET", "/livez")
+    status, _ = await asked(Routes(service, api=False, metrics=True), "GET", "/livez")
     return status
 
 
@@ -188,7 +188,7 @@ def test_an_adapter_that_is_not_read_in_time_holds_up_no_other(monkeypatch: pyte
 
     async def main() -> None:
         service = Service(parse(arguments, {}))
-        kept, routes = service.supervisor, Routes(service, api=True)
+        kept, routes = service.supervisor, Routes(service, api=True, metrics=False)
         running = asyncio.create_task(kept.run())
         await asyncio.wait_for(kept.was_ready.wait(), 60)
         assert kept.pid

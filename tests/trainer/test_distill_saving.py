@@ -196,6 +196,41 @@ def test_credentials_that_are_being_replaced_cost_no_answer(
     assert saved(tmp_path) == len(TEXTS)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_pod_that_ends_while_credentials_are_replaced_tries_again(
+    pod: Callable[[], Context], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    """And was interrupted, whether the store takes them in time or not: that is no failure of the run."""
+    ctx = pod()
+    monkeypatch.setattr(generation, "SAVE_PATIENCE", 20.0 if again else 0.1)
+    monkeypatch.setattr(generation, "LAST_PAUSE", 0.01)
+    denied = [True]
+    pushes: list[None] = []
+
+    def denying(*arguments: Any, **more: Any) -> Any:
+        pushes.append(None)
+        if len(pushes) > 1 and denied:
+            if ctx.stop.is_set() and again:
+                denied.clear()
+            raise ArtifactError("AccessDenied", "the store refused access (HTTP 401).")
+        return push(*arguments, **more)
+
+    monkeypatch.setattr(checkpoints, "push", denying)
+    monkeypatch.setattr(generation, "STORE_PAUSE", 0.01)
+
+    def script(number: int, *_: object) -> None:
+        if number > 4:
+            wait_until(lambda: len(pushes) > 0)
+        if number > 8:
+            wait_until(lambda: len(pushes) > 2)
+            ctx.stop.set()
+
+    with FakeTeacher(upper, script) as fake, pytest.raises(RunFailure) as caught:
+        ask(ctx, fake.url, TEXTS)
+    assert caught.value.reason == "Interrupted"
+    assert (saved(tmp_path) >= 8) == again
+
+
 @pytest.mark.parametrize(("taken", "patience"), [(0, 600.0), (1, 0.05)], ids=["from the first", "for long"])
 def test_credentials_that_stay_refused_end_the_asking(
     pod: Callable[[], Context], monkeypatch: pytest.MonkeyPatch, taken: int, patience: float

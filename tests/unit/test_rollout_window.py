@@ -46,6 +46,11 @@ def test_a_query_looks_back_to_the_last_answer_and_to_enough_requests(seconds, s
     assert looks_back(seconds, samples, routed_at=stamp(START), measured_at=asked, answered_at=at) == wanted
 
 
+def test_a_status_of_before_goes_on_from_its_last_measurement():
+    asked, verdicts = stamp(START + timedelta(seconds=1190)), [Verdict(name="e", verdict="Pass", message="")]
+    assert looks_back(1200, 1000, routed_at=stamp(START), measured_at=asked, verdicts=verdicts) == 60
+
+
 def quiet(failing: Collection[int], minutes: int, failure_limit: int, most: float) -> World:
     """The candidate gets one request a minute, of which these fail."""
     metric = ERRORS.model_copy(update={"max": most})

@@ -19,6 +19,7 @@ from slmops_trainer.failure import RunFailure, interrupted
 from slmops_trainer.replies import Rejected
 from slmops_trainer.teacher import Forbidden, Sampling, Silent, Teacher
 
+LAST_PAUSE = 1.0  # seconds between two tries to save, in a pod that ends
 SAVE_SECONDS = 5.0  # between two checkpoints: what a killed pod has to pay twice at most
 HOLD_SECONDS = 15.0  # of a save that does not come to its end, after which nothing more is asked
 GRACE_SECONDS = 5.0  # that requests in flight get when the pod is asked to stop
@@ -370,7 +371,20 @@ class _Run:
                 else:
                     self.denied_since = None
                     return refused
-            return self.ctx.checkpoints.save(patience=SAVE_PATIENCE) if last else ""
+            return self._save_at_last() if last else ""
+
+    def _save_at_last(self) -> str:
+        """In a pod that ends. Returns why the store refused it."""
+        end = time.monotonic() + SAVE_PATIENCE
+        while True:
+            try:
+                return self.ctx.checkpoints.save(patience=max(0.0, end - time.monotonic()))
+            except RunFailure as failure:
+                if failure.reason != "AccessDenied" or not self.ctx.checkpoints.stored:
+                    raise
+                if time.monotonic() + LAST_PAUSE > end:  # as `keep` has it: no cause to fail
+                    return failure.message
+            time.sleep(LAST_PAUSE)
 
     def _wait(self, error: ArtifactError, seconds: float) -> None:
         log.warning("Waits for the store: %s", error.message)

@@ -125,7 +125,9 @@ def window(work: Work) -> int:
     if began is None:
         return analysis.window_seconds
     age = (work.now - parse(began)).total_seconds()
-    unmeasured = -work.left(max(began, roll.answered_at or began), 0)
+    # An operator of before notes no answers by themselves.
+    answered = roll.answered_at or (roll.measured_at if any_answer(roll.verdicts) else None) or began
+    unmeasured = -work.left(max(began, answered), 0)
     samples = work.samples()
     enough = age * analysis.min_samples / samples if samples else 0.0
     return max(1, int(min(age, max(analysis.window_seconds, unmeasured, enough))))
