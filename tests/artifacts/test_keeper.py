@@ -81,7 +81,10 @@ class Kept(Registry):
 @pytest.fixture
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Kept]:
     (tmp_path / "kept").mkdir()
-    server = Kept(tmp_path / "kept", getattr(request, "param", 2.0))
+    yield from running(Kept(tmp_path / "kept", getattr(request, "param", 2.0)), monkeypatch)
+
+
+def running(server: Kept, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kept]:
     server.start()
     monkeypatch.setenv("SLMOPS_PLAIN_HTTP", server.host)
     monkeypatch.setenv("SLMOPS_RETRY_SECONDS", "60")
@@ -118,12 +121,7 @@ def test_young_files_disturb_no_registry(kept: Kept, model: Path) -> None:
 def cramped(tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kept]:
     """One whose garbage is never old, on a volume of 4 MiB."""
     (tmp_path / "cramped").mkdir()
-    server = Kept(tmp_path / "cramped", 3600.0, small_disk)
-    server.start()
-    monkeypatch.setenv("SLMOPS_PLAIN_HTTP", server.host)
-    monkeypatch.setenv("SLMOPS_RETRY_SECONDS", "60")
-    yield server
-    server.stop()
+    yield from running(Kept(tmp_path / "cramped", 3600.0, small_disk), monkeypatch)
 
 
 def begun_upload(server: Kept, size: int) -> str:

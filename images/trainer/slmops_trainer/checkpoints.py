@@ -13,7 +13,7 @@ from slmops_artifacts.errors import ArtifactError
 from slmops_artifacts.files import folder_digest, list_files
 from slmops_artifacts.folder import discard_damaged
 from slmops_artifacts.uris import FolderRef, OciRef, parse
-from slmops_trainer.failure import from_artifact
+from slmops_trainer.failure import RunFailure, from_artifact
 
 ANNOTATION_UID = "slmops.dev/run-uid"
 PREVIOUS = "slmops.dev/previous-checkpoint"
@@ -43,10 +43,9 @@ class Checkpoints:
         self._older: list[str] = []  # pinned URIs that the next save makes superfluous
         self._refused = ""  # why the store took none lately
 
-    @property
-    def stored(self) -> bool:
-        """Whether the store has taken a checkpoint of this run."""
-        return bool(self._found or self._published)
+    def is_passing(self, failure: RunFailure) -> bool:
+        """Whether the store refuses credentials that are being replaced: it has taken a checkpoint of this run."""
+        return failure.reason == "AccessDenied" and bool(self._found or self._published)
 
     def load(self, patience: float | None = None) -> Path | None:
         """The folder with the last complete checkpoint, None where there is none yet. Pulls once.

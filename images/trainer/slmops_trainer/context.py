@@ -123,7 +123,7 @@ class Context:
             return self.checkpoints.save(patience=SAVE_PATIENCE)
         except RunFailure as failure:
             mended = failure.reason in ("StoreUnavailable", "DiskFull")
-            if not mended and not (failure.reason == "AccessDenied" and self.checkpoints.stored):
+            if not mended and not self.checkpoints.is_passing(failure):
                 raise
             log.warning("Did not save the checkpoint: %s", failure.message)
             return failure.message

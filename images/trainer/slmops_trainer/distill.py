@@ -87,7 +87,7 @@ def run(ctx: Context) -> RunResult:
     student = ctx.work / "trained"
     models.write(loaded, loaded.model, student)
     _measure(ctx, models.load(student, "the trained student", began), spec.evaluation, gold, AFTER, "")
-    _count(ctx, report, kept - encoded.too_long, encoded.too_long, spec.evaluation)
+    _count(ctx, report, kept, encoded.too_long, spec.evaluation)
     origin = publish.Origin(
         ctx.spec.model.uri,
         # The set's own ancestors, the teacher among them, are the student's too.
@@ -228,21 +228,13 @@ def _watched(loaded: models.Loaded, spec: DistillationJobSpec, held_out: Example
     return encoding.encode(loaded.tokenizer, held_out.items, loaded.stop_ids, "assistant", limit).items
 
 
-def _count(ctx: Context, report: TrainReport, learned: int, too_long: int, evaluation: Evaluation | None) -> None:
+def _count(ctx: Context, report: TrainReport, examples: int, too_long: int, evaluation: Evaluation | None) -> None:
     """The rest of the metrics, and their order: what does not fit into the termination message goes from the end."""
     wanted = list(evaluation.metrics) if evaluation else []
     for name in wanted:
         teacher, student = ctx.metrics.get(f"teacher_{name}"), ctx.metrics.get(name)
         if teacher and student is not None:
             ctx.metric(f"teacher_share_{name}", student / teacher)
-    ctx.metric("loss", report.loss)
-    if report.evaluation_loss is not None:
-        ctx.metric("evaluation_loss", report.evaluation_loss)
-    ctx.metric("steps", report.steps)
-    ctx.metric("epochs", report.epochs)
-    ctx.metric("examples", learned)
-    ctx.metric("examples_too_long", too_long)
-    ctx.metric("tokens", report.tokens)
-    ctx.metric("training_seconds", report.seconds)
+    report.tell(ctx, examples, too_long)
     first = [f"{prefix}{name}" for prefix in ("", "teacher_", "teacher_share_", "base_") for name in wanted]
     ctx.metrics = {name: ctx.metrics[name] for name in dict.fromkeys((*first, *ctx.metrics)) if name in ctx.metrics}

@@ -186,9 +186,14 @@ def encode_prompt(tokenizer: Any, example: Example) -> list[int]:
     return found
 
 
+def _rows(tokenizer: Any) -> int:
+    rows: int = getattr(tokenizer, ROWS, 1 << 62)  # without a model to it, as many as any text may need
+    return rows
+
+
 def _check_ids(tokenizer: Any, ids: Sequence[int], example: Example) -> None:
     highest = max(ids, default=0)
-    if highest >= getattr(tokenizer, ROWS, 1 << 62):
+    if highest >= _rows(tokenizer):
         raise RunFailure(
             "BadDataset",
             f"Line {example.line} holds {tokenizer.convert_ids_to_tokens(highest)}: the tokenizer makes a token of it "
@@ -201,7 +206,7 @@ def lacking(tokenizer: Any, texts: Iterable[str], check: Callable[[], None]) -> 
 
     `check()` is called before each of them and may raise.
     """
-    rows = getattr(tokenizer, ROWS, 1 << 62)
+    rows = _rows(tokenizer)
     if max(tokenizer.get_vocab().values()) < rows:
         return set()  # as for nearly all models: no text need be looked at
     found: set[int] = set()

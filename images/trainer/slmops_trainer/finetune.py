@@ -16,7 +16,7 @@ from slmops_trainer import data, encoding, measure, models, publish
 from slmops_trainer.context import Context
 from slmops_trainer.failure import RunFailure
 from slmops_trainer.progress import Stage
-from slmops_trainer.train import TrainReport, train
+from slmops_trainer.train import train
 
 BEFORE, TRAINING, AFTER = "Evaluating base", "Training", "Evaluating"
 PLAN = [
@@ -64,7 +64,7 @@ def run(ctx: Context) -> RunResult:
     tuned = ctx.work / "tuned"
     written = write(loaded, model, spec, tuned, ctx.spec.model.uri, began)
     _measure(ctx, written, spec, held_out, AFTER, "")
-    _count(ctx, report, encoded, examples)
+    report.tell(ctx, examples, encoded.too_long)
     # The main metrics first: what does not fit into the termination message goes from the end.
     ctx.metrics = dict(sorted(ctx.metrics.items(), key=lambda item: _rank(item[0], spec)))
     origin = publish.Origin(ctx.spec.model.uri, base, ctx.spec.model.name, (training.parent,))
@@ -175,18 +175,6 @@ def _watched(
     return encoding.encode(
         loaded.tokenizer, held_out.items, loaded.stop_ids, spec.loss_on, spec.training.max_length
     ).items
-
-
-def _count(ctx: Context, report: TrainReport, encoded: encoding.EncodedSet, examples: int) -> None:
-    ctx.metric("loss", report.loss)
-    if report.evaluation_loss is not None:
-        ctx.metric("evaluation_loss", report.evaluation_loss)
-    ctx.metric("steps", report.steps)
-    ctx.metric("epochs", report.epochs)
-    ctx.metric("examples", examples - encoded.too_long)
-    ctx.metric("examples_too_long", encoded.too_long)
-    ctx.metric("tokens", report.tokens)
-    ctx.metric("training_seconds", report.seconds)
 
 
 def _rank(name: str, spec: FineTuneJobSpec) -> int:

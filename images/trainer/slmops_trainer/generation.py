@@ -380,7 +380,7 @@ class _Run:
             try:
                 return self.ctx.checkpoints.save(patience=max(0.0, end - time.monotonic()))
             except RunFailure as failure:
-                if failure.reason != "AccessDenied" or not self.ctx.checkpoints.stored:
+                if not self.ctx.checkpoints.is_passing(failure):
                     raise
                 if time.monotonic() + LAST_PAUSE > end:  # as `keep` has it: no cause to fail
                     return failure.message
@@ -395,7 +395,7 @@ class _Run:
         """Pause where credentials are being replaced: the store has taken a checkpoint before. Else raise `failure`."""
         self.denied_since = self.denied_since or time.monotonic()
         late = time.monotonic() - self.denied_since >= ACCESS_PATIENCE
-        if failure.reason != "AccessDenied" or late or not self.ctx.checkpoints.stored:
+        if late or not self.ctx.checkpoints.is_passing(failure):
             raise failure
         log.warning("Waits for the store: %s", failure.message)
         self.ctx.stop.wait(STORE_PAUSE)

@@ -46,6 +46,18 @@ class TrainReport:
     stopped_early: bool
     resumed_at: int | None
 
+    def tell(self, ctx: "Context", examples: int, too_long: int) -> None:
+        """The run's metrics of its training; of the `examples` that it was given, `too_long` were left out."""
+        ctx.metric("loss", self.loss)
+        if self.evaluation_loss is not None:
+            ctx.metric("evaluation_loss", self.evaluation_loss)
+        ctx.metric("steps", self.steps)
+        ctx.metric("epochs", self.epochs)
+        ctx.metric("examples", examples - too_long)
+        ctx.metric("examples_too_long", too_long)
+        ctx.metric("tokens", self.tokens)
+        ctx.metric("training_seconds", self.seconds)
+
 
 def train(
     ctx: "Context",
