@@ -73,13 +73,15 @@ components: venv debs ## all tests but the scenarios: unit, operator, artifacts,
 		$(PY) -m pytest -q tests/router -- $(PY) -m pytest -q tests/chart / \
 		$(PY) -m kit.imagetests trainer -- $(PY) -m kit.imagetests server
 
+SCENARIOS := $(PY) -m pytest -q -x --timeout=1500 e2e/scenarios
 e2e: venv ## the scenarios on a real node with real pods
-ifneq ($(CLUSTER),current)
+ifeq ($(CLUSTER),current)
+	@$(SCENARIOS)
+else
 	@PYTHONPATH=e2e $(PY) -m kit.alone
 	@$(MAKE) --no-print-directory up images
-endif
-	@$(PY) -m pytest -q -x --timeout=1500 e2e/scenarios
-ifneq ($(CLUSTER),current)
+	@$(SCENARIOS) -m "not alone" -n 2 --dist loadscope
+	@$(SCENARIOS) -m alone
 	@$(PY) -m pytest -q -x --timeout=300 tests/node
 endif
 

@@ -1,35 +1,57 @@
 """The installed chart on the local node, a namespace for each test, and tiny models to work with."""
 
-from collections.abc import Iterator
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import pytest
 
 from kit import chart, earlier
 from kit.alone import BusyError
 from kit.kubectl import CURRENT, Kubectl, KubectlError
-from kit.objects import HUB, LATE
+from kit.objects import HUB, LATE, STORE
 from kit.seeding import seed
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _beside_nothing() -> Iterator[None]:
+def pytest_sessionstart(session: pytest.Session) -> None:
     """The local node's own: no demo, nothing of earlier runs. A cluster of the user's keeps its namespaces."""
-    if CURRENT:
-        yield
+    if CURRENT or "workerinput" in vars(session.config):  # a worker's process is inside its starter's session
         return
+    held = ExitStack()
+    session.config.add_cleanup(held.close)
     try:
-        with earlier.beside_nothing():
-            yield
+        held.enter_context(earlier.beside_nothing())
     except (BusyError, KubectlError, OSError) as problem:
         pytest.exit(f"The scenarios did not start. {problem}", returncode=1)
 
 
 @pytest.fixture(scope="session")
-def installed() -> Iterator[Kubectl]:
+def first(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[str], AbstractContextManager[bool]]:
+    """For a block that one of the workers side by side is to do, and none to do without: whether it is this one's."""
+    folder = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        folder = folder.parent  # the workers'
+
+    @contextmanager
+    def turn(name: str) -> Iterator[bool]:
+        with (folder / f"{name}.done").open("a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield not file.seek(0, os.SEEK_END)
+            file.write("done")
+
+    return turn
+
+
+@pytest.fixture(scope="session")
+def installed(first: Callable[[str], AbstractContextManager[bool]]) -> Iterator[Kubectl]:
     """The chart, installed; kubectl in its namespace. With CLUSTER=current the images are those of the file VALUES."""
     kube = Kubectl(chart.NAMESPACE)
     own = None if CURRENT else chart.local_images()
-    with chart.lent(kube, f"store.plainHttp={{{LATE}}}", f"hfEndpoint={HUB}", images=own):
+    with ExitStack() as held:
+        with first("installed") as needed:
+            if needed:
+                held.enter_context(chart.lent(kube, f"store.plainHttp={{{LATE}}}", f"hfEndpoint={HUB}", images=own))
         yield kube
 
 
@@ -40,9 +62,12 @@ def images(installed: Kubectl) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def seeded(installed: Kubectl, images: dict[str, str]) -> str:
+def seeded(installed: Kubectl, images: dict[str, str], first: Callable[[str], AbstractContextManager[bool]]) -> str:
     """The root of the tiny artifacts: <root>/base:tiny and <root>/data:tiny."""
-    return seed(installed, images["trainer"])
+    with first("seeded") as needed:
+        if needed:
+            seed(installed, images["trainer"])
+    return STORE
 
 
 @pytest.fixture

@@ -5,9 +5,13 @@ import shutil
 import signal
 import subprocess
 
+import pytest
+
 from kit import chart
 from kit.kubectl import CURRENT, LOCAL, ROOT, Kubectl, wait_for
 from kit.objects import TRAINING, deployment, finetune, quantize
+
+pytestmark = pytest.mark.alone
 
 
 def test_uninstall_with_live_objects(space: Kubectl, seeded: str, installed: Kubectl) -> None:
