@@ -336,8 +336,11 @@ PROGRESS = [
     (None, (0, "Starting"), False),
     (None, (0, "Pulling"), True),
     ((10, "Training", 5), (12, "Training"), False),
-    ((10, "Training", 5), (15, "Training"), True),
-    ((10, "Training", 5), (11, "Evaluating"), True),
+    ((10, "Training", 9), (80, "Training"), False),
+    ((10, "Training", 9), (11, "Evaluating"), False),
+    ((10, "Training", 11), (14, "Training"), False),
+    ((10, "Training", 11), (15, "Training"), True),
+    ((10, "Training", 11), (11, "Evaluating"), True),
     ((10, "Training", 31), (11, "Training"), True),
     ((10, "Training", 31), (10, "Training"), False),
 ]
@@ -378,3 +381,12 @@ def test_writes_of_a_quiet_life_are_few() -> None:
         obj = after(obj, plan)
     assert obj["status"]["phase"] == "Succeeded"
     assert writes == 6
+
+
+@pytest.mark.parametrize(("age", "written"), [(9, False), (11, True)])
+def test_a_run_of_seconds_has_no_progress_to_write(age: float, written: bool) -> None:
+    obj = finetune()
+    before = {**run(obj, job=job(obj), pods=(pod(obj, state=RUNNING),)).status, "startTime": at(-age)}
+    seen = Progress(percent=40, stage="Training")
+    plan = run(finetune(before), job=job(obj), pods=(pod(obj, state=RUNNING),), progress=seen)
+    assert ("progress" in plan.status) == written

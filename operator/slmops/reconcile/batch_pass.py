@@ -15,6 +15,7 @@ from slmops.reconcile.state import Event, Plan
 ANNOTATION_INPUTS = "slmops.dev/inputs"  # on the Job: hashes of the ConfigMaps and Secrets it was made with
 ANNOTATION_IMAGE = "slmops.dev/image"  # on the Job: the operator's image it was made with; webhooks may rewrite its own
 
+PROGRESS_GAP = timedelta(seconds=10)  # between two writes; a run of seconds has none
 PROGRESS_PERCENT = 5  # a smaller move is not worth a write
 PROGRESS_AGE = timedelta(seconds=30)  # unless the last write is older than this
 
@@ -109,6 +110,9 @@ def progress(p: Pass) -> Progress | None:
     new, old = p.seen.progress, p.status.progress
     if new is None or (old is None and new.stage == STAGE_STARTING):
         return old  # that the pod runs is told already
+    last = (old and old.time) or p.status.start_time
+    if last and p.now - parse(last) < PROGRESS_GAP:
+        return old
     fresh = new.model_copy(update={"time": p.stamp()})
     if old is None or old.time is None or new.stage != old.stage:
         return fresh
