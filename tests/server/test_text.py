@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from slmops_server.detok import DetokenizerFactory, StopScanner
 
@@ -59,6 +59,21 @@ def test_a_sentencepiece_style_vocabulary_with_byte_fallback() -> None:
     )
     assert pieces(tokenizer, [5, 1, 2, 3, 4, 6]) == ["the", "", "", "", "🤗", " end"]
     assert pieces(tokenizer, [5, 6], after=[6]) == [" the", " end"]
+
+
+def test_added_tokens_of_white_space_are_written_as_the_library_does() -> None:
+    """Gemma has such: SentencePiece's user-defined pieces become added tokens."""
+    blanks = ["\u2581\u2581", "\u2581\u2581\u2581\u2581"]
+    names = ["<unk>", *(f"<0x{n:02X}>" for n in range(256)), "\u2581", *blanks, "\n", "d", "e", "\u2581f", ":"]
+    tokenizer = Tokenizer(models.BPE({name: at for at, name in enumerate(names)}, [], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in [*blanks, "\n"]])
+    assert pieces(tokenizer, [tokenizer.token_to_id(name) for name in ["d", ":", "\n", *blanks]])[3:] == ["  ", "    "]
+    draw = random.Random(3)
+    for _ in range(300):
+        ids = [draw.choice([66, *range(257, len(names))]) for _ in range(draw.randrange(1, 30))]
+        assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
 
 
 def test_any_other_decoder_goes_through_the_library() -> None:

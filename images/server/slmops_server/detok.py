@@ -70,10 +70,10 @@ class DetokenizerFactory:
         alphabet = _byte_alphabet()
         table = [b""] * (max(vocab.values(), default=-1) + 1)
         for text, token in vocab.items():
-            if token in added:
-                table[token] = b"" if added[token].special else added[token].content.encode()
+            if token in added and added[token].special:
+                table[token] = b""
             elif self._byte_level:
-                known = [alphabet.get(c) for c in text]
+                known = [None if token in added else alphabet.get(c) for c in text]
                 table[token] = text.encode() if None in known else bytes(b for b in known if b is not None)
             elif match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", text):
                 table[token] = bytes([int(match[1], 16)])
