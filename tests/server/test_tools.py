@@ -45,8 +45,30 @@ CASES = [
     (True, f"<tool_call>{NESTED}</tool_call>", "", [{"a": "<tool_call>"}]),
     (True, "a <tool_call>", "a <tool_call>", []),
 ]
+HELD = '{"name": "f", "arguments": {"a": "close with \\"</tool_call>\\" or </tool_call>", "</tool_call>": 1}}'
+ARGUMENTS = {"a": 'close with "</tool_call>" or </tool_call>', "</tool_call>": 1}
+CUT = '{"name": "f", "arguments": {"a": "x'
+CASES += [
+    # tags in what a call says
+    (True, f"a<tool_call>{HELD}</tool_call>", "a", [ARGUMENTS]),
+    (True, f"<tool_call>{HELD}", "", [ARGUMENTS]),
+    (True, f"<tool_call>{HELD}</tool_call><tool_call>{CALL}</tool_call>", "", [ARGUMENTS, {"a": "ü"}]),
+    (True, f"<tool_call>{CUT}</tool_call> and more", f"<tool_call>{CUT}</tool_call> and more", []),
+    (
+        True,
+        f"<tool_call>{CUT}</tool_call>\n<tool_call>{CALL}</tool_call>",
+        f"<tool_call>{CUT}</tool_call>\n",
+        [{"a": "ü"}],
+    ),
+]
 ONE = [
     # where one call is allowed
+    (
+        True,
+        f"<tool_call>{CALL}</tool_call><tool_call>{CUT}</tool_call><tool_call>{CALL}</tool_call>.",
+        f"<tool_call>{CUT}</tool_call>.",
+        1,
+    ),
     (True, f"a<tool_call>{CALL}</tool_call>\n<tool_call>\n{CALL}\n</tool_call>\n", "a", 1),
     (True, f"<tool_call>nonsense</tool_call><tool_call>{CALL}", "<tool_call>nonsense</tool_call>", 1),
     (True, f"<tool_call>[{CALL}, {CALL}]</tool_call>", "", 1),

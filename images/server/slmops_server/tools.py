@@ -1,6 +1,7 @@
 """Tool calls in the text of an answer, found while it grows."""
 
 import json
+import re
 import secrets
 import string
 from collections.abc import Collection
@@ -35,6 +36,7 @@ class ToolParser:
         self._inside = False  # between tags
         self._plain = False  # nothing more can be a call
         self._held = ""
+        self._searched = 0  # characters of what is held, up to the end of a close tag that stands in a call's string
         self.called = 0
 
     def feed(self, text: str) -> tuple[str, list[Call]]:
@@ -50,7 +52,7 @@ class ToolParser:
         if self._tagged and not self._inside:
             return self._trim(held), []
         if self._inside:
-            return self._within(held, "")
+            return self._within(held) or (OPEN + held, [])
         calls = self._read(held)
         return (held, []) if calls is None else ("", calls)
 
@@ -59,15 +61,21 @@ class ToolParser:
         while True:
             if self._inside and self._held.lstrip()[:1] not in ("", "{", "["):  # a tag that the text only speaks of
                 self._inside, shown = False, shown + OPEN
-            before, tag, after = self._held.partition(CLOSE if self._inside else OPEN)
-            if not tag:
+            tag = CLOSE if self._inside else OPEN
+            at = self._held.find(tag, self._searched)
+            if at < 0:
                 break
-            self._held = after
+            before, behind = self._held[:at], at + len(tag)
             if self._inside:
-                text, found = self._within(before, CLOSE)
-                shown, calls = shown + text, calls + found
+                found = self._within(before)
+                if found is None and _ends_in_string(before):
+                    self._searched = behind
+                    continue
+                text, more = found or (OPEN + before + CLOSE, [])
+                shown, calls = shown + text, calls + more
             else:
                 shown += self._trim(before)
+            self._held, self._searched = self._held[behind:], 0
             self._inside = not self._inside
         if not self._inside:
             keep = overlap(self._held, OPEN)
@@ -85,14 +93,14 @@ class ToolParser:
         """Blanks around calls are the template's, not the answer's."""
         return "" if self.called and not text.strip() else text
 
-    def _within(self, text: str, end: str) -> tuple[str, list[Call]]:
-        """What stood behind an open tag: a call, or text with one behind its last open tag, or text only."""
+    def _within(self, text: str) -> tuple[str, list[Call]] | None:
+        """What stood behind an open tag: a call, or text with one behind its last open tag; None when text only."""
         if (calls := self._read(text)) is not None:
             return "", calls
         before, tag, after = text.rpartition(OPEN)
         if tag and (calls := self._read(after)) is not None:
             return OPEN + before, calls
-        return OPEN + text + end, []
+        return None
 
     def _read(self, text: str) -> list[Call] | None:
         """The calls that the text is and that may be made; None when it is no call."""
@@ -121,3 +129,8 @@ class ToolParser:
         except (ValueError, RecursionError):  # NaN and Infinity, which only Python takes for JSON; read, but just so
             return None
         return Call("".join(secrets.choice(ID_LETTERS) for _ in range(ID_LENGTH)), name, text)
+
+
+def _ends_in_string(text: str) -> bool:
+    """Whether JSON that begins so is in the middle of a string."""
+    return re.sub(r"\\.", "", text, flags=re.DOTALL).count('"') % 2 == 1
