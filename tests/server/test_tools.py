@@ -5,10 +5,13 @@ import re
 
 import orjson
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from slmops_server.detok import CLOSE, OPEN, DetokenizerFactory
 from slmops_server.tools import ToolParser
 
 CALL = '{"name": "f", "arguments": {"a": "ü"}}'
+PLAIN = '{"name": "f", "arguments": {"a": 1}}'
 NESTED = '{"name": "f", "arguments": {"a": "<tool_call>"}}'
 LONE = r'{"name": "f", "arguments": {"ü": "\ud83d", "\udc00": 1}}'  # JSON can spell half a character, UTF-8 cannot
 CASES = [
@@ -88,6 +91,23 @@ def test_calls_and_text(tagged: bool, answer: str, shown: str, arguments: list[o
     assert [json.loads(orjson.loads(orjson.dumps(call.arguments))) for call in calls] == arguments
     assert parser.called == len(calls) == len({call.id for call in calls})
     assert {call.name for call in calls} <= {"f"}
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("byte_level", [False, True])
+def test_calls_are_found_though_the_tokenizer_calls_their_tags_special(byte_level: bool, special: bool) -> None:
+    """As some models' tokenizers do; of the others its special tokens stay out of the text."""
+    vocab = {name: at for at, name in enumerate(["[UNK]", "I", "call", "again", *PLAIN.split()])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.ByteLevel() if byte_level else decoders.WordPiece(cleanup=False)
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.add_tokens([AddedToken(tag, special=special, normalized=False) for tag in (OPEN, CLOSE)])
+    stream, parser = DetokenizerFactory(tokenizer).new(), ToolParser(tagged=True, names={"f"})
+    ids = tokenizer.encode(f"I call {OPEN} {PLAIN} {CLOSE} again <|end|>").ids
+    got = [parser.feed(stream.feed(token)) for token in ids] + [parser.end()]
+    assert [json.loads(call.arguments) for _, calls in got for call in calls] == [{"a": 1}]
+    assert "".join(text for text, _ in got).replace(" ", "") == "Icallagain"
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])

@@ -7,6 +7,8 @@ from typing import Protocol
 
 from tokenizers import Tokenizer, decoders
 
+# Tags of tool calls. They are text even where a tokenizer calls them special: calls are found by them
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
 CONTEXT = 8  # tokens before an answer that may decide on how its first one is written
 
 
@@ -48,6 +50,8 @@ class _Stream:
         self._stream = decoders.DecodeStream(after[-CONTEXT:], skip_special_tokens=True)
 
     def feed(self, token: int) -> str:
+        if (name := self._tokenizer.id_to_token(token)) in (OPEN, CLOSE):
+            return name
         return self._stream.step(self._tokenizer, token) or ""
 
 
@@ -71,7 +75,7 @@ class DetokenizerFactory:
         table = [b""] * (max(vocab.values(), default=-1) + 1)
         for text, token in vocab.items():
             if token in added and added[token].special:
-                table[token] = b""
+                table[token] = text.encode() if text in (OPEN, CLOSE) else b""
             elif self._byte_level:
                 known = [None if token in added else alphabet.get(c) for c in text]
                 table[token] = text.encode() if None in known else bytes(b for b in known if b is not None)

@@ -7,10 +7,9 @@ import string
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from slmops_server.detok import overlap
+from slmops_server.detok import CLOSE, OPEN, overlap
 from slmops_server.template import json_text
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
 # Templates of Mistral's models refuse a conversation with ids of any other form
 ID_LETTERS, ID_LENGTH = string.ascii_letters + string.digits, 9
 
