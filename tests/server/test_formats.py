@@ -13,7 +13,7 @@ import openai
 import pydantic
 import pytest
 from server_harness import TINY, Server
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from slmops_server import model_folder
 from slmops_server.engines.choose import EngineOptions
@@ -128,6 +128,31 @@ def test_a_completion_keeps_the_blank_before_its_first_word(start: Start, tmp_pa
     echoed = server.complete(prompt=[300], echo=True, **ask).json()["choices"][0]["text"]
     assert echoed == tokenizer.decode([300, 301, 301, 301]) == "w300 w301 w301 w301"
     assert server.chat(**ask).json()["choices"][0]["message"]["content"] == "w301 w301 w301"
+
+
+def test_a_model_whose_tokenizer_takes_no_formats_is_served_without_them(start: Start, tmp_path: Path) -> None:
+    """llguidance reads no decoder of SentencePiece's unigram models, nor those without one."""
+    model = shutil.copytree(TINY, tmp_path / "model")
+    words = ["<unk>", "<s>", "</s>", "\u2581", *(f"\u2581w{n}" for n in range(4, 512))]
+    tokenizer = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=0))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(model / "tokenizer.json"))
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    server = start("--slots", "2", model=model)
+    ask = {"logit_bias": {"301": 100}, "max_tokens": 2}
+    assert server.complete(prompt="w300", **ask).json()["choices"][0]["text"] == " w301 w301"
+    assert server.chat(**ask).json()["choices"][0]["message"]["content"] == "w301 w301"
+    for refused, param in (
+        (server.complete(structured_outputs={"regex": "a"}), "structured_outputs.regex"),
+        (server.chat(response_format={"type": "json_object"}), "response_format"),
+        (server.chat(tools=[WEATHER], tool_choice="required"), "tools"),
+    ):
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"], error["param"]) == (400, "invalid_grammar", param)
+        assert "tokenizer" in error["message"]
+    assert server.complete(prompt="w300", **ask).status_code == 200
+    assert "no formats" in server.log.read_text()
 
 
 def test_echo_gives_the_prompt_back(server: Server) -> None:

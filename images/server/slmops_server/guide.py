@@ -1,6 +1,7 @@
 """Grammars as masks over the vocabulary, by llguidance: one Guide for one answer."""
 
 import json
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ class BadGrammarError(Exception):
     """The grammar cannot be used; the message is for the user."""
 
 
+log = logging.getLogger(__name__)
 CACHED = 64  # grammars
 CACHED_TEXT = 1 << 20  # characters of them all
 
@@ -53,25 +55,24 @@ class Guides:
     def __init__(self, tokenizer: Path, vocab: int, eos: Iterable[int]) -> None:
         """tokenizer: the path of a tokenizer.json; eos: the tokens that end an answer."""
         self._vocab = vocab
-        try:
-            self._tokenizer = LLTokenizer(str(tokenizer), n_vocab=vocab, eos_token=sorted(eos))
-        except ValueError:  # the tokenizer has tokens that the model lacks (Gemma 3 has one): room for all of them
-            self._tokenizer = LLTokenizer(str(tokenizer), eos_token=sorted(eos))
-        self._made: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
+        self._tokenizer = _read(tokenizer, vocab, sorted(eos))
+        self._made: OrderedDict[tuple[str, str], MatcherGuide] = OrderedDict()
         self._size = 0  # characters
         self._lock = threading.Lock()
 
     def known(self, kind: str, text: str) -> MatcherGuide | None:
         """A guide for a grammar that was compiled before; takes microseconds."""
         with self._lock:
-            matcher = self._made.get((kind, text))
-            if matcher is None:
+            guide = self._made.get((kind, text))
+            if guide is None:
                 return None
             self._made.move_to_end((kind, text))
-            return self._guide(matcher)
+            return guide.copy()
 
     def new(self, kind: str, text: str) -> MatcherGuide:
         """Kind as in Grammar. May take seconds for a large grammar; the GIL is free meanwhile. BadGrammarError."""
+        if self._tokenizer is None:
+            raise BadGrammarError("the model's tokenizer is of a kind for which no format can be prescribed")
         # llguidance itself limits the work: its default limits on a grammar's size, its states and each step
         try:
             matcher = LLMatcher(self._tokenizer, _internal_form(kind, text), log_level=0)
@@ -81,20 +82,18 @@ class Guides:
             raise BadGrammarError(_first_line(matcher.get_error()))
         try:
             # the first mask is the dearest, and the first that may fail
-            MatcherGuide(matcher, self._tokenizer.vocab_size, self._vocab).allowed()
+            guide = MatcherGuide(matcher, self._tokenizer.vocab_size, self._vocab)
+            guide.allowed()
         except ValueError as error:
             raise BadGrammarError(str(error)) from None
-        self._keep(kind, text, matcher)
-        return self._guide(matcher)
+        self._keep(kind, text, guide)
+        return guide.copy()
 
-    def _guide(self, matcher: LLMatcher) -> MatcherGuide:
-        return MatcherGuide(matcher.deep_copy(), self._tokenizer.vocab_size, self._vocab)
-
-    def _keep(self, kind: str, text: str, matcher: LLMatcher) -> None:
+    def _keep(self, kind: str, text: str, guide: MatcherGuide) -> None:
         with self._lock:
             if (kind, text) in self._made:
                 return
-            self._made[kind, text] = matcher
+            self._made[kind, text] = guide
             self._size += len(text)
             while len(self._made) > CACHED or self._size > CACHED_TEXT:
                 (_, oldest), _ = self._made.popitem(last=False)
@@ -102,7 +101,22 @@ class Guides:
 
     def warm(self) -> None:
         """Compile once and mask once, so that the first user does not wait for it."""
-        self.new("json", json.dumps({"type": "object"})).allowed()
+        if self._tokenizer is not None:
+            self.new("json", json.dumps({"type": "object"})).allowed()
+
+
+def _read(path: Path, vocab: int, eos: list[int]) -> LLTokenizer | None:
+    """The library reads most tokenizers; None of one without byte level or byte fallback."""
+    try:
+        return LLTokenizer(str(path), n_vocab=vocab, eos_token=eos)
+    except ValueError:  # the tokenizer has tokens that the model lacks (Gemma 3 has one): room for all of them
+        try:
+            return LLTokenizer(str(path), eos_token=eos)
+        except ValueError as error:
+            log.warning(
+                "The tokenizer takes no formats, so requests with one are refused problem=%s", _first_line(str(error))
+            )
+            return None
 
 
 def _internal_form(kind: str, text: str) -> str:
