@@ -437,6 +437,16 @@ def test_a_large_set_is_tokenized_in_parts_and_can_be_broken_off(
 
 
 @pytest.mark.parametrize("tokenizer", [CHATML], indirect=True)
+def test_tags_of_tool_calls_are_text_though_the_tokenizer_calls_them_special(tokenizer: Any) -> None:
+    """As the server has it; else no answer with a call would be equal to the wanted one."""
+    wanted = '<tool_call>{"room": "lab"}</tool_call>'
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool_call>", "</tool_call>"]})
+    ids = tokenizer(wanted, add_special_tokens=False)["input_ids"]
+    assert ids[0] in tokenizer.all_special_ids
+    assert encoding.decode_answer(tokenizer, [*ids, END]) == wanted
+
+
+@pytest.mark.parametrize("tokenizer", [CHATML], indirect=True)
 def test_the_end_of_a_turn_is_found(tokenizer: Any) -> None:
     assert encoding.turn_end(tokenizer) == END
     tokenizer.chat_template = MARKED  # which leaves the end outside of its marks

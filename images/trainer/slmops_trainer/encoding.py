@@ -25,6 +25,7 @@ COMPLETED = "{# SLMOps: what stands before an answer that is given #}"  # ends a
 CLOCK = "strftime_now"  # what chat templates call, and where the tokenizer keeps it
 ROWS = "slmops_rows"  # where the tokenizer keeps how many tokens its model has weights for
 WORD = re.compile(r"<[^<>]+>|[^\s<>]+")
+CALL_TAGS = ("<tool_call>", "</tool_call>")  # text, as at the server, even where a tokenizer calls them special
 IGNORED = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
 BATCH_CHARACTERS = 1 << 20  # that are tokenized together: a call takes some 150 bytes a token until it is over
@@ -222,7 +223,13 @@ def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:
 
     Left to themselves, some tokenizers "clean up" spaces before punctuation, which the model wrote.
     """
-    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    hidden = {
+        number
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special and token.content not in CALL_TAGS
+    }
+    shown = [number for number in ids if number not in hidden]
+    text: str = tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text
 
 
