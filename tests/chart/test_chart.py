@@ -363,12 +363,16 @@ def test_another_scrape_interval_makes_another_prometheus_pod() -> None:
 
 
 def test_what_an_uninstall_keeps_is_found_by_the_label_in_the_docs() -> None:
-    kept = [f for f in render() if "helm.sh/resource-policy" in f["metadata"].get("annotations", {})]
-    assert {f["kind"] for f in kept} == {"CustomResourceDefinition", "PersistentVolumeClaim", "Secret"}
+    found = render()
+    kept = [f for f in found if "helm.sh/resource-policy" in f["metadata"].get("annotations", {})]
+    kinds = {"CustomResourceDefinition", "ClusterRole", "PersistentVolumeClaim", "Secret"}
+    assert {f["kind"] for f in kept} == kinds
+    roles = {f["metadata"]["name"] for f in found if f["kind"] == "ClusterRole"}
+    assert roles - {f["metadata"]["name"] for f in kept} == {"slmops-system-slmops-operator"}  # the people keep theirs
     assert {f["metadata"]["labels"]["app.kubernetes.io/part-of"] for f in kept} == {"slmops"}
     docs = (ROOT / "docs/install.md").read_text(encoding="utf-8")
-    for kinds in ("crd", "pvc,secret"):
-        assert f"delete {kinds} -l app.kubernetes.io/part-of=slmops" in docs
+    for words in ("crd,clusterrole", "pvc,secret"):
+        assert f"delete {words} -l app.kubernetes.io/part-of=slmops" in docs
 
 
 def test_the_operators_metrics_alone_keep_the_namespace_that_they_name() -> None:

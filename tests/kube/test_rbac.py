@@ -18,6 +18,7 @@ from localkube import tools
 from slmops.cluster.kinds import PLACES
 
 RBAC = "/apis/rbac.authorization.k8s.io/v1"
+V1 = {"apiVersion": "rbac.authorization.k8s.io/v1"}
 RELEASE = "slmops-system"
 USER = f"system:serviceaccount:{RELEASE}:slmops-operator"
 KEY = {"SLMOPS_ROUTER_KEY": "k"}
@@ -40,6 +41,17 @@ def rendered(helm: str, *namespaces: str) -> list[Object]:
     command = [helm, "template", "slmops", str(ROOT / "charts/slmops"), "--namespace", RELEASE, *flags]
     done = subprocess.run([*command, "--show-only", "templates/rbac.yaml"], capture_output=True, text=True, check=True)
     return [obj for obj in yaml.safe_load_all(done.stdout) if obj]
+
+
+def bound(role: str, namespace: str, kind: str = "ClusterRole") -> Object:
+    """What gives the role to somebody, in this namespace."""
+    return {
+        **V1,
+        "kind": "RoleBinding",
+        "metadata": {"name": role, "namespace": namespace},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": role},
+        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "somebody"}],
+    }
 
 
 class Granted:
@@ -166,12 +178,7 @@ def test_users_scale_who_may_edit(
     """Nobody puts the chart's roles into Kubernetes' own here: edit has what view has."""
     names = [f"{RELEASE}-slmops-{role}" for role in roles]
     granted.give([obj for obj in rendered(helm) if obj["metadata"]["name"] in names])
-    for name in names:
-        metadata = {"name": name, "namespace": api.namespace}
-        role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": name}
-        subject = {"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "somebody"}
-        binding = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding", "metadata": metadata}
-        granted.give([{**binding, "roleRef": role, "subjects": [subject]}])
+    granted.give([bound(name, api.namespace) for name in names])
     api.create("ModelDeployment", "m", spec={"model": {"uri": "oci://r/m:1"}})
     proxy.user = "somebody"
     url = proxy.url + api.path("ModelDeployment", "m", "scale")
