@@ -12,6 +12,12 @@ from slmops.api.meta import Pod, Resources
 
 ROUTER_POD = Pod(resources=Resources(requests={"cpu": "50m", "memory": "64Mi"}, limits={"memory": "512Mi"}))
 
+# What can have a repository or a folder for each object below it: anything else would end every run, one by one.
+_HOST = r"([A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?"
+_PREFIX = r"(/[a-z0-9]+(([._]|__|-+)[a-z0-9]+)*)*"
+_FOLDER = r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?(/+[^\s@/]+)*"
+STORE = rf"^$|^oci://{_HOST}{_PREFIX}/*$|^pvc://{_FOLDER}/*$"
+
 
 def _router_pod(value: Any) -> Any:
     """What is not said is as by default: a release whose values are older than the variable says nothing."""
@@ -27,7 +33,7 @@ class Settings(Model):
     router_image: str = "docker.io/slmops/router:0.1.0"
     image_pull_policy: str = "IfNotPresent"
     store: str = Field(
-        default="", pattern=r"^$|^(oci|pvc)://[^\s]+$"
+        default="", pattern=STORE
     )  # default output, for example oci://slmops-registry.slmops-system.svc:5000
     plain_http: str = ""  # comma-separated host:port of registries spoken to without TLS
     registry_secret: str = ""  # dockerconfigjson Secret in each object's namespace for the default store

@@ -6,16 +6,21 @@ import shutil
 import subprocess
 import textwrap
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from slmops.api.meta import Pod
 from slmops.build import parts
+from slmops.reconcile import sources
 from slmops.remote.access import FOLDER
 from slmops.settings import Settings
+from slmops_artifacts.errors import ArtifactError
+from slmops_artifacts.uris import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts/slmops"
@@ -133,6 +138,10 @@ def test_store_and_prometheus_follow_the_values() -> None:
     assert (
         environment(render(*EVERYTHING))["SLMOPS_PROMETHEUS_URL"] == "http://slmops-prometheus.slmops-system.svc:9090"
     )
+    dollars = "http://u:a$$b$(SLMOPS_STORE)@prom"
+    told = environment(render(f"prometheus.url={dollars}", f"hfEndpoint={dollars}", "store.url=pvc://c/$$x"))
+    assert told["SLMOPS_PROMETHEUS_URL"] == told["SLMOPS_HF_ENDPOINT"] == parts.literal(dollars)
+    assert told["SLMOPS_STORE"] == parts.literal("pvc://c/$$x")
     own = environment(
         render("registry.enabled=false", "store.url=oci://registry.example.com/ml", "prometheus.url=http://prom:9090")
     )
@@ -171,6 +180,26 @@ def test_a_key_of_ones_own_makes_every_rendering_the_same() -> None:
     assert made["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
 
 
+# One organisation in upper case, as GitHub shows it, would end every run of an installation.
+NO_STORES = (
+    "oci://ghcr.io/MyOrg", "oci://r/a:v1", "oci://r/a@sha256:12", "oci://r/a//b", "oci://u:p@r/a", "oci://r/a-", "pvc://Claim/x",
+    "pvc://c/x@sha256:12",
+)  # fmt: skip
+STORES = (
+    "oci://h", "oci://h:5000", "oci://registry.example.com/my-org/ml.models/a__b", "oci://[::1]:5000/x", "pvc://c", "pvc://c/X/y",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("url", "good"), [*((url, True) for url in STORES), *((url, False) for url in NO_STORES)])
+def test_a_store_is_taken_that_every_object_finds_a_place_in(url: str, good: bool) -> None:
+    owner = {"kind": "FineTuneJob", "metadata": {"name": "tuned", "namespace": "team-a", "uid": "0a1b2c3d"}}
+    output = sources.resolve_output(owner, None, Settings.model_construct(store=url))
+    with nullcontext() if good else pytest.raises(ArtifactError):
+        assert parse(output.artifact) != parse(output.checkpoint)
+    with nullcontext() if good else pytest.raises(ValidationError):
+        Settings(store=url)
+
+
 @pytest.mark.parametrize(
     ("value", "word"),
     [
@@ -178,6 +207,10 @@ def test_a_key_of_ones_own_makes_every_rendering_the_same() -> None:
         ("operator.workers=0", "workers"),
         ("imagePullPolicy=Sometimes", "imagePullPolicy"),
         ("store.url=http://registry", "url"),
+        *((f"store.url={url}", "url") for url in NO_STORES),
+        ("store.secretName=My_Secret", "secretName"),
+        ("operator.priorityClassName=My_Class", "priorityClassName"),
+        ("router.priorityClassName=My_Class", "priorityClassName"),
         ("router.existingSecret=Not_A_Name", "existingSecret"),
         ("prometheus.url=prom:9090", "url"),
         ("prometheus.existingSecret=Not_A_Name", "existingSecret"),
@@ -201,6 +234,7 @@ def test_wrong_values_are_refused_by_name(value: str, word: str) -> None:
     "value",
     [
         "watchNamespaces={a-b,c}",
+        *(f"store.url={url}" for url in STORES),
         *(f"registry.persistence.size={size}" for size in ("10k", "10Ki", "1.5Gi", "2T")),
         *(f"prometheus.bundled.retention={retention}" for retention in ("6h", "1d12h", "1y", "90m")),
         "prometheus.bundled.scrapeInterval=1m30s",

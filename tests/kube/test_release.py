@@ -75,7 +75,7 @@ def test_where_helm_has_no_way_back_the_former_values_lead_on(api: Api, release:
     """As docs/install.md says; when helm learns it, the docs may forget it."""
     release.upgrade()
     release.upgrade("registry.enabled=false", "store.url=oci://elsewhere")
-    with pytest.raises(HelmError, match="original object PersistentVolumeClaim .* not found"):
+    with pytest.raises(HelmError, match=r"original object PersistentVolumeClaim .* not found"):
         release.helm("rollback", "slmops")
     assert api.get("Deployment", "slmops-registry") is None
     release.upgrade()
