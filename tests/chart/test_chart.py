@@ -138,6 +138,7 @@ def test_store_and_prometheus_follow_the_values() -> None:
     assert (
         environment(render(*EVERYTHING))["SLMOPS_PROMETHEUS_URL"] == "http://slmops-prometheus.slmops-system.svc:9090"
     )
+    assert environment(render("hfEndpoint=null", "prometheus.url=null")) == env
     dollars = "http://u:a$$b$(SLMOPS_STORE)@prom"
     told = environment(render(f"prometheus.url={dollars}", f"hfEndpoint={dollars}", "store.url=pvc://c/$$x"))
     assert told["SLMOPS_PROMETHEUS_URL"] == told["SLMOPS_HF_ENDPOINT"] == parts.literal(dollars)
