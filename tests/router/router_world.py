@@ -95,11 +95,15 @@ class Dns:
 
 
 class ModelServer:
-    """A pod: /readyz, and an answer in `chunks` server-sent events. `status` other than 200 makes it a bad model."""
+    """A pod: /readyz, and an answer in `chunks` server-sent events.
+
+    `status` other than 200 makes it a bad model; `told` is what such an answer says in its headers.
+    """
 
     def __init__(self, name: str, host: str, port: int) -> None:
         self.name, self.host, self.port = name, host, port
         self.ready, self.status, self.chunks, self.pause = True, 200, 3, 0.005
+        self.told: dict[str, str] = {}
         self.answered = self.cut = self.read = 0
         outer = self
 
@@ -135,6 +139,8 @@ class ModelServer:
 
             def _say(self, status: int, body: bytes) -> None:
                 self.send_response(status)
+                for name, value in outer.told.items():
+                    self.send_header(name, value)
                 self.send_header("content-length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from itertools import pairwise
 
+import pytest
 from router_world import Load, ask, eventually, routes
 
 CLIENTS = 8
@@ -278,3 +279,20 @@ def test_more_pods_than_places_makes_room(pod, router, port):
         one.ready("a", 3)
         load.more(50)
     assert load.lost == []
+
+
+@pytest.mark.parametrize("weight", [100, 0])
+def test_a_504_for_the_clients_own_time_is_no_answer_and_no_error(pod, router, port, weight):
+    stable, candidate = pod("a", chunks=0), pod("b", chunks=0)
+    one = router(routes({"a": 100 - weight, "b": weight}, port, fallback="a"))
+    one.ready("a"), one.ready("b")
+    asked, other, name = (candidate, stable, "b") if weight else (stable, candidate, "a")
+    assert ask(one.port)[0] == name
+    asked.status, asked.told = 504, {"x-should-retry": "false"}
+    assert all(ask(one.port)[1].startswith("504 ") for _ in range(5))
+    assert (asked.answered, other.answered) == (6, 0)  # nobody waits for another answer
+    seen = one.seen(name)
+    assert (seen["requests"], seen["responses"]["5xx"], seen["responses"]["other"]) == (1, 0, 5)
+    asked.told = {}  # of a server that cannot say whose time it was
+    ask(one.port)
+    assert one.seen(name)["responses"]["5xx"] == 1

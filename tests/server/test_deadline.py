@@ -68,6 +68,7 @@ def test_time_that_passes_in_mid_stream_ends_it_with_an_error_frame(start: Start
             rest = [line for line in lines if line]
     assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
     assert server.metric("slmops_streams_cut_total") == 0  # no fault of the server
+    assert server.metric("slmops_rejected_requests_total", reason="deadline_exceeded") == 1
     wait_for(lambda: server.idle, "its slot is free")
     assert server.complete().status_code == 200
     assert "Traceback" not in server.log.read_text()

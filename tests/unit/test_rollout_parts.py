@@ -136,8 +136,7 @@ def test_queries_are_filled_in():
     assert promql(mine, context) == 'x{ns="ns",o="shop",r=~"bbb|aaa"}[60s]'
     errors = promql(AnalysisMetric(name="m", builtin="errorRate", max=1), context)
     assert '_responses_total{namespace="ns",slmops_owner="shop",proxy="bbb",code="5xx"}[60s]' in errors
-    late = '{namespace="ns",slmops_owner="shop",slmops_revision="bbb",reason="deadline_exceeded"}[60s]'
-    assert errors.count(f"- (sum(rate(slmops_rejected_requests_total{late})) or vector(0)), 0)") == 2
+    assert " - " not in errors  # a difference of counts from two scrapes makes errors of nothing
     cut = 'slmops_streams_cut_total{namespace="ns",slmops_owner="shop",slmops_revision="bbb"}[60s]'
     assert f"(sum(rate({cut})) or vector(0))" in errors  # another image's servers do not have it
     latency = promql(AnalysisMetric(name="m", builtin="latencyP95", max=1), context)

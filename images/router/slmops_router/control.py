@@ -99,7 +99,7 @@ class Haproxy:
                 revisions[name] = {
                     "weight": revision.weight,
                     "ready": now.up[name],
-                    "requests": sum(since.responses.values()),
+                    "requests": sum(n for kind, n in since.responses.items() if kind != "other"),  # LATE is no answer
                     "responses": since.responses,
                     "aborted": since.aborted,
                     "chosen": since.chosen,

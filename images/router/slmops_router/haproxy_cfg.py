@@ -33,6 +33,7 @@ ERRORS = {
     504: ("server_error", "timeout", "The model server did not answer in time."),
 }
 RETRY_AFTER = 2  # seconds
+LATE = 904  # between the levels: a 504 for the client's own time, in the one class of HAProxy's that is no answer
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,8 @@ backend turns
 def _upper(name: str, routes: Routes, place: Place) -> str:
     """Choose the revision. Only what a candidate could not answer is asked again, of the fallback.
 
-    What the stable revision could not answer is not: its bad requests would count as the candidate's failures.
+    What the stable revision could not answer is not: its bad requests would count as the candidate's failures. Nor is
+    what came too late for the client, who waits no more.
     """
     lines = [
         f"backend {name}",
@@ -224,6 +226,7 @@ def _upper(name: str, routes: Routes, place: Place) -> str:
         "    retry-on conn-failure empty-response response-timeout junk-response 500 502 503 504",
         "    http-request disable-l7-retry if { var(txn.revision),strcmp(txn.fallback) eq 0 }",
         "    use-server %[var(txn.revision)] if { var(txn.revision) -m found }",
+        f"    http-response set-status 504 if {{ status {LATE} }}",
     ]
     if name == "split":
         lines += [f"    option httpchk GET {PROBE}", "    http-check expect status 200"]
@@ -253,6 +256,7 @@ backend {name}
     option httpchk GET /readyz
     http-check expect status 200
     http-response set-header x-slmops-revision {name}
+    http-response set-status {LATE} if {{ status 504 }} {{ res.hdr(x-should-retry) false }}
     default-server check inter 1s fastinter 250ms downinter 500ms fall 2 rise 1
     default-server observe layer4 error-limit 1 on-error mark-down
     server-template pod- {revision.servers} {host}:{routes.port} resolvers dns resolve-prefer ipv4 init-addr last,none

@@ -159,6 +159,8 @@ class Generate:
                 self._service.metrics.ended("error")
                 if error.status in SERVER_FAILED:
                     self._service.metrics.cut()
+                elif error.reason:
+                    self._service.metrics.rejected(error.reason)
                 log.warning("Cut a stream short reason=%s", error.code)
                 await send({"type": "http.response.body", "body": error_frame(error.body()), "more_body": False})
                 return

@@ -19,17 +19,15 @@ class Context:
 
 # Seen by the router: every answer of a revision's pods, also one that a client never saw because another revision
 # answered in its place. An answer that broke off in the middle counts as an error; so does a stream that ends with an
-# error frame, by its server's own count: HAProxy saw 200 and a proper end. A 504 says that the time was over which the
-# client itself had given: it tells nothing of the candidate, so it is no answer here. (A 503 for a time that the queue
-# cannot meet may be: the router has asked for it more than once, so the server's count is not the router's.) Servers of
-# another image may count neither.
-_LATE = '(sum(rate(slmops_rejected_requests_total{%(server)s,reason="deadline_exceeded"}[%(window)ds])) or vector(0))'
+# error frame, by its server's own count: HAProxy saw 200 and a proper end (servers of another image may not count it).
+# A 504 says that the time was over which the client itself had given: it tells nothing of the candidate, so it is no
+# answer here, and the router has it in a class of its own. The servers count such, too, but are scraped at other
+# moments: to subtract their count from the router's left errors where there were none.
 _ERROR_RATE = (
-    f'(clamp_min(sum(rate(haproxy_backend_http_responses_total{{%(router)s,code="5xx"}}[%(window)ds])) - {_LATE}, 0)'
+    '(sum(rate(haproxy_backend_http_responses_total{%(router)s,code="5xx"}[%(window)ds]))'
     " + sum(rate(haproxy_backend_server_aborts_total{%(router)s}[%(window)ds]))"
     " + (sum(rate(slmops_streams_cut_total{%(server)s}[%(window)ds])) or vector(0)))"
-    ' / clamp_min(sum(rate(haproxy_backend_http_responses_total{%(router)s,code=~"2xx|3xx|4xx|5xx"}[%(window)ds]))'
-    f" - {_LATE}, 0)"
+    ' / sum(rate(haproxy_backend_http_responses_total{%(router)s,code=~"2xx|3xx|4xx|5xx"}[%(window)ds]))'
 )
 _LATENCY_P95 = (
     "histogram_quantile(0.95, sum by (le) (rate(vllm:e2e_request_latency_seconds_bucket{%(server)s}[%(window)ds])))"
