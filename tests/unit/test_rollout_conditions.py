@@ -33,6 +33,10 @@ def test_pods_own_words_reach_the_condition_and_the_rollback():
     world.passes(seconds=601)
     assert world.status["phase"] == "RolledBack"
     assert "There is nothing at" in world.condition("Stalled")[2]
+    assert "The stable revision serves on." in world.condition("Stalled")[2]
+    world.broken[world.status["stable"]["revision"]] = {"initContainerStatuses": [pull]}
+    world.passes()
+    assert "No pod of the stable revision is ready." in world.condition("Stalled")[2]
 
 
 def test_a_person_is_waited_for_as_suspended():

@@ -1,7 +1,7 @@
 """What a step has to earn: time, requests, good measurements, approval. Unknown holds; only a Fail counts against."""
 
 from slmops.api import keys
-from slmops.api.deployment import Step
+from slmops.api.deployment import Step, Verdict
 from slmops.api.times import parse, stamp
 from slmops.rollout.phases import PROMOTING, SAMPLES_SECONDS, STEP
 from slmops.rollout.seen import Problem
@@ -67,11 +67,26 @@ def keep_measuring(work: Work) -> None:
 
 
 def judged(work: Work) -> bool:
-    """Account for what was measured; True where that ends the rollout."""
-    analysis, verdicts = work.spec.rollout.analysis, work.seen.verdicts
-    if not verdicts or analysis is None or not due(work):
+    """Account for what was measured; True where the rollout ends, for it failed more often than the spec now allows."""
+    analysis = work.spec.rollout.analysis
+    if analysis is None:
         return False
-    failed, counted = first_failed(verdicts), _is_counted(work)
+    failed = _account(work) if work.seen.verdicts and due(work) else None
+    if work.roll.failures <= analysis.failure_limit or work.stands_in():
+        return False
+    said = f"{work.roll.failures} measurements failed; failureLimit allows {analysis.failure_limit}."
+    work.roll_back(Problem("AnalysisFailed", f"Metric {failed.name}: {failed.message}." if failed else said))
+    return True
+
+
+def _account(work: Work) -> Verdict | None:
+    """Note what was measured; the first that failed.
+
+    Who stands in for the stable revision has more to do than its pods are meant for, and nobody to leave it to: what
+    fails then is not counted, nor is what later looks back to it.
+    """
+    verdicts = work.seen.verdicts
+    failed, counted, stands_in = first_failed(verdicts), _is_counted(work), work.stands_in()
     work.verdicts = verdicts
     work.set(
         measured_at=stamp(work.now),
@@ -80,14 +95,15 @@ def judged(work: Work) -> bool:
         passes=work.roll.passes + 1 if all_pass(verdicts) and work.roll.routed_at else 0,
     )
     if failed is None:
-        return False
-    if not counted:
+        return None
+    if stands_in:
+        work.set(failed_at=stamp(work.now))
+    elif not counted:
         work.set(failures=work.roll.failures + 1, failed_at=stamp(work.now))
-    work.note("AnalysisFailed", f"Revision {work.name}, metric {failed.name}: {failed.message}.", warning=True)
-    if work.roll.failures <= analysis.failure_limit:
-        return False
-    work.roll_back(Problem("AnalysisFailed", f"Metric {failed.name}: {failed.message}."))
-    return True
+    said = f"Revision {work.name}, metric {failed.name}: {failed.message}."
+    why = " It is not counted, for no pod of the stable revision is ready." if stands_in else ""
+    work.note("AnalysisFailed", said + why, warning=True)
+    return failed
 
 
 def _enough(work: Work, min_samples: int, passes: int) -> bool:

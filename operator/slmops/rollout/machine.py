@@ -10,6 +10,7 @@ Rules that hold in every state:
 - The stable revision keeps all its pods until the routers were seen to send everything to its successor.
 - Weight goes up only to pods that are ready and that every router reaches; it goes to 0 before pods go.
 - Unknown is not bad: missing metrics, a silent Prometheus or router hold. Only a Fail spends the budget.
+- While no pod of the stable revision is ready, only people take requests away from a candidate that answers them.
 - Rolling back needs nothing but the decision: no metric, no router that answers, no candidate that lives.
 - Times in status are absolute and facts are read anew, so a pass may be repeated or lost at any point.
 """

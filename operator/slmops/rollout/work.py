@@ -152,8 +152,16 @@ class Work:
         views = [router.ready.get(self.name, 0) for router in self.seen.routers if router.weights is not None]
         return min([self.pods.ready, *views])
 
+    def stands_in(self) -> bool:
+        """Whether the candidate answers all requests, for the routers reach no pod of the stable revision."""
+        if self.stable is None or self.weight == 0 or self.pods.ready == 0:
+            return False
+        name = self.stable.revision
+        views = [router.ready.get(name, 0) for router in self.seen.routers if router.weights is not None]
+        return name not in self.seen.pods or self.seen.pods[name].ready == 0 or (views != [] and not any(views))
+
     def pods_ready(self, need: int) -> bool:
-        """Wait for pods; roll back where they take too long, except for the first revision, which goes on trying."""
+        """Wait for pods; roll back where they take too long, except for who serves alone, which goes on trying."""
         if self.reached() >= need:
             self.set(waiting_since=None)
             return True
@@ -166,6 +174,11 @@ class Work:
         said = f"{self.reached()} of {need} pods of revision {self.name} are ready"
         if problem:
             self.hold(problem.reason, f"{said}: {problem.message}")
+        if self.stands_in():
+            self.set(waiting_since=None)
+            if not problem:
+                self.hold("StableNotReady", f"{said}; it keeps its share, for no pod of the stable revision is ready.")
+            return False
         left = self.left(self.roll.waiting_since, limit)
         if left > 0:
             self.wakes.append(left)
