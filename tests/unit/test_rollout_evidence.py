@@ -4,6 +4,7 @@ import pytest
 from tests.unit.rollout_world import ERRORS, analysis, serving, steps
 
 from slmops.api import keys
+from slmops.api.deployment import AnalysisMetric
 from slmops.rollout.seen import Problem
 
 
@@ -344,6 +345,43 @@ def test_stricter_bounds_are_not_passed_by_an_older_measurement():
     assert (world.stable, world.status.rollout.passes) == ("aaa", 0)
     world.value = 0.0
     world.after(100)
+    assert world.stable == "bbb"
+
+
+@pytest.mark.parametrize("phase", ["Step", "Promoting"])
+def test_who_has_failed_more_often_than_is_allowed_by_now_is_given_up(phase):
+    world = serving(steps=steps(50, pause=None), analysis=analysis(passes=1, window_seconds=10, failure_limit=5))
+    world.deploy("bbb")
+    world.serve(300)
+    world.measured = ["Fail"] * 3
+    for _ in range(3):
+        world.after(20)
+    assert (world.phase, world.status.rollout.failures) == ("Step", 3)
+    if phase == "Promoting":
+        world.unreached.add("bbb")
+        world.edit_rollout(steps=[])
+        world.passes()
+    assert world.phase == phase
+    world.edit_rollout(analysis=analysis(passes=1, failure_limit=2))
+    world.after(20)
+    assert (world.phase, world.stable) == ("RolledBack", "aaa")
+    assert "3 measurements failed; failureLimit allows 2." in world.status.rollout.outcome
+
+
+def test_another_query_is_not_passed_by_what_the_one_before_it_measured():
+    asked = {name: AnalysisMetric(name="q", query=name, max=0.01) for name in ("wrong", "right")}
+    world = serving(steps=steps(10, pause=60), analysis=analysis(metrics=[asked["wrong"]]))
+    world.value = 0.0
+    world.deploy("bbb")
+    world.serve(300)
+    for _ in range(4):
+        world.after(10)
+    assert world.status.rollout.passes == 4
+    world.annotations[keys.ANNOTATION_PROMOTE] = "bbb"
+    world.edit_rollout(analysis=analysis(metrics=[asked["right"]]))
+    world.passes()
+    assert (world.phase, world.status.rollout.passes) == ("Step", 0)
+    world.after(10), world.after(10)
     assert world.stable == "bbb"
 
 

@@ -241,6 +241,7 @@ class Verdict(Model):
         description="Only Fail counts against failureLimit."
     )
     value: float | None = Field(default=None, description="Measured value.")
+    query: str = Field(default="", max_length=8, description="Hash of what was asked: another query is another metric.")
     message: str = Field(default="", max_length=512, description="Why.")
 
 
@@ -279,7 +280,7 @@ class RolloutStatus(Model):
     passes: int = Field(default=0, description="Measurements passed in a row in this step.")
     failures: int = Field(default=0, description="Failed measurements of this rollout, as failureLimit counts them.")
     failed_at: str | None = Field(
-        default=None, description="When the last of them was.", json_schema_extra={"format": "date-time"}
+        default=None, description="When the last failed.", json_schema_extra={"format": "date-time"}
     )
     losses: int = Field(
         default=0,

@@ -1,24 +1,31 @@
 """From measured values to verdicts, and from verdicts to what they mean together."""
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from slmops.api.deployment import AnalysisMetric, Verdict
 
-PASS: Literal["Pass"] = "Pass"  # noqa: S105  # a verdict
-FAIL: Literal["Fail"] = "Fail"
+PASS: Literal["Pass", "Fail"] = "Pass"  # noqa: S105  # a verdict
+FAIL: Literal["Pass", "Fail"] = "Fail"
 
 
 def judge(metric: AnalysisMetric, value: float) -> Verdict:
     """Pass within the bounds, Fail outside; NoData for what is no number."""
     if not math.isfinite(value):
         return Verdict(name=metric.name, verdict="NoData", message="The query gave no number (NaN or infinite).")
+    verdict, message = PASS, ""
     if metric.max is not None and value > metric.max:
-        return Verdict(name=metric.name, verdict=FAIL, value=value, message=f"{value:.4g} is above {metric.max:g}")
-    if metric.min is not None and value < metric.min:
-        return Verdict(name=metric.name, verdict=FAIL, value=value, message=f"{value:.4g} is below {metric.min:g}")
-    return Verdict(name=metric.name, verdict=PASS, value=value, message="")
+        verdict, message = FAIL, f"{value:.4g} is above {metric.max:g}"
+    elif metric.min is not None and value < metric.min:
+        verdict, message = FAIL, f"{value:.4g} is below {metric.min:g}"
+    return Verdict(name=metric.name, verdict=verdict, value=value, message=message, query=_short(metric))
+
+
+def _short(metric: AnalysisMetric) -> str:
+    """Name what a metric asks for."""
+    return hashlib.sha256(f"{metric.builtin} {metric.query}".encode()).hexdigest()[:8]
 
 
 def too_few(metrics: Iterable[AnalysisMetric], samples: int, least: int) -> tuple[Verdict, ...]:
@@ -49,9 +56,11 @@ def all_pass(verdicts: Sequence[Verdict]) -> bool:
 
 def still_pass(metrics: Iterable[AnalysisMetric], last: Iterable[Verdict]) -> bool:
     """Whether what was measured last passes all metrics as they are now: users edit them while a step runs."""
-    values = {verdict.name: verdict.value for verdict in last}
+    known = {verdict.name: verdict for verdict in last}
     for metric in metrics:
-        value = values.get(metric.name)
-        if metric.name not in values or (value is not None and judge(metric, value).verdict != PASS):
+        found = known.get(metric.name)
+        if found is None or found.query not in ("", _short(metric)):  # "": of an older operator
+            return False
+        if found.value is not None and judge(metric, found.value).verdict != PASS:
             return False
     return True
