@@ -99,6 +99,12 @@ def test_a_checkpoint_of_transformers_5_keeps_its_rope_base(folder: Path) -> Non
     assert models.load(folder, "the model").model.config.rope_theta == 5e5
 
 
+def test_a_prefix_space_that_tokenizer_json_has_needs_no_sentencepiece(folder: Path) -> None:
+    before = models.load(folder, "the model").tokenizer("a lamp")["input_ids"]
+    edit(folder, "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast", add_prefix_space=True, add_bos_token=False)
+    assert models.load(folder, "the model").tokenizer("a lamp")["input_ids"] == before
+
+
 def test_rope_scaling_of_transformers_5_is_kept() -> None:
     scaled = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "partial_rotary_factor": 0.5}
     found = models.modernise({"rope_parameters": scaled, "x": 1}, "m")

@@ -367,9 +367,18 @@ def test_a_graph_that_is_not_what_was_asked_for_is_refused(
         ({"hidden_size": 96, "num_attention_heads": 4, "head_dim": 32, "num_key_value_heads": 2}, ""),
         ({"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 3}, "4 heads over 3 key-value heads"),
         ({"n_embd": 64}, ""),
+        ({"rope_scaling": None}, ""),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ""),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ""),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "positions by yarn"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 32}}, "positions by yarn"),
+        ({"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 2}, ""),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, ""),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, "window of 8 tokens in some"),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2, "max_position_embeddings": 8}, ""),
     ],
 )
-def test_shapes_that_would_not_run_are_refused_before_converting(config: dict[str, Any], what: str) -> None:
+def test_what_would_not_run_or_compute_something_else_is_refused_before_converting(config: dict[str, Any], what: str) -> None:
     if not what:
         quantize.refuse(config, "m")
         return

@@ -313,9 +313,9 @@ def _disk_dtype(folder: Path) -> torch.dtype:
 
 
 def _mend_tokenizer(folder: Path, source: str) -> None:
-    """Version 5 names a tokenizer class that version 4 does not have, and lists further special tokens elsewhere.
+    """What keeps version 4 from reading a tokenizer.json as it stands.
 
-    Its tokenizer.json is the same.
+    Version 5 names a tokenizer class that version 4 does not have, and lists further special tokens elsewhere.
     """
     path = folder / "tokenizer_config.json"
     if not path.is_file():
@@ -328,6 +328,9 @@ def _mend_tokenizer(folder: Path, source: str) -> None:
         known = config.get("additional_special_tokens") or []
         more = [token for token in mended.pop("extra_special_tokens") if token not in known]
         mended["additional_special_tokens"] = [*known, *more]
+    if str(config.get("tokenizer_class")).startswith("LlamaTokenizer") and (folder / "tokenizer.json").is_file():
+        # It would be made again from the sentencepiece file, which needs that library; tokenizer.json has the prefix.
+        mended.pop("add_prefix_space", None)
     if mended != config:
         path.write_text(json.dumps(mended, indent=2))
 

@@ -41,6 +41,8 @@ PLAN = [
 PACKAGES = ("olive-ai", "onnx", "onnxruntime", "onnxruntime-genai")
 CONFIG = "genai_config.json"
 HEAD_MULTIPLE = 16  # of onnxruntime's GroupQueryAttention with rotary embeddings on CPUs
+# "su" is an older name of longrope; dynamic changes nothing within the model's context.
+SCALINGS = ("default", "linear", "llama3", "longrope", "su", "dynamic")
 PROBE = Example((Message("user", "Hello"),), None)
 
 
@@ -84,7 +86,8 @@ def run(ctx: Context) -> RunResult:
 
 
 def refuse(config: Mapping[str, Any], source: str) -> None:
-    """Raise RunFailure(UnsupportedModel) for shapes that convert and then do not run."""
+    """Raise RunFailure(UnsupportedModel) for what converts and then does not run, or computes something else."""
+    _refuse_positions(config, source)
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     if not heads or not hidden:
         return
@@ -96,6 +99,25 @@ def refuse(config: Mapping[str, Any], source: str) -> None:
             "UnsupportedModel",
             f"{source} has {what}: onnxruntime computes heads of a multiple of {HEAD_MULTIPLE} values, in groups of "
             "equal size. Use another model, or train it with such a shape.",
+        )
+
+
+def _refuse_positions(config: Mapping[str, Any], source: str) -> None:
+    """The builder leaves out a scaling that it does not know, and gives every layer the window of some."""
+    scaling = config.get("rope_scaling")
+    kind = (scaling.get("rope_type") or scaling.get("type") or "default") if isinstance(scaling, dict) else "default"
+    if kind not in SCALINGS:
+        raise RunFailure(
+            "UnsupportedModel",
+            f"{source} scales its positions by {kind}, which its ONNX form cannot have faithfully. Take rope_scaling "
+            "out of its config.json, and let max_position_embeddings be the context that it was trained with.",
+        )
+    window, context = config.get("sliding_window"), config.get("max_position_embeddings") or math.inf
+    if config.get("use_sliding_window") and config.get("max_window_layers", 28) and window and window < context:
+        raise RunFailure(
+            "UnsupportedModel",
+            f"{source} looks through a window of {window} tokens in some of its layers only (max_window_layers), which "
+            "its ONNX form cannot have. Set use_sliding_window to false in its config.json and train it so.",
         )
 
 
