@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -285,11 +286,20 @@ def test_the_phases_of_a_request_add_up(start: Callable[..., Server]) -> None:
 def test_kv_use_is_what_running_answers_hold(start: Callable[..., Server]) -> None:
     server = start("--slots", "2")
     assert server.metric("vllm:kv_cache_usage_perc") == 0
+    seen = threading.Event()
+
+    def busy() -> None:
+        """2 of 2 slots, however fast they are: the engine tells of itself once in a while."""
+        while not seen.is_set():
+            assert server.complete(prompt=[40] * 128, max_tokens=128, n=60, ignore_eos=True).status_code == 200
+
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        # 2 of 2 slots, hundreds of answers one after the other: long enough to be seen
-        many = pool.submit(server.complete, prompt=[40] * 128, max_tokens=128, n=60, ignore_eos=True)
-        wait_for(lambda: 0.25 <= server.metric("vllm:kv_cache_usage_perc") <= 0.5, "from 128 to 256 of 512 tokens")
-        assert many.result().status_code == 200
+        many = pool.submit(busy)
+        try:
+            wait_for(lambda: 0.25 <= server.metric("vllm:kv_cache_usage_perc") <= 0.5, "from 128 to 256 of 512 tokens")
+        finally:
+            seen.set()
+        many.result()
     wait_for(lambda: server.metric("vllm:kv_cache_usage_perc") == 0, "nothing runs")
 
 

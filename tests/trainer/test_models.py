@@ -101,7 +101,13 @@ def test_a_checkpoint_of_transformers_5_keeps_its_rope_base(folder: Path) -> Non
 
 def test_a_prefix_space_that_tokenizer_json_has_needs_no_sentencepiece(folder: Path) -> None:
     before = models.load(folder, "the model").tokenizer("a lamp")["input_ids"]
-    edit(folder, "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast", add_prefix_space=True, add_bos_token=False)
+    edit(
+        folder,
+        "tokenizer_config.json",
+        tokenizer_class="LlamaTokenizerFast",
+        add_prefix_space=True,
+        add_bos_token=False,
+    )
     assert models.load(folder, "the model").tokenizer("a lamp")["input_ids"] == before
 
 

@@ -378,7 +378,9 @@ def test_a_graph_that_is_not_what_was_asked_for_is_refused(
         ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2, "max_position_embeddings": 8}, ""),
     ],
 )
-def test_what_would_not_run_or_compute_something_else_is_refused_before_converting(config: dict[str, Any], what: str) -> None:
+def test_what_would_not_run_or_compute_something_else_is_refused_before_converting(
+    config: dict[str, Any], what: str
+) -> None:
     if not what:
         quantize.refuse(config, "m")
         return
