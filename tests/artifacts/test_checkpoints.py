@@ -386,9 +386,21 @@ def test_on_a_volume_the_files_of_others_stay(tmp_path: Path) -> None:
     run = Run(f"file://{tmp_path}/mine", tmp_path)
     pod = run.pod()
     assert pod.load() is None
-    with pytest.raises(RunFailure, match="not an artifact of ours"):
-        save(pod, 1)
+    write(pod.folder, {"training/same.json": b"{}"})
+    assert "notes.txt', which is not" in pod.save()
     assert contents(tmp_path / "mine") == {"notes.txt": b"mine"}
+
+
+def test_on_a_volume_what_others_put_into_a_checkpoint_stays(tmp_path: Path) -> None:
+    run = Run(f"file://{tmp_path}/ckpt", tmp_path)
+    pod = run.pod()
+    pod.load()
+    save(pod, 1)
+    (tmp_path / "ckpt/training/same.json").unlink()
+    write(tmp_path / "ckpt", {"notes.txt": b"mine"})
+    assert run.pod().load() is None
+    pod.discard()
+    assert contents(tmp_path / "ckpt")["notes.txt"] == b"mine"
 
 
 def hash_of(path: Path) -> str:

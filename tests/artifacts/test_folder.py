@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import threading
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from artifact_support import contents, growing, run_cli, safetensors, wait_for, write
 
-from slmops_artifacts import ArtifactError, Manifest, pull, push, read_manifest, resolve, staging
+from slmops_artifacts import ArtifactError, Manifest, delete, pull, push, read_manifest, resolve, staging
 
 PLAIN = Manifest(kind="model")
 
@@ -58,11 +59,58 @@ def test_a_new_push_replaces_the_old_one_whole(claim: Path, model: Path) -> None
 
 def test_files_of_others_are_not_replaced(claim: Path, model: Path) -> None:
     write(claim / "mine", {"thesis.txt": b"years of work"})
-    with pytest.raises(ArtifactError, match="already holds files"):
+    with pytest.raises(ArtifactError, match=r"pvc://store/mine holds 'thesis\.txt', which") as caught:
         push(model, "pvc://store/mine", PLAIN)
+    assert caught.value.reason == "Refused"
     with pytest.raises(ArtifactError, match="whole volume"):
         push(model, "pvc://store", PLAIN)
     assert (claim / "mine/thesis.txt").read_bytes() == b"years of work"
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "sub/deep/run.log", "int4/slmops-manifest.json"])
+def test_nothing_beside_an_artifact_goes_with_it(claim: Path, model: Path, tmp_path: Path, name: str) -> None:
+    uri, first = push(model, "pvc://store/a", PLAIN)
+    write(claim / "a", {name: b"mine"})
+    before = contents(claim / "a")
+    (model / "config.json").write_bytes(b"[]")
+    with pytest.raises(ArtifactError, match=re.escape(name)) as caught:
+        push(model, uri, PLAIN)
+    assert caught.value.reason == "Refused"
+    with pytest.raises(ArtifactError, match=re.escape(name)):
+        delete(uri)
+    assert contents(claim / "a") == before
+    assert pull(uri, tmp_path / "out") == first  # and does not become a part of it
+    assert name not in contents(tmp_path / "out")
+
+
+@pytest.mark.parametrize("harm", ["changed", "lost", "a link"])
+def test_what_is_left_of_an_artifact_is_replaced(claim: Path, model: Path, tmp_path: Path, harm: str) -> None:
+    uri, _ = push(model, "pvc://store/a", PLAIN)
+    (claim / "a/config.json").unlink()
+    if harm == "changed":
+        write(claim / "a", {"config.json": b'{"changed": true}'})
+    if harm == "a link":
+        (claim / "a/more.json").symlink_to("sub/tokenizer.json")
+        with pytest.raises(ArtifactError, match=r"more\.json"):
+            push(model, uri, PLAIN)
+        (claim / "a/more.json").unlink()
+    _, pushed = push(model, uri, PLAIN)
+    assert pull(uri, tmp_path / "out") == pushed
+    assert contents(claim / "a") == contents(model)
+
+
+def test_no_artifact_lies_in_another(claim: Path, model: Path) -> None:
+    push(model, "pvc://store/a", PLAIN)
+    before = contents(claim)
+    for uri in ("pvc://store/a/int4", "pvc://store/a/sub/deep/er"):
+        with pytest.raises(ArtifactError, match=f"{uri} lies in .* artifact, pvc://store/a,") as caught:
+            push(model, uri, PLAIN)
+        assert caught.value.reason == "Refused"
+    assert contents(claim) == before
+    push(model, "pvc://store/b/int4", PLAIN)
+    with pytest.raises(ArtifactError, match=r"int4/"):
+        push(model, "pvc://store/b", PLAIN)
+    assert read_manifest("pvc://store/b/int4") is not None
 
 
 def test_folders_filled_by_hand_and_single_files(claim: Path, model: Path, tmp_path: Path) -> None:

@@ -78,6 +78,45 @@ def test_a_full_run_learns_and_says_from_what(
     assert json.loads((tmp_path / "store/out/generation_config.json").read_text())["eos_token_id"] == 2
 
 
+@pytest.mark.parametrize(
+    ("there", "output"),
+    [
+        ("out/notes.txt", "out"),
+        ("out/model.bin", "out"),
+        ("out", "out"),
+        ("out/v1/slmops-manifest.json", "out"),
+        ("out/slmops-manifest.json", "out/v1"),
+        ("slmops-manifest.json", "out"),
+    ],
+)
+def test_an_output_that_takes_nothing_is_known_before_anything_is_pulled(
+    make_run: Callable[..., Context], sets: tuple[str, str], tmp_path: Path, there: str, output: str
+) -> None:
+    path = tmp_path / "store" / there
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+    ctx = make_run(finetune=spec(*sets), output=f"pvc://store/{output}")
+    with pytest.raises(RunFailure, match=f"^pvc://store/{output} ") as caught:
+        finetune.run(ctx)
+    assert caught.value.reason == "StoreUnavailable"
+    assert list(ctx.work.iterdir()) == []
+    path.unlink()
+    assert ctx.existing() is None
+
+
+def test_a_result_is_found_whatever_lies_beside_it(make_run: Callable[..., Context], tmp_path: Path) -> None:
+    ctx = make_run(finetune=None)
+    (ctx.work / "model").mkdir()
+    (ctx.work / "model/config.json").write_text("{}")
+    artifact, _ = ctx.push(ctx.work / "model", Manifest(kind="model"))
+    (tmp_path / "store/out/notes.txt").write_text("mine")
+    found = ctx.existing()
+    assert found is not None
+    assert found[0] == artifact
+    with pytest.raises(RunFailure, match=r"notes\.txt"):
+        make_run(finetune=None, uid="uid-2").existing()
+
+
 def test_training_holds_no_text_of_its_set_in_memory(
     make_run: Callable[..., Context], sets: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from .files import CHUNK, Choose, Entry, Progress, Ticker, folder_digest, hash_f
 from .formats import FOLDER_MANIFEST, check_content, check_files, detect_format
 from .model import Manifest
 from .sent import Sent
-from .staging import Staging, discard, installed
+from .staging import Installed, Staging, check_vacant, discard, foreign, installed
 from .uris import FolderRef
 
 _READS = 3
@@ -44,7 +44,7 @@ def pull(ref: FolderRef, dest: Path, progress: Progress | None, choose: Choose |
         _check_root(ref)
         there = installed(ref.path)
         try:
-            return _copy_out(ref, dest, there.manifest if there else None, progress, choose)
+            return _copy_out(ref, dest, there, progress, choose)
         except ArtifactError as error:
             now = installed(ref.path)
             moved = now is not None and (there is None or now.manifest.digest != there.manifest.digest)
@@ -54,8 +54,9 @@ def pull(ref: FolderRef, dest: Path, progress: Progress | None, choose: Choose |
 
 
 def _copy_out(
-    ref: FolderRef, dest: Path, known: Manifest | None, progress: Progress | None, choose: Choose | None
+    ref: FolderRef, dest: Path, there: Installed | None, progress: Progress | None, choose: Choose | None
 ) -> Manifest:
+    known = there.manifest if there else None
     if not os.path.lexists(ref.path):
         raise ArtifactError("SourceNotFound", f"{ref} does not exist. Check the path, and that its writer has ended.")
     if ref.digest and known and known.digest != ref.digest:
@@ -65,6 +66,8 @@ def _copy_out(
             "Publish each under a path of its own, or point to the digest that is there.",
         )
     files = list_files(ref.path, str(ref))
+    if there is not None:  # what others have put beside its files is no part of it
+        files = {row.path: files[row.path] for row in there.files if row.path in files}
     check_files(files, str(ref))
     part = None if choose is None else frozenset(choose(sorted(files)))
     chosen = files.keys() if part is None else part
@@ -107,9 +110,7 @@ def push(src: Path, ref: FolderRef, manifest: Manifest, progress: Progress | Non
     """Copy `src` to a temporary name beside the target, then rename it into its place."""
     if ref.digest:
         raise ArtifactError("BadUri", f"{ref} names a digest. Push to a path; the digest follows from the content.")
-    if ref.path == (ref.root or Path("/")):
-        raise ArtifactError("BadUri", f"{ref} is the whole volume. Name a folder on it, as in pvc://claim/models/one.")
-    _check_root(ref, must_exist=True)
+    check_target(ref)
     files = list_files(src, str(src))
     verdicts = check_files(files, str(src))
     for path, file in files.items():
@@ -135,6 +136,32 @@ def push(src: Path, ref: FolderRef, manifest: Manifest, progress: Progress | Non
     return str(ref), manifest
 
 
+def published(ref: FolderRef) -> Manifest | None:
+    """Return the manifest of what was pushed there, if it is whole; what people have put there is not looked at."""
+    _check_root(ref)
+    there = installed(ref.path)
+    return there.manifest if there is not None else None
+
+
+def check_target(ref: FolderRef) -> None:
+    """Refuse, before there is anything to push, a folder that would not take it. Raises ArtifactError."""
+    if ref.path == (ref.root or Path("/")):
+        raise ArtifactError("BadUri", f"{ref} is the whole volume. Name a folder on it, as in pvc://claim/models/one.")
+    _check_root(ref)
+    around = next((folder for folder in ref.path.parents if (folder / FOLDER_MANIFEST).is_file()), None)
+    if around is not None:
+        other = around if ref.root is None else f"pvc://{around.relative_to(ref.root.parent)}"
+        raise ArtifactError(
+            "Refused",
+            f"{ref} lies in the folder of another artifact, {other}, which would go when that one is published again. "
+            "Choose a folder beside it.",
+        )
+    try:
+        check_vacant(ref.path, str(ref))
+    except OSError as error:
+        raise from_os(error, "Writing to", ref.path) from error
+
+
 def delete(ref: FolderRef) -> bool:
     """Remove a folder that we published; it is gone at once, its files as fast as the disk can."""
     _check_root(ref)
@@ -145,6 +172,9 @@ def delete(ref: FolderRef) -> bool:
         return True
     if ref.digest not in (None, there.manifest.digest):
         return True
+    others = foreign(ref.path)
+    if others:
+        raise ArtifactError("BadUri", f"{ref} holds {others[:200]!a}, which is not ours. Move it away first.")
     discard(ref.path, there.manifest.digest)
     return True
 
@@ -157,7 +187,7 @@ def discard_damaged(ref: FolderRef) -> bool:
     _check_root(ref)
     if ref.path == ref.root or not ref.path.is_dir() or installed(ref.path) is not None:
         return False
-    if not (ref.path / FOLDER_MANIFEST).is_file() and any(path.is_file() for path in ref.path.rglob("*")):
+    if foreign(ref.path):
         return False
     discard(ref.path, "sha256:" + "0" * 64)
     return True

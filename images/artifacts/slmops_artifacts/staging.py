@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -64,18 +64,68 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def _read_installed(folder: Path) -> Installed | None:
+    for found in _markers(folder):
+        with contextlib.suppress(OSError):
+            if all((folder / row.path).lstat().st_size == row.size for row in found.files):
+                return found
+    return None
+
+
+def _markers(folder: Path) -> Iterator[Installed]:
+    """What our markers in `folder` say, whether or not their files are there."""
     for name in (FOLDER_MANIFEST, MARKER):
         try:
             with (folder / name).open("rb") as stream:
                 document = json.loads(stream.read(_MAX_MARKER))
             rows = [Entry(safe_path(row[0], str(folder)), int(row[1]), str(row[2])) for row in document["files"]]
             manifest = Manifest.model_validate(document["manifest"])
-            whole = all((folder / row.path).lstat().st_size == row.size for row in rows)
         except (OSError, ValueError, KeyError, TypeError, IndexError, ValidationError, ArtifactError):
             continue
-        if whole:
-            return Installed(manifest, tuple(rows))
-    return None
+        yield Installed(manifest, tuple(rows))
+
+
+def foreign(folder: Path) -> str:
+    """A file below `folder` that is no part of an artifact of ours there, whole or not; empty if there is none.
+
+    Hidden names and lost+found are nobody's, as everywhere (see files.list_files).
+    """
+    while True:
+        before = _identity(folder)
+        try:
+            ours = {FOLDER_MANIFEST for _ in _markers(folder)}
+            ours |= {row.path for found in _markers(folder) for row in found.files}
+            first = next((path for path in _paths(folder, "") if path not in ours), "")
+        except FileNotFoundError:
+            if _identity(folder) is None:
+                return ""
+            continue
+        if not first or _identity(folder) == before:  # else the marker may be of the folder that was there before
+            return first
+
+
+def _paths(folder: Path, prefix: str) -> Iterator[str]:
+    """All below `folder` that is no folder itself, links too."""
+    with os.scandir(folder) as items:
+        for item in sorted(items, key=lambda entry: entry.name):
+            if item.name.startswith(".") or item.name == "lost+found":
+                continue
+            if item.is_dir(follow_symlinks=False):
+                yield from _paths(Path(item.path), f"{prefix}{item.name}/")
+            else:
+                yield f"{prefix}{item.name}"
+
+
+def check_vacant(dest: Path, name: str) -> None:
+    """Refuse a folder that cannot be replaced without taking away what is not ours."""
+    if os.path.lexists(dest) and not dest.is_dir():
+        raise ArtifactError("Refused", f"{name} is a file. Remove it, or choose an empty folder in its place.")
+    found = foreign(dest)
+    if found:
+        raise ArtifactError(
+            "Refused",
+            f"{name} holds {found[:200]!a}, which is not a part of an artifact of ours. Move it away, "
+            "or choose an empty folder.",
+        )
 
 
 def discard(folder: Path, digest: str) -> None:
@@ -240,6 +290,9 @@ class Staging:
 
     def _refuse_foreign(self) -> None:
         """Never replace or mix with files that somebody else put there."""
+        if not self._in_place:
+            check_vacant(self.dest, str(self.dest))
+            return
         before = _identity(self.dest)
         if before is None or installed(self.dest) is not None:
             return
@@ -247,7 +300,7 @@ class Staging:
             raise ArtifactError("BadUri", f"{self.dest} is a file. Choose an empty folder as the destination.")
         found = [item.name for item in self.dest.iterdir()]
         names = [name for name in found if name != "lost+found" and not name.startswith(".")]
-        interrupted = self._marker == MARKER and any(is_ours(name) for name in found)
+        interrupted = any(is_ours(name) for name in found)
         if names and not interrupted and _identity(self.dest) == before:
             raise ArtifactError(
                 "BadUri",

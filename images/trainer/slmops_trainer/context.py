@@ -14,7 +14,8 @@ from slmops.api.run import SECRET_ROOT, WORK_DIR, Input, RunSpec
 from slmops_artifacts import Manifest, pull, push, read_manifest, waiting
 from slmops_artifacts.errors import ArtifactError
 from slmops_artifacts.files import Choose
-from slmops_artifacts.uris import OciRef, parse
+from slmops_artifacts.folder import check_target, published
+from slmops_artifacts.uris import FolderRef, OciRef, parse
 from slmops_trainer.checkpoints import ANNOTATION_UID, Checkpoints
 from slmops_trainer.failure import RunFailure, from_artifact, interrupted
 from slmops_trainer.progress import Board
@@ -178,15 +179,21 @@ class Context:
             yield
 
     def existing(self, uri: str = "") -> tuple[Artifact, Manifest] | None:
-        """What an earlier pod of this very run published at `uri` (default: spec.output), else None."""
+        """What an earlier pod of this very run published at `uri` (default: spec.output), else None.
+
+        Raises RunFailure(StoreUnavailable) if that is a folder which would not take what the run is about to make.
+        """
         target = uri or self.spec.output
         try:
-            with self.told("Looking for results", "store"):
-                found = read_manifest(target)
             ref = parse(target)
+            with self.told("Looking for results", "store"):
+                found = published(ref) if isinstance(ref, FolderRef) else read_manifest(target)
+            own = found is not None and found.annotations.get(ANNOTATION_UID) == self.spec.uid
+            if not own and isinstance(ref, FolderRef):
+                check_target(ref)
         except ArtifactError as error:
             raise from_artifact(error, writing=True) from error
-        if found is None or found.annotations.get(ANNOTATION_UID) != self.spec.uid:
+        if found is None or not own:
             return None
         log.info("Found what an earlier pod of this run published uri=%s", target)
         pinned = ref.pinned(found.digest) if isinstance(ref, OciRef) else target
