@@ -113,6 +113,20 @@ def test_an_output_that_is_a_whole_claim_costs_no_pod() -> None:
     assert Key("Job", "ns", "tune-finetune") not in cluster.objects
 
 
+@pytest.mark.parametrize("field", ["base", "dataset", "evaluation"])
+def test_an_output_in_a_folder_that_is_read_costs_no_pod(field: str) -> None:
+    read = {"uri": "pvc://models/team"}
+    cluster = MemoryCluster()
+    obj = finetune(output="pvc://models/team/tuned", **{field: {"dataset": read} if field == "evaluation" else read})
+    key = key_of(cluster.put(obj))
+    Driver(cluster, Settings(), reconcilers(lambda address: None), lambda routes: None).run(key)
+    stalled = of(cluster.objects[key], "Stalled")
+    assert stalled is not None
+    assert stalled["reason"] == "BadSpec"
+    assert "pvc://models/team/tuned lies in pvc://models/team," in stalled["message"]
+    assert Key("Job", "ns", "tune-finetune") not in cluster.objects
+
+
 def test_a_missing_service_account_is_named() -> None:
     obj = finetune()
     text = (

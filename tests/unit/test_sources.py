@@ -1,5 +1,6 @@
 """Resolving sources, and what has to be in the namespace, against the cluster in memory."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -185,6 +186,27 @@ OUTPUTS = [
 def test_output(given: str | None, artifact: str, checkpoint: str) -> None:
     found = sources.resolve_output(finetune(), given, Settings(store="oci://s:5000/"))
     assert (found.artifact, found.checkpoint) == (artifact, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("output", "read", "where"),
+    [
+        ("pvc://c/a/int4", "pvc://c/a", "in"),
+        ("pvc://c//a/b/c/", "pvc://c/a/@sha256:" + "1" * 64, "in"),
+        ("pvc://c/a", "pvc://c", "in"),
+        ("pvc://c/a", "pvc://c/a/train.jsonl", "around"),
+        ("pvc://c/ab", "pvc://c/a", ""),
+        ("pvc://c/a", "pvc://c/a", ""),
+        ("pvc://c/a", "pvc://d/a/b", ""),
+        ("pvc://c/a", "hf://c/a", ""),
+        ("oci://c/a/b:v1", "oci://c/a", ""),
+    ],
+)
+def test_nothing_is_written_in_or_around_what_is_read(output: str, read: str, where: str) -> None:
+    found = sources.resolve_output(finetune(), output, Settings())
+    with pytest.raises(Terminal, match=f" lies {where} {read}") if where else nullcontext() as caught:
+        sources.check_apart(found.artifact, {"hf://org/base", read})
+    assert caught is None or caught.value.reason == "BadSpec"
 
 
 def test_nowhere_to_write_is_said_at_once() -> None:

@@ -15,7 +15,12 @@ class Inputs:
     config_maps: dict[str, set[str]] = field(default_factory=dict)
     secrets: dict[str, set[str]] = field(default_factory=dict)
     jsonl: frozenset[tuple[str, str]] = frozenset()  # (ConfigMap, key) of datasets
-    claims: frozenset[str] = frozenset()  # PersistentVolumeClaims that are read
+    uris: frozenset[str] = frozenset()  # of artifacts that are read
+
+    @property
+    def claims(self) -> frozenset[str]:
+        """PersistentVolumeClaims that are read."""
+        return frozenset[str]().union(*map(claim_of, self.uris))
 
 
 def inputs(spec: Model, *, extra_secrets: tuple[str, ...] = ()) -> Inputs:
@@ -23,7 +28,7 @@ def inputs(spec: Model, *, extra_secrets: tuple[str, ...] = ()) -> Inputs:
     config_maps: dict[str, set[str]] = {}
     secrets: dict[str, set[str]] = {name: set() for name in extra_secrets if name}
     jsonl: set[tuple[str, str]] = set()
-    claims: set[str] = set()
+    uris: set[str] = set()
     for part in _parts(spec):
         match part:
             case ConfigMapKeyRef():
@@ -35,8 +40,8 @@ def inputs(spec: Model, *, extra_secrets: tuple[str, ...] = ()) -> Inputs:
             case Dataset() | ModelSource():
                 if isinstance(part, Dataset) and part.config_map:
                     jsonl.add((part.config_map.name, part.config_map.key))
-                claims.update(claim_of(part.uri))
-    return Inputs(config_maps, secrets, frozenset(jsonl), frozenset(claims))
+                uris.update({part.uri} if part.uri else ())
+    return Inputs(config_maps, secrets, frozenset(jsonl), frozenset(uris))
 
 
 def claim_of(uri: str | None) -> set[str]:

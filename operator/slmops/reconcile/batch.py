@@ -122,6 +122,7 @@ class BatchReconciler:
                 sources.check_cycle(world.cluster, obj)
             raise
         needed = inputs(spec, extra_secrets=run_secrets(run, world.settings))
+        sources.check_apart(run.output, needed.uris | {run.model.uri})
         digest = needs.check(world.cluster, obj["metadata"]["namespace"], needed)
         made = job(obj, spec, run, world.settings)
         image = "" if spec.pod and spec.pod.image else world.settings.trainer_image

@@ -1,5 +1,6 @@
 """Resolving what a spec names: other objects of ours, the teacher, where to write."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from slmops.api.distillation import DistillationJobSpec, Teacher
@@ -141,6 +142,25 @@ def resolve_output(owner: Object, output: str | None, settings: Settings) -> Out
         return Output(base, f"{base}-ckpt-{short}")
     base, tag = _split_tag(output)
     return Output(f"{base}:{tag or short}", f"{base}:ckpt-{short}")
+
+
+def check_apart(output: str, read: Iterable[str]) -> None:
+    """See that nothing is written into a folder that the run reads, or around one. Raises Terminal(BadSpec)."""
+    own = _folder(output)
+    for uri in sorted(read):
+        other = _folder(uri)
+        if own != other and own[: len(other)] == other[: len(own)]:
+            raise Terminal(
+                "BadSpec",
+                f"The output {output} lies {'in' if len(own) > len(other) else 'around'} {uri}, which is read: "
+                "files of the one would count as the other's. Give spec.output a folder beside it, in a new object.",
+            )
+
+
+def _folder(uri: str) -> list[str]:
+    """The claim and the folders on it; where there is no claim the URI, which lies in no other."""
+    scheme, _, rest = uri.partition("://")
+    return [part for part in rest.split("@sha256:")[0].split("/") if part] if scheme == "pvc" else [uri]
 
 
 def references(obj: Object) -> frozenset[tuple[str, str]]:
