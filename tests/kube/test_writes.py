@@ -48,6 +48,18 @@ def test_a_second_operator_writes_nothing(api: Api, start: Start, proxy: Proxy) 
     assert proxy.writes == before
 
 
+def test_a_deadline_that_somebody_else_gave_the_job_is_no_storm(api: Api, start: Start, proxy: Proxy) -> None:
+    operator = start().until_ready()
+    tune(api)
+    started_pod(api)
+    api.until_phase("FineTuneJob", "tune", "Running")
+    before, applied = passes(operator), len(proxy.writes)
+    api.patch("Job", JOB, {"spec": {"activeDeadlineSeconds": 36000}})
+    wait_for("passes after it", lambda: passes(operator) >= before + 3)
+    assert len([write for write in proxy.writes[applied:] if f"/jobs/{JOB}" in write]) <= 1, proxy.writes
+    assert api.need("Job", JOB)["spec"]["activeDeadlineSeconds"] == 36000
+
+
 def test_deleting_an_object_waits_for_nobody(api: Api, start: Start) -> None:
     operator = start().until_ready()
     tune(api)

@@ -35,18 +35,28 @@ def test_resuming_resumes_the_job_and_clears_the_condition() -> None:
     assert of({"status": plan.status}, "Suspended") is None
 
 
-def test_a_queued_job_is_kueues_until_it_is_admitted() -> None:
-    obj = finetune(queueName="gpus")
-    plan = run(obj, job=job(obj, spec={"suspend": True}))
+def queued(owner: Object, **more: Any) -> Object:
+    """Its Job, with the label that the operator sets for queueName, and Kueue itself where there is a default queue."""
+    made = job(owner, **more)
+    made["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "gpus"
+    return made
+
+
+@pytest.mark.parametrize("spec", [{"queueName": "gpus"}, {}])
+def test_a_queued_job_is_kueues_until_it_is_admitted(spec: Object) -> None:
+    obj = finetune(**spec)
+    plan = run(obj, job=queued(obj, spec={"suspend": True}))
     assert plan.status["phase"] == "Queued"
+    assert "queue gpus" in of({"status": plan.status}, "Ready")["message"]  # type: ignore[index]
     assert plan.apply == ()
-    admitted = run(obj, job=job(obj), pods=(pod(obj, state=RUNNING),))
-    assert admitted.status["phase"] == "Running"
+    admitted = run(obj, job=queued(obj), pods=(pod(obj, state=RUNNING),))
+    assert (admitted.status["phase"], admitted.apply) == ("Running", ())
 
 
-def test_suspending_a_queued_object_takes_it_out_of_the_queue() -> None:
-    obj = finetune(queueName="gpus", suspend=True)
-    plan = run(obj, job=job(obj, spec={"suspend": True}))
+@pytest.mark.parametrize("spec", [{"queueName": "gpus"}, {}])
+def test_suspending_a_queued_object_takes_it_out_of_the_queue(spec: Object) -> None:
+    obj = finetune(suspend=True, **spec)
+    plan = run(obj, job=queued(obj, spec={"suspend": True}))
     assert [key.kind for key in plan.delete] == ["Job"]
     assert plan.apply == ()
 

@@ -309,3 +309,7 @@ def test_a_queued_jobs_suspend_is_not_touched() -> None:
     current = live(made(queueName="q"))
     current["spec"]["suspend"] = True
     assert revised(current, FineTuneJobSpec.model_validate(finetune(queueName="q")["spec"])) is None
+    # Without queueName Kueue sets the label where there is a default queue, and the operator has written `suspend`.
+    change = revised(current, FineTuneJobSpec.model_validate(finetune(backoffLimit=9)["spec"]))
+    assert change is not None
+    assert change["spec"]["suspend"] is True

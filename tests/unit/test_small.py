@@ -95,6 +95,8 @@ def test_the_stamp_changes_with_the_object_and_not_with_itself() -> None:
     assert stamped(once) == once
     assert stamped({**obj, "spec": {"a": 2, "b": 1}}) == once
     assert stamped({**obj, "spec": {"a": 3}}) != once
+    later = stamped({**obj, "metadata": {**obj["metadata"], "resourceVersion": "7"}})
+    assert later["metadata"] == {**once["metadata"], "resourceVersion": "7"}
 
 
 JSON = st.recursive(

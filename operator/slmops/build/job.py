@@ -49,7 +49,7 @@ def job(owner: Object, spec: BatchSpec, run: RunSpec, settings: Settings) -> Obj
         "kind": "Job",
         "metadata": parts.metadata(owner, job_name(owner), keys.ROLE_WORKER, more),
         "spec": {
-            **policy(spec),
+            **policy(spec, spec.queue_name),
             "completions": 1,
             "parallelism": 1,
             "podReplacementPolicy": "Failed",  # never two pods of one run at once
@@ -72,12 +72,18 @@ def job(owner: Object, spec: BatchSpec, run: RunSpec, settings: Settings) -> Obj
     }
 
 
-def policy(spec: BatchSpec) -> Object:
+def queue_of(current: Object, spec: BatchSpec) -> str | None:
+    """Name the queue of the Job `current`: Kueue labels a Job without one if the namespace has a default queue."""
+    labels = current["metadata"].get("labels") or {}
+    return spec.queue_name or labels.get(keys.LABEL_QUEUE)
+
+
+def policy(spec: BatchSpec, queue: str | None) -> Object:
     """Build the Job fields that stay mutable. A queued Job's `suspend` is Kueue's alone."""
     fields: Object = {"backoffLimit": spec.backoff_limit}
     if spec.active_deadline_seconds is not None:
         fields["activeDeadlineSeconds"] = spec.active_deadline_seconds
-    if not spec.queue_name:
+    if not queue:
         fields["suspend"] = spec.suspend
     return fields
 
@@ -88,13 +94,14 @@ def revised(current: Object, spec: BatchSpec) -> Object | None:
     All else is what stands in the cluster: a Job's template is immutable, and a newer operator may build another one.
     The resourceVersion makes the write fail if somebody (Kueue) changed the Job since it was read.
     """
-    wanted = policy(spec)
+    wanted = policy(spec, queue_of(current, spec))
     have = current["spec"]
     unset = [name for name in _POLICY if name not in wanted and name in have and name != "suspend"]
     if not unset and all(have.get(name) == value for name, value in wanted.items()):
         return None
     metadata = current["metadata"]
-    kept = ("completions", "parallelism", "podReplacementPolicy", "podFailurePolicy", "template")
+    # `suspend`: what one apply wrote and the next leaves out is taken away, and Kueue's Job would start unadmitted.
+    kept = ("completions", "parallelism", "podReplacementPolicy", "podFailurePolicy", "template", "suspend")
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -106,7 +113,7 @@ def revised(current: Object, spec: BatchSpec) -> Object | None:
             "annotations": metadata.get("annotations") or {},
             "ownerReferences": metadata.get("ownerReferences") or [],
         },
-        "spec": {**wanted, **{name: have[name] for name in kept if name in have}},
+        "spec": {**{name: have[name] for name in kept if name in have}, **wanted},
     }
 
 

@@ -28,10 +28,16 @@ _UNITS = {
 
 
 def stamped(obj: Object) -> Object:
-    """`obj` with the hash of itself as its annotation."""
+    """`obj` with the hash of itself as its annotation.
+
+    A resourceVersion is a condition of the write, not a part of what is written: it is another one after each write,
+    and what somebody else keeps otherwise would be written without end.
+    """
     metadata = obj["metadata"]
     notes = {name: value for name, value in (metadata.get("annotations") or {}).items() if name != APPLIED}
-    text = json.dumps({**obj, "metadata": {**metadata, "annotations": notes}}, sort_keys=True, separators=(",", ":"))
+    said = {**metadata, "annotations": notes}
+    said.pop("resourceVersion", None)
+    text = json.dumps({**obj, "metadata": said}, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     return {**obj, "metadata": {**metadata, "annotations": {**notes, APPLIED: digest}}}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from slmops.api.meta import Failure
 from slmops.api.times import parse, stamp
-from slmops.build.job import revised
+from slmops.build.job import queue_of, revised
 from slmops.cluster.port import Object
 from slmops.reconcile import conditions
 from slmops.reconcile.batch_end import collected, conclude, known_inputs, older, retry_requeue, worth_again
@@ -137,7 +137,7 @@ def _with_job(p: Pass, job: Object) -> Plan:
     if job["metadata"].get("deletionTimestamp"):
         status = going_on(p, "Pending", "JobDeleted", "The Job was deleted; another one follows.")
         return plan(status, requeue=POLL_PODLESS)
-    if p.spec.suspend and p.spec.queue_name:
+    if p.spec.suspend and queue_of(job, p.spec):
         return _suspended(p, delete=True)  # a queued Job's suspend is Kueue's; without the Job nothing is queued
     change = revised(job, p.spec)
     if p.spec.suspend:
@@ -159,8 +159,9 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
         message = f"Pod {pod['metadata']['name']} runs."
         status = going_on(p, "Running", "Running", message, progress=progress(p), last_failure=failure)
         return plan(status, *news, apply=apply, requeue=_poll_running(p))
-    if p.spec.queue_name and job["spec"].get("suspend"):
-        message = f"Waits in queue {p.spec.queue_name} to be admitted."
+    queue = queue_of(job, p.spec)
+    if queue and job["spec"].get("suspend"):
+        message = f"Waits in queue {queue} to be admitted."
         return plan(going_on(p, "Queued", "Queued", message, last_failure=failure), *news, apply=apply)
     if pod is not None:
         trouble = trouble_of(pod) or told(pod, p.seen.events)
