@@ -12,6 +12,7 @@ from ask import ask
 from asking import TEXTS, saved, upper
 from fake_teacher import FakeTeacher, Fault, Script, answer
 
+from slmops.api.meta import Ancestor
 from slmops.api.run import TeacherEndpoint
 from slmops_artifacts.trust import trusted
 from slmops_trainer import answers, replies, teacher
@@ -169,6 +170,37 @@ def test_one_of_several_backends_that_asks_for_a_day_holds_up_nobody(pod: Callab
 
     with FakeTeacher(upper, script) as fake:
         assert ask(pod(), fake.url, TEXTS, concurrency=2)[1] == UPPER
+
+
+@pytest.mark.parametrize("candidate", [Fault(body=answer("worse")), Fault(401, "its own keys")])
+def test_the_answers_of_a_candidate_of_the_teacher_are_not_taken(
+    pod: Callable[[], Context], monkeypatch: pytest.MonkeyPatch, candidate: Fault
+) -> None:
+    def script(number: int, question: str, body: dict[str, Any]) -> Fault:
+        if fake.asked[question] == 1 or promoted:
+            return candidate._replace(headers={"X-Slmops-Revision": "r2"})
+        return Fault(body=answer(upper(question)), headers={"X-Slmops-Revision": "r1"})
+
+    promoted = False
+    with FakeTeacher(upper, script) as fake:
+        endpoint = TeacherEndpoint(url=fake.url, model="big", name="ModelDeployment/t", revision="r1")
+        outcome, texts = ask(pod(), fake.url, TEXTS, endpoint=endpoint)
+        assert (texts, outcome.rejected, outcome.tokens) == (UPPER, {}, 7 * len(TEXTS))
+        promoted = True
+        monkeypatch.setenv(teacher.ENV_PATIENCE, "0.5")
+        with pytest.raises(RunFailure, match=r"revision r2 of ModelDeployment/t answers, r1 is the teacher") as caught:
+            ask(pod(), fake.url, ["another"], endpoint=endpoint)
+    assert caught.value.reason == "TeacherUnavailable"  # the next Job learns from r2
+
+
+def test_a_teacher_is_told_by_the_digest_of_its_model_and_without_one_by_its_revision() -> None:
+    def key(revision: str, digest: str = "") -> str:
+        lineage = [Ancestor(kind="model", uri="oci://r/m", digest=digest)] if digest else []
+        return answers.teacher_key(TeacherEndpoint(url="http://t/v1", model="t", lineage=lineage, revision=revision))
+
+    assert key("r1", "sha256:aa") == key("r2", "sha256:aa") != key("r1", "sha256:bb")
+    assert len({key("r1"), key("r2"), key("")}) == 3
+    assert key("") == '["http://t/v1", "t"]'  # that of earlier answers of an endpoint
 
 
 def test_a_teacher_behind_a_ca_of_ones_own(pod: Callable[[], Context]) -> None:

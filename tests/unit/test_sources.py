@@ -124,6 +124,7 @@ def test_a_deployment_that_answers_gives_its_service_its_key_and_its_lineage(rea
     found = sources.resolve_teacher(cluster, "ns", wanted)
     assert (found.url, found.model) == ("http://t-1a2b.ns.svc:8000/v1", "big")
     assert (found.secret, found.key, found.name) == ("keys", "a", "ModelDeployment/t")
+    assert found.revision == "r1"
     assert [(a.digest, a.name) for a in found.lineage] == [("sha256:mm", "QuantizedModel/q"), ("sha256:bb", "")]
 
 

@@ -36,8 +36,12 @@ log = logging.getLogger("slmops")
 
 
 def teacher_key(endpoint: TeacherEndpoint) -> str:
-    """Identity of a teacher: where it is, what it is called there, and the model behind it, if it is ours."""
-    return json.dumps([endpoint.url, endpoint.model, *(row.digest for row in endpoint.lineage[:1])])
+    """Identity of a teacher: where it is, what it is called there, and the model behind it, if it is ours.
+
+    A model without a digest, named by a URI, is told by its revision.
+    """
+    behind = [row.digest for row in endpoint.lineage[:1]] or [endpoint.revision] * bool(endpoint.revision)
+    return json.dumps([endpoint.url, endpoint.model, *behind])
 
 
 def answer_key(

@@ -4,7 +4,8 @@ Four things can go wrong, and they end differently:
   refused       the key, the URL or the account is no good: fatal at once (RunFailure)
   forbidden     403 before any answer: of the key, or of this question alone. Others tell: Forbidden
   trouble       429, 5xx, no connection, no answer in time, one that broke off: asked again, with jittered backoff and
-                Retry-After, until nothing was heard for `patience` seconds: then Silent
+                Retry-After, until nothing was heard for `patience` seconds: then Silent. Also the answers of another
+                revision than the one that is the teacher: a rollout's candidate, or what was promoted meanwhile
   rejection     the endpoint answers, but not with an answer: Rejected, after TRIES if another try may help (no JSON,
                 no choices, empty text), at once if not (HTTP 400, but for a parameter that can be done without)
 """
@@ -37,6 +38,7 @@ OWN_CODES = (408, 424, 500, 502, 504, 524)  # a question may bring a worker down
 CONNECT_SECONDS = 10.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0  # seconds
 LONGEST_HINT = 600.0  # seconds of Retry-After that a pod, and its GPU, waits: twice, and the pod has ended
+REVISION = "x-slmops-revision"  # header of the answers of a ModelDeployment
 BODY_MAX = 16 << 20  # bytes of a response
 log = logging.getLogger("slmops")
 
@@ -222,6 +224,9 @@ class Teacher:
         return self._judge(response, bytes(raw))
 
     def _judge(self, response: httpx.Response, raw: bytes) -> Reply | Rejected | Trouble:
+        asked, answers = self._endpoint.revision, response.headers.get(REVISION)
+        if asked and answers and answers != asked:  # whatever it says: a candidate may be bad, or want other keys
+            return Trouble(f"revision {answers} of {self._endpoint.name} answers, {asked} is the teacher")
         body = replies.load(raw)
         code, away = replies.status(response.status_code, body), response.has_redirect_location
         if code in (401, 402):

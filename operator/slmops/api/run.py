@@ -66,6 +66,7 @@ class TeacherEndpoint(Model):
     key: str | None = None  # file below SECRET_ROOT/<secret>/
     name: str = ""  # ModelDeployment/name, if it is ours
     lineage: list[Ancestor] = Field(default_factory=list)  # of the served model, if it is ours
+    revision: str = ""  # that answers, if it is ours: a candidate's answers are another teacher's
 
 
 class RunSpec(Model):

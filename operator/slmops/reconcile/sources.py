@@ -75,6 +75,7 @@ def resolve_teacher(cluster: Cluster, namespace: str, teacher: Teacher) -> Teach
         key=_some_key(cluster, namespace, secret) if secret else None,
         name=f"ModelDeployment/{name}",
         lineage=_served(found.get("status") or {}),
+        revision=stable.get("revision") or "",
     )
 
 
