@@ -135,6 +135,18 @@ def test_answers_of_weight_0_are_shown_and_not_learned(tokenizer: Any, first: in
     assert trained(tokenizer, talk, "all") == trained(tokenizer, TALK, "all")
 
 
+@pytest.mark.parametrize("tokenizer", [None, CHATML], indirect=True)
+def test_a_row_of_weight_0_is_not_learned_with_or_without_a_template(tokenizer: Any) -> None:
+    spoilt = Example(ASK.messages, "lab", 2, 0)
+    found = encoding.encode(tokenizer, [ASK, spoilt], [END], "assistant", 1000).items
+    assert [item.trained > 0 for item in found] == [True, False]
+    assert "lab" in tokenizer.decode(found[1].input_ids)
+    assert trained(tokenizer, spoilt, "all")[1] == trained(tokenizer, spoilt, "all")[0]
+    with pytest.raises(RunFailure, match=r"that of line 2, 'lab'. It has weight 0") as caught:
+        encoding.encode(tokenizer, [spoilt], [END], "assistant", 1000)
+    assert caught.value.reason == "NothingToTrain"
+
+
 @pytest.mark.parametrize("tokenizer", [CHATML, MARKED, CLOSED, QWEN3, ENDLESS], indirect=True)
 def test_a_conversation_of_weight_0_teaches_nothing(tokenizer: Any) -> None:
     messages = (*TALK.messages[:2], Message("assistant", "lab", 0), TALK.messages[3])

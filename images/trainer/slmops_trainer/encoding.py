@@ -286,7 +286,7 @@ def _texts(tokenizer: Any, example: Example, loss_on: LossOn, *, ends: bool) -> 
     `ends`: whether the template ends an answer with a token.
     """
     if not tokenizer.chat_template:
-        return [[(_plain(example), False), (example.answer or "", True)]]
+        return [[(_plain(example), False), (example.answer or "", example.weight > 0 or loss_on == "all")]]
     turns = example.turns
     whole, marks = _render(tokenizer, turns, example)
     learned = [weight > 0 or loss_on == "all" for weight in example.weights]
