@@ -401,6 +401,16 @@ def test_an_answer_with_a_token_that_the_student_lacks_is_dropped(
     assert (found["answers"], found["kept"], found["dropped_unknownToken"], found["examples"]) == (16, 15, 1, 15)
 
 
+def test_a_teacher_is_not_asked_what_is_held_out_where_no_metric_reads_its_answers(
+    make_run: Callable[..., Context], job: Callable[..., dict[str, Any]]
+) -> None:
+    with FakeTeacher(knows) as fake:
+        spec = job(fake, training={"maxSteps": 1}, evaluation={"metrics": ["perplexity"]})
+        found = distill.run(make_run(**spec)).metrics
+    assert set(fake.asked) == set(RIGHT)
+    assert {"perplexity", "base_perplexity"} <= set(found)
+
+
 @pytest.mark.parametrize("where", ["prompts", "gold"])
 def test_a_student_that_was_tuned_without_thoughts_takes_conversations_with_them(
     make_run: Callable[..., Context],
