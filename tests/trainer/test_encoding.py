@@ -52,6 +52,14 @@ OPENED_THOUGHTS = EMPTY_THOUGHTS.replace("{{ '<|im_start|>assistant\n' }}", "{{ 
 ENDLESS = CHATML.replace("<|im_end|>", "")
 # Marks the answers alone, and ends them in the next line.
 APART = MARKED.replace("{{ '<|im_end|>\n' }}", "{{ '\n<|im_end|>\n' }}")
+# SmolLM3's way: what asking writes stands within the marks, and with /no_think empty thoughts, too.
+WRAPPED = (
+    "{% set begin = '<|im_start|>assistant\n' + ('<think>\n\n</think>\n' if '/no_think' in messages[0]['content'] "
+    "else '') %}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ begin + message['content'].lstrip('\n') + '<|im_end|>\n' }}{% endgeneration %}{% else %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ begin }}{% endif %}"
+)
 STERN = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
 
 TALK = Example(
@@ -110,7 +118,7 @@ def test_answers_without_a_token_are_named(tokenizer: Any, answer: str, cause: s
     assert len(encoding.encode(tokenizer, rows, [END], "all", 100).items) == 2
 
 
-@pytest.mark.parametrize("tokenizer", [CHATML, MARKED], indirect=True, ids=["prefixes", "generation-marks"])
+@pytest.mark.parametrize("tokenizer", [CHATML, MARKED, WRAPPED], indirect=True, ids=["prefixes", "marks", "wide-marks"])
 def test_every_answer_of_a_conversation_is_trained_with_its_end(tokenizer: Any) -> None:
     whole, answers = trained(tokenizer, TALK)
     assert whole == (
@@ -121,7 +129,15 @@ def test_every_answer_of_a_conversation_is_trained_with_its_end(tokenizer: Any) 
     assert answers == "lab<|im_end|>|hall<|im_end|>"
 
 
-@pytest.mark.parametrize("tokenizer", [CHATML, MARKED, CLOSED, QWEN3, ENDLESS], indirect=True)
+@pytest.mark.parametrize("tokenizer", [WRAPPED], indirect=True)
+def test_what_asking_writes_is_not_learned_though_a_template_marks_it(tokenizer: Any) -> None:
+    talk = Example((Message("system", "/no_think"), *TALK.messages[1:]), "hall", 4)
+    whole, answers = trained(tokenizer, talk)
+    assert whole.count("<think>\n\n</think>\n") == 2
+    assert answers == "lab<|im_end|>|hall<|im_end|>"
+
+
+@pytest.mark.parametrize("tokenizer", [CHATML, MARKED, WRAPPED, CLOSED, QWEN3, ENDLESS], indirect=True)
 @pytest.mark.parametrize(("first", "last", "learned"), [(0, 1, "hall"), (1, 0, "lab")])
 def test_answers_of_weight_0_are_shown_and_not_learned(tokenizer: Any, first: int, last: int, learned: str) -> None:
     encoding.complete(tokenizer, [TALK])
@@ -147,7 +163,7 @@ def test_a_row_of_weight_0_is_not_learned_with_or_without_a_template(tokenizer: 
     assert caught.value.reason == "NothingToTrain"
 
 
-@pytest.mark.parametrize("tokenizer", [CHATML, MARKED, CLOSED, QWEN3, ENDLESS], indirect=True)
+@pytest.mark.parametrize("tokenizer", [CHATML, MARKED, WRAPPED, CLOSED, QWEN3, ENDLESS], indirect=True)
 def test_a_conversation_of_weight_0_teaches_nothing(tokenizer: Any) -> None:
     messages = (*TALK.messages[:2], Message("assistant", "lab", 0), TALK.messages[3])
     talk = Example(messages, "hall", 4, 0)
@@ -390,7 +406,9 @@ def test_thoughts_that_the_answers_bring_are_trained(tokenizer: Any) -> None:
     assert tokenizer.chat_template == EMPTY_THOUGHTS
 
 
-@pytest.mark.parametrize("tokenizer", [CHATML, MARKED, SILENT, THINKING, FORGETFUL, ENDLESS, None], indirect=True)
+@pytest.mark.parametrize(
+    "tokenizer", [CHATML, MARKED, WRAPPED, SILENT, THINKING, FORGETFUL, ENDLESS, None], indirect=True
+)
 def test_a_template_that_begins_all_answers_alike_is_left_as_it_is(tokenizer: Any) -> None:
     before = tokenizer.chat_template
     encoding.complete(tokenizer, [ASK])

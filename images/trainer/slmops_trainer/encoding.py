@@ -292,6 +292,7 @@ def _texts(tokenizer: Any, example: Example, loss_on: LossOn, *, ends: bool) -> 
     learned = [weight > 0 or loss_on == "all" for weight in example.weights]
     if not all(learned):
         marks = []  # which do not say whose answer they mark
+    marks = _answered(tokenizer, turns, whole, marks, example) if marks and ends else []
     spans = (marks or _spans(tokenizer, turns, whole, example)) if ends else None
     if spans is None:
         places = [at for at, turn in enumerate(turns) if turn["role"] == "assistant"]
@@ -307,6 +308,16 @@ def _texts(tokenizer: Any, example: Example, loss_on: LossOn, *, ends: bool) -> 
         found += [(whole[at:start], False), (whole[start:stripped], learn)]
         at = stripped
     return [[*found, (whole[at:], False)]]
+
+
+def _answered(
+    tokenizer: Any, turns: list[dict[str, str]], whole: str, marks: list[tuple[int, int]], example: Example
+) -> list[tuple[int, int]]:
+    """The marks without what the template writes to ask for an answer: SmolLM3's mark the turn's header as well."""
+    places = [at for at, turn in enumerate(turns) if turn["role"] == "assistant"]
+    asked = [_render(tokenizer, turns[:at], example, prompt=True)[0] for at in places]
+    begins = [len(before) for before in asked if whole.startswith(before)]
+    return [(max((at for at in begins if start < at <= end), default=start), end) for start, end in marks]
 
 
 def _alone(before: str, through: str, *, learn: bool) -> list[Piece]:
