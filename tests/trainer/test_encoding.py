@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 from tiny import CHATML, EMPTY_THOUGHTS, MARKED, write_tokenizer
-from tokenizers import normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from slmops_artifacts import Parent
 from slmops_trainer import encoding, evaluate, synthetic
@@ -209,6 +210,32 @@ def test_what_stands_before_an_answer_is_what_inference_gives(tokenizer: Any, an
     prompt = encoding.encode_prompt(tokenizer, example)
     assert list(item.input_ids[: len(prompt)]) == prompt
     assert item.labels[len(prompt)] != IGNORED
+
+
+@pytest.mark.parametrize(("space", "first"), [(" ", "▁"), ("\n", "")], ids=["mistral", "tinyllama"])
+def test_an_answer_gets_no_second_space_where_the_tokenizer_puts_one_before_each_text(space: str, first: str) -> None:
+    known = ["<unk>", "</s>", "▁", "▁▁", *"xyz]\n", "▁y", "▁z", "▁x"]
+    merges = [("▁", "▁"), ("▁", "y"), ("▁", "z"), ("▁", "x")]
+    backend = Tokenizer(models.BPE({token: at for at, token in enumerate(known)}, merges, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    template = (
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ SPACE + message['content'] + '</s>' }}"
+        "{% else %}{{ message['content'] + ' ]' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt and SPACE != ' ' %}{{ SPACE }}{% endif %}"
+    ).replace("SPACE", repr(space))
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", chat_template=template)
+    end = tokenizer.eos_token_id
+    talk = Example((Message("user", "x"), Message("assistant", "y"), Message("user", "x")), "z", 1)
+    for shown in (talk, Example((talk.messages[0], Message("assistant", "y", 0), talk.messages[2]), "z", 1)):
+        (item,) = encoding.encode(tokenizer, [shown], [end], "assistant", 100).items
+        # All of it is what the server makes of the text.
+        text = tokenizer.apply_chat_template(talk.turns, tokenize=False)
+        assert list(item.input_ids) == tokenizer(text, add_special_tokens=False)["input_ids"]
+        learned = [label for label in item.labels if label != IGNORED]
+        last = tokenizer.convert_tokens_to_ids([f"{first}z", "</s>"])
+        assert learned[-2:] == last
+        assert encoding.decode_answer(tokenizer, last) == "z"
 
 
 @pytest.mark.parametrize("tokenizer", [ENDLESS], indirect=True)

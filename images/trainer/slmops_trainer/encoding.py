@@ -2,9 +2,11 @@
 
 A conversation is rendered by the tokenizer's chat template and cut at the borders of the assistant's turns; each
 piece is tokenized alone. So what stands before an answer has the very ids that the server will give the model, also
-where the tokenizer would merge characters across the border. A template that shows earlier answers otherwise than it
-showed them when they were given makes one text of each answer, with all that stood before it then. Without a chat
-template a prompt and its completion are simply joined, with the end-of-text token after them.
+where the tokenizer would merge characters across the border. Where the tokenizer puts a space before every text
+(Llama 2, Mistral 7B), an answer has the ids that it has behind its question: alone it would get a second space. A
+template that shows earlier answers otherwise than it showed them when they were given makes one text of each answer,
+with all that stood before it then. Without a chat template a prompt and its completion are simply joined, with the
+end-of-text token after them.
 """
 
 import json
@@ -119,7 +121,7 @@ def _tokenized(
     """Each example with its pieces' ids, by text. They go to the tokenizer many at a time: one by one is slow."""
     batch: list[tuple[Example, list[list[Piece]]]] = []
     characters = 0
-    ends = turn_end(tokenizer) is not None
+    ends, behind = turn_end(tokenizer) is not None, _spaced(tokenizer)
     for example in examples:
         if check is not None:
             check()
@@ -127,20 +129,47 @@ def _tokenized(
         batch.append((example, texts))
         characters += sum(len(piece) for pieces in texts for piece, _ in pieces)
         if characters >= BATCH_CHARACTERS:
-            yield from _tokenize(tokenizer, batch)
+            yield from _tokenize(tokenizer, batch, behind=behind)
             batch, characters = [], 0
     if batch:
-        yield from _tokenize(tokenizer, batch)
+        yield from _tokenize(tokenizer, batch, behind=behind)
 
 
 def _tokenize(
-    tokenizer: Any, batch: Sequence[tuple[Example, list[list[Piece]]]]
+    tokenizer: Any, batch: Sequence[tuple[Example, list[list[Piece]]]], *, behind: bool
 ) -> Iterator[tuple[Example, list[list[Ids]]]]:
-    flat = [piece for _, texts in batch for pieces in texts for piece, _ in pieces]
-    found = tokenizer(flat, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
-    ids = iter(found["input_ids"])
-    for example, texts in batch:
-        yield example, [[(next(ids), answer) for _, answer in pieces] for pieces in texts]
+    """`behind`: an answer's ids are those that follow what stands before it, where that keeps its own."""
+    texts = [[piece for piece, _ in pieces] for _, several in batch for pieces in several]
+    ids = iter(_ids(tokenizer, [piece for pieces in texts for piece in pieces]))
+    pairs = [before + answer for pieces in texts for before, answer in zip(pieces[::2], pieces[1::2], strict=False)]
+    joined = iter(_ids(tokenizer, pairs) if behind else ())
+    for example, several in batch:
+        found = [[(next(ids), answer) for _, answer in pieces] for pieces in several]
+        for parts in found:
+            for at in range(1, len(parts), 2) if behind else ():
+                before, both = parts[at - 1][0], next(joined)
+                if both[: len(before)] == before:
+                    parts[at] = (both[len(before) :], parts[at][1])
+        yield example, found
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+    ids: list[list[int]] = found["input_ids"]
+    return ids
+
+
+def _spaced(tokenizer: Any) -> bool:
+    """Whether an answer alone gets other ids than behind its question: Llama 2's puts a space before each text."""
+    if not tokenizer.chat_template:
+        return False
+    probe = Example((Message("user", "x"),), "y")
+    before = _render(tokenizer, probe.turns[:1], probe, prompt=True)[0]
+    through = _render(tokenizer, probe.turns, probe)[0]
+    if not through.startswith(before):
+        return False
+    asked, answer, both = _ids(tokenizer, [before, through[len(before) :], through])
+    return asked + answer != both
 
 
 def _says(parts: Sequence[Ids], stop_ids: Sequence[int]) -> bool:
