@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 import urllib.request
+import uuid
 from copy import deepcopy
 from pathlib import Path
 
@@ -97,7 +98,8 @@ def by_hand(pod: Object, namespace: str, number: int, model: str) -> Object:
     for entry in spec["containers"][0]["env"]:
         if entry["name"] == "SLMOPS_RUN":
             run = json.loads(entry["value"])
-            run["uid"] = f"bench-{number}-{owner}"
+            # A run finds what one of its uid has left, and the registry outlives a benchmark.
+            run["uid"] = f"bench-{uuid.uuid4()}"
             run["output"] = f"{STORE}/bench/{owner}:{number}"
             run["checkpoint"] = f"{STORE}/bench/{owner}:ckpt-{number}"
             if model:

@@ -283,6 +283,15 @@ def test_the_phases_of_a_request_add_up(start: Callable[..., Server]) -> None:
     assert server.metric("slmops_engine_steps_total") >= 1900
 
 
+@pytest.mark.parametrize("seed", [7, -1])
+def test_a_prompt_of_a_list_is_answered_as_alone(server: Server, seed: int) -> None:
+    asked = {"seed": seed, "temperature": 1, "max_tokens": 20}
+    alone = server.complete(prompt=[9, 40], **asked).json()["choices"][0]["text"]
+    together = server.complete(prompt=[[3, 40], [9, 40]], **asked).json()["choices"]
+    assert together[1]["text"] == alone
+    assert together[0]["text"] != alone
+
+
 def test_kv_use_is_what_running_answers_hold(start: Callable[..., Server]) -> None:
     server = start("--slots", "2")
     assert server.metric("vllm:kv_cache_usage_perc") == 0

@@ -18,7 +18,7 @@ from slmops_server.schema import parse
 from slmops_server.service import Service
 from slmops_server.template import ChatTemplate
 from slmops_server.tools import Call
-from slmops_server.wire import Frames, chat_logprobs, error_frame
+from slmops_server.wire import Frames, TextLogprobs, chat_logprobs, error_frame
 
 V1_NONE = str((1 << 63) - 4096)
 
@@ -359,3 +359,10 @@ def test_half_a_character_in_a_prompt_is_a_400(tiny: Path, length: int) -> None:
     with pytest.raises(ApiError, match="not valid Unicode") as caught:
         asyncio.run(service.prompts(request))
     assert caught.value.status == 400
+
+
+def test_offsets_count_characters_though_tokens_share_them() -> None:
+    tell, cut = TextLogprobs(), [piece.decode("latin-1") for piece in ("🤗".encode()[:2], "🤗".encode()[2:], b" a")]
+    first = tell([[cut[0], -1.0, []]])
+    then = tell([[piece, -1.0, []] for piece in cut[1:]])
+    assert [first["text_offset"], then["text_offset"]] == [[0], [0, 1]]

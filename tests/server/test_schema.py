@@ -119,6 +119,7 @@ BAD = [
     ({"tools": [TOOL], "parallel_tool_calls": 1}, "parallel_tool_calls"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
     ({"chat_template_kwargs": 1}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs"),
     ({"made_up": 1}, "made_up"),
     ({"prompt": "x"}, "prompt"),
 ]

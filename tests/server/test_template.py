@@ -39,6 +39,12 @@ def test_rendering(name: str) -> None:
     assert ChatTemplate(source, TOKENS, now=lambda: datetime(2026, 5, 17)).render(USER) == expected
 
 
+def test_documents_reach_a_template_that_prints_them() -> None:
+    template = ChatTemplate("{{ documents }}", TOKENS)
+    assert template.render(USER, None, {"documents": ["one"]}) == "['one']"
+    assert template.render(USER) == "None"
+
+
 def test_what_was_thought_reaches_a_template_that_prints_it() -> None:
     source = (
         "{% for m in messages %}{% if m.reasoning_content is string %}({{ m.reasoning_content }}){% endif %}"

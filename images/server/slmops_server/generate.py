@@ -91,8 +91,8 @@ class Generate:
         for number in range(len(prompts) * request.n):
             prompt = prompts[number // request.n]
             sampling = request.sampling
-            if number:  # choices differ, and each is the same again under the request's seed
-                sampling = replace(sampling, seed=(sampling.seed + number % request.n) % (1 << 63))
+            if at := number % request.n:  # choices differ, and each is the same again under the request's seed
+                sampling = replace(sampling, seed=(sampling.seed + at) % (1 << 63))
             answer = service.supervisor.submit(
                 prompt,
                 limits[number // request.n],

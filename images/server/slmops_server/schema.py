@@ -126,6 +126,8 @@ def parse(kind: str, body: bytes) -> Request:
     more = fields.get("chat_template_kwargs", {})
     if not isinstance(more, dict):
         raise bad_request("chat_template_kwargs is not an object.", "chat_template_kwargs")
+    for name in more.keys() & {"messages", "tools", "add_generation_prompt"}:
+        raise bad_request(f"chat_template_kwargs.{name} is the request's own.", "chat_template_kwargs")
     return Request(
         model=_model(fields.get("model")),
         messages=read_messages(fields.get("messages")) if kind == "chat" else None,

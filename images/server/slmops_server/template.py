@@ -70,8 +70,8 @@ class ChatTemplate:
         ApiError 400 when the template refuses the messages.
         """
         try:
-            given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": True}
-            return self._template.render({**self._tokens, **(more or {}), **given})
+            given = {"messages": messages, "tools": tools, "add_generation_prompt": True}
+            return self._template.render({**self._tokens, "documents": None, **(more or {}), **given})
         except TemplateError as error:
             raise bad_request(f"The model's chat template refused the messages: {error}", "messages") from None
         except Exception as error:  # noqa: BLE001 - a template is a program: what it trips over is the messages

@@ -1,5 +1,6 @@
 """Bytes on the wire: OpenAI's JSON answers and SSE frames. Frames are glued, not built: a microsecond each."""
 
+import codecs
 import secrets
 import time
 from typing import Any
@@ -138,6 +139,8 @@ class TextLogprobs:
 
     def __init__(self) -> None:
         self._at = 0
+        # A character may be of several tokens: it counts with the last of them.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def __call__(self, scores: list[Any], first: str | None = None, alternatives: int = 0) -> dict[str, object]:
         """`first`: a token before all others, which nothing can have predicted."""
@@ -152,7 +155,7 @@ class TextLogprobs:
             best = None if top is None or not alternatives else {_name(t): p for t, p in top} | {name: logprob}
             tops.append(best)
             offsets.append(self._at)
-            self._at += len(token.encode("latin-1").decode(errors="ignore"))
+            self._at += len(self._decoder.decode(token.encode("latin-1")))
         return {
             "tokens": names,
             "token_logprobs": logprobs,
