@@ -340,6 +340,17 @@ def test_two_routers_where_there_are_two_servers():
     assert places == [8, 8, 16, 256]
 
 
+@pytest.mark.parametrize(
+    "strange", [{}, {"revisions": None}, {"revisions": ["a", {}, {"revision": "a", "servers": "64"}]}]
+)
+def test_a_router_keeps_the_places_of_a_revision_that_is_scaled_down(strange):
+    """Its pods lie in any of them, and one without a place gets no requests before DNS forgets the pods that went."""
+    one, two = (router.routes(OWNER, {"a": 100}, "a", "", n) for n in (12, 5))
+    wanted = router.routes(OWNER, {"a": 90, "b": 10}, "a", "", 1, [two, one, strange])
+    assert {r["revision"]: r["servers"] for r in wanted["revisions"]} == {"a": 32, "b": 8}
+    assert router.routes(OWNER, {"a": 100}, "a", "", 20, [one])["revisions"][0]["servers"] == 64
+
+
 def test_deployments_whose_names_are_alike_have_no_child_in_common():
     def children(name: str) -> set[tuple[str, str]]:
         owner = ours("ModelDeployment", FULL, name=name)

@@ -1,5 +1,6 @@
 """ModelDeployment through the driver, on the cluster in memory: what is made, kept and removed."""
 
+import json
 from datetime import timedelta
 
 import pytest
@@ -100,6 +101,17 @@ def test_a_pass_asks_no_more_routers_than_there_can_be():
     world.passes(1)
     assert len(world.agents) == ROUTERS_MOST
     assert {"http://10.0.0.1:9091", "http://10.0.0.2:9091"} <= world.agents.keys()
+
+
+def test_scaling_far_down_takes_no_place_from_a_pod_that_stays():
+    world = Kubernetes()
+    world.edit(replicas=12)
+    world.passes()
+    world.edit(replicas=1)
+    world.passes()
+    assert [r["servers"] for routes in world.agents.values() for r in routes["revisions"]] == [32] * len(world.agents)
+    stored = world.cluster.objects[Key("ConfigMap", "ns", "chat-router")]
+    assert json.loads(stored["data"]["routes.json"])["revisions"][0]["servers"] == 32
 
 
 def test_a_canary_measures_and_is_promoted():

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import hmac
 import json
+from collections.abc import Iterable
 
 from slmops.api import keys
 from slmops.api.deployment import ModelDeploymentSpec
@@ -43,8 +44,11 @@ def selector(owner: Object) -> dict[str, str]:
     return {keys.LABEL_OWNER_UID: owner["metadata"]["uid"], keys.LABEL_ROLE: keys.ROLE_ROUTER}
 
 
-def routes(owner: Object, weights: dict[str, int], fallback: str, epoch: str, replicas: int) -> Object:
-    """Build the routes, in the shape that the agent gives them back."""
+def routes(
+    owner: Object, weights: dict[str, int], fallback: str, epoch: str, replicas: int, given: Iterable[Object] = ()
+) -> Object:
+    """Build the routes, in the shape that the agent gives them back; `given`: those that the routers have."""
+    had = _places_had(given)
     return {
         "port": keys.API_PORT,
         "fallback": fallback if fallback in weights else "",
@@ -54,7 +58,7 @@ def routes(owner: Object, weights: dict[str, int], fallback: str, epoch: str, re
                 "revision": revision,
                 "host": serving.revision_name(owner, revision),
                 "weight": weight,
-                "servers": _places(replicas),
+                "servers": max(_places(replicas), had.get(revision, 0)),
             }
             for revision, weight in sorted(weights.items())
         ],
@@ -195,6 +199,16 @@ def _places(replicas: int) -> int:
     while places < 2 * replicas:
         places *= 2
     return places
+
+
+def _places_had(given: Iterable[Object]) -> dict[str, int]:
+    """Places by revision, never to be fewer: a pod that stays may lie in any, and the others fill with a delay."""
+    had: dict[str, int] = {}
+    for one in (revision for routes in given for revision in routes.get("revisions") or ()):
+        match one:
+            case {"revision": str(name), "servers": int(places)}:
+                had[name] = max(places, had.get(name, 0))
+    return had
 
 
 def _seal(owner: Object, revision: str, text: str, key: str) -> str:

@@ -167,7 +167,8 @@ class DeploymentReconciler:
                 "lineage": _lineage(decision.stable, wanted.lineage, before.lineage),
             }
         )
-        routes, records = _routes(obj, spec, decision), _records(obj, spec, observed, decision, anew, outdated)
+        routes = _routes(obj, spec, decision, observed.agents)
+        records = _records(obj, spec, observed, decision, anew, outdated)
         return Plan(
             status=status.wire(),
             apply=_children(obj, spec, observed, decision, routes, records),
@@ -280,10 +281,11 @@ def _address(pod: Object) -> str:
     return str((pod.get("status") or {}).get("podIP") or "")
 
 
-def _routes(obj: Object, spec: ModelDeploymentSpec, decision: Decision) -> Object:
+def _routes(obj: Object, spec: ModelDeploymentSpec, decision: Decision, agents: Collection[Agent]) -> Object:
     first = decision.stable or decision.candidate
     fallback = first.revision if first else ""
-    return router_parts.routes(obj, decision.weights, fallback, decision.epoch, spec.replicas)
+    given = [agent.report.routes for agent in agents if agent.report is not None]
+    return router_parts.routes(obj, decision.weights, fallback, decision.epoch, spec.replicas, given)
 
 
 def _orders(obj: Object, observed: Observed, decision: Decision, routes: Object) -> tuple[Routes, ...]:
