@@ -62,6 +62,20 @@ def test_an_abort_that_is_older_than_the_object_takes_nothing_down(value):
     assert (world.phase, world.stable) == ("RolledBack", "aaa")
 
 
+@pytest.mark.parametrize(("ready", "weights"), [(True, {"aaa": 100, "bbb": 0}), (False, {"aaa": 0, "bbb": 0})])
+def test_a_first_revision_that_serves_goes_on_while_the_next_is_prepared(ready, weights):
+    """One router is not seen to obey, so it is not promoted yet."""
+    world = World(spec(), routers=2)
+    world.routers[1].silent = True
+    world.deploy("aaa")
+    assert (world.phase, world.weight, world.stable) == ("Promoting", 100, "")
+    world.settle()
+    world.ready["aaa"] *= ready
+    world.target = revision("bbb")
+    assert world.run().weights == weights
+    assert (world.stable, world.candidate) == ("aaa" if ready else "", "bbb")
+
+
 def test_rolling_back_does_not_wait_for_a_silent_router_but_pods_do():
     world = serving(scale_down_delay_seconds=0)
     world.deploy("bbb")

@@ -96,7 +96,9 @@ def _take_target(work: Work) -> None:
             work.set(outcome="Reverted: the spec went back to the stable revision.")
         work.enter(DRAINING)
         return
-    if old is not None and work.roll.phase in ROLLING_OUT:
+    if work.stable is None and work.weight == 100 and work.reached() > 0:  # be there a router that was not seen to obey
+        _promoted(work)
+    elif old is not None and work.roll.phase in ROLLING_OUT:
         work.note("RolloutSuperseded", f"Revision {target.revision} takes the place of {old.revision}.")
     work.start(target)
 
@@ -210,6 +212,10 @@ def _promoting(work: Work) -> None:
     work.weight = 100
     if not work.routed():
         return
+    _promoted(work)
+
+
+def _promoted(work: Work) -> None:
     name = work.name
     work.promote()
     work.set(outcome=f"Promoted: revision {name} at {stamp(work.now)}.", samples=None, step=0)
