@@ -79,10 +79,10 @@ def test_after_the_end_of_one_another_may_start(asked: list[tuple[str, ...]]) ->
 
 
 @pytest.mark.parametrize(
-    ("test", "fixture"),
-    [("e2e/scenarios/test_node.py", "_beside_nothing"), ("tests/node/test_interrupted.py", "_alone")],
+    ("test", "begun"),
+    [("e2e/scenarios/test_node.py", []), ("tests/node/test_interrupted.py", ["_alone"])],
 )
-def test_tests_on_the_node_do_not_start_beside_a_demo(test: str, fixture: str, tmp_path: Path) -> None:
+def test_tests_on_the_node_do_not_start_beside_a_demo(test: str, begun: list[str], tmp_path: Path) -> None:
     path = os.pathsep.join(sys.path)
     done = subprocess.run(
         [sys.executable, "-c", BESIDE_A_DEMO, str(tmp_path), test],
@@ -94,4 +94,4 @@ def test_tests_on_the_node_do_not_start_beside_a_demo(test: str, fixture: str, t
     )
     assert done.returncode == 1
     assert "did not start. In this clone make demo (pid " in done.stdout
-    assert re.findall(r"SETUP +\S (\w+)", done.stdout) == [fixture]
+    assert re.findall(r"SETUP +\S (\w+)", done.stdout) == begun
