@@ -36,6 +36,23 @@ def test_every_hundred_requests_are_split_exactly(pod, router, port):
         assert one.seen("b")["chosen"] == weight
 
 
+def test_probes_preflights_and_lists_of_models_are_no_evidence_and_take_no_turns(pod, router, port):
+    pod("a", chunks=0), pod("b", chunks=0)
+    one = router(routes({"a": 50, "b": 50}, port, epoch="step"))
+    one.ready("a"), one.ready("b")
+    connection = http.client.HTTPConnection("127.0.0.1", one.port, timeout=20)
+    got = Counter[str]()
+    for _ in range(100):
+        for method, path in (("GET", "/health"), ("OPTIONS", "/v1/chat/completions"), ("GET", "/v1/models")):
+            connection.request(method, path, headers={"x-session-id": "of-b"} if path == "/v1/models" else {})
+            answer = connection.getresponse()
+            assert answer.headers["x-slmops-revision"] == "a"
+            answer.read()
+        got[ask(one.port, connection=connection)[0]] += 1
+    assert got == {"a": 50, "b": 50}
+    assert (one.get("/observed")[1]["turns"], one.seen("b")["requests"]) == (100, 50)
+
+
 def test_turns_are_spread_evenly_and_do_not_come_in_blocks(pod, router, port):
     pod("a"), pod("b")
     one = router(routes({"a": 80, "b": 20}, port))

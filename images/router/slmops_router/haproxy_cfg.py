@@ -7,7 +7,9 @@
 Two levels, because each does one thing that HAProxy cannot do in one: the upper one chooses the revision, exactly, and
 moves a request of a failing candidate to the stable revision; the lower one balances over the pods of one revision,
 and its counters say how that revision did. The counters of `split` say how the turns were given. What they do not tell
-goes through `aside`: conversations, and all requests while a revision has no pods and another stands in for it.
+goes through `aside`: conversations, all requests while a revision has no pods and another stands in for it, and what
+asks a model nothing (GET, OPTIONS, HEAD: probes, preflights, lists of models), which the stable revision answers, for it
+would be evidence of nothing.
 """
 
 import hashlib
@@ -194,15 +196,17 @@ frontend {FRONT}
     http-request return status 404 if {{ path_beg /.slmops/ }}
     acl sticky req.hdr(x-session-id) -m found
     http-request set-var(txn.slot) req.hdr(x-session-id),xxh32,mod(100) if sticky
-    http-request track-sc0 int(0) table turns if !sticky
-    http-request set-var(txn.slot) sc0_inc_gpc0(turns),mul({STRIDE}),mod(100) if !sticky
+    http-request set-var(txn.slot) int(0) if !METH_POST
+    http-request track-sc0 int(0) table turns if METH_POST !sticky
+    http-request set-var(txn.slot) sc0_inc_gpc0(turns),mul({STRIDE}),mod(100) if METH_POST !sticky
     http-request set-var(txn.revision) var(txn.slot),map_str({place.slots})
     http-request set-var(txn.fallback) str(fallback),map_str({place.slots})
+    http-request set-var(txn.revision) var(txn.fallback) if !METH_POST
     http-request set-var(txn.spare) str(spare-of-),concat(,txn.revision),map_str({place.slots})
     acl nobody var(txn.revision),nbsrv eq 0
     acl spared var(txn.spare),nbsrv gt 0
     acl spareless var(txn.spare),nbsrv eq 0
-    http-request set-var(txn.aside) bool(true) if sticky or nobody or spareless
+    http-request set-var(txn.aside) bool(true) if sticky or nobody or spareless or !METH_POST
     http-request set-var(txn.revision) var(txn.spare) if nobody spared
     acl aside var(txn.aside) -m bool
     use_backend aside if aside
