@@ -104,6 +104,8 @@ class ModelServer:
         self.name, self.host, self.port = name, host, port
         self.ready, self.status, self.chunks, self.pause = True, 200, 3, 0.005
         self.told: dict[str, str] = {}
+        self.thought = threading.Event()  # before it, no answer begins
+        self.thought.set()
         self.answered = self.cut = self.read = 0
         outer = self
 
@@ -117,6 +119,7 @@ class ModelServer:
             def do_POST(self) -> None:
                 outer.read += len(self.rfile.read(int(self.headers["content-length"])))
                 outer.answered += 1
+                outer.thought.wait()
                 if outer.status != 200:
                     self._say(outer.status, b'{"error": {"message": "bad model"}}')
                     return
@@ -166,6 +169,7 @@ class ModelServer:
 
     def kill(self) -> None:
         """No new connections from this moment; answers that run are finished."""
+        self.thought.set()
         self._server.shutdown()
         self._server.server_close()
 

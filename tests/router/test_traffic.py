@@ -313,3 +313,21 @@ def test_a_504_for_the_clients_own_time_is_no_answer_and_no_error(pod, router, p
     asked.told = {}  # of a server that cannot say whose time it was
     ask(one.port)
     assert one.seen(name)["responses"]["5xx"] == 1
+
+
+def test_a_client_that_leaves_before_the_answer_begins_is_no_answer_and_no_error(pod, router, port):
+    pod("a", chunks=0)
+    candidate = pod("b", status=400)
+    one = router(routes({"a": 0, "b": 100}, port, fallback="a"))
+    one.ready("a"), one.ready("b")
+    assert ask(one.port)[1].startswith("400 ")  # the model server's own is an answer
+    candidate.thought.clear()
+    for number in range(5):
+        connection = http.client.HTTPConnection("127.0.0.1", one.port, timeout=20)
+        connection.request("POST", "/v1/chat/completions", "{}")
+        eventually(lambda asked=number + 2: candidate.answered == asked, "the candidate has the request")
+        connection.close()
+    eventually(lambda: sum(one.seen("b")["responses"].values()) == 6, "all ends are counted")
+    seen = one.seen("b")
+    assert (seen["requests"], seen["responses"]["4xx"], seen["aborted"]) == (1, 1, 0)
+    assert one.seen("a")["requests"] == 0

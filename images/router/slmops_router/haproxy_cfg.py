@@ -8,8 +8,8 @@ Two levels, because each does one thing that HAProxy cannot do in one: the upper
 moves a request of a failing candidate to the stable revision; the lower one balances over the pods of one revision,
 and its counters say how that revision did. The counters of `split` say how the turns were given. What they do not tell
 goes through `aside`: conversations, all requests while a revision has no pods and another stands in for it, and what
-asks a model nothing (GET, OPTIONS, HEAD: probes, preflights, lists of models), which the stable revision answers, for it
-would be evidence of nothing.
+asks a model nothing (GET, OPTIONS, HEAD: probes, preflights, lists of models), which the stable revision answers, for
+it would be evidence of nothing.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ ERRORS = {
     504: ("server_error", "timeout", "The model server did not answer in time."),
 }
 RETRY_AFTER = 2  # seconds
-LATE = 904  # between the levels: a 504 for the client's own time, in the one class of HAProxy's that is no answer
+LATE = 904  # between the levels: nobody waited (or a 504 says so), in the one class of HAProxy's that is no answer
 
 
 @dataclass(frozen=True)
@@ -261,6 +261,8 @@ backend {name}
     http-check expect status 200
     http-response set-header x-slmops-revision {name}
     http-response set-status {LATE} if {{ status 504 }} {{ res.hdr(x-should-retry) false }}
+    # HAProxy's own 400 here: the client left before the answer began
+    http-after-response set-status {LATE} if {{ status 400 }} !{{ res.hdr(x-slmops-revision) -m found }}
     default-server check inter 1s fastinter 250ms downinter 500ms fall 2 rise 1
     default-server observe layer4 error-limit 1 on-error mark-down
     server-template pod- {revision.servers} {host}:{routes.port} resolvers dns resolve-prefer ipv4 init-addr last,none
