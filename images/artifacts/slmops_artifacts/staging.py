@@ -92,8 +92,9 @@ def foreign(folder: Path) -> str:
     while True:
         before = _identity(folder)
         try:
-            ours = {FOLDER_MANIFEST for _ in _markers(folder)}
-            ours |= {row.path for found in _markers(folder) for row in found.files}
+            ours = {
+                path for found in _markers(folder) for path in (FOLDER_MANIFEST, *(row.path for row in found.files))
+            }
             first = next((path for path in _paths(folder, "") if path not in ours), "")
         except FileNotFoundError:
             if _identity(folder) is None:

@@ -174,11 +174,7 @@ def _measure_teacher(
 
     It is taken once, for such a question would be asked and paid for by each pod anew.
     """
-    if (
-        held_out is None
-        or spec.evaluation is None
-        or not any(name in evaluate.SCORES for name in spec.evaluation.metrics)
-    ):
+    if held_out is None or spec.evaluation is None or not evaluate.of_answers(spec.evaluation.metrics):
         return
     gold, evaluation, settings = held_out, spec.evaluation, spec.data.generation
     teacher, seed = answers.teacher_key(terms.endpoint), spec.training.seed

@@ -18,7 +18,12 @@ def evaluate(answers: Sequence[str], references: Sequence[str], metrics: Sequenc
     """
     if len(answers) != len(references):
         raise ValueError(f"{len(answers)} answers to {len(references)} references")
-    return {name: sum(map(SCORES[name], answers, references)) / len(references) for name in metrics if name in SCORES}
+    return {name: sum(map(SCORES[name], answers, references)) / len(references) for name in of_answers(metrics)}
+
+
+def of_answers(metrics: Sequence[str]) -> list[str]:
+    """Those of the metrics for which questions are asked; perplexity needs none."""
+    return [name for name in metrics if name in SCORES]
 
 
 def check(references: Sequence[str], metrics: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ def measure(
     """
     # A metric that the references do not allow is known before any answer is paid for.
     evaluate.check(examples.references, evaluation.metrics)
-    texts = [name for name in evaluation.metrics if name != "perplexity"]
+    texts = evaluate.of_answers(evaluation.metrics)
     total = len(examples.items)
 
     def on_batch(done: int, _: int) -> None:

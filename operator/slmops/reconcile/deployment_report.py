@@ -98,8 +98,8 @@ def _said(facts: Facts, decision: Decision, ready: int) -> tuple[str, str, str]:
     if facts.waiting and not rolling:
         return "reconciling", facts.waiting.reason, facts.waiting.message
     if roll.phase == ROLLED_BACK and decision.candidate is not None:
-        rest = "The stable revision serves on. " if ready else "No pod of the stable revision is ready. "
-        rest = rest if decision.stable else ""
+        serves = "The stable revision serves on. " if ready else "No pod of the stable revision is ready. "
+        rest = serves if decision.stable else ""
         retry = f"{rest}Change the spec, or annotate slmops.dev/retry={decision.candidate.revision}."
         return "stalled", "RolledBack", f"{roll.outcome} {retry}"
     if rolling:

@@ -149,16 +149,19 @@ class Work:
 
     def reached(self) -> int:
         """Pods of the candidate that are ready, also in the eyes of every router that answers."""
-        views = [router.ready.get(self.name, 0) for router in self.seen.routers if router.weights is not None]
-        return min([self.pods.ready, *views])
+        return min([self.pods.ready, *self._reached_by_each(self.name)])
 
     def stands_in(self) -> bool:
         """Whether the candidate answers all requests, for the routers reach no pod of the stable revision."""
         if self.stable is None or self.weight == 0 or self.pods.ready == 0:
             return False
         name = self.stable.revision
-        views = [router.ready.get(name, 0) for router in self.seen.routers if router.weights is not None]
+        views = self._reached_by_each(name)
         return name not in self.seen.pods or self.seen.pods[name].ready == 0 or (views != [] and not any(views))
+
+    def _reached_by_each(self, revision: str) -> list[int]:
+        """Pods of a revision that each router which answers reaches."""
+        return [router.ready.get(revision, 0) for router in self.seen.routers if router.weights is not None]
 
     def pods_ready(self, need: int) -> bool:
         """Wait for pods; roll back where they take too long, except for who serves alone, which goes on trying."""
