@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
+import pytest
 
 from slmops_artifacts import transfer, upload
 from slmops_artifacts.files import Entry, Ticker
@@ -103,6 +106,24 @@ def contents(folder: Path) -> dict[str, bytes]:
         for file in sorted(folder.rglob("*"))
         if file.is_file() and not file.name.startswith(".slmops") and file.name != "slmops-manifest.json"
     }
+
+
+@contextlib.contextmanager
+def failing(folder: Path, number: int) -> Iterator[None]:
+    """A volume that answers with this error wherever somebody looks at the folder or below it."""
+
+    def refused(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, *more: Any, **named: Any) -> Any:
+            if isinstance(path, str | Path) and Path(path).is_relative_to(folder):
+                raise OSError(number, os.strerror(number), str(path))
+            return real(path, *more, **named)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((os, "stat"), (os, "lstat"), (os, "scandir"), (io, "open")):
+            patch.setattr(module, name, refused(getattr(module, name)))
+        yield
 
 
 def growing(folder: Path, pattern: str) -> dict[Path, int]:

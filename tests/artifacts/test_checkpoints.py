@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import httpx
 import pytest
-from artifact_support import Registry, contents, safetensors, write
+from artifact_support import Registry, contents, failing, safetensors, write
 
 from slmops_artifacts import Manifest, folder, oci, push, read_manifest, sent, transfer
 from slmops_trainer import answers, checkpoints, teacher
@@ -360,8 +360,8 @@ def test_on_a_volume_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list((tmp_path / "claim").iterdir()) == []
 
 
-@pytest.mark.parametrize("harm", ["one file", "all files", "also the manifest"])
-def test_on_a_volume_a_checkpoint_that_lost_files_is_removed_and_the_run_begins_anew(
+@pytest.mark.parametrize("harm", ["one file", "all files", "also the manifest", "half the manifest"])
+def test_on_a_volume_a_damaged_checkpoint_is_removed_and_the_run_begins_anew(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: str
 ) -> None:
     run = Run(f"file://{tmp_path}/ckpt", tmp_path)
@@ -369,16 +369,31 @@ def test_on_a_volume_a_checkpoint_that_lost_files_is_removed_and_the_run_begins_
     assert pod.load() is None
     save(pod, 1)
     files = [path for path in (tmp_path / "ckpt").rglob("*") if path.is_file() and path.name != "slmops-manifest.json"]
-    for path in files[:1] if harm == "one file" else files:
+    manifest = tmp_path / "ckpt/slmops-manifest.json"
+    for path in {"one file": files[:1], "half the manifest": []}.get(harm, files):
         path.unlink()
     if harm == "also the manifest":
-        (tmp_path / "ckpt/slmops-manifest.json").unlink()
+        manifest.unlink()
+    if harm == "half the manifest":
+        manifest.write_bytes(manifest.read_bytes()[:100])
     pod = run.pod()
     assert pod.load() is None
-    assert f"Removed a checkpoint that had lost files: file://{tmp_path}/ckpt" in caplog.text
+    assert f"Removed a damaged checkpoint: file://{tmp_path}/ckpt" in caplog.text
     save(pod, 2)
     assert loaded(run.pod()) == 2
     assert sorted(item.name for item in tmp_path.iterdir() if item.is_dir() and "pod" not in item.name) == ["ckpt"]
+
+
+def test_a_volume_that_is_unwell_is_no_damaged_checkpoint(tmp_path: Path) -> None:
+    run = Run(f"file://{tmp_path}/ckpt", tmp_path)
+    pod = run.pod()
+    pod.load()
+    save(pod, 1)
+    for part in ("ckpt", "ckpt/slmops-manifest.json", "ckpt/training"):
+        with failing(tmp_path / part, errno.EIO), pytest.raises(RunFailure) as caught:
+            run.pod().load()
+        assert caught.value.reason == "StoreUnavailable"
+    assert loaded(run.pod()) == 1
 
 
 def test_on_a_volume_the_files_of_others_stay(tmp_path: Path) -> None:

@@ -7,13 +7,16 @@ import os
 import re
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from artifact_support import contents, growing, run_cli, safetensors, wait_for, write
+from artifact_support import contents, failing, growing, run_cli, safetensors, wait_for, write
 
 from slmops_artifacts import ArtifactError, Manifest, delete, pull, push, read_manifest, resolve, staging
+from slmops_artifacts.folder import check_target, discard_damaged, published
+from slmops_artifacts.uris import FolderRef, parse
 
 PLAIN = Manifest(kind="model")
 
@@ -83,12 +86,14 @@ def test_nothing_beside_an_artifact_goes_with_it(claim: Path, model: Path, tmp_p
     assert name not in contents(tmp_path / "out")
 
 
-@pytest.mark.parametrize("harm", ["changed", "lost", "a link"])
+@pytest.mark.parametrize("harm", ["changed", "changed to the same size", "lost", "a link"])
 def test_what_is_left_of_an_artifact_is_replaced(claim: Path, model: Path, tmp_path: Path, harm: str) -> None:
     uri, _ = push(model, "pvc://store/a", PLAIN)
     (claim / "a/config.json").unlink()
     if harm == "changed":
         write(claim / "a", {"config.json": b'{"changed": true}'})
+    if harm == "changed to the same size":
+        write(claim / "a", {"config.json": b"[]"})
     if harm == "a link":
         (claim / "a/more.json").symlink_to("sub/tokenizer.json")
         with pytest.raises(ArtifactError, match=r"more\.json"):
@@ -97,6 +102,46 @@ def test_what_is_left_of_an_artifact_is_replaced(claim: Path, model: Path, tmp_p
     _, pushed = push(model, uri, PLAIN)
     assert pull(uri, tmp_path / "out") == pushed
     assert contents(claim / "a") == contents(model)
+
+
+def test_the_manifest_is_that_of_the_last_push_also_of_equal_files(claim: Path, model: Path) -> None:
+    push(model, "pvc://store/a", PLAIN)
+    uri, pushed = push(model, "pvc://store/a", PLAIN.model_copy(update={"annotations": {"run": "2"}}))
+    assert read_manifest(uri) == pushed
+    assert contents(claim / "a") == contents(model)
+    assert [item.name for item in claim.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(("number", "reason"), [(errno.EACCES, "AccessDenied"), (errno.EIO, "SourceUnavailable")])
+def test_what_cannot_be_looked_at_is_said_and_is_not_taken_for_absent(
+    claim: Path, model: Path, tmp_path: Path, number: int, reason: str
+) -> None:
+    uri, pushed = push(model, "pvc://store/team/a", PLAIN)
+    ref = parse(uri)
+    assert isinstance(ref, FolderRef)
+    actions: list[Callable[[], object]] = [
+        lambda: push(model, uri, PLAIN),
+        lambda: pull(uri, tmp_path / "out"),
+        lambda: read_manifest(uri),
+        lambda: delete(uri),
+        lambda: published(ref),
+        lambda: check_target(ref),
+        lambda: discard_damaged(ref),
+    ]
+    for part, some in (("team", actions), ("team/a/slmops-manifest.json", actions)):
+        for action in some:
+            with failing(claim / part, number), pytest.raises(ArtifactError, match="store/team") as caught:
+                action()
+            assert caught.value.reason == reason
+    assert read_manifest(uri) == pushed
+    write(claim / "team/a", {"logs/run.log": b"mine"})
+    with failing(claim / "team/a/logs", number), pytest.raises(ArtifactError, match="store/team") as caught:
+        delete(uri)
+    assert caught.value.reason == reason
+    (claim / "team/a/config.json").unlink()
+    with failing(claim / "team/a/logs", number), pytest.raises(ArtifactError, match="store/team") as caught:
+        discard_damaged(ref)
+    assert caught.value.reason == reason
 
 
 def test_no_artifact_lies_in_another(claim: Path, model: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .errors import ArtifactError, from_os
@@ -12,7 +12,7 @@ from .files import CHUNK, Choose, Entry, Progress, Ticker, folder_digest, hash_f
 from .formats import FOLDER_MANIFEST, check_content, check_files, detect_format
 from .model import Manifest
 from .sent import Sent
-from .staging import Installed, Staging, check_vacant, discard, foreign, installed
+from .staging import Installed, Staging, check_vacant, discard, foreign, illegible, installed
 from .uris import FolderRef
 
 _READS = 3
@@ -28,11 +28,11 @@ def resolve(ref: FolderRef) -> str | None:
 def read_manifest(ref: FolderRef) -> Manifest | None:
     """Return the manifest in the folder; a folder that people have filled by hand gets one made from its files."""
     _check_root(ref)
-    if not os.path.lexists(ref.path):
-        return None
     there = installed(ref.path)
     if there is not None:
         return there.manifest
+    if not os.path.lexists(ref.path):
+        return None
     files = list_files(ref.path, str(ref))
     entries = [hash_file(file)._replace(path=path) for path, file in sorted(files.items())]
     return _describe(entries, str(ref))
@@ -121,7 +121,7 @@ def push(src: Path, ref: FolderRef, manifest: Manifest, progress: Progress | Non
     digest = folder_digest(entries)
     manifest = manifest.completed(digest=digest, format=manifest.format or detect_format(verdicts), size_bytes=total)
     with Staging(ref.path, digest, FOLDER_MANIFEST) as staging:
-        if staging.done() == manifest:
+        if staging.done() == manifest and _holds(ref.path, entries, sent):
             ticker.add(total)
             return str(ref), manifest
         linked = {entry for entry in entries if sent.link(entry, ref.path, staging.target(entry.path))}
@@ -148,7 +148,12 @@ def check_target(ref: FolderRef) -> None:
     if ref.path == (ref.root or Path("/")):
         raise ArtifactError("BadUri", f"{ref} is the whole volume. Name a folder on it, as in pvc://claim/models/one.")
     _check_root(ref)
-    around = next((folder for folder in ref.path.parents if (folder / FOLDER_MANIFEST).is_file()), None)
+    try:
+        around = next((folder for folder in ref.path.parents if (folder / FOLDER_MANIFEST).is_file()), None)
+        if around is None:
+            check_vacant(ref.path, str(ref))
+    except OSError as error:
+        raise from_os(error, "Writing to", ref.path) from error
     if around is not None:
         other = around if ref.root is None else f"pvc://{around.relative_to(ref.root.parent)}"
         raise ArtifactError(
@@ -156,10 +161,6 @@ def check_target(ref: FolderRef) -> None:
             f"{ref} lies in the folder of another artifact, {other}, which would go when that one is published again. "
             "Choose a folder beside it.",
         )
-    try:
-        check_vacant(ref.path, str(ref))
-    except OSError as error:
-        raise from_os(error, "Writing to", ref.path) from error
 
 
 def delete(ref: FolderRef) -> bool:
@@ -182,15 +183,30 @@ def delete(ref: FolderRef) -> bool:
 def discard_damaged(ref: FolderRef) -> bool:
     """Remove what is left of an artifact of ours that has lost files, all of them perhaps. True if that was there.
 
-    Other people's files make a folder theirs, and stay.
+    Other people's files make a folder theirs, and stay; where our manifest is there and cannot be read, all count as
+    ours. So this is for folders that nobody but us writes to.
     """
     _check_root(ref)
-    if ref.path == ref.root or not ref.path.is_dir() or installed(ref.path) is not None:
-        return False
-    if foreign(ref.path):
-        return False
+    try:
+        if ref.path == ref.root or not ref.path.is_dir() or installed(ref.path) is not None:
+            return False
+        if not illegible(ref.path) and foreign(ref.path):
+            return False
+    except OSError as error:
+        raise from_os(error, "Reading", ref.path) from error
     discard(ref.path, "sha256:" + "0" * 64)
     return True
+
+
+def _holds(folder: Path, entries: Sequence[Entry], sent: Sent) -> bool:
+    """Whether the files are what they were when they were published: their sizes alone do not tell."""
+    try:
+        return all(
+            sent.holds(entry, folder) or hash_file(folder / entry.path)._replace(path=entry.path) == entry
+            for entry in entries
+        )
+    except ArtifactError:
+        return False
 
 
 def _copy(source: Path, path: str, staging: Staging, on_bytes: Callable[[int], None]) -> Entry:

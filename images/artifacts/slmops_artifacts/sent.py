@@ -52,14 +52,20 @@ class Sent:
         with contextlib.suppress(OSError):  # what is not remembered is copied again
             self._copies = {entry.path: (_look(folder / entry.path), entry) for entry in entries}
 
+    def holds(self, entry: Entry, folder: Path) -> bool:
+        """Whether the file in `folder` is the one that this process has written."""
+        known = self._copies.get(entry.path)
+        try:
+            return known is not None and known == (_look(folder / entry.path), entry)
+        except OSError:
+            return False
+
     def link(self, entry: Entry, folder: Path, target: Path) -> bool:
         """Give the copy in `folder` another name instead of copying once more. False where there is none, or no way."""
-        known = self._copies.get(entry.path)
-        source = folder / entry.path
+        if not self.holds(entry, folder):
+            return False
         try:
-            if known is None or known != (_look(source), entry):
-                return False
-            os.link(source, target, follow_symlinks=False)
+            os.link(folder / entry.path, target, follow_symlinks=False)
         except OSError:
             return False
         return True

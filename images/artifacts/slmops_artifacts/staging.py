@@ -46,10 +46,16 @@ def installed(folder: Path) -> Installed | None:
     """Read our marker in `folder`, and check that every file it names is there with its size.
 
     A writer may put another folder in its place meanwhile: the marker of one and the files of the other tell nothing.
+    Raises ArtifactError where the volume does not let it be told.
     """
     while True:
         before = _identity(folder)
-        found = _read_installed(folder)
+        try:
+            found = _read_installed(folder)
+        except OSError as error:
+            if _identity(folder) == before:
+                raise from_os(error, "Reading", folder) from error
+            continue
         if found is not None or _identity(folder) == before:
             return found
 
@@ -65,21 +71,23 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 def _read_installed(folder: Path) -> Installed | None:
     for found in _markers(folder):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if all((folder / row.path).lstat().st_size == row.size for row in found.files):
                 return found
     return None
 
 
 def _markers(folder: Path) -> Iterator[Installed]:
-    """What our markers in `folder` say, whether or not their files are there."""
+    """What our markers in `folder` say, whether or not their files are there. Raises OSError."""
     for name in (FOLDER_MANIFEST, MARKER):
         try:
             with (folder / name).open("rb") as stream:
                 document = json.loads(stream.read(_MAX_MARKER))
             rows = [Entry(safe_path(row[0], str(folder)), int(row[1]), str(row[2])) for row in document["files"]]
             manifest = Manifest.model_validate(document["manifest"])
-        except (OSError, ValueError, KeyError, TypeError, IndexError, ValidationError, ArtifactError):
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            continue
+        except (ValueError, KeyError, TypeError, IndexError, ValidationError, ArtifactError):
             continue
         yield Installed(manifest, tuple(rows))
 
@@ -87,7 +95,7 @@ def _markers(folder: Path) -> Iterator[Installed]:
 def foreign(folder: Path) -> str:
     """A file below `folder` that is no part of an artifact of ours there, whole or not; empty if there is none.
 
-    Hidden names and lost+found are nobody's, as everywhere (see files.list_files).
+    Hidden names and lost+found are nobody's, as everywhere (see files.list_files). Raises ArtifactError.
     """
     while True:
         before = _identity(folder)
@@ -100,6 +108,8 @@ def foreign(folder: Path) -> str:
             if _identity(folder) is None:
                 return ""
             continue
+        except OSError as error:
+            raise from_os(error, "Reading", folder) from error
         if not first or _identity(folder) == before:  # else the marker may be of the folder that was there before
             return first
 
@@ -114,6 +124,11 @@ def _paths(folder: Path, prefix: str) -> Iterator[str]:
                 yield from _paths(Path(item.path), f"{prefix}{item.name}/")
             else:
                 yield f"{prefix}{item.name}"
+
+
+def illegible(folder: Path) -> bool:
+    """Whether `folder` has a manifest of ours that says nothing, such as one that was cut. Raises OSError."""
+    return (folder / FOLDER_MANIFEST).is_file() and not any(True for _ in _markers(folder))
 
 
 def check_vacant(dest: Path, name: str) -> None:
@@ -248,7 +263,8 @@ class Staging:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
-            if self.done() is not None:
+            # Who pushes has found another manifest there, or a damaged file.
+            if self._marker == MARKER and self.done() is not None:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 return
             self._refuse_foreign()

@@ -50,15 +50,15 @@ class Checkpoints:
     def load(self, patience: float | None = None) -> Path | None:
         """The folder with the last complete checkpoint, None where there is none yet. Pulls once.
 
-        `patience`: seconds for which a store that is away is waited for. A folder that has lost files holds none, and
-        is removed with a warning: it could neither be read nor replaced. Raises RunFailure when the store cannot be
-        reached: starting over would throw away what was paid for.
+        `patience`: seconds for which a store that is away is waited for. A damaged folder holds none, and is removed
+        with a warning: it could neither be read nor replaced. Raises RunFailure when the store cannot be reached:
+        starting over would throw away what was paid for.
         """
         if self._found is None:
             try:
                 ref = parse(self.uri)
                 if isinstance(ref, FolderRef) and discard_damaged(ref):
-                    log.warning("Removed a checkpoint that had lost files: %s", self.uri)
+                    log.warning("Removed a damaged checkpoint: %s", self.uri)
                 manifest = read_manifest(self.uri, patience=patience)
                 if manifest is not None and manifest.annotations.get(ANNOTATION_UID) == self._uid:
                     self._pull(manifest, patience)
