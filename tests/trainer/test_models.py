@@ -11,11 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import CHATML, task, write_model, write_tokenizer
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from slmops_trainer import encoding, generate, models
 from slmops_trainer.data import Example, Message
 from slmops_trainer.failure import RunFailure
+
+END = 2  # <|im_end|>
 
 
 @pytest.fixture
@@ -205,6 +208,7 @@ def test_writing_keeps_tokenizer_dtype_and_every_end(tmp_path: Path) -> None:
     (source / "special_tokens_map.json").unlink()
     edit(source, "generation_config.json", eos_token_id=0, temperature=0.3, do_sample=True)
     loaded = models.load(source, "m")
+    loaded.tokenizer(["lamp", "the lamp"], padding=True)  # which its tokenizer remembers, and its file does not
     assert loaded.model.dtype == torch.float32
     assert loaded.dtype == torch.bfloat16
     assert loaded.stop_ids == (0, 2)  # the base's declared end of text, and the end that its chat template writes
@@ -219,6 +223,48 @@ def test_writing_keeps_tokenizer_dtype_and_every_end(tmp_path: Path) -> None:
     assert "temperature" not in json.loads((out / "generation_config.json").read_text())
     before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in after)
+
+
+def begin_texts(folder: Path) -> None:
+    """As DeepSeek's: the class puts the token before every text, and tokenizer.json does not."""
+    edit(
+        folder,
+        "tokenizer_config.json",
+        tokenizer_class="LlamaTokenizerFast",
+        add_bos_token=True,
+        bos_token="<|endoftext|>",
+    )
+
+
+def add_by_config(folder: Path) -> None:
+    """The end is an ordinary word of tokenizer.json, and a token of its own in tokenizer_config.json alone."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    edit(
+        folder,
+        "tokenizer.json",
+        added_tokens=[one for one in content["added_tokens"] if one["content"] != "<|im_end|>"],
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [begin_texts, add_by_config, lambda folder: drop(folder, "tokenizer.json")],
+    ids=["begin", "added", "vocab.json"],
+)
+def test_the_server_gets_the_ids_that_were_trained(
+    folder: Path, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    AutoTokenizer.from_pretrained(folder).backend_tokenizer.model.save(str(folder))
+    change(folder)
+    loaded = models.load(folder, "m")
+    out = tmp_path / "out"
+    out.mkdir()
+    models.copy_tokenizer(loaded, out)
+    text = "the lamp<|im_end|>\n"
+    wanted = loaded.tokenizer(text)["input_ids"]
+    assert END in wanted
+    assert Tokenizer.from_file(str(out / "tokenizer.json")).encode(text).ids == wanted
+    assert AutoTokenizer.from_pretrained(out)(text)["input_ids"] == wanted
 
 
 def examples() -> list[Example]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -20,7 +21,7 @@ from slmops_trainer import encoding
 from slmops_trainer.failure import RunFailure, translate
 
 # What a tokenizer consists of. Copied, not written anew: training changes no tokenizer, and rewriting one has
-# broken end-of-text tokens and templates in other tools.
+# broken end-of-text tokens and templates in other tools. But see _backend.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
@@ -253,6 +254,9 @@ def copy_tokenizer(loaded: Loaded, folder: Path) -> None:
     for name in (*TOKENIZER_FILES, *OTHER_FILES):
         if (loaded.folder / name).is_file():
             shutil.copyfile(loaded.folder / name, folder / name)
+    backend = _backend(loaded)
+    if backend is not None:
+        (folder / "tokenizer.json").write_text(backend, encoding="utf-8")
     template = loaded.tokenizer.chat_template
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
@@ -263,6 +267,29 @@ def copy_tokenizer(loaded: Loaded, folder: Path) -> None:
     if template and config:
         path.write_text(json.dumps({**config, "chat_template": template}, indent=2, ensure_ascii=False))
         (folder / "chat_template.jinja").write_text(template)
+
+
+def _backend(loaded: Loaded) -> str | None:
+    """tokenizer.json as the run's tokenizer would be read from it; None where that is the file which is there.
+
+    transformers puts a beginning-of-text token and added tokens of tokenizer_config.json into a tokenizer while it
+    reads it. The server reads tokenizer.json alone, and has to give the ids that were trained.
+    """
+    if not loaded.tokenizer.is_fast:
+        return None
+    path = loaded.folder / "tokenizer.json"
+    used = _whole(Tokenizer.from_str(loaded.tokenizer.backend_tokenizer.to_str()))
+    if path.is_file() and _whole(Tokenizer.from_file(str(path))).to_str() == used.to_str():
+        return None
+    text: str = used.to_str(pretty=True)
+    return text
+
+
+def _whole(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer without what the last call told it to cut or to fill up."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _tool_template(folder: Path, config: Mapping[str, Any]) -> str | None:
