@@ -110,9 +110,9 @@ def test_weights_are_kept_and_what_is_empty_is_not_there(tmp_path: Path) -> None
     (example,) = read(tmp_path, row)
     assert example.weights == [0, 1, 0]
     assert read(tmp_path, json.dumps(example.row)) == (Example(example.messages, "a3", 1, 0),)
-    # What is held out or asked anew counts, whatever its weight.
+    # What is held out or asked anew counts, whatever its weight; of what is held out, nothing else does.
     roles: tuple[data.Role, ...] = ("evaluation", "prompts")
-    assert [read(tmp_path, row, role)[0].weights for role in roles] == [[0, 1, 1]] * 2
+    assert [read(tmp_path, row, role)[0].weights for role in roles] == [[0, 0, 1], [0, 1, 1]]
 
 
 def test_prompts_need_no_answers(tmp_path: Path) -> None:

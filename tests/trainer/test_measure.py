@@ -24,7 +24,7 @@ def held_out(digit: str) -> Examples:
     return Examples(items, "prompt-completion", "gold", parent)
 
 
-def test_a_base_is_measured_once_by_all_pods_but_anew_on_other_examples_and_when_its_tag_has_moved(
+def test_a_base_is_measured_once_by_all_pods_but_anew_on_other_examples_and_when_its_tag_or_template_has_changed(
     make_run: Callable[..., Context], tiny_model: Path
 ) -> None:
     loaded = models.load(tiny_model, "tiny")
@@ -39,6 +39,10 @@ def test_a_base_is_measured_once_by_all_pods_but_anew_on_other_examples_and_when
         with pytest.raises(RunFailure) as caught:
             measure.once(second, loaded, examples, ASKED, "Before", model)
         assert caught.value.reason == "Interrupted"
+    loaded.tokenizer.chat_template += " "
+    with pytest.raises(RunFailure) as caught:
+        measure.once(second, loaded, held_out("1"), ASKED, "Before", "sha256:a")
+    assert caught.value.reason == "Interrupted"
 
 
 def test_every_score_is_taken_once_for_each_answer(

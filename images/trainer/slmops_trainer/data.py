@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -292,6 +292,9 @@ def _chat(row: dict[str, Any], columns: Columns, role: Role, line: int, where: s
             )
     messages = [_turn(turn, f"{where}, turn {index}") for index, turn in enumerate(turns, 1)]
     _check_order(messages, where)
+    if role == "evaluation":
+        # The last answer is held out. The turns before it may well be trained on, and would hide what it costs.
+        messages = [replace(message, weight=0) if message.role == "assistant" else message for message in messages]
     if messages[-1].role == "assistant":
         # What is held out or asked for again is asked whatever its weight.
         weight = messages[-1].weight if role == "training" else 1

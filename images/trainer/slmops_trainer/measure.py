@@ -1,5 +1,6 @@
 """The evaluation of a model on held-out examples, as fine-tuning and distillation both do it."""
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,11 @@ def once(
 
     `origin`: the model's digest. Raises the failures of `measure` and of the store.
     """
-    return kept(ctx, stage, examples, origin, lambda: measure(ctx, loaded, examples, evaluation, stage)[1])
+    # What the run is to learn decides over the template that all are asked with (encoding.complete).
+    template = hashlib.sha256((loaded.tokenizer.chat_template or "").encode()).hexdigest()
+    return kept(
+        ctx, stage, examples, f"{origin} {template}", lambda: measure(ctx, loaded, examples, evaluation, stage)[1]
+    )
 
 
 def kept(
@@ -58,8 +63,9 @@ def kept(
 ) -> dict[str, float]:
     """What an earlier pod measured in `stage`, else what `take` gives.
 
-    Only of the same model, which `origin` identifies, and on the same examples is it the same: a tag may have moved
-    and a ConfigMap been edited since. The measurement goes into the checkpoint's folder; the next save publishes it.
+    Only of the same model, which `origin` identifies with how it is asked, and on the same examples is it the same: a
+    tag may have moved and a ConfigMap been edited since. The measurement goes into the checkpoint's folder; the next
+    save publishes it.
     """
     ctx.resume()
     path = ctx.checkpoints.folder / PART / f"{stage}.json"
