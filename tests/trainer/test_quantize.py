@@ -374,7 +374,14 @@ def test_a_graph_that_is_not_what_was_asked_for_is_refused(
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 32}}, "positions by yarn"),
         ({"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 2}, ""),
         ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, ""),
-        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, "window of 8 tokens in some"),
+        (
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+            "window of 8 tokens in some .* train it so",
+        ),
+        (
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2, "num_hidden_layers": 2},
+            "in none .* changes nothing else",
+        ),
         ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2, "max_position_embeddings": 8}, ""),
     ],
 )

@@ -113,11 +113,14 @@ def _refuse_positions(config: Mapping[str, Any], source: str) -> None:
             "out of its config.json, and let max_position_embeddings be the context that it was trained with.",
         )
     window, context = config.get("sliding_window"), config.get("max_position_embeddings") or math.inf
-    if config.get("use_sliding_window") and config.get("max_window_layers", 28) and window and window < context:
+    before = config.get("max_window_layers", 28)
+    if config.get("use_sliding_window") and before and window and window < context:
+        some = before < config.get("num_hidden_layers", math.inf)
         raise RunFailure(
             "UnsupportedModel",
-            f"{source} looks through a window of {window} tokens in some of its layers only (max_window_layers), which "
-            "its ONNX form cannot have. Set use_sliding_window to false in its config.json and train it so.",
+            f"{source} looks through a window of {window} tokens in {'some' if some else 'none'} of its layers "
+            "(max_window_layers), and its ONNX form would in all. Set use_sliding_window to false in its config.json"
+            f"{' and train it so' if some else ', which changes nothing else'}.",
         )
 
 
