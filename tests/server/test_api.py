@@ -292,6 +292,14 @@ def test_a_prompt_of_a_list_is_answered_as_alone(server: Server, seed: int) -> N
     assert together[0]["text"] != alone
 
 
+def test_equal_prompts_of_a_list_are_answered_alike_under_a_seed_only(server: Server) -> None:
+    asked = {"prompt": [[9, 40]] * 3, "n": 2, "temperature": 1, "max_tokens": 20}
+    for fields, count in (({"seed": 7}, 2), ({}, 6)):
+        choices = server.complete(**asked, **fields).json()["choices"]
+        assert len(choices) == 6
+        assert len({choice["text"] for choice in choices}) == count
+
+
 def test_kv_use_is_what_running_answers_hold(start: Callable[..., Server]) -> None:
     server = start("--slots", "2")
     assert server.metric("vllm:kv_cache_usage_perc") == 0

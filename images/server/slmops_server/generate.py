@@ -91,7 +91,8 @@ class Generate:
         for number in range(len(prompts) * request.n):
             prompt = prompts[number // request.n]
             sampling = request.sampling
-            if at := number % request.n:  # choices differ, and each is the same again under the request's seed
+            # choices differ, and each is the same again under the request's seed; without one so do equal prompts
+            if at := number % request.n if request.seeded else number:
                 sampling = replace(sampling, seed=(sampling.seed + at) % (1 << 63))
             answer = service.supervisor.submit(
                 prompt,

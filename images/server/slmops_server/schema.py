@@ -93,6 +93,7 @@ class Request:
     tools: Tools | None
     template_fields: dict[str, Any]
     sampling: Sampling
+    seeded: bool  # by its client
     n: int
     echo: bool
     stop: tuple[str, ...]
@@ -135,6 +136,7 @@ def parse(kind: str, body: bytes) -> Request:
         tools=tools,
         template_fields=more,
         sampling=_sampling(kind, fields),
+        seeded="seed" in fields,
         n=integer(fields, "n", 1, 1, MAX_CHOICES),
         echo=flag(fields, "echo"),
         stop=_stop(fields.get("stop", [])),
