@@ -7,6 +7,7 @@ import orjson
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from slmops_server import tools
 from slmops_server.detok import CLOSE, OPEN, DetokenizerFactory
 from slmops_server.tools import ToolParser
 
@@ -125,6 +126,19 @@ def test_ids_of_calls_have_the_form_that_mistrals_templates_want() -> None:
     assert len({call.id for call in calls}) == 50
     for call in calls:
         assert re.fullmatch("[a-zA-Z0-9]{9}", call.id)
+
+
+def test_a_model_that_repeats_its_close_tag_is_not_read_from_the_start_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read: list[int] = []
+    loads, sub = json.loads, re.sub
+    monkeypatch.setattr(tools.json, "loads", lambda text: (read.append(len(text)), loads(text))[1])
+    monkeypatch.setattr(tools.re, "sub", lambda *how, **more: (read.append(len(how[2])), sub(*how, **more))[1])
+    parser, answer = ToolParser(tagged=True, names={"f"}), OPEN + CUT + CLOSE * 1000
+    assert [parser.feed(tag) for tag in re.findall("<[^<]*", answer)] == [("", [])] * 1001
+    assert parser.end() == (answer, [])
+    assert 0 < sum(read) < 2 * len(answer)
 
 
 def test_text_goes_on_behind_a_tag_that_it_only_speaks_of() -> None:

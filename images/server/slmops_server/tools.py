@@ -36,6 +36,7 @@ class ToolParser:
         self._plain = False  # nothing more can be a call
         self._held = ""
         self._searched = 0  # characters of what is held, up to the end of a close tag that stands in a call's string
+        self._quoted = self._again = False  # of these: whether they end in a string, hold an open tag
         self.called = 0
 
     def feed(self, text: str) -> tuple[str, list[Call]]:
@@ -64,17 +65,23 @@ class ToolParser:
             at = self._held.find(tag, self._searched)
             if at < 0:
                 break
-            before, behind = self._held[:at], at + len(tag)
+            behind = at + len(tag)
             if self._inside:
-                found = self._within(before)
-                if found is None and _ends_in_string(before):
+                piece = self._held[self._searched : at]
+                self._quoted ^= _changes_quotes(piece)
+                self._again |= OPEN in piece
+                before = self._held[:at]
+                # no JSON ends in a string: not read again and again where a model repeats its tags
+                found = None if self._quoted and not self._again else self._within(before)
+                if found is None and self._quoted:
                     self._searched = behind
                     continue
                 text, more = found or (OPEN + before + CLOSE, [])
                 shown, calls = shown + text, calls + more
             else:
-                shown += self._trim(before)
+                shown += self._trim(self._held[:at])
             self._held, self._searched = self._held[behind:], 0
+            self._quoted = self._again = False
             self._inside = not self._inside
         if not self._inside:
             keep = overlap(self._held, OPEN)
@@ -130,6 +137,6 @@ class ToolParser:
         return Call("".join(secrets.choice(ID_LETTERS) for _ in range(ID_LENGTH)), name, text)
 
 
-def _ends_in_string(text: str) -> bool:
-    """Whether JSON that begins so is in the middle of a string."""
+def _changes_quotes(text: str) -> bool:
+    """Whether behind this part of JSON a string is open that was not before it, or the other way round."""
     return re.sub(r"\\.", "", text, flags=re.DOTALL).count('"') % 2 == 1
