@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,7 @@ async def asked(routes: Routes, method: str, path: str, **fields: object) -> tup
 
 def test_an_adapter_that_is_not_read_in_time_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a volume that hangs: where its folder is looked at, and where the engine reads it."""
-    come = threading.Event()
+    hangs, come = threading.Event(), threading.Event()
     arguments = ["--model", str(LORA / "fp32"), "--threads", "1", "--slots", "1", "--adapter-root", str(LORA)]
 
     async def main() -> None:
@@ -196,12 +197,23 @@ def test_an_adapter_that_is_not_read_in_time_holds_up_no_other(monkeypatch: pyte
         async def load(name: str, folder: str) -> tuple[int, bytes]:
             return await asked(routes, "POST", "/v1/load_lora_adapter", lora_name=name, lora_path=folder)
 
+        async def unload(name: str) -> int:
+            return (await asked(routes, "POST", "/v1/unload_lora_adapter", lora_name=name))[0]
+
+        assert (await load("old", "few"))[0] == 200
         with monkeypatch.context() as hasty:  # else five minutes
             hasty.setattr(adapter_verbs, "READ", 1.0)
             with hasty.context() as hanging:
-                hanging.setattr(adapter_verbs, "below", lambda *_: come.wait(60))
-                status, body = await load("few", "few")
-            assert (status, json.loads(body)["error"]["code"]) == (503, "adapter_timeout")
+                hanging.setattr(adapter_verbs, "below", lambda *_: (hangs.set(), come.wait(60)))
+                begin = time.monotonic()
+                tries = [asyncio.create_task(load("few", "few")) for _ in range(3)]
+                await holds(hangs.is_set)
+                assert await unload("old") == 200
+                assert not any(one.done() for one in tries)
+                told = await asyncio.gather(*tries)
+                assert time.monotonic() - begin < 2.5  # not one after the other
+            for status, body in told:
+                assert (status, json.loads(body)["error"]["code"]) == (503, "adapter_timeout")
             assert (await load("few", "few"))[0] == 503  # it waits behind the one that hangs
             come.set()
             os.kill(kept.pid, signal.SIGSTOP)
@@ -211,7 +223,7 @@ def test_an_adapter_that_is_not_read_in_time_holds_up_no_other(monkeypatch: pyte
         os.kill(kept.pid, signal.SIGCONT)
         assert (await load("few", "few"))[0] == 200
         assert list(kept.adapters) == ["all", "few"]  # the one that was late is there as well
-        assert (await asked(routes, "POST", "/v1/unload_lora_adapter", lora_name="all"))[0] == 200
+        assert await unload("all") == 200
         assert kept.restarts == 0
         await kept.close()
         await running

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Any
+from weakref import WeakValueDictionary
 
 from slmops_server import asgi
 from slmops_server.engines.adapters import SUFFIX
@@ -29,7 +30,8 @@ class AdapterVerbs:
 
     def __init__(self, service: Service) -> None:
         self._service, self._root = service, service.settings.adapter_root
-        self._turn = asyncio.Lock()  # one at a time: what is checked has to hold until it is done
+        # one at a time for a name: what is checked has to hold until it is done
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         # not asyncio's, which long prompts need: a volume that hangs holds its thread for good
         self._looking = ThreadPoolExecutor(1, "adapter-folder")
         if self._root is not None and not self._root.is_dir():
@@ -44,26 +46,16 @@ class AdapterVerbs:
         if flaw := adapter_flaw(name):
             raise bad_request(f"lora_name {flaw}.", "lora_name")
         in_place = flag(fields, "load_inplace")
-        async with self._turn:
-            if name in self._service.settings.served_names:
-                raise bad_request(f"The name {name!r} is the base model's; an adapter needs another.", "lora_name")
-            if name in self._service.supervisor.adapters and not in_place:
-                raise bad_request(
-                    f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, "
-                    "set 'load_inplace' to true.",
-                    "lora_name",
-                )
-            try:
-                async with asyncio.timeout(READ):
-                    folder = await asyncio.get_running_loop().run_in_executor(self._looking, below, root, given)
-                    await self._service.supervisor.load_adapter(name, folder)
-            except TimeoutError:
-                raise unavailable(
-                    f"The adapter was not read within {READ:g} seconds: look whether its volume answers. "
-                    "If it is read later, /v1/models lists it.",
-                    "adapter_timeout",
-                    MAX_RETRY_AFTER,
-                ) from None
+        try:
+            async with asyncio.timeout(READ), self._turn(name):
+                folder = await self._load(name, given, root, in_place)
+        except TimeoutError:
+            raise unavailable(
+                f"The adapter was not read within {READ:g} seconds: look whether its volume answers. "
+                "If it is read later, /v1/models lists it.",
+                "adapter_timeout",
+                MAX_RETRY_AFTER,
+            ) from None
         log.info("Loaded an adapter name=%r folder=%s", name, folder)
         await asgi.respond(send, 200, f"Success: LoRA adapter '{name}' added successfully.".encode(), TEXT)
 
@@ -73,7 +65,7 @@ class AdapterVerbs:
         name = fields.get("lora_name")
         if not name or not isinstance(name, str):
             raise bad_request("'lora_name' needs to be provided, as a string.", "lora_name")
-        async with self._turn:
+        async with self._turn(name):
             if name not in self._service.supervisor.adapters:
                 raise ApiError(
                     404, f"The lora adapter '{name}' cannot be found.", param="lora_name", code="model_not_found"
@@ -81,6 +73,22 @@ class AdapterVerbs:
             self._service.supervisor.unload_adapter(name)
         log.info("Unloaded an adapter name=%r", name)
         await asgi.respond(send, 200, f"Success: LoRA adapter '{name}' removed successfully.".encode(), TEXT)
+
+    def _turn(self, name: str) -> asyncio.Lock:
+        return self._turns.setdefault(name, asyncio.Lock())
+
+    async def _load(self, name: str, given: str, root: Path, in_place: bool) -> Path:
+        if name in self._service.settings.served_names:
+            raise bad_request(f"The name {name!r} is the base model's; an adapter needs another.", "lora_name")
+        if name in self._service.supervisor.adapters and not in_place:
+            raise bad_request(
+                f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, "
+                "set 'load_inplace' to true.",
+                "lora_name",
+            )
+        folder = await asyncio.get_running_loop().run_in_executor(self._looking, below, root, given)
+        await self._service.supervisor.load_adapter(name, folder)
+        return folder
 
     async def _fields(
         self, scope: asgi.Scope, receive: asgi.Receive, known: frozenset[str]
