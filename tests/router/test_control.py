@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 from router_world import ask, eventually, free_port, routes
 
-from slmops_router import control, runtime
+from slmops_router import control, haproxy_cfg, runtime
 from slmops_router.control import Haproxy
 from slmops_router.haproxy_cfg import FRONT, Place, clients, fingerprint
 from slmops_router.main import open_files
@@ -165,3 +165,21 @@ def test_where_few_files_may_be_open_there_are_fewer_clients_and_haproxy_starts(
 def test_many_places_for_pods_fit_too(start, wrapped, port):
     many = parse(json.dumps(routes({"a": 0, "b": 0, "c": 0}, port, a=512, b=512, c=512)))
     start(many, wrapped("ulimit -n 4000"), files=4000)
+
+
+def test_a_client_that_takes_nothing_is_cut_off_before_its_server_does_so_and_is_no_error(
+    pod, start, port, monkeypatch
+):
+    monkeypatch.setattr(haproxy_cfg, "STALL", 1)
+    server = pod("a", chunks=2, pause=1.2)
+    one = start(wanted({"a": 100}, port))
+    server.thought.clear()
+    threading.Timer(1.2, server.thought.set).start()
+    assert ask(one.place.port) == ("a", "ok")  # who waits for more takes all there is
+    server.name, server.chunks, server.pause = "a" * 100_000, 10_000, 0
+    with socket.create_connection(("127.0.0.1", one.place.port), timeout=20) as client:
+        client.sendall(b"POST /v1/x HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}")
+        eventually(lambda: server.cut, "nothing more is sent")
+        eventually(lambda: stat(one, "a", "BACKEND", "scur") == "0", "its end is counted")
+    seen = one.observe()["revisions"]["a"]
+    assert (seen["requests"], seen["responses"]["2xx"], seen["aborted"]) == (2, 2, 0)

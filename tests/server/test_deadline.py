@@ -86,6 +86,7 @@ def test_time_that_cannot_be_met_is_refused_at_once(start: Start) -> None:
         refused = ask(server, half, n=20)
         assert refused[:2] == (503, "deadline_unreachable")
         assert int(refused[2]["retry-after"]) >= 1
+        assert refused[2]["x-slmops-deadline"] == "unreachable"  # for the router: no failure of the server
         assert server.metric("slmops_rejected_requests_total", reason="deadline_unreachable") == 1
         assert server.idle
     assert ask(server, half)[0] == 200

@@ -35,7 +35,10 @@ ERRORS = {
     504: ("server_error", "timeout", "The model server did not answer in time."),
 }
 RETRY_AFTER = 2  # seconds
-LATE = 904  # between the levels: nobody waited (or a 504 says so), in the one class of HAProxy's that is no answer
+# between the levels, in the one class of HAProxy's that is no answer:
+LATE = 904  # nobody waited, or a 504 says so
+REFUSED = 903  # a 503 that says that a client's own time is too short
+STALL = 25  # seconds of a client that takes nothing: its server would cut it off after 30, as if that had failed
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,7 @@ frontend metrics
 frontend {FRONT}
     bind {place.listen(place.port)}
     maxconn {clients(routes, place)}
+    timeout client {STALL}s
     http-request return status 404 if {{ path_beg /.slmops/ }}
     acl sticky req.hdr(x-session-id) -m found
     http-request set-var(txn.slot) req.hdr(x-session-id),xxh32,mod(100) if sticky
@@ -221,7 +225,8 @@ def _upper(name: str, routes: Routes, place: Place) -> str:
     """Choose the revision. Only what a candidate could not answer is asked again, of the fallback.
 
     What the stable revision could not answer is not: its bad requests would count as the candidate's failures. Nor is
-    what came too late for the client, who waits no more.
+    what came too late for the client, who waits no more, or was refused because it would: what HAProxy asks again by
+    its status it counts by that status, too.
     """
     lines = [
         f"backend {name}",
@@ -231,6 +236,7 @@ def _upper(name: str, routes: Routes, place: Place) -> str:
         "    http-request disable-l7-retry if { var(txn.revision),strcmp(txn.fallback) eq 0 }",
         "    use-server %[var(txn.revision)] if { var(txn.revision) -m found }",
         f"    http-response set-status 504 if {{ status {LATE} }}",
+        f"    http-response set-status 503 if {{ status {REFUSED} }}",
     ]
     if name == "split":
         lines += [f"    option httpchk GET {PROBE}", "    http-check expect status 200"]
@@ -261,6 +267,7 @@ backend {name}
     http-check expect status 200
     http-response set-header x-slmops-revision {name}
     http-response set-status {LATE} if {{ status 504 }} {{ res.hdr(x-should-retry) false }}
+    http-response set-status {REFUSED} if {{ status 503 }} {{ res.hdr(x-slmops-deadline) unreachable }}
     # HAProxy's own 400 here: the client left before the answer began
     http-after-response set-status {LATE} if {{ status 400 }} !{{ res.hdr(x-slmops-revision) -m found }}
     default-server check inter 1s fastinter 250ms downinter 500ms fall 2 rise 1

@@ -2,6 +2,8 @@
 
 import orjson
 
+UNREACHABLE = "deadline_unreachable"  # the code of a 503: the client's own time is too short
+
 
 class ApiError(Exception):
     """One refusal. `code` is what programs match, `param` names the field at fault."""
@@ -32,7 +34,10 @@ class ApiError(Exception):
         """Headers beside content type and length."""
         if self.status == 504:  # to OpenAI's clients: nobody waits for it any more
             return [(b"x-should-retry", b"false")]
-        return [] if self.retry_after is None else [(b"retry-after", str(self.retry_after).encode())]
+        told = [] if self.retry_after is None else [(b"retry-after", str(self.retry_after).encode())]
+        if self.code == UNREACHABLE:  # to the router: no failure of this server's
+            told.append((b"x-slmops-deadline", b"unreachable"))
+        return told
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

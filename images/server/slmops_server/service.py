@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from slmops_server import model_folder
 from slmops_server.detok import DetokenizerFactory
 from slmops_server.engines.choose import EngineOptions
-from slmops_server.errors import ApiError, bad_request, overloaded, too_late, unavailable
+from slmops_server.errors import UNREACHABLE, ApiError, bad_request, overloaded, too_late, unavailable
 from slmops_server.keys import ApiKeys
 from slmops_server.metrics import Metrics
 from slmops_server.model_folder import BadModelFolderError
@@ -142,7 +142,7 @@ class Service:
             raise unavailable(
                 f"The request was given {left:.3g} seconds; it would wait about {wait:.3g} "
                 f"and then take {needed - wait:.3g}.",
-                "deadline_unreachable",
+                UNREACHABLE,
                 max(1, min(math.ceil(needed - left), MAX_RETRY_AFTER)),
             )
 

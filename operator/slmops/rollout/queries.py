@@ -20,10 +20,10 @@ class Context:
 # Seen by the router: every answer of a revision's pods, also one that a client never saw because another revision
 # answered in its place. An answer that broke off in the middle counts as an error; so does a stream that ends with an
 # error frame, by its server's own count: HAProxy saw 200 and a proper end (servers of another image may not count it).
-# A 504 says that the time was over which the client itself had given: it tells nothing of the candidate, so it is no
-# answer here, and the router has it in a class of its own, with the requests whose clients left before an answer
-# began. The servers count such, too, but are scraped at other moments: to subtract their count from the router's left
-# errors where there were none.
+# A 504 says that the time was over which the client itself had given, a 503 may say that it is too short: such tell
+# nothing of the candidate, so they are no answers here, and the router has them in a class of its own, with the
+# requests whose clients left before an answer began. The servers count such, too, but are scraped at other moments: to
+# subtract their count from the router's left errors where there were none.
 _ERROR_RATE = (
     '(sum(rate(haproxy_backend_http_responses_total{%(router)s,code="5xx"}[%(window)ds]))'
     " + sum(rate(haproxy_backend_server_aborts_total{%(router)s}[%(window)ds]))"
