@@ -16,6 +16,7 @@ import pytest
 
 from slmops_server import adapter_verbs, supervisor
 from slmops_server.app import Routes
+from slmops_server.engines.base import Sampling
 from slmops_server.engines.choose import EngineOptions
 from slmops_server.errors import ApiError
 from slmops_server.service import Service
@@ -158,6 +159,52 @@ def test_the_container_is_not_alive_when_a_stuck_engine_cannot_be_ended(
         assert await livez(service) == 200
         await kept.close()
         await running
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_an_engine_that_dies_at_every_request_ends_the_server(
+    monkeypatch: pytest.MonkeyPatch, tiny: Path, answers: bool
+) -> None:
+    """One that answers others between is spared: it is the request that kills it."""
+    monkeypatch.setattr(supervisor, "BACKOFF", (0.0,))
+    monkeypatch.setattr(supervisor, "GIVE_UP", 2)
+
+    async def main() -> None:
+        service = Service(parse(["--model", str(tiny), "--threads", "1", "--slots", "1"], {}))
+        kept = service.supervisor
+        running = asyncio.create_task(kept.run())
+
+        async def dies(at_a_request: bool) -> None:
+            await holds(lambda: kept.ready)
+            pid, before = kept.pid, kept.restarts
+            assert pid
+            os.kill(pid, signal.SIGSTOP)
+            answer = kept.submit([40], 1, Sampling(), (), ignore_eos=False, stream=False) if at_a_request else None
+            os.kill(pid, signal.SIGKILL)
+            if answer:
+                with pytest.raises(ApiError, match="ended in mid-request"):
+                    await answer.get()
+            else:
+                await holds(lambda: kept.restarts > before)
+
+        await dies(at_a_request=True)
+        await dies(at_a_request=False)
+        await dies(at_a_request=False)
+        await holds(lambda: kept.ready)
+        if answers:
+            await kept.submit([40], 1, Sampling(), (), ignore_eos=False, stream=False).get()
+        await dies(at_a_request=True)
+        if answers:
+            await holds(lambda: kept.ready)
+            assert await livez(service) == 200
+            await kept.close()
+        await asyncio.wait_for(running, 20)
+        if not answers:
+            assert kept.failed.is_set()
+            assert await livez(service) == 503
+            assert kept.problem == "the engine process ended with code -9; the last 2 that were asked made no step"
 
     asyncio.run(main())
 

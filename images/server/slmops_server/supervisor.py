@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 BACKOFF = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds before the n-th restart in a row
 STEADY = 30.0  # an engine that ran this long has earned a fresh count
-GIVE_UP = 5  # starts in a row that never came to be ready, after which the server ends and says why
+GIVE_UP = 5  # engine processes in a row that were of no use, after which the server ends and says why
 BEAT = 1.0  # seconds between pings
 RELOAD = 300.0  # seconds that loading or warming may take after the first time, or SLOWER times what it took then
 SLOWER = 10
@@ -141,6 +141,7 @@ class Supervisor:
         self._transport: asyncio.WriteTransport | None = None
         self._unheard = 0  # pings sent since the engine process last said anything
         self._unready = 0  # starts in a row that did not come to be ready
+        self._useless: set[int] = set()  # processes, by number, that were asked for answers since a step last ended
         self._reason = ""  # why this life of the engine process ends, if anything was told or seen
         self._closing = False
 
@@ -197,6 +198,7 @@ class Supervisor:
         answer = into or Stream(grammar.param if grammar else None)
         number = next(self._numbers)
         answer.numbers[number] = len(answer.numbers)
+        self._useless.add(self.restarts)
         self._jobs[number] = _Job(answer, Work(len(prompt), max_tokens), adapter)
         self._send(
             {
@@ -261,7 +263,9 @@ class Supervisor:
             self.problem = self._reason or f"the engine process ended with code {code}"
             in_a_row = 1 if time.monotonic() - begin > STEADY else in_a_row + 1
             log.error("Engine process ended code=%s phase=%s problem=%s", code, self.phase, self.problem)
-            if self._unready >= GIVE_UP:
+            if len(self._useless) >= GIVE_UP:
+                self.problem += f"; the last {GIVE_UP} that were asked made no step"
+            if max(self._unready, len(self._useless)) >= GIVE_UP:
                 self.phase = "failed"
                 self.failed.set()
                 return
@@ -356,6 +360,8 @@ class Supervisor:
         elif "loaded" in message:
             self._loaded(self._loading.pop(message["loaded"]), message["problem"])
         elif "pong" in message:
+            if message["steps"]["count"] > self.steps.get("count", 0):
+                self._useless.clear()
             self.steps = message["steps"]
         elif "fatal" in message:
             self._reason = message["fatal"]
@@ -372,6 +378,8 @@ class Supervisor:
     def _deliver(
         self, number: int, text: str, tokens: int, finish: str | None, times: list[Any] | None, scores: Any
     ) -> None:
+        if finish not in ("error", "refused", "crowded"):
+            self._useless.clear()
         job = self._jobs.get(number)
         if job is None:  # cancelled while this was on its way
             return
