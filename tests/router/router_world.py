@@ -104,6 +104,7 @@ class ModelServer:
         self.name, self.host, self.port = name, host, port
         self.ready, self.status, self.chunks, self.pause = True, 200, 3, 0.005
         self.told: dict[str, str] = {}
+        self.dies = False  # under each request, once it has read it
         self.thought = threading.Event()  # before it, no answer begins
         self.thought.set()
         self.answered = self.cut = self.read = 0
@@ -120,6 +121,9 @@ class ModelServer:
                 outer.read += len(self.rfile.read(int(self.headers["content-length"])))
                 outer.answered += 1
                 outer.thought.wait()
+                if outer.dies:
+                    self.close_connection = True
+                    return
                 if outer.status != 200:
                     self._say(outer.status, b'{"error": {"message": "bad model"}}')
                     return

@@ -344,3 +344,18 @@ def test_a_client_that_leaves_before_the_answer_begins_is_no_answer_and_no_error
     seen = one.seen("b")
     assert (seen["requests"], seen["responses"]["4xx"], seen["aborted"]) == (1, 1, 0)
     assert one.seen("a")["requests"] == 0
+
+
+@pytest.mark.parametrize("size", [10, 100_000])  # the latter is too large to be sent again
+def test_a_pod_that_dies_under_a_request_is_an_answer_of_502_and_an_error(pod, router, port, size):
+    server = pod("a", chunks=0)
+    one = router(routes({"a": 100}, port))
+    one.ready("a")
+    connection = http.client.HTTPConnection("127.0.0.1", one.port, timeout=20)
+    assert ask(one.port, connection=connection) == ("a", "ok")  # from here on connections are kept
+    server.dies = True
+    connection.request("POST", "/v1/chat/completions", json.dumps({"messages": "x" * size}))
+    answer = connection.getresponse()
+    assert (answer.status, json.loads(answer.read())["error"]["code"]) == (502, "bad_gateway")
+    seen = one.seen("a")
+    assert (seen["requests"], seen["responses"]["5xx"], seen["aborted"]) == (2, 1, 0)

@@ -110,8 +110,8 @@ def clients(routes: Routes, place: Place) -> int:
 
     Their requests pass the inner sockets, which must never wait for a client to go: nor would the probes that go the
     same way, and all revisions would seem down. So the process may have three times as many: one more for each running
-    request, and as many for idle inner ones and the requests of processes from before a reload. HAProxy wants two files
-    for each and one for each check, and does not start without.
+    request, and as many for those that are closing and the requests of processes from before a reload. HAProxy wants
+    two files for each and one for each check, and does not start without.
     """
     spare = FILES_SPARE + sum(revision.servers for revision in routes.revisions)
     return max(1, min(place.clients, (place.files - spare) // 6))
@@ -145,6 +145,8 @@ defaults
     option dontlog-normal
     option dontlognull
     option abortonclose
+    # What ends under a request on a kept connection would be no answer, neither to the client nor in the counts
+    option http-server-close
     option idle-close-on-response
     option http-no-delay
     option http-buffer-request
@@ -243,7 +245,7 @@ def _upper(name: str, routes: Routes, place: Place) -> str:
     for revision in routes.revisions:
         how = "check inter 250ms fall 1 rise 1" if name == "split" else f"track split/{revision.revision}"
         where = f"{revision.revision} unix@{_socket(revision, place)}"
-        lines.append(f"    server {where} {how} weight {takes_over(routes, revision)} pool-purge-delay 1s")
+        lines.append(f"    server {where} {how} weight {takes_over(routes, revision)}")
     return "\n".join(lines) + "\n"
 
 
@@ -253,7 +255,6 @@ def _lower(revision: Revision, routes: Routes, place: Place) -> str:
     return f"""\
 frontend in-{name}
     bind unix@{_socket(revision, place)} mode 600
-    timeout http-keep-alive 1h  # the upper level closes first, so that no request meets a closing connection
     acl probe path {PROBE}
     http-request return status 200 if probe {{ nbsrv({name}) gt 0 }}
     http-request return status 503 if probe
