@@ -275,6 +275,11 @@ def test_keys_and_a_metrics_port(start: Start, tmp_path: Path) -> None:
         assert 'slmops_http_requests_total{code="401",model_name="tiny"} 1.0' in other.get("/metrics").text
         assert other.get("/readyz").status_code == 200
         assert other.post("/v1/completions", content=b"{}").status_code == 404
+        with socket.create_connection(("127.0.0.1", metrics), timeout=30) as scanner:
+            scanner.sendall(b"\x16\x03\x01\x02\x00\x01")
+            assert scanner.recv(1 << 16).startswith(b"HTTP/1.1 400")
+        assert 'code="400"' not in other.get("/metrics").text  # no client of the model
+        assert "invalid_http" not in other.get("/metrics").text
 
 
 def last_line(server: Server) -> str:

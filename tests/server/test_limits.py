@@ -193,6 +193,8 @@ def test_beyond_the_limit_of_connections_only_probes_are_answered(start: Start) 
     for sock in [*idle, *flood]:
         sock.close()
     wait_for(lambda: server.complete().status_code == 200, "there is room again")
+    seen = server.metric("slmops_rejected_requests_total", reason="too_many_connections")
+    assert seen >= 1 + 105 - 5 - 64  # those without an answer as well
 
 
 def test_long_prompts_fill_the_queue_before_many_requests_do(start: Start) -> None:

@@ -89,6 +89,7 @@ class Connection(HttpToolsProtocol):
         self._crowded = surplus > 0
         if surplus > SPARE:
             transport.abort()
+            self.limits.refused(ApiError(499, "It gets no answer.", code="too_many_connections"))
             return
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 

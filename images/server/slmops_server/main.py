@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import uvicorn
 
@@ -74,7 +75,8 @@ async def serve(settings: Settings) -> int:
     apart = settings.metrics_port not in (0, settings.port)
     listeners = [_listener(Routes(service, api=True, metrics=not apart), settings, settings.port, limits)]
     if apart:
-        listeners.append(_listener(Routes(service, api=False, metrics=True), settings, settings.metrics_port, limits))
+        quiet = replace(limits, refused=lambda _: None)  # whoever scrapes or scans is no client of the model
+        listeners.append(_listener(Routes(service, api=False, metrics=True), settings, settings.metrics_port, quiet))
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -224,7 +224,7 @@ class Metrics:
         self._rejected.labels(self._model, reason).inc()
 
     def refused(self, error: ApiError) -> None:
-        """A connection was refused before there was a request, or cut off behind one (499)."""
+        """A connection was refused before there was a request, or cut off without an answer (499)."""
         self.rejected(error.reason or "invalid_http")
         if error.status != CLIENT_LEFT:
             self.http(error.status)
