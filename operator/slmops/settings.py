@@ -3,12 +3,14 @@
 import json
 import os
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from slmops.api.base import Model
 from slmops.api.meta import Pod, Resources
+from slmops.api.quantities import amount
 
 ROUTER_POD = Pod(resources=Resources(requests={"cpu": "50m", "memory": "64Mi"}, limits={"memory": "512Mi"}))
 
@@ -23,6 +25,26 @@ def _router_pod(value: Any) -> Any:
     """What is not said is as by default: a release whose values are older than the variable says nothing."""
     found = json.loads(value) if isinstance(value, str) else value
     return {**ROUTER_POD.wire(), **found} if isinstance(found, dict) else found
+
+
+def _amounts(given: Mapping[str, str] | None) -> dict[str, Decimal]:
+    found = {}
+    for name, value in (given or {}).items():
+        number = amount(value)
+        if not isinstance(number, Decimal):
+            raise ValueError(f"{value!r} is no quantity of {name}")  # noqa: TRY004  # pydantic knows this one
+        found[name] = number
+    return found
+
+
+def _startable(pod: Pod) -> Pod:
+    """Resources that no pod can have would stall every ModelDeployment. Raises ValueError."""
+    if pod.resources:
+        limits = _amounts(pod.resources.limits)
+        for name, number in _amounts(pod.resources.requests).items():
+            if number > limits.get(name, number):
+                raise ValueError(f"the requested {name} is more than its limit")
+    return pod
 
 
 class Settings(Model):
@@ -40,7 +62,8 @@ class Settings(Model):
     hf_endpoint: str = ""  # a mirror of the Hugging Face Hub
     prometheus_url: str = ""
     router_key: str = ""  # from it the routers' agents' tokens are derived
-    router_pod: Annotated[Pod, BeforeValidator(_router_pod)] = ROUTER_POD  # JSON: resources, node selector, priority
+    # JSON: resources, node selector, priority
+    router_pod: Annotated[Pod, BeforeValidator(_router_pod), AfterValidator(_startable)] = ROUTER_POD
     namespaces: str = ""  # comma-separated; empty: all
     metrics_port: int = Field(default=9090, ge=1, le=65535)
     probe_port: int = Field(default=8080, ge=1, le=65535)

@@ -212,6 +212,10 @@ def test_a_store_is_taken_that_every_object_finds_a_place_in(url: str, good: boo
         ("store.secretName=My_Secret", "secretName"),
         ("operator.priorityClassName=My_Class", "priorityClassName"),
         ("router.priorityClassName=My_Class", "priorityClassName"),
+        ("router.nodeSelector.my pool=a", "nodeSelector"),
+        ("router.nodeSelector.pool=a b", "nodeSelector"),
+        ("nodeSelector.-pool=a", "nodeSelector"),
+        ("podMonitor.labels.a/b/c=d", "labels"),
         ("router.existingSecret=Not_A_Name", "existingSecret"),
         ("prometheus.url=prom:9090", "url"),
         ("prometheus.existingSecret=Not_A_Name", "existingSecret"),
@@ -240,6 +244,12 @@ def test_wrong_values_are_refused_by_name(value: str, word: str) -> None:
         *(f"prometheus.bundled.retention={retention}" for retention in ("6h", "1d12h", "1y", "90m")),
         "prometheus.bundled.scrapeInterval=1m30s",
         "podMonitor.interval=1m30s",
+        *(
+            f"{place}.{key}=a-B_1"
+            for place in ("nodeSelector", "router.nodeSelector")
+            for key in ("Pool", r"k8s\.io/a_b\.c")
+        ),
+        "router.nodeSelector.pool=",
     ],
 )
 def test_what_kubernetes_and_prometheus_take_the_schema_takes(value: str) -> None:

@@ -289,7 +289,9 @@ def test_what_the_values_do_not_say_of_the_routers_is_as_by_default() -> None:
     assert routers("{}") == usual
     assert routers('{"nodeSelector": {"a": "b"}}') == usual.model_copy(update={"node_selector": {"a": "b"}})
     assert routers('{"resources": {}}').resources == Resources()
-    for text in ("[]", "2", "{"):
+    assert routers('{"resources": {"requests": {"cpu": "1000m", "memory": "1Gi"}, "limits": {"cpu": 1}}}').resources
+    too_much = '{"resources": {"requests": {"memory": "1Gi"}, "limits": {"memory": "512Mi"}}}'  # helm adds that limit
+    for text in ("[]", "2", "{", too_much, '{"resources": {"limits": {"memory": "much"}}}'):
         with pytest.raises(ValidationError):
             routers(text)
 

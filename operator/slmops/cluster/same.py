@@ -2,29 +2,15 @@
 
 import hashlib
 import json
-import re
-from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from slmops.api.quantities import amount
 from slmops.cluster.port import Object
 
 APPLIED = "slmops.dev/applied"  # annotation: hash of what was applied last, so that a field taken away is noticed
 
 _EMPTY: tuple[Any, ...] = (None, "", {}, [])
 _QUANTITIES = frozenset({"requests", "limits", "sizeLimit"})
-_QUANTITY = re.compile(r"^([+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?)([KMGTPE]i|[numkMGTPE])?$")
-_UNITS = {
-    "": "1",
-    "n": "1e-9",
-    "u": "1e-6",
-    "m": "1e-3",
-    "k": "1e3",
-    "M": "1e6",
-    "G": "1e9",
-    "T": "1e12",
-    "P": "1e15",
-    "E": "1e18",
-}
 
 
 def stamped(obj: Object) -> Object:
@@ -55,7 +41,7 @@ def covers(current: Any, wanted: Any, *, quantity: bool = False) -> bool:
             covers(have, want, quantity=quantity) for have, want in zip(current, wanted, strict=True)
         )
     if quantity and current is not None:
-        return _amount(current) == _amount(wanted)
+        return amount(current) == amount(wanted)
     return bool(current == wanted) or (current in _EMPTY and wanted in _EMPTY)
 
 
@@ -71,16 +57,3 @@ def merge_patch(current: Any, wanted: Any) -> Any:
         elif key not in current or have != value:
             patch[key] = value
     return patch
-
-
-def _amount(value: Any) -> Decimal | str:
-    """A Kubernetes quantity as a number; what is none stays text."""
-    found = _QUANTITY.match(str(value))
-    if found is None:
-        return str(value)
-    number, unit = found.groups()
-    try:
-        factor = Decimal(1024) ** ("KMGTPE".index(unit[0]) + 1) if len(unit or "") == 2 else Decimal(_UNITS[unit or ""])
-        return Decimal(number) * factor
-    except InvalidOperation:
-        return str(value)
