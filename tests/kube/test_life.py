@@ -105,6 +105,14 @@ def test_suspend_and_resume(api: Api, operator: Operator) -> None:
     api.patch("FineTuneJob", "tune", {"spec": {"suspend": False}})
     wait_for("the Job to go on", lambda: api.need("Job", JOB)["spec"]["suspend"] is False)
     wait_for("the condition to go", lambda: "Suspended" not in str(api.status("FineTuneJob", "tune")["conditions"]))
+    pods = api.list("Pod")
+    api.patch("Job", JOB, {"spec": {"suspend": True}})  # Kueue's, which would do so again and again
+    for pod in pods:
+        api.delete("Pod", pod["metadata"]["name"])
+    api.until_phase("FineTuneJob", "tune", "Queued")
+    assert api.need("Job", JOB)["spec"]["suspend"] is True
+    api.patch("Job", JOB, {"spec": {"suspend": False}})
+    api.until_phase("FineTuneJob", "tune", "Pending")
 
 
 def test_limits_reach_a_running_job(api: Api, operator: Operator) -> None:

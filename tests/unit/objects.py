@@ -39,7 +39,7 @@ def job(owner: Object, *, age: float = 60, conditions: list[Object] | None = Non
     """The Job of `owner`, made `age` seconds before NOW."""
     metadata = parts.metadata(owner, job_name(owner), keys.ROLE_WORKER)
     metadata |= {"uid": more.pop("uid", "job-1"), "resourceVersion": "7", "creationTimestamp": at(-age)}
-    metadata["annotations"] = {"slmops.dev/inputs": more.pop("inputs", "m1.s1")}
+    metadata["annotations"] = {"slmops.dev/inputs": more.pop("inputs", "m1.s1"), **more.pop("annotations", {})}
     if "image" in more:
         metadata["annotations"]["slmops.dev/image"] = more.pop("image")
     if more.pop("deleting", False):

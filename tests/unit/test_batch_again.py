@@ -30,9 +30,23 @@ def test_suspending_suspends_the_job_and_waits_for_its_pod() -> None:
 def test_resuming_resumes_the_job_and_clears_the_condition() -> None:
     suspended = run(finetune(suspend=True), job=job(finetune(), spec={"suspend": True}))
     obj = finetune(suspended.status, generation=2)
-    plan = run(obj, job=job(obj, spec={"suspend": True}))
+    change = suspended.apply[0]
+    plan = run(obj, job=job(obj, spec=change["spec"], annotations=change["metadata"]["annotations"]))
     assert plan.apply[0]["spec"]["suspend"] is False
     assert of({"status": plan.status}, "Suspended") is None
+    gone_on = plan.apply[0]["metadata"]["annotations"]
+    again = run(obj, job=job(obj, spec={"suspend": True}, annotations=gone_on))  # by Kueue, or by a person
+    assert (again.status["phase"], again.apply) == ("Queued", ())
+
+
+def test_a_job_that_somebody_else_suspends_is_theirs_to_resume() -> None:
+    """Kueue's manageJobsWithoutQueueName: what the operator resumed, Kueue would suspend again, and so on."""
+    obj = finetune()
+    plan = run(obj, job=job(obj, spec={"suspend": True}))
+    assert (plan.status["phase"], plan.apply) == ("Queued", ())
+    assert "spec.queueName" in of({"status": plan.status}, "Ready")["message"]  # type: ignore[index]
+    limits = run(finetune(backoffLimit=9), job=job(obj, spec={"suspend": True}))
+    assert [limits.apply[0]["spec"][name] for name in ("suspend", "backoffLimit")] == [True, 9]
 
 
 def queued(owner: Object, **more: Any) -> Object:

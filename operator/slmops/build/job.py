@@ -29,6 +29,8 @@ _NO_SIDECAR = {"sidecar.istio.io/inject": "false"}
 
 SUFFIX = {"DistillationJob": "distill", "FineTuneJob": "finetune", "QuantizedModel": "quantize"}
 
+ANNOTATION_SUSPENDED = "slmops.dev/suspended"  # on the Job: by its object's spec.suspend
+
 _POLICY = ("suspend", "backoffLimit", "activeDeadlineSeconds")
 
 
@@ -78,6 +80,12 @@ def queue_of(current: Object, spec: BatchSpec) -> str | None:
     return spec.queue_name or labels.get(keys.LABEL_QUEUE)
 
 
+def held(current: Object, spec: BatchSpec) -> bool:
+    """Whether somebody else suspended the Job `current`: Kueue, also without a queue, or a person. Theirs to resume."""
+    notes = current["metadata"].get("annotations") or {}
+    return bool(current["spec"].get("suspend")) and bool(queue_of(current, spec) or ANNOTATION_SUSPENDED not in notes)
+
+
 def policy(spec: BatchSpec, queue: str | None) -> Object:
     """Build the Job fields that stay mutable. A queued Job's `suspend` is Kueue's alone."""
     fields: Object = {"backoffLimit": spec.backoff_limit}
@@ -95,9 +103,14 @@ def revised(current: Object, spec: BatchSpec) -> Object | None:
     The resourceVersion makes the write fail if somebody (Kueue) changed the Job since it was read.
     """
     wanted = policy(spec, queue_of(current, spec))
-    have = current["spec"]
+    if held(current, spec) and not spec.suspend:
+        wanted.pop("suspend", None)
+    have, before = current["spec"], current["metadata"].get("annotations") or {}
+    notes = {name: value for name, value in before.items() if name != ANNOTATION_SUSPENDED}
+    if wanted.get("suspend"):
+        notes[ANNOTATION_SUSPENDED] = "true"
     unset = [name for name in _POLICY if name not in wanted and name in have and name != "suspend"]
-    if not unset and all(have.get(name) == value for name, value in wanted.items()):
+    if not unset and notes == before and all(have.get(name) == value for name, value in wanted.items()):
         return None
     metadata = current["metadata"]
     # `suspend`: what one apply wrote and the next leaves out is taken away, and Kueue's Job would start unadmitted.
@@ -110,7 +123,7 @@ def revised(current: Object, spec: BatchSpec) -> Object | None:
             "namespace": metadata["namespace"],
             "resourceVersion": metadata["resourceVersion"],
             "labels": metadata.get("labels") or {},
-            "annotations": metadata.get("annotations") or {},
+            "annotations": notes,
             "ownerReferences": metadata.get("ownerReferences") or [],
         },
         "spec": {**{name: have[name] for name in kept if name in have}, **wanted},

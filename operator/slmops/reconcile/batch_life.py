@@ -6,7 +6,7 @@ from typing import Any
 
 from slmops.api.meta import Failure
 from slmops.api.times import parse, stamp
-from slmops.build.job import queue_of, revised
+from slmops.build.job import held, queue_of, revised
 from slmops.cluster.port import Object
 from slmops.reconcile import conditions
 from slmops.reconcile.batch_end import collected, conclude, known_inputs, older, retry_requeue, worth_again
@@ -30,6 +30,10 @@ POLL_RUNNING, POLL_RUNNING_MAX = 3.0, 30.0  # seconds between two looks at the p
 POLL_STARTING = 15.0  # at a pod that does not start: some causes are told by Events alone
 _POD_FORBIDDEN = re.compile(r'^pods "[^"]*" is forbidden: ')
 POLL_PODLESS = 5.0  # and at the Job's events while it has no pod: nothing else tells why
+_HELD = (
+    "Its Job is suspended, not by spec.suspend: it goes on when whoever did that resumes it. Kueue may hold Jobs "
+    "without a queue; an object with spec.queueName has one."
+)
 _TRIED_AGAIN = "It is tried again; the Job of the last try is removed first."
 
 
@@ -159,9 +163,9 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
         message = f"Pod {pod['metadata']['name']} runs."
         status = going_on(p, "Running", "Running", message, progress=progress(p), last_failure=failure)
         return plan(status, *news, apply=apply, requeue=_poll_running(p))
-    queue = queue_of(job, p.spec)
-    if queue and job["spec"].get("suspend"):
-        message = f"Waits in queue {queue} to be admitted."
+    if held(job, p.spec):
+        queue = queue_of(job, p.spec)
+        message = f"Waits in queue {queue} to be admitted." if queue else _HELD
         return plan(going_on(p, "Queued", "Queued", message, last_failure=failure), *news, apply=apply)
     if pod is not None:
         trouble = trouble_of(pod) or told(pod, p.seen.events)
