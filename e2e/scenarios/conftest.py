@@ -16,6 +16,8 @@ from kit.seeding import seed
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """The local node's own: no demo, nothing of earlier runs. A cluster of the user's keeps its namespaces."""
+    if CURRENT and session.config.getoption("numprocesses", None):  # some take the chart away from under the others
+        pytest.exit("CLUSTER=current: one after the other, without -n.", returncode=1)
     if CURRENT or "workerinput" in vars(session.config):  # a worker's process is inside its starter's session
         return
     held = ExitStack()

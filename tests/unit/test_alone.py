@@ -95,3 +95,17 @@ def test_tests_on_the_node_do_not_start_beside_a_demo(test: str, begun: list[str
     assert done.returncode == 1
     assert "did not start. In this clone make demo (pid " in done.stdout
     assert re.findall(r"SETUP +\S (\w+)", done.stdout) == begun
+
+
+def test_scenarios_on_a_cluster_of_the_users_run_one_after_the_other() -> None:
+    """They take the chart and its settings away and put them back, in every worker for itself."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n", "2", "--collect-only", "e2e/scenarios/test_node.py"],
+        cwd=ROOT,
+        env={**os.environ, "CLUSTER": "current", "KUBECONFIG": os.devnull, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "CLUSTER=current: one after the other" in done.stdout
