@@ -368,7 +368,16 @@ def test_who_has_failed_more_often_than_is_allowed_by_now_is_given_up(phase):
     assert "3 measurements failed; failureLimit allows 2." in world.status.rollout.outcome
 
 
-def test_another_query_is_not_passed_by_what_the_one_before_it_measured():
+@pytest.mark.parametrize(
+    ("approved", "edits"),
+    [
+        (True, [("right", 20)]),
+        (False, [("right", 20)]),  # its pause still runs
+        (True, [("right", 50)]),
+        (True, [("wrong", 50), ("right", 20)]),
+    ],
+)
+def test_another_query_is_not_passed_by_what_the_one_before_it_measured(approved, edits):
     asked = {name: AnalysisMetric(name="q", query=name, max=0.01) for name in ("wrong", "right")}
     world = serving(steps=steps(10, pause=60), analysis=analysis(metrics=[asked["wrong"]]))
     world.value = 0.0
@@ -377,11 +386,16 @@ def test_another_query_is_not_passed_by_what_the_one_before_it_measured():
     for _ in range(4):
         world.after(10)
     assert world.status.rollout.passes == 4
-    world.annotations[keys.ANNOTATION_PROMOTE] = "bbb"
-    world.edit_rollout(analysis=analysis(metrics=[asked["right"]]))
-    world.passes()
+    if approved:
+        world.annotations[keys.ANNOTATION_PROMOTE] = "bbb"
+    for query, least in edits:
+        world.edit_rollout(analysis=analysis(metrics=[asked[query]], min_samples=least))
+        world.passes()
     assert (world.phase, world.status.rollout.passes) == ("Step", 0)
-    world.after(10), world.after(10)
+    world.serve(300)
+    world.after(10)
+    assert (world.stable, world.status.rollout.passes) == ("aaa", 1)
+    world.after(10)
     assert world.stable == "bbb"
 
 

@@ -71,6 +71,8 @@ def judged(work: Work) -> bool:
     analysis = work.spec.rollout.analysis
     if analysis is None:
         return False
+    if not still_pass(analysis.metrics, work.roll.verdicts):
+        work.set(passes=0)
     failed = _account(work) if work.seen.verdicts and due(work) else None
     if work.roll.failures <= analysis.failure_limit or work.stands_in():
         return False
@@ -114,8 +116,6 @@ def _enough(work: Work, min_samples: int, passes: int) -> bool:
         work.set(verdicts=list(short))
         work.hold("TooFewSamples", f"Revision {work.name}: {short[0].message}.")
         return False
-    if not still_pass(analysis.metrics, work.roll.verdicts):
-        work.set(passes=0)
     if work.roll.passes >= passes:
         return True
     work.set(state="Analyzing")

@@ -59,7 +59,9 @@ def still_pass(metrics: Iterable[AnalysisMetric], last: Iterable[Verdict]) -> bo
     known = {verdict.name: verdict for verdict in last}
     for metric in metrics:
         found = known.get(metric.name)
-        if found is None or found.query not in ("", _short(metric)):  # "": of an older operator
+        if found is None or found.verdict != PASS:
+            return False
+        if found.query not in ("", _short(metric)):  # "": of an older operator
             return False
         if found.value is not None and judge(metric, found.value).verdict != PASS:
             return False
