@@ -53,6 +53,7 @@ class AnyOrder(RuleBasedStateMachine):
         if self._asks_for_none():
             before = self._reached()
             self._later(4000)
+            self.world.unreached.clear()
             self.world.serve(1000)
             self.world.run()
             assert self._reached() == before
@@ -87,9 +88,13 @@ class AnyOrder(RuleBasedStateMachine):
         self.world.broken[name] = Problem("CrashLoopBackOff", "It crashes.")
         self.world.settle()
 
+    @rule(name=NAMES)
+    def routers_lose_a_revision(self, name: str) -> None:
+        self.world.unreached.add(name)
+
     @rule()
     def all_are_mended(self) -> None:
-        self.world.broken.clear()
+        self.world.broken.clear(), self.world.unreached.clear()
 
     @rule(index=st.integers(0, 1), name=NAMES, count=st.integers(0, 400))
     def a_router_miscounts(self, index: int, name: str, count: int) -> None:
@@ -176,7 +181,7 @@ class AnyOrder(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Calm: everything works, nobody interferes; the rollout ends with the wanted revision, or rolled back."""
         world = self.world
-        world.broken.clear(), world.annotations.clear()
+        world.broken.clear(), world.annotations.clear(), world.unreached.clear()
         world.measured = []
         world.spec = world.spec.model_copy(update={"replicas": 3})
         for router in world.routers:

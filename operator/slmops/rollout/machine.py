@@ -96,7 +96,7 @@ def _take_target(work: Work) -> None:
             work.set(outcome="Reverted: the spec went back to the stable revision.")
         work.enter(DRAINING)
         return
-    if work.stable is None and work.weight == 100 and work.reached() > 0:  # be there a router that was not seen to obey
+    if work.stable is None and work.weight == 100 and work.pods.ready > 0:  # whatever routers see: nobody else serves
         _promoted(work)
     elif old is not None and work.roll.phase in ROLLING_OUT:
         work.note("RolloutSuperseded", f"Revision {target.revision} takes the place of {old.revision}.")

@@ -179,6 +179,7 @@ class Work:
             self.hold(problem.reason, f"{said}: {problem.message}")
         if self.stands_in():
             self.set(waiting_since=None)
+            self.wakes.append(READY_SECONDS)
             if not problem:
                 self.hold("StableNotReady", f"{said}; it keeps its share, for no pod of the stable revision is ready.")
             return False

@@ -1,0 +1,75 @@
+"""Too few pods: who stands in for the stable revision, who finds no room, and whose pods come slowly."""
+
+from tests.unit.rollout_world import analysis, serving, steps
+
+from slmops.api import keys
+from slmops.rollout.seen import Problem
+
+
+def stand_in(**plan):
+    """A candidate at 10 %, and a stable revision that has just lost all its pods."""
+    world = serving(steps=steps(10, 50, pause=None), analysis=analysis(failure_limit=0, window_seconds=60, **plan))
+    world.deploy("bbb")
+    world.serve(3000)
+    world.broken["aaa"] = Problem("ImagePullFailed", "its image is gone")
+    world.passes()
+    return world
+
+
+def test_who_stands_in_for_the_stable_revision_is_not_taken_away_by_a_measurement():
+    world = stand_in()
+    world.measured = ["Fail"] * 13
+    for _ in range(12):
+        world.after(10)
+    assert (world.phase, world.weight, world.status.rollout.failures) == ("Step", 10, 0)
+    del world.broken["aaa"]
+    world.after(10)  # the window still has what was too much for the pods of 10 %
+    assert (world.phase, world.weight, world.status.rollout.failures) == ("Step", 10, 0)
+    world.measured = ["Fail"] * 8
+    for _ in range(8):
+        world.after(10)
+    assert (world.phase, world.stable) == ("RolledBack", "aaa")
+
+
+def test_who_stands_in_for_the_stable_revision_may_still_earn_its_place():
+    world = stand_in()
+    for _ in range(5):
+        world.serve(300)
+        world.after(10)
+    assert world.stable == "bbb"
+
+
+def test_who_stands_in_for_the_stable_revision_may_be_aborted():
+    world = stand_in()
+    world.annotations[keys.ANNOTATION_ABORT] = "bbb"
+    world.passes()
+    assert (world.phase, world.stable) == ("RolledBack", "aaa")
+
+
+def test_who_stands_in_for_the_stable_revision_waits_for_its_other_pods_without_a_deadline():
+    world = stand_in()
+    world.spec = world.spec.model_copy(update={"replicas": 10})
+    world.edit_rollout(steps=steps(50), analysis=None)
+    for _ in range(8):
+        world.after(100, settle=False)
+    assert (world.phase, world.weight) == ("Step", 10)
+    assert "1 of 5 pods of revision bbb are ready" in world.hold
+    world.ready["aaa"] = 10
+    del world.broken["aaa"]
+    world.passes(settle=False)
+    world.after(599, settle=False)
+    assert (world.phase, world.weight) == ("Step", 10)
+    world.after(2, settle=False)
+    assert (world.phase, world.stable) == ("RolledBack", "aaa")
+
+
+def test_that_the_routers_reach_the_stable_revision_again_is_looked_for():
+    """No event says so; until then nobody sees to the pods that the candidate lacks."""
+    world = serving(replicas=10, steps=steps(10, 50, pause=600))
+    world.deploy("bbb")
+    world.unreached.add("aaa")
+    world.edit_rollout(steps=steps(50, pause=600))
+    decision = world.passes(settle=False)
+    assert (world.weight, world.hold.split(":")[0]) == (10, "StableNotReady")
+    assert decision.requeue is not None
+    assert decision.requeue <= 10
