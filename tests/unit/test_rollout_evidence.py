@@ -1,7 +1,7 @@
 """What a step has to earn before the next one: requests, measurements, time, approval."""
 
 import pytest
-from tests.unit.rollout_world import ERRORS, analysis, serving, steps
+from tests.unit.rollout_world import ERRORS, analysis, revision, serving, steps
 
 from slmops.api import keys
 from slmops.api.deployment import AnalysisMetric
@@ -330,6 +330,25 @@ def test_an_approval_is_for_the_weight_it_was_given_at():
     del world.annotations[keys.ANNOTATION_PAUSE]
     world.after(1)
     assert (world.weight, world.stable, world.status.rollout.approved) == (90, "aaa", False)
+
+
+@pytest.mark.parametrize("before", [[], steps(10, pause=60)], ids=["first", "later"])
+@pytest.mark.parametrize(("edited", "stable"), [(50, "bbb"), (90, "aaa")])
+def test_an_approval_of_a_step_that_waits_for_its_pods_is_for_that_weight_too(before, edited, stable):
+    world = serving(replicas=4, steps=[*before, *steps(50, pause=None, approval=True)])
+    world.target = revision("bbb")
+    world.passes(settle=False)
+    if before:
+        world.passes()
+        world.after(61, settle=False)
+    assert (world.status.rollout.state, world.weight) == ("Scaling", 10 if before else 0)
+    world.annotations[keys.ANNOTATION_PROMOTE] = "bbb"
+    world.passes(settle=False)
+    world.edit_rollout(steps=[*before, *steps(edited, pause=None, approval=True)])
+    world.after(1)
+    assert (world.stable, world.events.count("StepApproved")) == (stable, 1)
+    if stable == "aaa":
+        assert (world.weight, world.hold.split(":")[0]) == (edited, "Approval")
 
 
 def test_stricter_bounds_are_not_passed_by_an_older_measurement():

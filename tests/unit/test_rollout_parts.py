@@ -156,7 +156,7 @@ def test_queries_are_filled_in():
         (Verb.ABORT, "ccc", "Step", None, False),
         (Verb.ABORT, "aaa", "Step", None, True),
         (Verb.ABORT, "bbb", "RolledBack", None, True),
-        (Verb.PROMOTE, "bbb", "Preparing", None, False),
+        (Verb.PROMOTE, "bbb", "Preparing", Verb.PROMOTE, True),
         (Verb.PROMOTE, "bbb/2", "Step", Verb.PROMOTE, True),
         (Verb.PROMOTE, "*", "Promoting", None, True),
         (Verb.RETRY, "bbb", "RollingBack", None, False),

@@ -264,6 +264,7 @@ class RolloutStatus(Model):
         json_schema_extra={"format": "date-time"},
     )
     approved: bool = Field(default=False, description="This step's pause was cut short, or its approval given.")
+    approved_weight: int | None = Field(default=None, description="The step's weight then: no other one is approved.")
     waiting_since: str | None = Field(
         default=None,
         description="Since when pods are waited for; progressDeadlineSeconds later the revision is given up.",

@@ -96,7 +96,7 @@ def _take_target(work: Work) -> None:
             work.set(outcome="Reverted: the spec went back to the stable revision.")
         work.enter(DRAINING)
         return
-    if work.stable is None and work.weight == 100 and work.pods.ready > 0:  # whatever routers see: nobody else serves
+    if work.stable is None and work.weight == 100 and work.pods.ready > 0:  # whoever sees it: nobody else serves
         _promoted(work)
     elif old is not None and work.roll.phase in ROLLING_OUT:
         work.note("RolloutSuperseded", f"Revision {target.revision} takes the place of {old.revision}.")
@@ -131,8 +131,9 @@ def _obey(work: Work) -> bool:
             assert work.candidate is not None
             work.start(work.candidate)
         case Verb.PROMOTE:
-            work.set(approved=True)
-            work.note("StepApproved", f"Step {work.roll.step + 1} was approved by annotation.")
+            if work.stable is not None and work.roll.step < len(work.steps):
+                work.set(approved=True, approved_weight=work.steps[work.roll.step].weight)
+                work.note("StepApproved", f"Step {work.roll.step + 1} was approved by annotation.")
     return verb is not None
 
 
@@ -170,8 +171,10 @@ def _preparing(work: Work) -> None:
     # The first revision has nobody to protect: it serves as soon as one pod does.
     ready = work.pods_ready(1 if work.stable is None else work.need(work.steps[0] if work.steps else None))
     if ready and not evidence.paused(work):
+        approval = {"approved": work.roll.approved, "approved_weight": work.roll.approved_weight}
         work.set(step=0)
         work.enter(STEP if work.stable and work.steps else PROMOTING)
+        work.set(**approval)  # given while the pods started
 
 
 def _step(work: Work) -> None:
@@ -183,6 +186,8 @@ def _step(work: Work) -> None:
     step = work.steps[work.roll.step]
     if work.roll.routed_at is not None and work.weight != step.weight:
         work.start_over()
+    if work.roll.approved_weight not in (None, step.weight):
+        work.set(approved=False, approved_weight=None)
     evidence.keep_measuring(work)
     if evidence.judged(work) or _lost(work) or not work.pods_ready(work.need(step)):
         return

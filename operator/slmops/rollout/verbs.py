@@ -21,14 +21,14 @@ class Verb(StrEnum):
 
 
 _ROLLING_OUT = ("Preparing", "Step", "Promoting")
-_APPLIES = {Verb.ABORT: _ROLLING_OUT, Verb.RETRY: ("RolledBack",), Verb.PROMOTE: ("Step",)}
+_APPLIES = {Verb.ABORT: _ROLLING_OUT, Verb.RETRY: ("RolledBack",), Verb.PROMOTE: ("Preparing", "Step")}
 _ACTS = {  # when somebody who says it expects something of it
     Verb.ABORT: _ROLLING_OUT,
     Verb.PROMOTE: _ROLLING_OUT,
     Verb.PAUSE: _ROLLING_OUT,
     Verb.RETRY: ("RollingBack", "RolledBack"),
 }
-_WAITS = {Verb.ABORT: (), Verb.RETRY: ("RollingBack",), Verb.PROMOTE: ("Preparing",)}
+_WAITS = {Verb.ABORT: (), Verb.RETRY: ("RollingBack",), Verb.PROMOTE: ()}
 
 
 def meant(value: str) -> str:

@@ -51,12 +51,12 @@ class Work:
         """Begin a phase, or the next step."""
         self.set(
             phase=phase, entered_at=stamp(self.now), waiting_since=None, routed_at=None, measured_at=None,
-            answered_at=None, approved=False, passes=0, hold="", state="",
+            answered_at=None, approved=False, approved_weight=None, passes=0, hold="", state="",
         )  # fmt: skip
 
     def start_over(self) -> None:
         """The running step has another weight now: what was earned, or approved, at the old one counts no more."""
-        self.set(waiting_since=None, routed_at=None, approved=False, passes=0)
+        self.set(waiting_since=None, routed_at=None, approved=False, approved_weight=None, passes=0)
         self.set(measured_at=None, answered_at=None)
 
     def hold(self, reason: str, message: str) -> None:
