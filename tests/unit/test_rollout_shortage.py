@@ -73,3 +73,49 @@ def test_that_the_routers_reach_the_stable_revision_again_is_looked_for():
     assert (world.weight, world.hold.split(":")[0]) == (10, "StableNotReady")
     assert decision.requeue is not None
     assert decision.requeue <= 10
+
+
+def scaled_up(**how):
+    """A candidate that had its one pod for half of the requests; by now it wants five, and the stable revision ten."""
+    world = serving(replicas=2, steps=steps(50, pause=None, approval=True), **how)
+    world.deploy("bbb")
+    world.spec = world.spec.model_copy(update={"replicas": 10})
+    world.broken["bbb"] = Problem("Unschedulable", "0/3 nodes are available")
+    world.passes(2, settle=False)
+    assert (world.deployments, world.ready) == ({"aaa": 10, "bbb": 5}, {"aaa": 2, "bbb": 1})
+    return world
+
+
+def test_a_candidate_that_is_scaled_keeps_its_share_where_there_is_no_room_for_the_stable_revision_either():
+    world = scaled_up()
+    for _ in range(8):
+        decision = world.after(100, settle=False)
+    assert (world.phase, world.weight, world.hold.split(":")[0]) == ("Step", 50, "Unschedulable")
+    assert decision.requeue is not None  # what routers reach comes without an event
+    world.ready["aaa"] = 3  # of which a half is two
+    world.after(1, settle=False)
+    world.after(599, settle=False)
+    assert (world.phase, world.weight) == ("Step", 50)
+    world.after(2, settle=False)
+    assert (world.phase, world.stable) == ("RolledBack", "aaa")
+
+
+def test_no_deadline_passes_while_one_pod_after_the_other_comes():
+    world = scaled_up()
+    world.ready["aaa"] = 10
+    for count in (1, 2, 3, 4, 5):
+        world.ready["bbb"] = count
+        world.after(400, settle=False)
+    assert (world.phase, world.weight, world.hold.split(":")[0]) == ("Step", 50, "Approval")
+    assert (world.status.rollout.waiting_since, world.status.rollout.waiting_pods) == (None, None)
+
+
+def test_pods_that_go_and_come_back_are_none_that_come():
+    world = scaled_up()
+    world.ready["aaa"] = 10
+    for count in (1, 2, 1, 2):
+        assert world.phase == "Step"
+        world.ready["bbb"] = count
+        world.after(400, settle=False)
+    assert (world.phase, world.stable) == ("RolledBack", "aaa")
+    assert "2 of 5 pods of revision bbb are ready: 0/3 nodes" in world.status.rollout.outcome

@@ -164,7 +164,7 @@ class Rollout(Model):
         default=600,
         ge=10,
         le=86400,
-        description="Longest wait for a candidate's pods to be ready; after it, roll back.",
+        description="Longest wait for the next one of a candidate's pods to be ready; after it, roll back.",
     )
     scale_down_delay_seconds: int = Field(
         default=30,
@@ -267,9 +267,10 @@ class RolloutStatus(Model):
     approved_weight: int | None = Field(default=None, description="The step's weight then: no other one is approved.")
     waiting_since: str | None = Field(
         default=None,
-        description="Since when pods are waited for; progressDeadlineSeconds later the revision is given up.",
+        description="Since when the next pod is waited for; progressDeadlineSeconds later the revision is given up.",
         json_schema_extra={"format": "date-time"},
     )
+    waiting_pods: int | None = Field(default=None, description="Most of them that were ready since then.")
     measured_at: str | None = Field(
         default=None, description="Last measurement.", json_schema_extra={"format": "date-time"}
     )

@@ -164,23 +164,27 @@ class Work:
         return [router.ready.get(revision, 0) for router in self.seen.routers if router.weights is not None]
 
     def pods_ready(self, need: int) -> bool:
-        """Wait for pods; roll back where they take too long, except for who serves alone, which goes on trying."""
-        if self.reached() >= need:
-            self.set(waiting_since=None)
+        """Wait for pods; roll back where the next one takes too long, but not who serves alone: that goes on trying."""
+        reached, most = self.reached(), self.roll.waiting_pods
+        if reached >= need:
+            self.set(waiting_since=None, waiting_pods=None)
             return True
         limit = self.spec.rollout.progress_deadline_seconds
-        self.set(state="Scaling", waiting_since=self.roll.waiting_since or stamp(self.now))
+        self.set(state="Scaling")
+        if self.roll.waiting_since is None or (most is not None and reached > most):  # not: fell over and is back
+            self.set(waiting_since=stamp(self.now), waiting_pods=reached)
         problem = self.pods.problem
         if self.pods.ready >= need:
             self.wakes.append(READY_SECONDS)
             problem = Problem("NotReached", "the pods are ready, but the router does not reach them all yet.")
-        said = f"{self.reached()} of {need} pods of revision {self.name} are ready"
+        said = f"{reached} of {need} pods of revision {self.name} are ready"
         if problem:
             self.hold(problem.reason, f"{said}: {problem.message}")
-        if self.stands_in():
+        stands_in = self.stands_in()
+        if stands_in or self._as_short():
             self.set(waiting_since=None)
             self.wakes.append(READY_SECONDS)
-            if not problem:
+            if stands_in and not problem:
                 self.hold("StableNotReady", f"{said}; it keeps its share, for no pod of the stable revision is ready.")
             return False
         left = self.left(self.roll.waiting_since, limit)
@@ -194,6 +198,16 @@ class Work:
         else:
             self.roll_back(Problem(reason, message))
         return False
+
+    def _as_short(self) -> bool:
+        """Whether a running step lacks no more of its pods than the stable revision does: there is no room for either.
+
+        Its share would only be more for those few. What breaks by itself is shorter of pods than the stable revision.
+        """
+        if self.stable is None or self.roll.routed_at is None:
+            return False
+        stable = self.seen.pods.get(self.stable.revision, Pods(0, 0)).ready
+        return stable < self.spec.replicas and self.reached() >= max(1, candidate_pods(stable, self.weight))
 
     # Routers.
 
