@@ -74,6 +74,23 @@ def test_every_example_query_asks_for_one_object() -> None:
     assert all('slmops_owner="{{name}}"' in one for one in mine)
 
 
+def test_the_bounds_that_decide_exactly_are_on_the_page_and_limits_in_examples_are_such() -> None:
+    tree = ast.parse((PARTS["server"] / "metrics.py").read_text())
+    made = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    fine = made["E2E_FINE"]
+    assert isinstance(fine, ast.Tuple)
+    own = [item.value for item in fine.elts if isinstance(item, ast.Constant)]
+    bounds = [*own, *ast.literal_eval(made["E2E"])]
+    found = re.search(r"be one of the bounds: ([\d.,\s]+) seconds", PAGE)
+    assert found
+    assert [float(word) for word in found[1].split(",")] == bounds
+    examples = [*(ROOT / "docs").glob("*.md"), *(ROOT / "e2e/demo").rglob("*.yaml")]
+    written = [re.findall(r"builtin: latencyP95, max: ([\d.]+)", path.read_text()) for path in examples]
+    limits = [float(limit) for one in written for limit in one]
+    assert limits
+    assert set(limits) <= set(bounds)
+
+
 def test_what_rollouts_ask_for_is_on_the_page() -> None:
     queries = (ROOT / "operator/slmops/rollout/queries.py").read_text()
     asked = set(re.findall(rf"haproxy_[a-z_]+|{OURS}(?={{)", queries))

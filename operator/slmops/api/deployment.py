@@ -93,7 +93,8 @@ class AnalysisMetric(Model):
         default=None,
         description="errorRate: share (0 to 1) of 5xx and unanswered requests, seen by the router, and of streams that "
         "their server ended with an error; "
-        "latencyP95: seconds to the whole answer, by the servers' own histogram.",
+        "latencyP95: seconds to the whole answer, by the servers' own histogram; let max be one of its bounds "
+        "(docs/metrics.md).",
     )
     query: str | None = Field(
         default=None,
