@@ -38,7 +38,7 @@ class Choice:
         self.last = delta = self._cut(delta)
         text, calls = self._split(delta)
         text = self._echo + text
-        return self._frames.choice(self.number, text, calls, self._logprobs(delta), self._reason(delta))
+        return self._frames.choice(self.number, text, calls, self._logprobs(delta), self.reason(delta))
 
     def frames(self, delta: Delta) -> bytes:
         """The bytes of a stream that this delta is worth."""
@@ -57,7 +57,7 @@ class Choice:
                 out += self._frames.call(call, number, self.number)
         if delta.finish:
             self.last = delta
-            out += self._frames.finish(self._reason(delta), self.number)
+            out += self._frames.finish(self.reason(delta), self.number)
         return out
 
     def _cut(self, delta: Delta) -> Delta:
@@ -76,7 +76,8 @@ class Choice:
             text, calls = text + more, calls + last
         return text, calls
 
-    def _reason(self, delta: Delta) -> str:
+    def reason(self, delta: Delta) -> str:
+        """Why it ended, in the API's words."""
         called = self._parser is not None and self._parser.called and delta.finish == "stop"
         return "tool_calls" if called else delta.finish or "error"
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import math
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from slmops_server import asgi, deadline
@@ -35,6 +35,23 @@ class Watch(NamedTuple):
     end: float
 
 
+@dataclass
+class Record:
+    """What a request came to, for its trace."""
+
+    kind: str
+    arrival: float
+    request: Request | None = None
+    id: str = ""
+    choices: list[Choice] = field(default_factory=list)
+    error: Exception | None = None
+
+    @property
+    def usage(self) -> tuple[int, int, int]:
+        """Tokens of the prompts, of the answers that ended, and of the prompts, what was cached."""
+        return _counts(self.choices)
+
+
 class Generate:
     """The endpoint; kind is "chat" or "completions"."""
 
@@ -43,13 +60,25 @@ class Generate:
 
     async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
         """ApiError before the first byte, DisconnectedError when the client left: both are the caller's to tell."""
-        arrival = now()
+        record = Record(self._kind, now())
+        try:
+            await self._answer(scope, receive, send, record)
+        except Exception as error:
+            record.error = error
+            raise
+        finally:
+            if self._service.traces:
+                self._service.traces.ended(scope, record)
+
+    async def _answer(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send, record: Record) -> None:
+        arrival = record.arrival
         service = self._service
         end = arrival + deadline.seconds(scope)
         service.admit()
         settings = service.settings
         body = await asgi.read_body(scope, receive, settings.max_body_bytes, settings.receive_timeout)
         request = parse(self._kind, body)
+        record.request = request
         service.check_room(max(1, len(request.prompts)) * request.n)  # before any work is done for them
         prompts = await service.prompts(request)
         limits = [service.limit(request, prompt) for prompt in prompts]
@@ -61,9 +90,10 @@ class Generate:
             Choice(service, request, frames, number, prompts[number // request.n])
             for number in range(len(prompts) * request.n)
         ]
+        record.id, record.choices = frames.id, choices
         watch = Watch(asyncio.ensure_future(asgi.gone(receive)), end)
         try:
-            await (self._stream if request.stream else self._whole)(send, answer, watch, frames, choices)
+            cut = await (self._stream if request.stream else self._whole)(send, answer, watch, frames, choices)
         except asgi.DisconnectedError:
             service.metrics.ended("abort")
             raise
@@ -73,6 +103,7 @@ class Generate:
         finally:
             watch.gone.cancel()
             service.supervisor.cancel(answer)
+        record.error = cut
         for choice in choices:
             if choice.last is not None:
                 last, size = choice.last, len(choice.prompt)
@@ -129,16 +160,18 @@ class Generate:
 
     async def _whole(
         self, send: asgi.Send, answer: Stream, watch: Watch, frames: Frames, choices: list[Choice]
-    ) -> None:
+    ) -> ApiError | None:
         made: dict[int, dict[str, object]] = {}
         while len(made) < len(choices):
             for delta in await self._next(answer, watch):
                 made[delta.choice] = choices[delta.choice].whole(delta)
         await asgi.respond(send, 200, frames.whole([made[c.number] for c in choices], *_counts(choices)))
+        return None
 
     async def _stream(
         self, send: asgi.Send, answer: Stream, watch: Watch, frames: Frames, choices: list[Choice]
-    ) -> None:
+    ) -> ApiError | None:
+        """The error that cut it short, if one did."""
         arrived = await self._next(answer, watch)  # a failure before the first token is still a plain status
         await send({"type": "http.response.start", "status": 200, "headers": list(SSE_HEADERS)})
         left = len(choices)
@@ -151,7 +184,7 @@ class Generate:
                 out += frames.end(*_counts(choices))
             await send({"type": "http.response.body", "body": out, "more_body": left > 0})
             if not left:
-                return
+                return None
             if watch.gone.done():
                 raise asgi.DisconnectedError
             try:
@@ -164,7 +197,7 @@ class Generate:
                     self._service.metrics.rejected(error.reason)
                 log.warning("Cut a stream short reason=%s", error.code)
                 await send({"type": "http.response.body", "body": error_frame(error.body()), "more_body": False})
-                return
+                return error
 
 
 def _counts(choices: list[Choice]) -> tuple[int, int, int]:

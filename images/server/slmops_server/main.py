@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -18,10 +19,14 @@ from slmops_server.model_folder import BadModelFolderError
 from slmops_server.service import Service
 from slmops_server.settings import Settings, parse
 
+if TYPE_CHECKING:
+    from slmops_server.traces import Traces
+
 log = logging.getLogger(__name__)
 
 BACKLOG = 2048
 CONNECTIONS = 4096
+COLLECTOR = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 LINGER = 0.5  # seconds between closing the door and closing idle connections: a request may be on its way on one
 
 
@@ -68,6 +73,16 @@ def _listener(app: Routes, settings: Settings, port: int, limits: Limits) -> _Li
     )
 
 
+def _traces() -> "Traces | None":
+    from slmops_server.traces import Traces  # and the library, which is read only where a collector is named
+
+    try:
+        return Traces()
+    except ValueError as error:
+        log.warning("Failed to set up traces, so none are sent problem=%s", error)
+        return None
+
+
 async def serve(settings: Settings) -> int:
     """Until SIGTERM or SIGINT: 0 after a clean drain, 1 when the model cannot be served."""
     service = Service(settings)
@@ -83,6 +98,8 @@ async def serve(settings: Settings) -> int:
         loop.add_signal_handler(number, told.set)
 
     supervising = asyncio.create_task(service.supervisor.run())
+    if any(map(os.environ.get, COLLECTOR)):
+        service.traces = await asyncio.to_thread(_traces)  # beside the engine's start
     listening = [asyncio.create_task(_listen(listener)) for listener in listeners]
     stop = asyncio.create_task(told.wait())
     failed = asyncio.create_task(service.supervisor.failed.wait())
@@ -109,6 +126,8 @@ async def serve(settings: Settings) -> int:
         await asyncio.wait_for(supervising, 5)
     for task in (stop, failed):
         task.cancel()
+    if service.traces:
+        service.traces.close()
     if problem:
         log.error("Gave up problem=%s", problem)  # the last line: it is what Kubernetes tells of a container that ended
         return 1

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
@@ -21,6 +22,9 @@ from slmops_server.schema import Request, unknown_model
 from slmops_server.settings import Settings
 from slmops_server.supervisor import Supervisor
 from slmops_server.template import ChatTemplate
+
+if TYPE_CHECKING:
+    from slmops_server.traces import Traces
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +67,7 @@ class Service:
         self.begin = time.monotonic()
         self.created = int(time.time())
         self.queue_time = QueueTime()
+        self.traces: Traces | None = None
         self._max_queue_tokens = settings.max_queue_tokens or max(
             self.max_len, settings.max_queue * self.max_len // QUEUED_SHARE
         )
