@@ -1,10 +1,11 @@
 """`make bench-serving`: slmops-server beside others. Prints tables, writes .local/bench-serving.json.
 
-python -m kit.bench_serving [--block 128|32] [--rounds N] [--streams 1,2,4,8,16] [--servers A,B]
+python -m kit.bench_serving [--block 128|32] [--rounds N] [--each N] [--streams 1,2,4,8,16] [--servers A,B]
 
 Closed loop: each of 1 to 16 streams sends its next request when its last answer is whole. Prompts of 32 to 512 random
-tokens, answers of 32 to 128, the same for every server. The servers take turns, in changing order. Then open loop:
-while two streams of short prompts run, a prompt of 512 tokens arrives every few seconds, as it would in an office.
+tokens, answers of 32 to 128, the same for every server. The servers take turns, in changing order. Then prompts alone:
+one after the other, each with an answer of one token. Then open loop: while two streams of short prompts run, a prompt
+of 512 tokens arrives every few seconds, as it would in an office.
 """
 
 import argparse
@@ -24,12 +25,12 @@ from kit.serving_models import SHAPE, make, python
 from kit.serving_servers import KINDS, Request, Server
 
 STREAMS = (1, 2, 4, 8, 16)
-LEAST = 4  # requests of a round, of which
-EACH = 2  # every stream has that many, but not more than
-MOST = 16  # in total: a round of the slowest server takes a minute of them
+LEAST = 4  # requests of a round
+PROMPTS = 6  # alone, of LONG tokens
 ARRIVALS = 3  # long prompts
 ARRIVAL_EVERY = 8.0  # seconds
-ARRIVAL = (512, 8)  # tokens of prompt and answer
+LONG = 512  # tokens
+ARRIVAL = (LONG, 8)  # tokens of prompt and answer
 RUNNING = (32, 128)  # the same of what runs meanwhile, on two streams
 
 
@@ -75,11 +76,11 @@ def prompt(draw: random.Random, tokens: int, vocab: int) -> list[int]:
     return [draw.randrange(3, vocab) for _ in range(tokens)]
 
 
-def requests(streams: int, number: int, vocab: int) -> list[Request]:
+def requests(streams: int, each: int, number: int, vocab: int) -> list[Request]:
     """Of a round, in the order of sending."""
     draw = random.Random(f"{streams}/{number}")
-    count = max(LEAST, min(EACH * streams, MOST))
-    return [Request(prompt(draw, draw.randint(32, 512), vocab), draw.randint(32, 128)) for _ in range(count)]
+    count = max(LEAST, each * streams)
+    return [Request(prompt(draw, draw.randint(32, LONG), vocab), draw.randint(32, 128)) for _ in range(count)]
 
 
 def round_of(server: Server, streams: int, work: list[Request], into: Measured) -> None:
@@ -105,6 +106,13 @@ def round_of(server: Server, streams: int, work: list[Request], into: Measured) 
     into.wall += wall
     into.speeds.append(tokens / wall)
     into.rss = max(into.rss, server.rss)
+
+
+def prompts(server: Server, vocab: int) -> list[float]:
+    """Tokens of a prompt per second, of each prompt alone: until the first token of its answer."""
+    draw = random.Random("prompts")
+    asked = (server.ask(Request(prompt(draw, LONG, vocab), 1)) for _ in range(PROMPTS))
+    return sorted(LONG / (times[1] - times[0]) for times in asked)
 
 
 @dataclass
@@ -162,12 +170,16 @@ def measure(args: argparse.Namespace, models: dict[str, Path]) -> dict[str, dict
             servers[name].ask(Request([5] * 64, 4))  # the first request of a process pays for buffers
         for number in range(args.rounds):
             for count in streams:
-                work = requests(count, number, vocab)
+                work = requests(count, args.each, number, vocab)
                 for name in names[number % len(names) :] + names[: number % len(names)]:
                     round_of(servers[name], count, work, measured[name][count])
-                speeds = (f"{name} {measured[name][count].speeds[-1]:.1f}" for name in names)
-                print(f"round {number + 1}, {count} streams, tokens/s: {', '.join(speeds)}", flush=True)
+                last = (f"{name} {measured[name][count].speeds[-1]:.1f}" for name in names)
+                print(f"round {number + 1}, {count} streams, tokens/s: {', '.join(last)}", flush=True)
         table(rows := {n: {str(c): m.report() for c, m in by.items()} for n, by in measured.items()})
+        print(f"prompts of {LONG} tokens alone: their tokens/s, median (range)")
+        for name in names:
+            speeds = prompts(servers[name], vocab)
+            print(f"{name:20} {quantile(speeds, 0.5):.0f} ({speeds[0]:.0f}-{speeds[-1]:.0f})", flush=True)
         if args.arrivals:
             print("512-token prompts arriving: gap p50, p99, ratio; longest TTFT of an arrival")
             for name in names:
@@ -205,6 +217,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kit.bench_serving")
     parser.add_argument("--block", type=int, default=128, choices=(128, 32), help="of the benchmark's int4 weights")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--each", type=int, default=2, help="requests of each stream in a round")
     parser.add_argument("--streams", default=",".join(map(str, STREAMS)))
     parser.add_argument("--servers", type=known, default=list(KINDS), help=",".join(KINDS))
     parser.add_argument("--no-arrivals", dest="arrivals", action="store_false", help="leave the open loop out")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kit import asking, bench_serving_front
-from kit.bench_serving import LEAST, MOST, Measured, known, quantile, requests
+from kit.bench_serving import LEAST, Measured, known, quantile, requests
 from kit.bench_serving_memory import slope
 from kit.serving_servers import KINDS, Start
 
@@ -17,9 +17,10 @@ def test_quantiles(share: float, value: float) -> None:
 
 
 def test_every_server_gets_the_same_requests_and_no_cache_helps() -> None:
-    assert requests(4, 1, 32000) == requests(4, 1, 32000)
-    assert [len(requests(streams, 1, 32000)) for streams in (1, 4, 16)] == [LEAST, 8, MOST]
-    rounds = [requests(streams, number, 32000) for streams, number in ((4, 1), (4, 2), (8, 1))]
+    assert requests(4, 2, 1, 32000) == requests(4, 2, 1, 32000)
+    assert [len(requests(streams, 2, 1, 32000)) for streams in (1, 4, 16)] == [LEAST, 8, 32]
+    assert len(requests(4, 6, 1, 32000)) == 24
+    rounds = [requests(streams, 2, number, 32000) for streams, number in ((4, 1), (4, 2), (8, 1))]
     others = [one for work in rounds for one in work]
     assert len({tuple(one.prompt[:2]) for one in others}) == len(others)
     assert all(32 <= len(one.prompt) <= 512 and 32 <= one.tokens <= 128 for one in others)
