@@ -133,6 +133,7 @@ lock: venv ## pin the requirements again
 	@$(COMPILE) --python-version 3.13 --constraints requirements/dev.txt requirements/pytest.in -o requirements/pytest.txt
 	@for name in server trainer; do $(COMPILE) --python-version 3.13 --overrides requirements/$$name.overrides requirements/$$name.in -o requirements/$$name.txt; done
 	@$(COMPILE) --python-version 3.11 --overrides requirements/server.overrides requirements/bench.in -o requirements/bench.txt
+	@$(COMPILE) --python-version 3.11 --no-deps requirements/llama.in -o requirements/llama.txt
 	@$(COMPILE) --python-version 3.13 --overrides requirements/export.overrides --constraints requirements/trainer.txt requirements/export.in -o requirements/export.txt
 
 venv: ## the virtual environment below .local, when it is not there or its requirements changed

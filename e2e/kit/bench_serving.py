@@ -21,8 +21,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from kit.kubectl import LOCAL, KubectlError, TimedOut
-from kit.serving_models import SHAPE, make, python
+from kit.serving_models import SHAPE, make
 from kit.serving_servers import KINDS, Request, Server
+from localkube.say import Failure
 
 STREAMS = (1, 2, 4, 8, 16)
 LEAST = 4  # requests of a round
@@ -157,7 +158,7 @@ def arrivals(server: Server, vocab: int) -> Arrivals:
 
 def measure(args: argparse.Namespace, models: dict[str, Path]) -> dict[str, dict[str, dict[str, float]]]:
     """Rows by server and number of streams; the other figures are printed as they come."""
-    vocab, threads, interpreter = int(SHAPE["vocab"]), len(os.sched_getaffinity(0)), python()
+    vocab, threads = int(SHAPE["vocab"]), len(os.sched_getaffinity(0))
     names, streams = args.servers, [int(text) for text in args.streams.split(",")]
     servers: dict[str, Server] = {}
     measured = {name: {count: Measured() for count in streams} for name in names}
@@ -165,7 +166,7 @@ def measure(args: argparse.Namespace, models: dict[str, Path]) -> dict[str, dict
     print(f"blocks of {args.block}, load average {load:.1f}, {threads} threads, {args.rounds} rounds", flush=True)
     try:
         for name in names:
-            servers[name] = Server(KINDS[name], interpreter, models[KINDS[name].form], threads, max(streams))
+            servers[name] = Server(KINDS[name], models[KINDS[name].form], threads, max(streams))
             print(f"{name:20} ready after {servers[name].ready_seconds:.1f} s", flush=True)
             servers[name].ask(Request([5] * 64, 4))  # the first request of a process pays for buffers
         for number in range(args.rounds):
@@ -224,8 +225,13 @@ def main() -> int:
     args = parser.parse_args()
     try:
         models = {form: make(form, args.block) for form in dict.fromkeys(KINDS[name].form for name in args.servers)}
+        for name in args.servers:
+            KINDS[name].program()
     except (KubectlError, TimedOut) as error:
         print(f"failed: the model was not made: {error}\n  next: make up images", file=sys.stderr)
+        return 1
+    except Failure as failure:
+        print(failure.report(), file=sys.stderr)
         return 1
     rows = measure(args, models)
     LOCAL.mkdir(exist_ok=True)

@@ -110,7 +110,7 @@ def main() -> int:
         except (KubectlError, TimedOut) as error:
             print(f"failed: the model was not made: {error}\n  next: make up images", file=sys.stderr)
             return 1
-        server = Server(kind, python(), model, threads, max(streams))
+        server = Server(kind, model, threads, max(streams))
         bare = Bare(engine, python(), model, threads, max(streams))
         try:
             warm = [Request([5] * 64, 4)]

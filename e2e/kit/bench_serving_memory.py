@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from statistics import linear_regression
 
 from kit.kubectl import ROOT
-from kit.serving_models import python
 from kit.serving_servers import KINDS, Server
 
 MODEL = ROOT / "tests/server/data/tiny-int4"
@@ -48,7 +47,7 @@ def some(server: Server, seed: str, count: int) -> None:
 def main() -> int:
     """Measure and print."""
     total = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
-    server = Server(KINDS["slmops-onnxruntime"], python(), MODEL, 1, STREAMS)
+    server = Server(KINDS["slmops-onnxruntime"], MODEL, 1, STREAMS)
     samples, each, start = [], total // SAMPLES // STREAMS, time.monotonic()
     try:
         with ThreadPoolExecutor(STREAMS) as pool:

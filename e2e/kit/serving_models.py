@@ -27,7 +27,7 @@ OPTIMUM = "from optimum.commands.optimum_cli import main; main()"
 
 def python() -> Path:
     """The interpreter of a virtual environment with the server's packages and those of its peers."""
-    folder = _kept("bench", "bench.txt", _make_venv)
+    folder = kept("bench", "bench.txt", _make_venv)
     return folder / "bin" / "python"
 
 
@@ -54,7 +54,7 @@ def _source() -> Path:
 def _ir(block: int) -> Path:
     folder = LOCAL / f"bench-ir-{block}"
     if not (folder / "openvino_model.xml").exists():
-        packages = _kept("export", "export.txt", _make_packages)
+        packages = kept("export", "export.txt", _make_packages)
         command = ["python", "-c", OPTIMUM, "export", "openvino", "-m", "/source"]
         command += ["--task", "text-generation-with-past"]
         command += ["--weight-format", "int4", "--sym", "--group-size", str(block), "--ratio", "1.0", "/out"]
@@ -106,7 +106,7 @@ def _host(folder: Path) -> Object:
     return {"hostPath": {"path": str(folder.resolve()), "type": "Directory"}}
 
 
-def _kept(name: str, requirements: str, make_it: Callable[[Path, Path], None]) -> Path:
+def kept(name: str, requirements: str, make_it: Callable[[Path, Path], None]) -> Path:
     """A folder made once for each state of a requirements file."""
     file = ROOT / "requirements" / requirements
     folder = LOCAL / f"{name}-{hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from kit import asking
+from kit import asking, llama_build, serving_models
 from kit.kubectl import ROOT
 
 READY = 180  # seconds
@@ -19,9 +19,9 @@ TRY_EVERY = 0.05  # seconds
 
 
 class Start(NamedTuple):
-    """What a server is started with. model: the folder in the form that it reads."""
+    """What a server is started with. program: Python, or the server itself. model: the folder in its form."""
 
-    python: Path
+    program: Path
     model: Path
     port: int
     threads: int
@@ -36,13 +36,14 @@ class Kind:
     openai: bool = True
     form: str = "onnx"  # of the model, see serving_models
     ready: str = "/readyz"  # answers 200 when the model is loaded
+    program: Callable[[], Path] = serving_models.python
 
 
 def ours(engine: str) -> Callable[[Start], list[str]]:
     """slmops-server with that engine."""
 
     def command(at: Start) -> list[str]:
-        words = [str(at.python), "-m", "slmops_server", "--model", str(at.model), "--served-name", "m"]
+        words = [str(at.program), "-m", "slmops_server", "--model", str(at.model), "--served-name", "m"]
         words += ["--host", "127.0.0.1", "--port", str(at.port), "--engine", engine, "--log-level", "warning"]
         return [*words, "--threads", str(at.threads), "--slots", str(at.slots)]
 
@@ -54,15 +55,22 @@ def peer(name: str) -> Callable[[Start], list[str]]:
 
     def command(at: Start) -> list[str]:
         script = Path(__file__).with_name("serving_peers.py")
-        return [str(at.python), str(script), name, str(at.model), str(at.port), str(at.threads), str(at.slots)]
+        return [str(at.program), str(script), name, str(at.model), str(at.port), str(at.threads), str(at.slots)]
 
     return command
 
 
 def llama_server(at: Start) -> list[str]:
-    """llama.cpp's own server, see llama_server."""
-    script = Path(__file__).with_name("llama_server.py")
-    return [str(at.python), str(script), str(at.model), str(at.port), str(at.threads), str(at.slots)]
+    """llama.cpp's own server, set as it is fastest here.
+
+    Each slot has the whole context and a cache of its own: one for all makes every row look at all rows' cells. Prompts
+    are not kept: those of the benchmark are all different.
+    """
+    context = json.loads((at.model / "config.json").read_text())["max_position_embeddings"]
+    words = [str(at.program), "--model", str(next(at.model.glob("*.gguf"))), "--host", "127.0.0.1"]
+    words += ["--port", str(at.port), "--threads", str(at.threads), "--threads-batch", str(at.threads)]
+    words += ["--parallel", str(at.slots), "--ctx-size", str(at.slots * context), "--no-kv-unified"]
+    return [*words, "--no-cache-prompt", "--cache-ram", "0", "--no-ui", "--log-verbosity", "0"]
 
 
 KINDS = {
@@ -72,7 +80,7 @@ KINDS = {
     "genai-serial": Kind(peer("genai-serial"), openai=False),
     "genai-static": Kind(peer("genai-static"), openai=False),
     "openvino-bare": Kind(peer("openvino"), openai=False, form="ir"),
-    "llama-server": Kind(llama_server, form="gguf", ready="/health"),
+    "llama-server": Kind(llama_server, form="gguf", ready="/health", program=llama_build.llama_server),
 }
 
 
@@ -87,10 +95,10 @@ class Request:
 class Server:
     """One server, ready. SystemExit when it does not start."""
 
-    def __init__(self, kind: Kind, python: Path, model: Path, threads: int, slots: int) -> None:
+    def __init__(self, kind: Kind, model: Path, threads: int, slots: int) -> None:
         env = {**os.environ, "PYTHONPATH": str(ROOT / "images/server"), "ORT_DISABLE_TELEMETRY": "1"}
         self._kind, self.port = kind, free_port()
-        command = kind.command(Start(python, model, self.port, threads, slots))
+        command = kind.command(Start(kind.program(), model, self.port, threads, slots))
         started = time.monotonic()
         self.process = subprocess.Popen(command, env=env)
         self._wait(started + READY, " ".join(command))

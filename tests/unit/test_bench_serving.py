@@ -58,9 +58,12 @@ def test_a_server_that_is_not_there_is_refused_with_those_that_are() -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_server_gets_the_same_threads_and_slots_and_its_own_port(name: str) -> None:
-    command = KINDS[name].command(Start(Path("/p"), Path("/m"), 8123, 21, 37))
-    assert {"/m", "8123", "21", "37"} <= set(command)
+def test_every_server_gets_the_same_threads_and_slots_and_its_own_port(name: str, tmp_path: Path) -> None:
+    tmp_path.joinpath("config.json").write_text('{"max_position_embeddings": 1000}')
+    tmp_path.joinpath("model.gguf").touch()
+    command = KINDS[name].command(Start(Path("/p"), tmp_path, 8123, 21, 37))
+    assert {"8123", "21", "37"} <= set(command)
+    assert {str(tmp_path), str(tmp_path / "model.gguf")} & set(command)
 
 
 def test_the_cost_of_the_front_is_that_of_pairs_of_the_same_requests() -> None:
