@@ -142,8 +142,9 @@ def test_a_broken_file_costs_no_pod_and_is_mended_by_a_better_one(broken: Kubect
     broken.wait_ready("finetunejob", name, 180)
 
 
-def test_a_missing_column_is_named_and_mended_in_the_config_map(broken: Kubectl) -> None:
-    says(broken, "columnless", "BadDataset", "question", "train.jsonl")
+def test_a_missing_column_costs_no_pod_and_is_mended_in_the_config_map(broken: Kubectl) -> None:
+    says(broken, "columnless", "BadDataset", "ConfigMap columnless, key train.jsonl, line 1 has neither", "'question'")
+    assert not workers(broken, "columnless")
     still(broken, "columnless")
     broken.apply(data("columnless", GOOD.replace("frage", "question")))
     mended(broken, "columnless")

@@ -86,12 +86,35 @@ def test_a_missing_secret_is_named_and_mends_itself(api: Api, operator: Operator
 
 
 def test_a_broken_dataset_costs_no_pod(api: Api, operator: Operator) -> None:
-    api.create("ConfigMap", "data", data={"train": '{"prompt": "a"}\nnonsense\n'})
+    good = '{"prompt": "a", "completion": "b"}\n'
+    api.create("ConfigMap", "data", data={"train": f"{good}nonsense\n"})
     tune(api, dataset={"configMap": {"name": "data", "key": "train"}})
     api.until_reason("FineTuneJob", "tune", "BadDataset")
-    assert "line 2" in str(api.status("FineTuneJob", "tune"))
-    api.patch("ConfigMap", "data", {"data": {"train": '{"prompt": "a", "completion": "b"}'}})
+    assert "line 2: not JSON" in str(api.status("FineTuneJob", "tune"))
+    api.patch("ConfigMap", "data", {"data": {"train": f'{good}{{"prompt": "a"}}'}})
+    lacks = "line 2 has no column 'completion'"
+    wait_for("the column to be named", lambda: lacks in api.status("FineTuneJob", "tune")["conditions"][0]["message"])
+    assert api.get("Job", JOB) is None
+    api.patch("ConfigMap", "data", {"data": {"train": good}})
     until_job(api)
+
+
+def test_a_broken_schema_costs_no_pod(api: Api, operator: Operator) -> None:
+    api.create("ConfigMap", "rules", data={"schema": "{type: object}"})
+    spec = {
+        "teacher": {"endpoint": {"url": "http://teacher/v1", "model": "m"}},
+        "student": {"uri": "oci://registry/base:1"},
+        "data": {
+            "prompts": {"uri": "oci://registry/data:1"},
+            "filters": {"jsonSchema": {"name": "rules", "key": "schema"}},
+        },
+    }
+    api.create("DistillationJob", "pupil", spec=spec)
+    api.until_reason("DistillationJob", "pupil", "BadSpec")
+    assert "key schema (data.filters.jsonSchema) is not JSON" in str(api.status("DistillationJob", "pupil"))
+    assert api.get("Job", "pupil-distill") is None
+    api.patch("ConfigMap", "rules", {"data": {"schema": '{"type": "object"}'}})
+    until_job(api, "pupil-distill")
 
 
 def test_suspend_and_resume(api: Api, operator: Operator) -> None:

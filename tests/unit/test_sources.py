@@ -1,4 +1,4 @@
-"""Resolving sources, and what has to be in the namespace, against the cluster in memory."""
+"""Resolving sources, against the cluster in memory."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -7,11 +7,10 @@ import pytest
 from tests.unit.objects import ARTIFACT, Object, at, finetune, ours
 
 from slmops.api.distillation import Teacher
-from slmops.api.finetune import FineTuneJobSpec
 from slmops.api.meta import ModelSource
-from slmops.build.inputs import Inputs, claim_of, inputs
+from slmops.build.inputs import claim_of
 from slmops.cluster.memory import MemoryCluster, key_of
-from slmops.reconcile import needs, sources
+from slmops.reconcile import sources
 from slmops.reconcile.state import Retry, Terminal
 from slmops.settings import Settings
 
@@ -226,95 +225,6 @@ def test_references() -> None:
     assert sources.references(finetune()) == frozenset()
 
 
-# needs
-
-
-def config_map(name: str, **data: str) -> Object:
-    return {"kind": "ConfigMap", "metadata": {"name": name, "namespace": "ns"}, "data": data}
-
-
-def secret(name: str, **data: str) -> Object:
-    return {"kind": "Secret", "metadata": {"name": name, "namespace": "ns"}, "data": data}
-
-
-def needed(**spec: Any) -> Inputs:
-    return inputs(FineTuneJobSpec.model_validate(finetune(**spec)["spec"]))
-
-
-SPEC: dict[str, Any] = {
-    "base": {"uri": "hf://a/b", "secretRef": {"name": "hub"}},
-    "dataset": {"configMap": {"name": "data", "key": "train"}},
-}
-GOOD = '{"prompt": "a", "completion": "b"}\n'
-
-MISSING: dict[str, tuple[list[Object], str, str]] = {
-    "no Secret": ([], "SecretNotFound", "Secret hub does not exist"),
-    "no ConfigMap": ([secret("hub")], "ConfigMapNotFound", "ConfigMap data does not exist"),
-    "no key": ([secret("hub"), config_map("data", other="")], "ConfigMapNotFound", "has no key train; its keys: other"),
-    "not JSON": ([secret("hub"), config_map("data", train=GOOD + "\n{oops\n")], "BadDataset", "line 3: not JSON"),
-    "not an object": ([secret("hub"), config_map("data", train="[1]")], "BadDataset", "line 1: not a JSON object"),
-    "bottomless": ([secret("hub"), config_map("data", train="[" * 99_999)], "BadDataset", "line 1: not JSON"),
-    "empty": ([secret("hub"), config_map("data", train="\n\n")], "BadDataset", "no example"),
-}
-
-
-@pytest.mark.parametrize("name", MISSING)
-def test_what_is_missing_is_named(name: str) -> None:
-    there, reason, words = MISSING[name]
-    cluster = MemoryCluster()
-    for obj in there:
-        cluster.put(obj)
-    with pytest.raises(Retry, match=words) as caught:
-        needs.check(cluster, "ns", needed(**SPEC))
-    assert (caught.value.reason, caught.value.after) == (reason, needs.RECHECK_SECONDS)
-
-
-def test_the_hash_follows_contents() -> None:
-    cluster = MemoryCluster()
-    cluster.put(secret("hub", token="x"))
-    cluster.put(config_map("data", train=GOOD))
-    first = needs.check(cluster, "ns", needed(**SPEC))
-    assert needs.check(cluster, "ns", needed(**SPEC)) == first
-    cluster.put(config_map("data", train=GOOD, unrelated="x"))
-    assert needs.check(cluster, "ns", needed(**SPEC)) == first
-    cluster.put(config_map("data", train=GOOD + GOOD))
-    second = needs.check(cluster, "ns", needed(**SPEC))
-    cluster.put(secret("hub", token="y"))
-    third = needs.check(cluster, "ns", needed(**SPEC))
-    maps, secrets = zip(*(found.split(".") for found in (first, second, third)), strict=True)
-    assert [len(set(maps)), len(set(secrets))] == [2, 2]
-    assert maps[1] == maps[2]  # a Secret's change shows in its own part alone
-    assert secrets[0] == secrets[1]
-
-
-def test_what_is_not_needed_has_no_hash() -> None:
-    cluster = MemoryCluster()
-    cluster.put(secret("hub", token="x"))
-    cluster.put(config_map("data", train=GOOD))
-    assert needs.check(cluster, "ns", needed()) == ""
-    assert needs.check(cluster, "ns", needed(base=SPEC["base"])).startswith(".")
-    assert needs.check(cluster, "ns", needed(dataset=SPEC["dataset"])).endswith(".")
-
-
-def test_lines_end_with_newlines_alone() -> None:
-    cluster = MemoryCluster()
-    cluster.put(config_map("data", train='{"prompt": "a\u2028b\u0085", "completion": "c"}\r\n' + GOOD))
-    assert needs.check(cluster, "ns", needed(dataset=SPEC["dataset"]))
-
-
-def test_a_file_may_begin_with_a_byte_order_mark() -> None:
-    cluster = MemoryCluster()
-    cluster.put(config_map("data", train="\ufeff" + GOOD))
-    assert needs.check(cluster, "ns", needed(dataset=SPEC["dataset"]))
-
-
-def test_a_schema_is_no_dataset() -> None:
-    spec = {"configMap": {"name": "data", "key": "train"}}
-    found = needed(dataset=spec, evaluation={"dataset": {"configMap": {"name": "eval", "key": "e"}}})
-    assert found.jsonl == {("data", "train"), ("eval", "e")}
-    assert found.config_maps == {"data": {"train"}, "eval": {"e"}}
-
-
 def waiting_for(cluster: MemoryCluster, kind: str, name: str, **spec: Any) -> Object:
     return cluster.put(ours(kind, spec, name=name, status={"conditions": conditions(Ready="False SourceNotReady")}))
 
@@ -358,15 +268,3 @@ def test_a_folder_as_store_has_no_tags() -> None:
     found = sources.resolve_output(finetune(), None, Settings(store="pvc://models/all"))
     assert found.artifact == "pvc://models/all/ns/finetunejob-tune-11111111"
     assert found.checkpoint == "pvc://models/all/ns/finetunejob-tune-ckpt-11111111"
-
-
-def test_a_secret_that_is_touched_but_not_changed_is_the_same() -> None:
-    """External stores write their Secrets anew every hour: that must not start a failed run again."""
-    cluster, wanted = MemoryCluster(), Inputs(secrets={"s": set()})
-    made = secret("s", token="YQ==")
-    cluster.put(made)
-    before = needs.check(cluster, "ns", wanted)
-    cluster.put({**made, "metadata": {**made["metadata"], "annotations": {"refreshed": "now"}}})
-    assert needs.check(cluster, "ns", wanted) == before
-    cluster.put(secret("s", token="Yg=="))
-    assert needs.check(cluster, "ns", wanted) != before

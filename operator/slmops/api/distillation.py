@@ -76,10 +76,14 @@ class Filters(Model):
     decontaminate: bool = Field(default=True, description="Drop prompts that occur in the evaluation set.")
 
 
+class Prompts(Dataset):
+    """A set of examples that need no answer."""
+
+
 class DistillationData(Model):
     """The prompts, how the teacher answers them, what is kept."""
 
-    prompts: Dataset = Field(description="Prompts; a wanted answer, if the set has one, is not shown to the teacher.")
+    prompts: Prompts = Field(description="Prompts; a wanted answer, if the set has one, is not shown to the teacher.")
     generation: Generation = Field(default=Generation(), description="How the teacher is asked.")
     filters: Filters = Field(default=Filters(), description="What is not trained on.")
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from slmops.api.base import Model
+from slmops.api.distillation import Filters
 from slmops.api.meta import ConfigMapKeyRef, Dataset, ModelSource, Pod, SecretKeyRef, SecretRef
 
 
@@ -14,8 +15,14 @@ class Inputs:
 
     config_maps: dict[str, set[str]] = field(default_factory=dict)
     secrets: dict[str, set[str]] = field(default_factory=dict)
-    jsonl: frozenset[tuple[str, str]] = frozenset()  # (ConfigMap, key) of datasets
-    uris: frozenset[str] = frozenset()  # of artifacts that are read
+    datasets: tuple[Dataset, ...] = ()
+    schemas: frozenset[tuple[str, str]] = frozenset()  # (ConfigMap, key) of JSON Schemas
+    models: frozenset[str] = frozenset()  # URIs
+
+    @property
+    def uris(self) -> frozenset[str]:
+        """URIs of all artifacts that are read."""
+        return self.models | {dataset.uri for dataset in self.datasets if dataset.uri}
 
     @property
     def claims(self) -> frozenset[str]:
@@ -27,8 +34,9 @@ def inputs(spec: Model, *, extra_secrets: tuple[str, ...] = ()) -> Inputs:
     """Collect from anywhere in `spec`; a pod's image pull secrets are the kubelet's business."""
     config_maps: dict[str, set[str]] = {}
     secrets: dict[str, set[str]] = {name: set() for name in extra_secrets if name}
-    jsonl: set[tuple[str, str]] = set()
-    uris: set[str] = set()
+    datasets: list[Dataset] = []
+    schemas: set[tuple[str, str]] = set()
+    models: set[str] = set()
     for part in _parts(spec):
         match part:
             case ConfigMapKeyRef():
@@ -37,11 +45,13 @@ def inputs(spec: Model, *, extra_secrets: tuple[str, ...] = ()) -> Inputs:
                 secrets.setdefault(part.name, set()).add(part.key)
             case SecretRef():
                 secrets.setdefault(part.name, set())
-            case Dataset() | ModelSource():
-                if isinstance(part, Dataset) and part.config_map:
-                    jsonl.add((part.config_map.name, part.config_map.key))
-                uris.update({part.uri} if part.uri else ())
-    return Inputs(config_maps, secrets, frozenset(jsonl), frozenset(uris))
+            case Dataset():
+                datasets.append(part)
+            case Filters():
+                schemas.update({(part.json_schema.name, part.json_schema.key)} if part.json_schema else ())
+            case ModelSource():
+                models.update({part.uri} if part.uri else ())
+    return Inputs(config_maps, secrets, tuple(datasets), frozenset(schemas), frozenset(models))
 
 
 def claim_of(uri: str | None) -> set[str]:
