@@ -13,8 +13,6 @@ SECONDS_MAX = 2147483647  # 68 years; more is no date any more
 
 Metric = Literal["exactMatch", "fieldMatch", "jsonValid", "tokenF1", "rougeL", "perplexity"]
 
-MessageRole = Literal["assistant", "completion", "all"]
-
 
 class Evaluation(Model):
     """Held-out examples, answered greedily before and after; the first metric is the QUALITY column."""
