@@ -38,5 +38,5 @@ class Teacher:
         wait_for(f"{count} answers", lambda: sum(self.asked().values()) >= count, timeout)
 
     def revive(self) -> None:
-        """Up again after `down-after`."""
+        """Up again after `down-after`, sane after `garbage`."""
         self.asked("revive")

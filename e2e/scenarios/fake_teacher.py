@@ -2,8 +2,8 @@
 
     python fake_teacher.py [garbage | down-after N]
 
-`garbage`: every answer is HTML under status 200. `down-after N`: after N answers connections are cut until
-GET /revive. GET /asked gives {"<question>": times it was answered}.
+`garbage`: every answer is HTML under status 200. `down-after N`: after N answers connections are cut. Either lasts
+until GET /revive. GET /asked gives {"<question>": times it was answered}.
 """
 
 import json
@@ -58,7 +58,7 @@ class Teacher(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         with World.lock:
             if self.path == "/revive":
-                World.left = 1 << 30
+                World.left, World.garbage = 1 << 30, False
             self.reply(json.dumps(World.asked).encode())
 
     def reply(self, data: bytes) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from kit import chart, pods
 from kit.kubectl import Kubectl, KubectlError, Object, wait_for
-from kit.objects import LATE, REGISTRY, SMALL_POD, STORE, TRAINING, dataset, describe, finetune, obj
+from kit.objects import LATE, REGISTRY, SMALL_POD, STORE, TRAINING, describe, finetune, obj
 from kit.teacher import Teacher
 
 NAMESPACE = "e2e-bad-input"
@@ -31,6 +31,13 @@ def data(name: str, text: str) -> Object:
     return pods.config_map(name, {"train.jsonl": text})
 
 
+def asked(*sentences: str) -> Object:
+    """Prompts, in the ConfigMap `misled`."""
+    turns = [{"messages": [{"role": "user", "content": sentence}]} for sentence in sentences]
+    return pods.config_map("misled", {"prompts.jsonl": "".join(json.dumps(each) + "\n" for each in turns)})
+
+
+SENTENCES = [f"I saw a red box, number {number}" for number in range(10)]
 COLUMNS = {"columns": {"prompt": "frage", "completion": "antwort"}}
 BROKEN = {
     "empty": [data("empty", "\n\n"), from_config_map("empty", **COLUMNS)],
@@ -46,22 +53,42 @@ BROKEN = {
 
 
 @pytest.fixture(scope="module")
-def broken(installed: Kubectl, seeded: str, images: dict[str, str]) -> Iterator[Kubectl]:
-    """A namespace with all of BROKEN, and a student whose teacher answers garbage."""
+def namespace(installed: Kubectl) -> Iterator[Kubectl]:
     kube = installed.within(NAMESPACE)
     chart.fresh_namespace(kube)
-    kube.apply(*(each for objects in BROKEN.values() for each in objects))
-    teacher = Teacher(kube, images["operator"], "garbage")
+    yield kube
+    kube.delete("namespace", NAMESPACE, wait=False)
+
+
+@pytest.fixture(scope="module")
+def teacher(namespace: Kubectl, images: dict[str, str]) -> Teacher:
+    """One that answers garbage."""
+    return Teacher(namespace, images["operator"], "garbage")
+
+
+@pytest.fixture(scope="module")
+def broken(namespace: Kubectl, seeded: str, teacher: Teacher) -> Kubectl:
+    """A namespace with all of BROKEN, and a student whose teacher answers garbage."""
+    namespace.apply(*(each for objects in BROKEN.values() for each in objects))
     spec = {
         "teacher": {"endpoint": teacher.endpoint},
         "student": {"uri": f"{STORE}/base:tiny"},
-        "data": {"prompts": {**dataset("prompts.jsonl"), "limit": 10}},
+        "data": {"prompts": {"configMap": {"name": "misled", "key": "prompts.jsonl"}}},
         "training": BRIEF["training"],
         "pod": SMALL_POD,
     }
-    kube.apply(obj("DistillationJob", "misled", spec))
-    yield kube
-    kube.delete("namespace", NAMESPACE, wait=False)
+    namespace.apply(asked(*SENTENCES), obj("DistillationJob", "misled", spec))
+    return namespace
+
+
+def waits(kube: Kubectl, kind: str, name: str, least: timedelta) -> None:
+    """Wait until the next try is some time away: it is tried again by itself."""
+
+    def probe() -> bool:
+        at = ((kube.get(kind, name) or {}).get("status") or {}).get("nextRetryTime")
+        return at is not None and datetime.fromisoformat(at) - datetime.now(UTC) > least
+
+    wait_for(f"the next try of {kind}/{name} to be {least} away", probe, 180)
 
 
 def says(kube: Kubectl, name: str, reason: str, *patterns: str, kind: str = "finetunejob", timeout: float = 180) -> str:
@@ -160,37 +187,39 @@ def test_a_missing_secret_costs_no_pod_and_is_mended_by_making_it(broken: Kubect
     broken.wait_ready("finetunejob", "secretless", 180)
 
 
-def test_a_base_that_is_no_causal_lm_fails_once_and_says_what_it_is(broken: Kubectl) -> None:
+def test_a_base_that_is_no_causal_lm_is_told_what_it_is_and_looked_at_again_later(broken: Kubectl) -> None:
     says(broken, "encoder", "UnsupportedModel", "BertModel|bert", "causal")
+    waits(broken, "finetunejob", "encoder", timedelta(minutes=5))
     still(broken, "encoder")
     assert len(workers(broken, "encoder")) == 1
 
 
 def test_a_uri_that_names_nothing_says_so(broken: Kubectl) -> None:
     says(broken, "absent", "SourceNotFound", "no-such-model")
-
-    def waits() -> bool:
-        status = (broken.get("finetunejob", "absent") or {}).get("status") or {}
-        at = status.get("nextRetryTime")
-        return at is not None and datetime.fromisoformat(at) - datetime.now(UTC) > timedelta(seconds=20)
-
-    wait_for("the next try to be some time away", waits, 180)  # it is tried again by itself
+    waits(broken, "finetunejob", "absent", timedelta(seconds=20))
     still(broken, "absent")
 
 
-def test_a_teacher_that_answers_garbage_is_quoted(broken: Kubectl) -> None:
+def test_a_teacher_that_answers_garbage_is_quoted_and_asked_again_once_it_is_mended(
+    broken: Kubectl, teacher: Teacher
+) -> None:
     says(broken, "misled", "TeacherAnswersRejected", "captive portal", kind="distillationjob")
+    waits(broken, "distillationjob", "misled", timedelta(minutes=5))
     still(broken, "misled")
+    teacher.revive()
+    broken.apply(asked(*SENTENCES, "I saw a blue ball"))  # which ends the wait
+    done = broken.wait_ready("distillationjob", "misled", 240)
+    assert done["status"]["retries"] == 1, done["status"]
 
 
 def test_an_unreachable_registry_is_waited_for(broken: Kubectl) -> None:
     broken.apply(finetune("unreachable", base={"uri": f"oci://{LATE}/e2e/base:tiny"}, **BRIEF))
 
-    def waits() -> bool:
+    def pulls() -> bool:
         found = (broken.get("finetunejob", "unreachable") or {}).get("status") or {}
         return (found.get("progress") or {}).get("stage", "").startswith("Pulling")
 
-    wait_for("the pod tries to pull", waits, 180)
+    wait_for("the pod tries to pull", pulls, 180)
     (pod,) = workers(broken, "unreachable")
     assert (broken.condition("finetunejob", "unreachable", "Stalled") or {}).get("status") != "True"
     host, _, namespace = LATE.partition(":")[0].removesuffix(".svc").partition(".")

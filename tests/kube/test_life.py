@@ -1,5 +1,6 @@
 """The life of batch objects on a real API server; Jobs and pods are played."""
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from tests.kube.api import Api, Object, wait_for
@@ -17,6 +18,7 @@ from tests.kube.kubelet import (
 )
 
 from slmops.api.run import RunSpec
+from slmops.api.times import parse, stamp
 
 TUNE: Object = {"base": {"uri": "oci://r/base:1"}, "dataset": {"uri": "oci://r/data:1"}}
 JOB = "tune-finetune"
@@ -59,10 +61,10 @@ def test_a_failed_source_is_named_and_a_new_one_is_taken(api: Api, operator: Ope
     api.create("QuantizedModel", "q", spec={"source": {"ref": {"kind": "FineTuneJob", "name": "tune"}}})
     tune(api)
     pod = started_pod(api)
-    fail_pod(api, pod, 3, "BadDataset", "line 3: no column prompt")
+    fail_pod(api, pod, 3, "NothingToTrain", "line 3: no answer")
     fail_job(api, JOB, "PodFailurePolicy", 1)
     status = api.until_phase("FineTuneJob", "tune", "Failed")
-    assert status["lastFailure"]["message"] == "line 3: no column prompt"
+    assert status["lastFailure"]["message"] == "line 3: no answer"
     assert {c["type"]: c["status"] for c in status["conditions"]} == {
         "Ready": "False", "Stalled": "True", "Failed": "True",
     }  # fmt: skip
@@ -219,6 +221,24 @@ def test_a_silent_store_is_asked_again_later_and_a_new_secret_at_once(api: Api, 
     api.patch("Secret", "hub", {"stringData": {"token": "new"}})
     wait_for("another Job", lambda: (api.get("Job", JOB) or {}).get("metadata", {}).get("uid") not in (None, first), 45)
     assert "nextRetryTime" not in api.until_phase("FineTuneJob", "tune", "Pending")
+
+
+def test_a_refused_model_behind_a_tag_is_looked_at_again_later(api: Api, operator: Operator) -> None:
+    tune(api)
+    pod = started_pod(api)
+    first = api.need("Job", JOB)["metadata"]["uid"]
+    fail_pod(api, pod, 3, "UnsupportedModel", "it is a BertModel")
+    fail_job(api, JOB, "PodFailurePolicy", 1)
+    status = api.until_reason("FineTuneJob", "tune", "UnsupportedModel")
+    assert status["phase"] == "Waiting"
+    assert parse(status["nextRetryTime"]) - datetime.now(UTC) > timedelta(minutes=9)
+    assert api.need("Job", JOB)["metadata"]["uid"] == first
+    # As if ten minutes had passed; a status wakes nobody.
+    soon = {"nextRetryTime": stamp(datetime.now(UTC) + timedelta(seconds=1))}
+    api.patch("FineTuneJob", "tune", {"status": soon}, "status")
+    api.patch("FineTuneJob", "tune", {"spec": {"ttlSecondsAfterFinished": 999}})
+    wait_for("another Job", lambda: (api.get("Job", JOB) or {}).get("metadata", {}).get("uid") not in (None, first), 45)
+    assert api.until_phase("FineTuneJob", "tune", "Pending")["retries"] == 1
 
 
 def test_a_foreign_job_is_left_alone(api: Api, operator: Operator) -> None:

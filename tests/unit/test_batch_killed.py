@@ -71,7 +71,7 @@ class World:
     def __init__(self, **spec: Any) -> None:
         self.cluster, self.first = Mortal(), ""
         self.settings = Settings(store="oci://s", trainer_image="trainer:1")
-        self.config_map("{}")
+        self.config_map('{"prompt": "a", "completion": 1}')
         self.secret("old")
         self.cluster.put(finetune(**{**SPEC, **spec}))
         self.passes(2)
@@ -134,9 +134,9 @@ LATE = {"conditions": [condition("Failed", "DeadlineExceeded")]}
 
 def mended_dataset() -> World:
     world = World()
-    world.fail(said("BadDataset", "line 1: no column prompt", 3), **FATAL_JOB)
+    world.fail(said("BadDataset", "line 1: 'completion' must be text", 3), **FATAL_JOB)
     assert world.status["phase"] == "Failed"
-    world.config_map('{"prompt": "a"}')
+    world.config_map('{"prompt": "a", "completion": "b"}')
     return world
 
 

@@ -145,8 +145,13 @@ STATES: dict[str, tuple[str, str, str, Any]] = {
         lambda o: {"job": job(o, **FAILED_JOB), "pods": (
             pod(o, phase="Failed", state=exited(137, reason="OOMKilled"), limits={"memory": "512Mi"}),)},
     ),
-    "bad dataset: ends at once": (
-        "Failed", "BadDataset", "Failed",
+    "nothing to train: ends at once": (
+        "Failed", "NothingToTrain", "Failed",
+        lambda o: {"job": job(o, **FATAL_JOB), "pods": (
+            pod(o, phase="Failed", state=said("NothingToTrain", "line 3: no answer", 3)),)},
+    ),
+    "bad dataset behind a tag: looks again later": (
+        "Waiting", "BadDataset", "InProgress",
         lambda o: {"job": job(o, **FATAL_JOB), "pods": (
             pod(o, phase="Failed", state=said("BadDataset", "line 3: no column prompt", 3)),)},
     ),

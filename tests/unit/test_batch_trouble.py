@@ -349,7 +349,7 @@ def test_a_pod_that_does_not_say_when_it_failed_is_told_of_once(name: str) -> No
 def test_a_failed_run_whose_output_is_nowhere_any_more_is_looked_after() -> None:
     """An upgrade of the chart took the store away: the Job's time runs out all the same."""
     obj = finetune(ttlSecondsAfterFinished=3)
-    bad = pod(obj, phase="Failed", state=said("BadDataset", "x", 3))
+    bad = pod(obj, phase="Failed", state=said("NothingToTrain", "x", 3))
     failed = after(obj, run(obj, job=job(obj, **FATAL_JOB), pods=(bad,)))
     cluster = MemoryCluster()
     for one in (failed, job(obj, **FATAL_JOB)):
@@ -359,5 +359,5 @@ def test_a_failed_run_whose_output_is_nowhere_any_more_is_looked_after() -> None
     assert Key("Job", "ns", "tune-finetune") not in cluster.objects
     status = cluster.objects[key_of(obj)]["status"]
     assert (status["observedGeneration"], status["phase"]) == (2, "Failed")
-    assert (of(cluster.objects[key_of(obj)], "Ready") or {})["reason"] == "BadDataset"
+    assert (of(cluster.objects[key_of(obj)], "Ready") or {})["reason"] == "NothingToTrain"
     assert cluster.posted == []

@@ -3,16 +3,18 @@
 import ast
 import re
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import get_args
 
 import pytest
-from tests.unit.objects import Object, exited, finetune, job, pod, said
+from tests.unit.objects import NOW, Object, exited, finetune, job, pod, said
 from tests.unit.test_batch_again import edited
 from tests.unit.test_batch_life import FAILED_JOB, FATAL_JOB, after, kstatus, run
 
 from slmops.api.deployment import Verdict
 from slmops.api.run import EXIT_FATAL, EXIT_RETRY, FailureReason
+from slmops.api.times import parse
 from slmops.reconcile import deployment_report, pods, serverpods, sources
 from slmops.rollout import phases
 from slmops_artifacts.errors import Reason
@@ -115,14 +117,14 @@ def code_of(state: Object | None) -> int | None:
     return state["terminated"]["exitCode"] if state else None
 
 
-def effect(reason: str, state: Object | None) -> str:
+def effect(reason: str, state: Object | None, **spec: Object) -> str:
     """What becomes of an object whose run ended so, and whose backoffLimit is raised."""
-    obj = finetune()
+    obj = finetune(**spec)
     ended = job(obj, **(FATAL_JOB if code_of(state) == EXIT_FATAL else FAILED_JOB))
     plan = run(obj, job=ended, pods=(pod(obj, phase="Failed", state=state),) if state else ())
     assert plan.status["lastFailure"]["reason"] == reason
     if "nextRetryTime" in plan.status:
-        return "yes"
+        return "later" if parse(plan.status["nextRetryTime"]) - NOW >= timedelta(minutes=10) else "yes"
     raised = run(edited(after(obj, plan), backoffLimit=9), job=ended, inputs="m1.s1")
     return "attempts" if kstatus(raised) == "InProgress" else "no"
 
@@ -134,4 +136,9 @@ def test_whether_it_is_tried_again_is_told_rightly(reason: str, state: Object | 
     if reason == "OutOfMemory":
         assert told == "attempts if the container was killed (exit code 137), else no"
         told = "attempts" if code_of(state) == 137 else "no"
+    if reason in ("BadDataset", "UnsupportedModel"):
+        assert told == "later, unless its URI names a digest or commit"
+        pinned = {field: {"uri": "oci://r/x@sha256:" + "a" * 64} for field in ("base", "dataset")}
+        assert effect(reason, state, **pinned) == "no"
+        told = "later"
     assert effect(reason, state) == told

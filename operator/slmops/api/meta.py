@@ -284,7 +284,7 @@ class BatchStatus(Status):
     attempts: int = Field(default=0, description="Pods that failed through a fault of their own.")
     source: str | None = Field(default=None, max_length=1024, description="The model this is made from, for the table.")
     retries: int = Field(
-        default=0, description="Whole runs started again because something outside did not answer (nextRetryTime)."
+        default=0, description="Whole runs started again because of something outside (nextRetryTime)."
     )
     next_retry_time: str | None = Field(
         default=None, description="When the next of these starts.", json_schema_extra={"format": "date-time"}

@@ -59,6 +59,11 @@ def claim_of(uri: str | None) -> set[str]:
     return {re.split("[/@]", uri.removeprefix("pvc://"), maxsplit=1)[0]} if uri and uri.startswith("pvc://") else set()
 
 
+def may_change(uri: str) -> bool:
+    """Whether the URI may come to mean something else: it names neither a digest nor a hub's commit."""
+    return "@sha256:" not in uri and not re.fullmatch(r"hf://.*@[0-9a-f]{40}", uri)
+
+
 def _parts(value: object) -> Iterator[Model]:
     if isinstance(value, Pod):
         return

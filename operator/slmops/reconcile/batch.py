@@ -9,6 +9,9 @@ What becomes of a Job that failed, by the reason that its last pod gave:
       status.nextRetryTime. The delay starts at 30 s and doubles up to 1 h, and it ends within a minute when a ConfigMap
       or a Secret that the object names has changed. So it mends itself when the cause goes, checkpoints are kept, and
       an outage of a day costs some thirty Jobs of one pod each, which waits itself for some minutes before it gives up
+  somebody has to mend what is refused, and can: the teacher, a dataset or a model whose URI names no digest (SLOW)
+      likewise, but from 10 min up to 6 h, and no Secret ends the delay: nothing tells when it is mended, and each look
+      costs a pod, some seven on the first day and four a day then
   anything else
       the object is failed: Failed=True, Stalled=True. It goes on from its checkpoint when something that could help
       was changed: a ConfigMap it names, a backoffLimit above the attempts so far (unless the worker said that trying

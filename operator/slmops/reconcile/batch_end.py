@@ -7,6 +7,7 @@ from typing import Any
 from slmops.api.meta import Failure, Lineage, Progress
 from slmops.api.run import EXIT_FATAL, RunResult
 from slmops.api.times import parse, stamp
+from slmops.build.inputs import inputs, may_change
 from slmops.cluster.port import Object
 from slmops.reconcile import conditions
 from slmops.reconcile.batch_pass import Pass, complete, failed, going_on, plan
@@ -22,8 +23,9 @@ WORLD = frozenset(
         *("Evicted", "NodeRefused", "NodeFailed"),
     }
 )
-RETRY_FIRST = timedelta(seconds=30)
-RETRY_MOST = timedelta(hours=1)
+QUICK = (timedelta(seconds=30), timedelta(hours=1))  # the first delay of a retry, and the longest
+# What somebody has to mend: it does not pass by itself, nothing tells when it is mended, and each look costs a pod.
+SLOW = (timedelta(minutes=10), timedelta(hours=6))
 GOT_ON = timedelta(minutes=30)  # a try that lasted so long found what the ones before it missed
 RECHECK_FAILED = 60.0  # seconds between two looks at a failed object's ConfigMaps
 LINEAGE_MAX = 64
@@ -88,9 +90,13 @@ def known_inputs(p: Pass) -> str | None:
     return p.seen.inputs or known if known and older(known) else known
 
 
-def retry_delay(retries: int) -> timedelta:
-    """How long to wait before a whole run is tried again for the `retries`+1st time."""
-    return min(RETRY_FIRST * (1 << min(retries, 16)), RETRY_MOST)
+def changed(p: Pass) -> bool:
+    """Whether something was changed that ends the wait for a retry; a Secret mends for WORLD's reasons alone."""
+    known, now, failure = p.status.inputs, p.seen.inputs, p.status.last_failure
+    if not now or known is None or older(known):
+        return False
+    whole = failure is None or failure.reason in WORLD
+    return now != known if whole else _maps(now) != _maps(known)
 
 
 def retry_requeue(p: Pass, at: str) -> float:
@@ -148,15 +154,30 @@ def _failed(p: Pass, failure: Failure) -> Plan:
     event = Event(failure.reason, failure.message, warning=True)
     measured = _last_result(p)
     found: dict[str, Any] = {"metrics": _numbers(measured) or p.status.metrics} if measured else {}
-    if failure.reason in WORLD:
-        found["retries"] = 0 if _lasted(p) >= GOT_ON else p.status.retries
-        at = stamp(p.now + retry_delay(found["retries"]))
+    delays = _delays(p, failure.reason)
+    if delays is not None:
+        anew = delays == QUICK and _lasted(p) >= GOT_ON  # a long try that ends in the same fault is a dear one
+        found["retries"] = 0 if anew else p.status.retries
+        first, most = delays
+        at = stamp(p.now + min(first * (1 << min(found["retries"], 16)), most))
         message = f"{failure.message} The next try starts at {at}."
         status = going_on(p, "Waiting", failure.reason, message, next_retry_time=at, last_failure=failure, **found)
         return plan(status, event, requeue=retry_requeue(p, at))
     status = failed(p, failure, completion_time=failure.time, **found)
     ttl = p.spec.ttl_seconds_after_finished
     return plan(status, event, requeue=RECHECK_FAILED if ttl is None else min(ttl, RECHECK_FAILED))
+
+
+def _delays(p: Pass, reason: str) -> tuple[timedelta, timedelta] | None:
+    """The first and the longest delay of the retries; None where the object has failed for good."""
+    if reason in WORLD:
+        return QUICK
+    if reason == "TeacherAnswersRejected":
+        return SLOW
+    read = inputs(p.spec)
+    sets = {dataset.uri for dataset in read.datasets if dataset.uri}
+    uris = {"UnsupportedModel": read.models, "BadDataset": sets}.get(reason, ())
+    return SLOW if any(map(may_change, uris)) else None
 
 
 def _cause(p: Pass, job: Object) -> Failure:

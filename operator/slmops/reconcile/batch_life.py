@@ -9,7 +9,7 @@ from slmops.api.times import parse, stamp
 from slmops.build.job import held, queue_of, revised
 from slmops.cluster.port import Object
 from slmops.reconcile import conditions
-from slmops.reconcile.batch_end import collected, conclude, known_inputs, older, retry_requeue, worth_again
+from slmops.reconcile.batch_end import changed, collected, conclude, known_inputs, retry_requeue, worth_again
 from slmops.reconcile.batch_pass import ANNOTATION_IMAGE, ANNOTATION_INPUTS, Pass, going_on, plan, progress
 from slmops.reconcile.pods import (
     INTERRUPTED,
@@ -72,7 +72,7 @@ def _between_jobs(p: Pass) -> Plan:
         return _suspended(p, delete=old is not None)
     retry_at, failure = p.status.next_retry_time, p.status.last_failure
     if retry_at and failure and p.until(retry_at):
-        if _changed(p):
+        if changed(p):
             return _again(p)
         message = f"{failure.message} The next try starts at {retry_at}."
         status = going_on(p, "Waiting", failure.reason, message, inputs=known_inputs(p))
@@ -103,11 +103,6 @@ def _between_jobs(p: Pass) -> Plan:
         retries=p.status.retries + (retry_at is not None),
     )
     return plan(status, apply=(seen.wanted,), requeue=POLL_PODLESS)
-
-
-def _changed(p: Pass) -> bool:
-    known = p.status.inputs
-    return bool(p.seen.inputs) and known is not None and not older(known) and p.seen.inputs != known
 
 
 def _suspended(p: Pass, *, delete: bool = False, apply: Object | None = None) -> Plan:
