@@ -14,7 +14,11 @@ from tiny import CHATML, task, write_model, write_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from slmops_trainer import encoding, generate, models
+from slmops.api.run import Input
+from slmops_artifacts import Manifest
+from slmops_trainer import context as run_context
+from slmops_trainer import encoding, generate, main, models
+from slmops_trainer.context import Context
 from slmops_trainer.data import Example, Message
 from slmops_trainer.failure import RunFailure
 
@@ -93,6 +97,87 @@ def test_what_cannot_be_trained_is_refused_with_the_reason(
     with pytest.raises(RunFailure, match=message) as caught:
         models.load(folder, "the model")
     assert caught.value.reason == "UnsupportedModel"
+
+
+@pytest.fixture
+def fetched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that are fetched of oci://r/m:1, which is `folder`."""
+    names: list[str] = []
+    real = run_context.pull
+
+    def pull(uri: str, dest: Path, **more: Any) -> Manifest:
+        if uri != REMOTE:
+            return real(uri, dest, **more)
+        there, choose = sorted(path.name for path in folder.iterdir()), more["choose"]
+        wanted = there if choose is None else choose(there)
+        dest.mkdir()
+        for name in wanted:
+            shutil.copyfile(folder / name, dest / name)
+        names.extend(wanted)
+        return Manifest(kind="model", digest="sha256:" + "0" * 64)
+
+    monkeypatch.setattr(run_context, "pull", pull)
+    return names
+
+
+REMOTE = "oci://r/m:1"
+
+
+def remote(ctx: Context) -> Context:
+    ctx.spec = ctx.spec.model_copy(update={"model": Input(uri=REMOTE)})
+    return ctx
+
+
+# What is known of a model only when it is there.
+INSIDE = ("fewer rows than words", "cut weights", "other model's weights", "missing weights", "no eos")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [row[1:] for row in REFUSED if row[0] not in INSIDE],
+    ids=[row[0] for row in REFUSED if row[0] not in INSIDE],
+)
+def test_a_model_that_its_config_shows_to_be_unfit_costs_no_weights(
+    spoil: Callable[[Path], object], message: str, folder: Path, fetched: list[str], make_run: Callable[..., Context]
+) -> None:
+    spoil(folder)
+    with pytest.raises(RunFailure, match=message.replace("the model is", f"{REMOTE} is")) as caught:
+        models.fetch(remote(make_run()), "base")
+    assert caught.value.reason == "UnsupportedModel"
+    assert set(fetched) <= {"config.json"}
+
+
+def test_a_fit_model_is_fetched_whole_and_one_in_a_volume_is_read_once(
+    folder: Path, fetched: list[str], make_run: Callable[..., Context]
+) -> None:
+    names = sorted(path.name for path in folder.iterdir())
+    whole, manifest = models.fetch(remote(make_run()), "base")
+    assert fetched == ["config.json", *names]
+    assert (sorted(path.name for path in whole.iterdir()), manifest.kind) == (names, "model")
+    ctx = make_run()
+    models.fetch(ctx, "base")
+    assert [path.name for path in ctx.work.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("recipe", ["finetune", "distill", "quantize"])
+def test_no_recipe_fetches_the_weights_of_another_kind_of_model(
+    recipe: str, folder: Path, fetched: list[str], make_run: Callable[..., Context], jsonl: Callable[..., str]
+) -> None:
+    rows = {"uri": jsonl([{"prompt": "p", "completion": "c"}])}
+    endpoint = {"url": "http://127.0.0.1:9/v1", "model": "m"}
+    specs: dict[str, Any] = {
+        "finetune": {"base": {"uri": REMOTE}, "dataset": rows},
+        "distill": {"teacher": {"endpoint": endpoint}, "student": {"uri": REMOTE}, "data": {"prompts": rows}},
+        "quantize": {"source": {"uri": REMOTE}, "precision": "int4"},
+    }
+    if recipe == "quantize":
+        edit(folder, head_dim=7)
+    else:
+        edit(folder, architectures=["BertForMaskedLM"])
+    ctx = remote(make_run(teacher=endpoint, **{recipe: specs[recipe]}))
+    with pytest.raises(RunFailure, match="heads of 7 values" if recipe == "quantize" else "BertForMaskedLM"):
+        main.recipe(ctx.spec)(ctx)
+    assert fetched == ["config.json"]
 
 
 def test_a_checkpoint_of_transformers_5_keeps_its_rope_base(folder: Path) -> None:

@@ -47,7 +47,7 @@ def run(ctx: Context) -> RunResult:
         prompts.digest, held_out.digest if held_out else None, json.dumps(schema.schema) if schema else None
     )
     publish.check_rejected(ctx, spec.evaluation, inputs)
-    folder, base = ctx.pull(ctx.spec.model, "student")
+    folder, base = models.fetch(ctx, "student")
     ctx.report("Loading", 0, 1, ctx.spec.model.uri)
     began = ctx.began()
     loaded = models.load(folder, ctx.spec.model.uri, began)

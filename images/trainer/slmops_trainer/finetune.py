@@ -39,7 +39,7 @@ def run(ctx: Context) -> RunResult:
         data.refuse_leaks(training, held_out)
     inputs = publish.inputs_of(training.digest, held_out.digest if held_out else None)
     publish.check_rejected(ctx, spec.evaluation, inputs)
-    folder, base = ctx.pull(ctx.spec.model, "base")
+    folder, base = models.fetch(ctx, "base")
     ctx.report("Loading", 0, 1, ctx.spec.model.uri)
     began = ctx.began()
     loaded = models.load(folder, ctx.spec.model.uri, began)

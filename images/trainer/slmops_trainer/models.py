@@ -4,11 +4,11 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,8 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from slmops.api.run import ENV_GPU
+from slmops_artifacts import Manifest
 from slmops_trainer import encoding
 from slmops_trainer.failure import RunFailure, translate
+
+if TYPE_CHECKING:
+    from slmops_trainer.context import Context
 
 # What a tokenizer consists of. Copied, not written anew: training changes no tokenizer, and rewriting one has
 # broken end-of-text tokens and templates in other tools. But see _backend.
@@ -75,6 +79,31 @@ def in_bf16(precision: str, where: torch.device) -> bool:
     if precision == "bf16" and not native:
         log.warning("This device only emulates bf16, many times slower than fp32; see training.precision: auto")
     return precision == "bf16" or (precision == "auto" and native)
+
+
+def fetch(
+    ctx: "Context", folder: str, refuse: Callable[[Mapping[str, Any], str], None] | None = None
+) -> tuple[Path, Manifest]:
+    """Pull the run's model. What its config.json and the names of its files show to be unfit costs no weights.
+
+    `refuse(config, source)` may know of more. From a volume all is read at once, and looked at then (check): to read
+    a part of it takes as long, for its digest. Raises RunFailure(UnsupportedModel) and those of Context.pull.
+    """
+    source = ctx.spec.model
+    if not source.uri.startswith(("pvc://", "file://")):
+        names: list[str] = []
+
+        def choose(paths: Sequence[str]) -> list[str]:
+            names.extend(paths)
+            if "config.json" not in paths:
+                _judge(ctx.work / f"{folder}-config", paths, source.uri)  # which raises
+            return ["config.json"]
+
+        seen, _ = ctx.pull(source, f"{folder}-config", choose=choose)
+        config = modernise(_judge(seen, names, source.uri), source.uri)
+        if refuse is not None:
+            refuse(config, source.uri)
+    return ctx.pull(source, folder)
 
 
 def load(folder: Path, source: str, began: datetime | None = None) -> Loaded:
@@ -144,7 +173,17 @@ def check(folder: Path, source: str) -> dict[str, Any]:
 
     Raises RunFailure(UnsupportedModel) with the remedy.
     """
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    config = _judge(folder, {path.name for path in folder.iterdir()}, source)
+    mended = modernise(config, source)
+    if mended != config:
+        (folder / "config.json").write_text(json.dumps(mended, indent=2))
+    _mend_tokenizer(folder, source)
+    return mended
+
+
+def _judge(folder: Path, files: Collection[str], source: str) -> dict[str, Any]:
+    """The config.json in `folder` of a model with these files. Raises RunFailure(UnsupportedModel)."""
+    if "adapter_config.json" in files and "config.json" not in files:
         raise RunFailure(
             "UnsupportedModel",
             f"{source} is a LoRA adapter, not a model. Merge it (FineTuneJob with merge: true) first.",
@@ -164,20 +203,16 @@ def check(folder: Path, source: str) -> dict[str, Any]:
         raise RunFailure(
             "UnsupportedModel", f"{source} is quantized already ({method}). Use its original, unquantized weights."
         )
-    if not list(folder.glob("*.safetensors")):
+    if not any(name.endswith(".safetensors") and "/" not in name for name in files):
         raise RunFailure("UnsupportedModel", f"{source} has no .safetensors weights. Convert them and publish again.")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        what = "a tokenizer.model alone" if (folder / "tokenizer.model").is_file() else "no tokenizer"
+    if not any(name in files for name in ("tokenizer.json", "vocab.json")):
+        what = "a tokenizer.model alone" if "tokenizer.model" in files else "no tokenizer"
         raise RunFailure(
             "UnsupportedModel",
             f"{source} has {what}. Publish tokenizer.json with the model: "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it, where sentencepiece is installed.",
         )
-    mended = modernise(config, source)
-    if mended != config:
-        (folder / "config.json").write_text(json.dumps(mended, indent=2))
-    _mend_tokenizer(folder, source)
-    return mended
+    return config
 
 
 def modernise(config: dict[str, Any], source: str) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def run(ctx: Context) -> RunResult:
     held_out = _held_out(ctx, spec.gate)
     _check_rejected(ctx, spec.gate, held_out)
     uri = ctx.spec.model.uri
-    folder, source = ctx.pull(ctx.spec.model, "source")
+    folder, source = models.fetch(ctx, "source", refuse)
     refuse(models.check(folder, uri), uri)
     origin = {"source": source.digest, "olive": onnx_build.options(spec), "versions": _versions()}
     made, fresh = conversion.recall(ctx, origin), ctx.work / "onnx"
