@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -57,6 +58,7 @@ def refusal(data: bytes) -> tuple[int, str]:
     """Status and code of a raw answer."""
     head, _, body = data.partition(b"\r\n\r\n")
     assert b"connection: close" in head
+    assert re.search(rb"\r\nx-request-id: [!-~]+", head)
     return int(head.split(b" ")[1]), json.loads(body)["error"]["code"]
 
 
@@ -75,6 +77,16 @@ def test_a_flood_of_headers_gets_431(strict: Server, what: str, head: bytes) -> 
         sock.sendall(b"GET /readyz HTTP/1.1\r\n" + head)
     assert refusal(to_the_end(sock)) == (431, "headers_too_large")
     assert strict.metric("slmops_rejected_requests_total", reason="headers_too_large") == before + 1
+
+
+def test_a_refused_head_keeps_the_number_that_its_client_gave(strict: Server) -> None:
+    for given, told in ((b"call-7", b"call-7"), (b"a" * 200, None)):
+        sock = connect(strict)
+        with contextlib.suppress(ConnectionError):
+            sock.sendall(b"GET /readyz HTTP/1.1\r\nx-request-id: " + given + b"\r\n" + HEADS[1][1])
+        number = re.search(rb"\r\nx-request-id: (\S+)", to_the_end(sock))
+        assert number
+        assert (number[1] == told) if told else (number[1] != given)
 
 
 def test_headers_of_an_ordinary_size_pass(strict: Server) -> None:

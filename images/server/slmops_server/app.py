@@ -1,7 +1,6 @@
 """The ASGI applications: the API with its probes, and the probes with /metrics, which may have a port of their own."""
 
 import logging
-import secrets
 import time
 from collections.abc import Awaitable, Callable
 
@@ -21,7 +20,6 @@ log = logging.getLogger(__name__)
 Endpoint = Callable[[asgi.Scope, asgi.Receive, asgi.Send], Awaitable[None]]
 # refusals that are no flaw of the request itself, or that a flood of would show in a metric
 REJECTED = (401, 408, 413, 503, 504)
-MAX_ID = 128
 
 
 class Routes:
@@ -55,7 +53,7 @@ class Routes:
         api = bool(self._post) and scope["path"].startswith("/v1/")
         crowded = bool(scope["state"].get("crowded"))
         started = 0
-        extra = [(b"x-request-id", _request_id(scope))]
+        extra = [(b"x-request-id", asgi.request_id(scope["headers"]))]
         origins = self._service.settings.allowed_origins if api else ()
         extra += cors.allowance(scope, origins)
         asked = bool(origins) and cors.is_question(scope)
@@ -168,11 +166,3 @@ class Routes:
             "parent": base if adapter else None,
             "max_model_len": service.max_len,
         }
-
-
-def _request_id(scope: asgi.Scope) -> bytes:
-    """The client's X-Request-Id if it is a plain short word, else a new one."""
-    given = asgi.header(scope, b"x-request-id")
-    if given and len(given) <= MAX_ID and given.isascii() and given.decode().isprintable():
-        return given
-    return secrets.token_hex(16).encode()

@@ -1,7 +1,8 @@
 """The little of ASGI that this server needs."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+import secrets
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from slmops_server.errors import ApiError
@@ -13,6 +14,7 @@ Send = Callable[[Message], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 JSON = b"application/json"
+MAX_ID = 128
 
 
 class DisconnectedError(Exception):
@@ -22,6 +24,14 @@ class DisconnectedError(Exception):
 def header(scope: Scope, name: bytes) -> bytes | None:
     """The first header of that (lower case) name."""
     return next((value for key, value in scope["headers"] if key == name), None)
+
+
+def request_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """The client's X-Request-Id if it is a plain short word, else a new one."""
+    given = next((value for key, value in headers if key == b"x-request-id"), b"")
+    if given and len(given) <= MAX_ID and given.isascii() and given.decode().isprintable():
+        return given
+    return secrets.token_hex(16).encode()
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int, seconds: float) -> bytes:

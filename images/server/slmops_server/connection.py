@@ -18,6 +18,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from slmops_server.asgi import request_id
 from slmops_server.errors import ApiError, bad_request
 
 log = logging.getLogger(__name__)
@@ -239,8 +240,9 @@ class Connection(HttpToolsProtocol):
             self.transport.abort()
             return
         body = error.body()
-        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-        self.transport.write(STATUS_LINE[error.status] + head + body)
+        number = request_id(self.headers if self._arriving else ())
+        head = b"content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %s\r\nconnection: close\r\n\r\n"
+        self.transport.write(STATUS_LINE[error.status] + head % (len(body), number) + body)
         # Closed at once, unread bytes of the client would reset the connection before it has read the answer.
         self.transport.write_eof()
         self._sending.start(LINGER)
