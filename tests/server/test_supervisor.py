@@ -5,11 +5,13 @@ import errno
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,6 +97,55 @@ def test_an_engine_starts_with_more_adapters_than_a_command_line_holds(tiny: Pat
         return problem
 
     assert "takes no adapters" in asyncio.run(main())
+
+
+def test_clients_are_told_when_the_engine_should_be_ready_again(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
+    """By how long the last start took: 20 seconds."""
+    clock = 100.0
+    lives: list[tuple[socket.socket, asyncio.Event]] = []
+
+    async def start() -> tuple[Any, socket.socket]:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        lives.append((theirs, ended := asyncio.Event()))
+
+        async def wait() -> int:
+            await ended.wait()
+            return 1
+
+        return SimpleNamespace(pid=1, returncode=1, wait=wait), ours
+
+    monkeypatch.setattr(supervisor, "_start_process", start)
+    monkeypatch.setattr(supervisor, "BACKOFF", (0.0,))
+    monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: clock, time=time.time))
+
+    async def main() -> None:
+        nonlocal clock
+        kept = Supervisor(tiny, EngineOptions(threads=1, slots=1), "info", 60)
+        running = asyncio.create_task(kept.run())
+        await holds(lambda: len(lives) == 1)
+        assert kept.not_ready().retry_after == 1  # nothing is known yet
+        clock += 20
+        lives[0][0].sendall(b'{"ready": {"load_seconds": 1, "warm_seconds": 1}, "adapters": []}\n')
+        await holds(lambda: kept.ready)
+        answer = kept.submit([40], 1, Sampling(), (), ignore_eos=False, stream=False)
+        clock += 1000
+        lives[0][1].set()
+        with pytest.raises(ApiError) as caught:
+            await answer.get()
+        assert (caught.value.code, caught.value.retry_after) == ("engine_restarted", 20)
+        await holds(lambda: len(lives) == 2)
+        clock += 5
+        assert kept.not_ready().retry_after == 15
+        clock += 100  # later than ever
+        assert kept.not_ready().retry_after == 1
+        await kept.close()
+        lives[1][1].set()
+        await running
+        for theirs, _ in lives:
+            theirs.close()
+
+    asyncio.run(main())
 
 
 async def holds(condition: Callable[[], bool]) -> None:

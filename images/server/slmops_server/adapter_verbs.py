@@ -10,11 +10,11 @@ from weakref import WeakValueDictionary
 
 from slmops_server import asgi
 from slmops_server.engines.adapters import SUFFIX
-from slmops_server.errors import ApiError, bad_request, unavailable
+from slmops_server.errors import MAX_RETRY_AFTER, ApiError, bad_request, unavailable
 from slmops_server.fields import flag
 from slmops_server.model_folder import BadModelFolderError
 from slmops_server.schema import fields_of
-from slmops_server.service import MAX_RETRY_AFTER, Service
+from slmops_server.service import Service
 from slmops_server.settings import adapter_flaw
 
 log = logging.getLogger(__name__)

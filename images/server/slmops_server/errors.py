@@ -1,8 +1,11 @@
 """Errors a client sees, in OpenAI's shape. Nothing else ever reaches a client."""
 
+import math
+
 import orjson
 
 UNREACHABLE = "deadline_unreachable"  # the code of a 503: the client's own time is too short
+MAX_RETRY_AFTER = 60  # seconds
 
 
 class ApiError(Exception):
@@ -38,6 +41,11 @@ class ApiError(Exception):
         if self.code == UNREACHABLE:  # to the router: no failure of this server's
             told.append((b"x-slmops-deadline", b"unreachable"))
         return told
+
+
+def come_again(seconds: float) -> int:
+    """What Retry-After says to a client that is to wait for so long."""
+    return max(1, min(math.ceil(seconds), MAX_RETRY_AFTER))
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from slmops_server import model_folder
 from slmops_server.detok import DetokenizerFactory
 from slmops_server.engines.choose import EngineOptions
-from slmops_server.errors import UNREACHABLE, ApiError, bad_request, overloaded, too_late, unavailable
+from slmops_server.errors import UNREACHABLE, ApiError, bad_request, come_again, overloaded, too_late, unavailable
 from slmops_server.keys import ApiKeys
 from slmops_server.metrics import Metrics
 from slmops_server.model_folder import BadModelFolderError
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LONG_TEXT = 20_000  # characters in all prompts of a request from which tokenizing leaves the event loop
-MAX_RETRY_AFTER = 60  # seconds
 QUEUED_SHARE = 8  # a place in the queue is worth this part of the longest prompt
 
 
@@ -113,7 +112,7 @@ class Service:
         Cheap: asked before any work is done, too. deadline: of CLOCK_MONOTONIC, in seconds.
         """
         if not self.supervisor.ready:
-            raise unavailable(f"The model is not ready ({self.supervisor.phase}).", "not_ready")
+            raise self.supervisor.not_ready()
         slots = self.supervisor.slots
         if deadline == math.inf and self.supervisor.active + len(wanted) <= slots:
             return
@@ -130,7 +129,7 @@ class Service:
 
     def _full(self, message: str, reason: str, running: list[Work], waiting: list[Work]) -> ApiError:
         seconds = self.queue_time.wait(running, waiting, self.supervisor.slots)
-        after = max(1, min(math.ceil(seconds), MAX_RETRY_AFTER))
+        after = come_again(seconds)
         if self.draining:
             return unavailable("The server is about to end; send the request to another one.", "draining", after)
         return overloaded(f"{message} Try again in {after} seconds.", reason, after)
@@ -148,7 +147,7 @@ class Service:
                 f"The request was given {left:.3g} seconds; it would wait about {wait:.3g} "
                 f"and then take {needed - wait:.3g}.",
                 UNREACHABLE,
-                max(1, min(math.ceil(needed - left), MAX_RETRY_AFTER)),
+                come_again(needed - left),
             )
 
     async def prompts(self, request: Request) -> list[list[int]]:

@@ -17,7 +17,7 @@ import orjson
 
 from slmops_server.engines.base import Sampling
 from slmops_server.engines.choose import EngineOptions
-from slmops_server.errors import ApiError, bad_request, format_failed, internal, overloaded, unavailable
+from slmops_server.errors import ApiError, bad_request, come_again, format_failed, internal, overloaded, unavailable
 from slmops_server.grammar import Grammar
 from slmops_server.queue_time import Work
 
@@ -143,12 +143,19 @@ class Supervisor:
         self._unready = 0  # starts in a row that did not come to be ready
         self._useless: set[int] = set()  # processes, by number, that were asked for answers since a step last ended
         self._reason = ""  # why this life of the engine process ends, if anything was told or seen
+        self._begun = 0.0  # when this life of the engine process began, or the last one ended
+        self._took = 0.0  # seconds from there until it was ready, the last time that it was
         self._closing = False
 
     @property
     def ready(self) -> bool:
         """Loaded, warmed and listening."""
         return self.phase == "ready"
+
+    def not_ready(self) -> ApiError:
+        """503, until about when it should be, by the last start."""
+        left = self._took - (time.monotonic() - self._begun)
+        return unavailable(f"The model is not ready ({self.phase}).", "not_ready", come_again(left))
 
     @property
     def slots(self) -> int:
@@ -194,7 +201,7 @@ class Supervisor:
         `adapter`: one of `adapters`, or "" for the base. `continues`: the answer goes on with the prompt's text.
         """
         if not self.ready:
-            raise unavailable(f"The model is not ready ({self.phase}).", "not_ready")
+            raise self.not_ready()
         answer = into or Stream(grammar.param if grammar else None)
         number = next(self._numbers)
         answer.numbers[number] = len(answer.numbers)
@@ -224,7 +231,7 @@ class Supervisor:
         Cancelled, it is read all the same, and has its name when it is.
         """
         if not self.ready:
-            raise unavailable(f"The model is not ready ({self.phase}).", "not_ready")
+            raise self.not_ready()
         number = next(self._numbers)
         self._loading[number] = load = _Load(name, folder, asyncio.get_running_loop().create_future())
         self._send({"op": "load", "id": number, "name": name, "path": str(folder)})
@@ -235,7 +242,7 @@ class Supervisor:
     def unload_adapter(self, name: str) -> None:
         """Forget the name; answers that run or wait keep the adapter. ApiError 503."""
         if not self.ready:
-            raise unavailable(f"The model is not ready ({self.phase}).", "not_ready")
+            raise self.not_ready()
         del self.adapters[name]
         self._required.discard(name)
         self._send({"op": "unload", "name": name})
@@ -276,6 +283,7 @@ class Supervisor:
 
     async def _once(self) -> int:
         """One life of the engine process; its exit code (negative: the signal that ended it). OSError: it has none."""
+        self._begun = time.monotonic()
         process, ours = await _start_process()
         self.pid = process.pid
         self._unheard = 0
@@ -297,14 +305,18 @@ class Supervisor:
                     await asyncio.wait_for(process.wait(), 2)
                 if process.returncode is None:
                     process.kill()
+            self._begun = time.monotonic()
+            again = come_again(self._took)
             lost, self._jobs = self._jobs, {}
             self.steps = {}
             for job in lost.values():
-                job.stream.put(unavailable("The engine ended in mid-request; send it again.", "engine_restarted"))
+                told = unavailable("The engine ended in mid-request; send it again.", "engine_restarted", again)
+                job.stream.put(told)
             unread, self._loading = self._loading, {}
             for load in unread.values():
                 if not load.told.done():
-                    load.told.set_exception(unavailable("The engine ended; send it again.", "engine_restarted"))
+                    told = unavailable("The engine ended; send it again.", "engine_restarted", again)
+                    load.told.set_exception(told)
 
     def _options_now(self) -> EngineOptions:
         """Those of the start, with the adapters that came and went since."""
@@ -355,6 +367,7 @@ class Supervisor:
             self.phase = message["phase"]
         elif "ready" in message:
             self.info, self.phase, self.problem, self._unready = message["ready"], "ready", "", 0
+            self._took = time.monotonic() - self._begun
             self.adapters = {name: self.adapters[name] for name in message["adapters"]}
             self.was_ready.set()
         elif "loaded" in message:
