@@ -203,6 +203,50 @@ def test_limits_of_both_cgroup_versions(
     assert cgroup.threads(tmp_path) >= 1
 
 
+@pytest.mark.parametrize(
+    ("own", "files", "cpus", "memory"),
+    [
+        (
+            "0::/system.slice/slm.service",
+            {
+                "system.slice/slm.service/cpu.max": "max 100000",
+                "system.slice/slm.service/memory.max": "8192",
+                "system.slice/cpu.max": "25000 100000",
+                "system.slice/memory.max": "1048576",
+                "other.slice/memory.max": "1",
+            },
+            0.25,
+            8192,
+        ),
+        ("0::/user.slice", {"user.slice/memory.max": "8192", "memory.max": "4096"}, None, 4096),
+        (
+            "4:memory:/docker/one\n3:cpu,cpuacct:/docker/two\n0::/docker/three",
+            {
+                "memory/docker/one/memory.limit_in_bytes": "8192",
+                "memory/memory.limit_in_bytes": V1_NONE,
+                "memory/docker/two/memory.limit_in_bytes": "1",
+                "cpu/docker/two/cpu.cfs_quota_us": "50000",
+                "cpu/docker/two/cpu.cfs_period_us": "100000",
+            },
+            0.5,
+            8192,
+        ),
+        ("0::/../other", {"memory.max": "8192"}, None, 8192),  # moved out of its namespace
+    ],
+)
+def test_limits_of_groups_that_are_not_the_root(
+    tmp_path: Path, own: str, files: dict[str, str], cpus: float | None, memory: int
+) -> None:
+    """As of a systemd unit, and of containers that see the machine's groups."""
+    root = tmp_path / "root"
+    for name, text in {**files, "../other/memory.max": "1"}.items():
+        (root / name).parent.mkdir(exist_ok=True, parents=True)
+        (root / name).write_text(text + "\n")
+    (tmp_path / "own").write_text(own + "\n")
+    assert cgroup.cpu_limit(root, tmp_path / "own") == (cpus or cgroup.cpu_limit(tmp_path / "none"))
+    assert cgroup.memory_limit(root, tmp_path / "own") == memory
+
+
 def test_the_folder_is_read(tiny: Path) -> None:
     folder = model_folder.read(tiny)
     assert (folder.context_length, folder.vocab_size, folder.layers, folder.eos_ids) == (512, 512, 2, {2})

@@ -1,9 +1,15 @@
-"""What this container may use: CPUs and memory from cgroup v1 or v2, else from the machine."""
+"""What this process may use: CPUs and memory from cgroup v1 or v2, else from the machine.
+
+A container sees its own group as the root. Without a namespace of its own (a systemd unit, docker's --cgroupns=host)
+the group is further down, and what any group above it is limited to holds as well.
+"""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
+OWN = Path("/proc/self/cgroup")
 UNLIMITED = 1 << 60  # v1 writes a huge page-rounded number for "no limit"
 
 
@@ -14,17 +20,28 @@ def _read(path: Path) -> str | None:
         return None
 
 
-def cpu_limit(root: Path = ROOT) -> float:
+def _levels(mount: Path, own: Path, controller: str) -> Iterator[Path]:
+    """Folders of this process's group and of those above it; controller is "" for v2."""
+    groups = [line.split(":", 2) for line in (_read(own) or "").splitlines()]
+    path = next((path for _, names, path in groups if controller in names.split(",")), "/").strip("/")
+    here = mount if ".." in path.split("/") else mount / path  # outside of what is mounted
+    yield here
+    yield from (above for above in here.parents if above.is_relative_to(mount))
+
+
+def cpu_limit(root: Path = ROOT, own: Path = OWN) -> float:
     """CPUs this process may use: the smaller of the CFS quota and the affinity mask (0.5 is half a CPU)."""
-    cpus = float(len(os.sched_getaffinity(0)))
-    if (text := _read(root / "cpu.max")) is not None:  # v2: "max 100000" or "150000 100000"
-        quota, _, period = text.partition(" ")
-        return cpus if quota == "max" else min(cpus, int(quota) / int(period or 100000))
+    limits = [float(len(os.sched_getaffinity(0)))]
+    for level in _levels(root, own, ""):  # v2: "max 100000" or "150000 100000"
+        quota, _, period = (_read(level / "cpu.max") or "max").partition(" ")
+        if quota != "max":
+            limits.append(int(quota) / int(period or 100000))
     for name in ("cpu", "cpu,cpuacct"):  # v1: -1 is no limit
-        quota_text, period_text = _read(root / name / "cpu.cfs_quota_us"), _read(root / name / "cpu.cfs_period_us")
-        if quota_text and period_text and int(quota_text) > 0:
-            return min(cpus, int(quota_text) / int(period_text))
-    return cpus
+        for level in _levels(root / name, own, "cpu"):
+            quota, period = (_read(level / f"cpu.cfs_{what}_us") or "0" for what in ("quota", "period"))
+            if int(quota) > 0 and int(period) > 0:
+                limits.append(int(quota) / int(period))
+    return min(limits)
 
 
 def threads(root: Path = ROOT) -> int:
@@ -32,11 +49,13 @@ def threads(root: Path = ROOT) -> int:
     return max(1, int(cpu_limit(root)))
 
 
-def memory_limit(root: Path = ROOT) -> int:
-    """Bytes this container may use: the cgroup's limit, else the machine's memory."""
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for path in (root / "memory.max", root / "memory" / "memory.limit_in_bytes"):
-        text = _read(path)
+def memory_limit(root: Path = ROOT, own: Path = OWN) -> int:
+    """Bytes this process may use: the cgroup's limit, else the machine's memory."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    files = [level / "memory.max" for level in _levels(root, own, "")]
+    files += [level / "memory.limit_in_bytes" for level in _levels(root / "memory", own, "memory")]
+    for file in files:
+        text = _read(file)
         if text and text != "max" and int(text) < UNLIMITED:
-            return min(machine, int(text))
-    return machine
+            limits.append(int(text))
+    return min(limits)

@@ -167,7 +167,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
     option("metrics-port", "0", _port, "port of /metrics and the probes; 0: the same as the API")
     option("engine", "auto", _one_of(ENGINES), f"one of {', '.join(ENGINES)}")
     option("threads", "0", _whole, "threads of one model step; 0: from the CPU limit, measured for small models")
-    option("slots", "0", _whole, "answers generated at the same time; 0: from CPU and memory limits")
+    option("slots", "0", _whole, "answers generated at the same time; 0: up to 8, as the memory limit allows")
     option("max-model-len", "0", _whole, "prompt + answer, in tokens; 0: the model's context length")
     option("prefill-chunk", "256", _whole, "prompt tokens per step, so that running answers keep moving")
     option("speculate", "0", _guesses, "tokens of an answer guessed ahead where its text repeats itself; 0: none")
