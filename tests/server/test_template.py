@@ -1,11 +1,15 @@
 """Chat templates: the same text that transformers' apply_chat_template gives (its 4.57 gave the expected values)."""
 
+import shutil
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
 from slmops_server.errors import ApiError
 from slmops_server.messages import read_messages
+from slmops_server.service import Service
+from slmops_server.settings import parse
 from slmops_server.template import ChatTemplate
 
 USER = [{"role": "user", "content": "hi"}]
@@ -70,3 +74,30 @@ def test_a_template_that_trips_or_tries_to_escape_is_a_400(source: str) -> None:
     except ApiError as error:
         status = error.status
     assert (status, "class" in text) == (400, False)
+
+
+REFUSES = "{{ raise_exception('not today') }}"
+TOOLS_REFUSE = "{% if tools %}" + REFUSES + "{% endif %}hi"
+
+
+@pytest.mark.parametrize(
+    ("plain", "tooled", "warned"),
+    [
+        ("hi", None, []),
+        (REFUSES, None, ["chat"]),
+        (TOOLS_REFUSE, None, ["chat with tools"]),
+        ("hi", TOOLS_REFUSE, ["chat with tools"]),
+        (TOOLS_REFUSE, "{{ tools }}", []),  # never rendered with tools
+        (REFUSES, TOOLS_REFUSE, ["chat", "chat with tools"]),
+    ],
+)
+def test_templates_that_refuse_everybody_are_told_at_the_start(
+    tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, plain: str, tooled: str | None, warned: list[str]
+) -> None:
+    model = shutil.copytree(tiny, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(plain)
+    if tooled:
+        (model / "additional_chat_templates").mkdir()
+        (model / "additional_chat_templates" / "tool_use.jinja").write_text(tooled)
+    Service(parse(["--model", str(model)], {}))
+    assert [r.args[0] for r in caplog.records if "not today" in r.getMessage() and isinstance(r.args, tuple)] == warned

@@ -33,6 +33,10 @@ QUEUED_SHARE = 8  # a place in the queue is worth this part of the longest promp
 
 
 GREETING = [{"role": "user", "content": "Hello"}]
+TOOL: dict[str, object] = {
+    "type": "function",
+    "function": {"name": "f", "description": "", "parameters": {"type": "object"}},
+}
 ANY = Work(1, 1)  # stands for a request that was not read yet
 
 
@@ -46,7 +50,7 @@ class Service:
         self.pieces = DetokenizerFactory(self.tokenizer)
         self.template = self._template(self.folder.chat_template)
         self.tool_template = self._template(self.folder.tool_template)
-        self._try_template()
+        self._try_templates()
         self.max_len = min(settings.max_model_len or self.folder.context_length, self.folder.context_length)
         self.keys = ApiKeys(settings.api_keys_dir)
         options = EngineOptions(
@@ -79,13 +83,20 @@ class Service:
                 f"the chat template of {self.settings.model} is not valid Jinja: {error}"
             ) from None
 
-    def _try_template(self) -> None:
+    def _try_templates(self) -> None:
         """A warning where no chat can be answered. The server starts all the same: completions need no template."""
-        try:
-            if self.template:
-                self.template.render(GREETING)
-        except ApiError as error:
-            log.warning("Failed to render a user's message, so every chat is to be refused problem=%s", error.message)
+        tooled = self.tool_template or self.template
+        tried: list[tuple[str, ChatTemplate | None, list[dict[str, object]]]] = [("chat", self.template, [])]
+        if tooled and tooled.takes_tools:
+            tried.append(("chat with tools", tooled, [TOOL]))
+        for what, template, tools in tried:
+            try:
+                if template:
+                    template.render(GREETING, tools or None)
+            except ApiError as error:
+                log.warning(
+                    "Failed to render a user's message, so every %s is to be refused problem=%s", what, error.message
+                )
 
     def template_of(self, request: Request) -> ChatTemplate | None:
         """The chat template for a request: models may have one of their own for tools."""
