@@ -120,6 +120,10 @@ BAD = [
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
     ({"chat_template_kwargs": 1}, "chat_template_kwargs"),
     ({"chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"reasoning_effort": "low"}, "reasoning_effort": "high"}, "chat_template_kwargs"),
+    ({"reasoning_effort": 1}, "reasoning_effort"),
+    ({"verbosity": "low"}, "verbosity"),
+    ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
     ({"made_up": 1}, "made_up"),
     ({"prompt": "x"}, "prompt"),
 ]
@@ -157,6 +161,7 @@ def test_prompts_that_are_taken(prompt: object, prompts: list[object]) -> None:
         {"response_format": {"type": "text"}},
         {"logit_bias": {}},
         {"made_up": None},
+        {"verbosity": None, "prediction": None, "reasoning_effort": None},
         {"top_k": -1},
         {"stop": None},
         {"stop": ["a", "b", "c", "d", "e", "f"]},

@@ -1,11 +1,14 @@
 """Chat templates: the same text that transformers' apply_chat_template gives (its 4.57 gave the expected values)."""
 
+import asyncio
+import json
 import shutil
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 
+from slmops_server import schema as requests
 from slmops_server.errors import ApiError
 from slmops_server.messages import read_messages
 from slmops_server.service import Service
@@ -101,3 +104,32 @@ def test_templates_that_refuse_everybody_are_told_at_the_start(
         (model / "additional_chat_templates" / "tool_use.jinja").write_text(tooled)
     Service(parse(["--model", str(model)], {}))
     assert [r.args[0] for r in caplog.records if "not today" in r.getMessage() and isinstance(r.args, tuple)] == warned
+
+
+# As the templates of gpt-oss have it: with a value of its own
+EFFORT = (
+    "{% if reasoning_effort is not defined %}{% set reasoning_effort = 'medium' %}{% endif %}{{ reasoning_effort }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt"),
+    [
+        ({}, "medium"),
+        ({"reasoning_effort": "high"}, "high"),
+        ({"chat_template_kwargs": {"reasoning_effort": "low"}}, "low"),
+    ],
+)
+def test_how_much_is_to_be_thought_reaches_a_template_that_asks(
+    tiny: Path, tmp_path: Path, fields: dict[str, object], prompt: str
+) -> None:
+    model = shutil.copytree(tiny, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(EFFORT)
+    asking, silent = (Service(parse(["--model", str(m), "--served-name", "m"], {})) for m in (model, tiny))
+    request = requests.parse("chat", json.dumps({"model": "m", "messages": USER, **fields}).encode())
+    (ids,) = asyncio.run(asking.prompts(request))
+    assert asking.tokenizer.decode(ids) == prompt
+    if fields:
+        with pytest.raises(ApiError) as caught:
+            asyncio.run(silent.prompts(request))
+        assert (caught.value.status, caught.value.param) == (400, "reasoning_effort")

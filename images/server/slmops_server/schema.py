@@ -24,9 +24,6 @@ HARMLESS = frozenset(
         "safety_identifier",
         "prompt_cache_key",
         "prompt_cache_retention",
-        "verbosity",
-        "reasoning_effort",
-        "prediction",
     ]
 )
 # Fields that are accepted at the value that means "off" and refused otherwise
@@ -39,6 +36,8 @@ OFF: Mapping[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "use_beam_search": (False,),
     "web_search_options": (),
+    "verbosity": (),
+    "prediction": (),
     "audio": (),
 }
 COMMON = frozenset(
@@ -74,6 +73,7 @@ CHAT = (
     "tool_choice",
     "parallel_tool_calls",
     "chat_template_kwargs",
+    "reasoning_effort",
 )
 FIELDS = {"chat": COMMON.union(CHAT), "completions": COMMON | {"prompt", "echo"}}
 TOKEN_ID = re.compile(r"[0-9]{1,10}")  # no vocabulary has more
@@ -127,8 +127,13 @@ def parse(kind: str, body: bytes) -> Request:
     more = fields.get("chat_template_kwargs", {})
     if not isinstance(more, dict):
         raise bad_request("chat_template_kwargs is not an object.", "chat_template_kwargs")
-    for name in more.keys() & {"messages", "tools", "add_generation_prompt"}:
+    own = {"messages", "tools", "add_generation_prompt"} | (fields.keys() & {"reasoning_effort"})
+    for name in more.keys() & own:
         raise bad_request(f"chat_template_kwargs.{name} is the request's own.", "chat_template_kwargs")
+    if (effort := fields.get("reasoning_effort")) is not None:
+        if not isinstance(effort, str):
+            raise bad_request("reasoning_effort is not a string.", "reasoning_effort")
+        more = {**more, "reasoning_effort": effort}
     return Request(
         model=_model(fields.get("model")),
         messages=read_messages(fields.get("messages")) if kind == "chat" else None,

@@ -175,6 +175,10 @@ class Service:
             raise bad_request("This model has no chat template; use /v1/completions.", "messages", "no_chat_template")
         if request.tools and not template.takes_tools:
             raise bad_request("This model's chat template knows no tools.", "tools", "unsupported_parameter")
+        if "reasoning_effort" in request.template_fields and "reasoning_effort" not in template.names:
+            raise bad_request(
+                "This model's chat template knows no reasoning_effort.", "reasoning_effort", "unsupported_parameter"
+            )
         specs = request.tools.specs if request.tools else None
         text = template.render(request.messages, specs, request.template_fields)
         return [await self._prompt(request, text, len(text) >= LONG_TEXT)]

@@ -55,7 +55,8 @@ class ChatTemplate:
         env.globals["raise_exception"] = _raise
         env.globals["strftime_now"] = lambda form: now().strftime(form)
         self._template = env.from_string(source)
-        self.takes_tools = "tools" in meta.find_undeclared_variables(env.parse(source))
+        self.names = meta.find_undeclared_variables(env.parse(source))  # what it reads
+        self.takes_tools = "tools" in self.names
         self.tags_calls = "<tool_call>" in source  # else the model writes bare JSON
         self._tokens = dict(special_tokens)
 
