@@ -93,6 +93,12 @@ BAD = [
     ({"min_tokens": -1}, "min_tokens"),
     ({"response_format": {"type": "xml"}}, "response_format"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "made_up": 1}}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "name": 1}}}, "response_format"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "strict": "no"}}},
+        "response_format.json_schema.strict",
+    ),
     ({"response_format": {"type": ["text"]}}, "response_format"),
     ({"response_format": {"type": "json_object", "schema": "{}"}}, "response_format"),
     ({"response_format": {"type": "json_object", "json_schema": {"schema": {}}}}, "response_format"),

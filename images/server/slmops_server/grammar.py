@@ -5,18 +5,21 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slmops_server.errors import bad_request
+from slmops_server.fields import flag
 from slmops_server.messages import Tools
 
 if TYPE_CHECKING:  # the front does without the library
     from llguidance._lib import JsonCompileOptions
 
 # whitespace_pattern: any JSON is accepted at any width, but no model may fill its answer with blanks.
-# lenient: what cannot be enforced (a format, say) is a hint to the model, as it is at OpenAI.
-JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r"[ \n\t]{0,24}", "lenient": True}
+# lenient: whether a schema's keywords that cannot be enforced (a format of its own, say) are let be, or refused.
+JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r"[ \n\t]{0,24}", "lenient": False}
+LENIENT: "JsonCompileOptions" = {**JSON_OPTIONS, "lenient": True}
 MAX_CALLS = 8  # in one answer, where calls are forced
 MAX_TEXT = 256 << 10  # characters; compiling takes seconds from there on
 # The types of response_format, and what each may have beside it. A schema without a name is llama.cpp's form
 FORMS = {"text": set[str](), "json_object": {"schema"}, "json_schema": {"json_schema"}}
+WRAPPED = {"name", "description", "schema", "strict"}
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
 
@@ -72,10 +75,19 @@ def _response_format(form: Any) -> Grammar | None:
         return None
     if kind == "json_object":
         return _schema(given.get("schema", {"type": "object"}), where)
-    wrapped = given.get("json_schema")
-    if not isinstance(wrapped, dict) or "schema" not in wrapped:
+    told = given.get("json_schema")
+    wrapped = {k: v for k, v in told.items() if v is not None} if isinstance(told, dict) else {}
+    if "schema" not in wrapped:
         raise bad_request(f"{where}.json_schema.schema is missing.", where)
-    return _schema(wrapped["schema"], where)
+    if unknown := set(wrapped) - WRAPPED:
+        raise bad_request(f"{where}.json_schema.{min(unknown)} is not supported.", where)
+    for name in ("name", "description"):
+        if not isinstance(wrapped.get(name, ""), str):
+            raise bad_request(f"{where}.json_schema.{name} is not a string.", where)
+    grammar = _schema(wrapped["schema"], where)
+    if flag(wrapped, "strict", True, f"{where}.json_schema.strict"):
+        return grammar
+    return _schema({"x-guidance": LENIENT, **wrapped["schema"]}, where)
 
 
 def _structured_outputs(outputs: Any) -> Grammar:
@@ -111,7 +123,7 @@ def calls_grammar(tools: Tools, tagged: bool) -> Grammar:
         head = _literal('{"name": ' + json.dumps(name) + ', "arguments": ')
         rules.append(f"tool_{index}: {head} arguments_{index} {_literal('}')}")
         # a schema need not say that arguments are an object, but they always are
-        schema = _dumps({**tools.schemas[name], "type": "object", "x-guidance": JSON_OPTIONS}, "tools")
+        schema = _dumps({**tools.schemas[name], "type": "object", "x-guidance": LENIENT}, "tools")
         rules.append(f"arguments_{index}: %json {schema}")
     tool = " | ".join(f"tool_{index}" for index in range(len(names)))
     if not tagged:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ class BadGrammarError(Exception):
 
 
 log = logging.getLogger(__name__)
+UNKEPT = re.compile(r"Unimplemented keys|Unknown format|oneOf constraints are not supported")
 CACHED = 64  # grammars
 CACHED_TEXT = 1 << 20  # characters of them all
 
@@ -130,4 +132,7 @@ def _internal_form(kind: str, text: str) -> str:
 
 
 def _first_line(text: str) -> str:
-    return (text.strip() or "no reason given").splitlines()[0]
+    line = (text.strip() or "no reason given").splitlines()[0]
+    if UNKEPT.search(line):
+        return f"{line}. This cannot be enforced; where strict is false, it is taken and not enforced."
+    return line
