@@ -355,6 +355,18 @@ def test_a_forced_tool_may_say_what_cannot_be_enforced(with_tools: Server) -> No
     assert answer.json()["choices"][0]["finish_reason"] == "tool_calls"
 
 
+@pytest.mark.parametrize("choice", ["required", "auto"])
+def test_a_strict_tool_is_kept_whole_or_refused(with_tools: Server, choice: str) -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    tool = {"type": "function", "function": {"name": "f", "strict": True, "parameters": parameters}}
+    refused = with_tools.chat(tools=[tool], tool_choice=choice)
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"], error["param"]) == (400, "invalid_grammar", "tools")
+    assert "uniqueItems" in error["message"]
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}  # type: ignore[dict-item]
+    assert with_tools.chat(tools=[strict], tool_choice=choice, max_tokens=300).status_code == 200
+
+
 def test_a_forced_tool_without_parameters_gets_no_arguments(with_tools: Server) -> None:
     tool = {"type": "function", "function": {"name": "now"}}
     choices = with_tools.chat(

@@ -16,9 +16,9 @@ TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
 CALL: dict[str, Any] = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
-def tool(parameters: object) -> dict[str, Any]:
+def tool(parameters: object, **more: object) -> dict[str, Any]:
     """One with that schema of its arguments."""
-    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    return {"type": "function", "function": {"name": "f", "parameters": parameters, **more}}
 
 
 def refused(kind: str, fields: object) -> ApiError:
@@ -120,6 +120,10 @@ BAD = [
     ({"tools": [tool({"type": "array"})]}, "tools[0].function.parameters"),
     ({"tools": [tool({"type": ["string", "null"]})]}, "tools[0].function.parameters"),
     ({"tools": [tool({"type": {}})]}, "tools[0].function.parameters"),
+    ({"tools": [{**TOOL, "made_up": 1}]}, "tools[0].made_up"),
+    ({"tools": [TOOL, tool({}, made_up=1)]}, "tools[1].function.made_up"),
+    ({"tools": [tool({}, strict="yes")]}, "tools[0].function.strict"),
+    ({"tools": [tool({}, strict=True)], "ignore_eos": True}, "ignore_eos"),
     ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
     ({"tools": [TOOL], "parallel_tool_calls": 1}, "parallel_tool_calls"),
@@ -174,6 +178,8 @@ def test_prompts_that_are_taken(prompt: object, prompts: list[object]) -> None:
         {"tool_choice": "none"},
         {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False},
         {"tools": [tool({})]},
+        {"tools": [tool({}, strict=None, description=None, made_up=None)], "ignore_eos": True},
+        {"tools": [tool({}, strict=True, description="d")]},
         {"tools": [tool({"type": ["object", "null"]})]},
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}},
         {"structured_outputs": {"choice": ["a", "b"]}},

@@ -106,6 +106,19 @@ def test_templates_that_refuse_everybody_are_told_at_the_start(
     assert [r.args[0] for r in caplog.records if "not today" in r.getMessage() and isinstance(r.args, tuple)] == warned
 
 
+def serving(tiny: Path, folder: Path, template: str) -> Service:
+    """The small model, with that template."""
+    model = shutil.copytree(tiny, folder / "model")
+    (model / "chat_template.jinja").write_text(template)
+    return Service(parse(["--model", str(model), "--served-name", "m"], {}))
+
+
+def prompt(service: Service, **fields: object) -> str:
+    request = requests.parse("chat", json.dumps({"model": "m", "messages": USER, **fields}).encode())
+    (ids,) = asyncio.run(service.prompts(request))
+    return str(service.tokenizer.decode(ids))
+
+
 # As the templates of gpt-oss have it: with a value of its own
 EFFORT = (
     "{% if reasoning_effort is not defined %}{% set reasoning_effort = 'medium' %}{% endif %}{{ reasoning_effort }}"
@@ -113,7 +126,7 @@ EFFORT = (
 
 
 @pytest.mark.parametrize(
-    ("fields", "prompt"),
+    ("fields", "told"),
     [
         ({}, "medium"),
         ({"reasoning_effort": "high"}, "high"),
@@ -121,15 +134,22 @@ EFFORT = (
     ],
 )
 def test_how_much_is_to_be_thought_reaches_a_template_that_asks(
-    tiny: Path, tmp_path: Path, fields: dict[str, object], prompt: str
+    tiny: Path, tmp_path: Path, fields: dict[str, object], told: str
 ) -> None:
-    model = shutil.copytree(tiny, tmp_path / "model")
-    (model / "chat_template.jinja").write_text(EFFORT)
-    asking, silent = (Service(parse(["--model", str(m), "--served-name", "m"], {})) for m in (model, tiny))
-    request = requests.parse("chat", json.dumps({"model": "m", "messages": USER, **fields}).encode())
-    (ids,) = asyncio.run(asking.prompts(request))
-    assert asking.tokenizer.decode(ids) == prompt
+    assert prompt(serving(tiny, tmp_path / "asking", EFFORT), **fields) == told
     if fields:
         with pytest.raises(ApiError) as caught:
-            asyncio.run(silent.prompts(request))
+            prompt(serving(tiny, tmp_path / "silent", "hi"), **fields)
         assert (caught.value.status, caught.value.param) == (400, "reasoning_effort")
+
+
+def test_without_tags_a_strict_tool_has_to_be_asked_for(tiny: Path, tmp_path: Path) -> None:
+    """What is JSON there may be a call or an answer."""
+    bare = serving(tiny, tmp_path / "bare", "{% if tools %}tools{% endif %}")
+    tagged = serving(tiny, tmp_path / "tagged", "{% if tools %}tools <tool_call>{% endif %}")
+    strict, loose = ({"type": "function", "function": {"name": "f", "strict": kept}} for kept in (True, False))
+    with pytest.raises(ApiError) as caught:
+        prompt(bare, tools=[strict])
+    assert (caught.value.status, caught.value.param, caught.value.code) == (400, "tools", "unsupported_parameter")
+    assert prompt(bare, tools=[strict], tool_choice="required") == prompt(bare, tools=[loose]) == "tools"
+    assert prompt(tagged, tools=[strict]) == "tools <tool_call>"

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import orjson
 import pytest
@@ -9,6 +10,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from slmops_server import tools
 from slmops_server.detok import CLOSE, OPEN, DetokenizerFactory
+from slmops_server.grammar import calls_grammar
+from slmops_server.guide import Guides
+from slmops_server.messages import read_tools
 from slmops_server.tools import ToolParser
 
 CALL = '{"name": "f", "arguments": {"a": "ü"}}'
@@ -145,3 +149,45 @@ def test_text_goes_on_behind_a_tag_that_it_only_speaks_of() -> None:
     parser = ToolParser(tagged=True, names={"f"})
     fed = ("use <tool_call>", " tags", " then")
     assert [parser.feed(text)[0] for text in fed] == ["use ", "<tool_call> tags", " then"]
+
+
+TEXT = "Let me see, < 3: <tool_cal>ü"
+GOOD = '\n{"name": "f", "arguments": {"a": 1}}\n'
+WRONG = '\n{"name": "f", "arguments": {"a": "1"}}\n'
+LOOSE = '\n{"name": "g", "arguments": {"b": [2]}}\n'
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize(
+    ("answer", "fits"),
+    [
+        ("", True),
+        (TEXT, True),
+        (f"{TEXT}{OPEN}{GOOD}{CLOSE}", True),
+        (f"{OPEN}{GOOD}{CLOSE}\n{OPEN}{LOOSE}{CLOSE}{TEXT}", True),
+        (f"{TEXT}{OPEN}{WRONG}{CLOSE}", False),
+        (f"{OPEN}{GOOD}{CLOSE}{OPEN}{WRONG}{CLOSE}", False),
+        (f"{OPEN}never mind", False),
+    ],
+)
+def test_calls_of_strict_tools_keep_to_their_schemas_where_the_model_may_also_write_text(
+    tiny: Path, tmp_path: Path, special: bool, answer: str, fits: bool
+) -> None:
+    """Whether the model spells a tag out or has a token for it."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    f = {"name": "f", "strict": True, "parameters": {**schema, "additionalProperties": False}}
+    g = {"name": "g", "parameters": {"type": "object", "not": {"required": ["c"]}}}
+    tools = read_tools({"tools": [{"type": "function", "function": one} for one in (f, g)]})
+    assert tools
+    tokenizer = Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    if special:
+        tokenizer.add_special_tokens([AddedToken(tag, special=True) for tag in (OPEN, CLOSE)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    grammar = calls_grammar(tools, tagged=True, special=(OPEN, CLOSE) if special else ())
+    guide = Guides(tmp_path / "tokenizer.json", tokenizer.get_vocab_size(), [2]).new(grammar.kind, grammar.text)
+    allowed = True
+    for token in tokenizer.encode(answer, add_special_tokens=False).ids:
+        allowed = allowed and bool(guide.allowed()[token])
+        if allowed:
+            guide.take(token)
+    assert (allowed and bool(guide.allowed()[2])) == fits

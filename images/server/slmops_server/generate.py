@@ -117,8 +117,8 @@ class Generate:
         service, grammar, answer = self._service, request.grammar, None
         adapter = service.adapter(request.model)
         template = service.template_of(request)
-        if request.tools and request.tools.forced and template:
-            grammar = calls_grammar(request.tools, template.tags_calls)
+        if request.tools and request.tools.prescribed and template:
+            grammar = calls_grammar(request.tools, template.tags_calls, service.special_tags)
         for number in range(len(prompts) * request.n):
             prompt = prompts[number // request.n]
             sampling = request.sampling

@@ -1,9 +1,10 @@
 """Which text an answer may have: from the request's fields to one grammar in llguidance's terms."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from slmops_server.detok import CLOSE, OPEN
 from slmops_server.errors import bad_request
 from slmops_server.fields import flag
 from slmops_server.messages import Tools
@@ -115,22 +116,37 @@ def _structured_outputs(outputs: Any) -> Grammar:
     return Grammar("lark" if kind == "grammar" else kind, value, f"{where}.{kind}")
 
 
-def calls_grammar(tools: Tools, tagged: bool) -> Grammar:
-    """One of the forced tools is called, or several if parallel calls are allowed and the model tags each."""
-    names: Sequence[str] = tools.forced
+def calls_grammar(tools: Tools, tagged: bool, special: Collection[str] = ()) -> Grammar:
+    """One of the forced tools is called, or several if parallel calls are allowed and the model tags each.
+
+    Where none is forced, there may be text and calls, and these are of the tools. special: tags that are tokens too.
+    """
+    names: Sequence[str] = tools.forced or list(tools.schemas)
     rules = []
     for index, name in enumerate(names):
         head = _literal('{"name": ' + json.dumps(name) + ', "arguments": ')
         rules.append(f"tool_{index}: {head} arguments_{index} {_literal('}')}")
+        strict = name in tools.strict
+        told = tools.schemas[name] if tools.forced or strict else {}
         # a schema need not say that arguments are an object, but they always are
-        schema = _dumps({**tools.schemas[name], "type": "object", "x-guidance": LENIENT}, "tools")
-        rules.append(f"arguments_{index}: %json {schema}")
+        kept = {**told, "type": "object", "x-guidance": JSON_OPTIONS if strict else LENIENT}
+        rules.append(f"arguments_{index}: %json {_dumps(kept, 'tools')}")
     tool = " | ".join(f"tool_{index}" for index in range(len(names)))
     if not tagged:
         return _checked(Grammar("lark", "\n".join([f"start: {tool}", *rules]), "tools"))
-    again = f' ("\\n" call){{0,{MAX_CALLS - 1}}}' if tools.parallel else ""
-    call = f'call: "<tool_call>\\n" ({tool}) "\\n</tool_call>"'
-    return _checked(Grammar("lark", "\n".join([f"start: call{again}", call, *rules]), "tools"))
+    close = f'("{CLOSE}" | {CLOSE})' if CLOSE in special else f'"{CLOSE}"'
+    rules.append(f'call: "\\n" ({tool}) "\\n" {close}')
+    if tools.forced:
+        opened = f'("{OPEN}" | {OPEN})' if OPEN in special else f'"{OPEN}"'
+        again = f' ("\\n" {opened} call){{0,{MAX_CALLS - 1}}}' if tools.parallel else ""
+        return _checked(Grammar("lark", "\n".join([f"start: {opened} call{again}", *rules]), "tools"))
+    rules += [
+        f'spelt[lazy]: TEXT "{OPEN}"',
+        r"TEXT: /(.|\n)*/",
+        f"opened: spelt{f' | TEXT {OPEN}' if OPEN in special else ''}",
+    ]
+    count = "*" if tools.parallel else "?"  # beyond one, calls are left out then
+    return _checked(Grammar("lark", "\n".join([f"start: (opened call){count} TEXT", *rules]), "tools"))
 
 
 def _literal(text: str) -> str:

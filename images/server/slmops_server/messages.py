@@ -16,15 +16,20 @@ OF_ASSISTANT = frozenset({"tool_calls", "reasoning_content"})
 # Fields of answers, which clients send back whole; what the model said is in its content
 HARMLESS = frozenset({"refusal", "annotations", "parsed", "type", "provider_specific_fields"})
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+OF_TOOL, OF_FUNCTION = {"type", "function"}, {"name", "description", "parameters", "strict"}
 MAX_TOOLS = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """`specs` as the client sent them, `schemas` of the arguments by name; choice is "auto", "required" or a name."""
+    """`specs` as the client sent them, `schemas` of the arguments by name; choice is "auto", "required" or a name.
+
+    `strict`: those whose arguments are kept to their schemas whole, however they come to be called.
+    """
 
     specs: list[dict[str, Any]]
     schemas: dict[str, dict[str, Any]]
+    strict: frozenset[str]
     choice: str
     parallel: bool
 
@@ -32,6 +37,11 @@ class Tools:
     def forced(self) -> list[str]:
         """Names of which one has to be called; none if the model may choose not to."""
         return [] if self.choice == "auto" else list(self.schemas) if self.choice == "required" else [self.choice]
+
+    @property
+    def prescribed(self) -> bool:
+        """Whether answers are held to a grammar."""
+        return bool(self.forced or self.strict)
 
 
 def read_messages(value: Any) -> list[dict[str, Any]]:
@@ -117,26 +127,33 @@ def read_tools(fields: Mapping[str, Any]) -> Tools | None:
     schemas = dict(_tool(tool, f"tools[{index}]") for index, tool in enumerate(value))
     if len(schemas) < len(value):
         raise bad_request("tools has two functions of the same name.", "tools")
+    strict = frozenset(tool["function"]["name"] for tool in value if tool["function"].get("strict"))
     if choice == "none":
         return None
     if choice in ("auto", "required"):
-        return Tools(value, schemas, choice, parallel)
+        return Tools(value, schemas, strict, choice, parallel)
     function = choice.get("function") if isinstance(choice, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str):
         raise bad_request('tool_choice is not "none", "auto", "required" or a function.', "tool_choice")
     if name not in schemas:
         raise bad_request(f"tool_choice names {name!r}, which is not in tools.", "tool_choice")
-    return Tools(value, schemas, name, parallel=False)
+    return Tools(value, schemas, strict, name, parallel=False)
 
 
 def _tool(tool: Any, where: str) -> tuple[str, dict[str, Any]]:
     function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
     if not isinstance(function, dict):
         raise bad_request(f"{where} is not a function tool.", where)
+    for told, known, at in ((tool, OF_TOOL, where), (function, OF_FUNCTION, f"{where}.function")):
+        for field in told:
+            if field not in known and told[field] is not None:
+                raise _unsupported(f"{at}.{field}")
     name = function.get("name")
     if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
         raise bad_request(f"{where}.function.name is not 1 to 64 letters, digits, _ or -.", f"{where}.function.name")
+    if function.get("strict") is not None:
+        flag(function, "strict", shown=f"{where}.function.strict")
     schema = function.get("parameters")
     if schema is None:
         schema = {"type": "object", "properties": {}, "additionalProperties": False}

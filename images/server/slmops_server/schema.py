@@ -120,7 +120,7 @@ def parse(kind: str, body: bytes) -> Request:
     grammar = read_grammar(fields)
     tools = read_tools(fields) if kind == "chat" else None
     for name in ("ignore_eos", "min_tokens"):
-        if fields.get(name) and (grammar or (tools and tools.forced)):
+        if fields.get(name) and (grammar or (tools and tools.prescribed)):
             raise bad_request(f"{name} and a prescribed format exclude each other.", name)
     if grammar and tools:
         raise bad_request(f"tools and {grammar.param} exclude each other.", grammar.param)

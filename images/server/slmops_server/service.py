@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from slmops_server import model_folder
-from slmops_server.detok import DetokenizerFactory
+from slmops_server.detok import CLOSE, OPEN, DetokenizerFactory
 from slmops_server.engines.choose import EngineOptions
 from slmops_server.errors import UNREACHABLE, ApiError, bad_request, come_again, overloaded, too_late, unavailable
 from slmops_server.keys import ApiKeys
@@ -48,6 +48,8 @@ class Service:
         self.folder = model_folder.read(settings.model)
         self.tokenizer = model_folder.read_tokenizer(settings.model)
         self.pieces = DetokenizerFactory(self.tokenizer)
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        self.special_tags = {token.content for token in added if token.special} & {OPEN, CLOSE}
         self.template = self._template(self.folder.chat_template)
         self.tool_template = self._template(self.folder.tool_template)
         self._try_templates()
@@ -175,6 +177,13 @@ class Service:
             raise bad_request("This model has no chat template; use /v1/completions.", "messages", "no_chat_template")
         if request.tools and not template.takes_tools:
             raise bad_request("This model's chat template knows no tools.", "tools", "unsupported_parameter")
+        if request.tools and request.tools.strict and not request.tools.forced and not template.tags_calls:
+            raise bad_request(
+                "This model writes calls without tags, so what is strict is kept only where a call is asked for: "
+                'set tool_choice to "required" or a function, or strict to false.',
+                "tools",
+                "unsupported_parameter",
+            )
         if "reasoning_effort" in request.template_fields and "reasoning_effort" not in template.names:
             raise bad_request(
                 "This model's chat template knows no reasoning_effort.", "reasoning_effort", "unsupported_parameter"
