@@ -238,6 +238,21 @@ def test_routers_see_which_adapters_run_and_wait(start: Start) -> None:
         client.join()
 
 
+def test_series_of_an_adapter_end_with_it(served: Server) -> None:
+    """Or their number grew with that of all that ever were."""
+    assert load(served, "passing", "all").status_code == 200
+    assert served.complete(model="passing").status_code == 200
+    assert served.complete(model="passing", prompt=[4] * 10_000).status_code == 400
+    count = "gen_ai_server_request_duration_seconds_count"
+    kept = served.metric(count, gen_ai_request_model="tiny")
+    assert served.metric(count, gen_ai_request_model="passing", error_type="") == 1
+    assert served.metric(count, gen_ai_request_model="passing", error_type="context_length_exceeded") == 1
+    assert unload(served, "passing").status_code == 200
+    assert "passing" not in served.http.get("/metrics").text
+    assert served.complete(model="tiny").status_code == 200
+    assert served.metric(count, gen_ai_request_model="tiny") == kept + 1
+
+
 def test_adapters_outlive_the_engine(start: Start, root: Path, tmp_path: Path) -> None:
     """A new engine has those that were there, but one whose folder has gone, and none that was unloaded."""
     copy = tmp_path / "root"

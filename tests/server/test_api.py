@@ -221,6 +221,7 @@ def test_metrics_count_what_happened(server: Server) -> None:
         "vllm:inter_token_latency_seconds_count",
         "vllm:time_per_output_token_seconds_count",
         "gen_ai_server_request_duration_seconds_count",
+        "vllm:request_max_num_generation_tokens_sum",
     )
 
     def read() -> list[float]:
@@ -232,8 +233,38 @@ def test_metrics_count_what_happened(server: Server) -> None:
     before = read()
     server.complete(prompt=[40, 41, 42], max_tokens=5)
     server.complete(prompt=[40, 41, 42], max_tokens=5, stream=True)
-    expected = [6, 10, 2, 2, 8, 8, 2, 2]
+    expected = [6, 10, 2, 2, 8, 8, 2, 10, 2]
     wait_for(lambda: [a - b for a, b in zip(read(), before, strict=True)] == expected, "both answers counted")
+
+
+def test_requests_that_fail_are_measured_by_their_error(server: Server) -> None:
+    asked = {
+        ("400", ""): {"max_tokens": "many"},
+        ("model_not_found", ""): {"model": "none"},
+        ("context_length_exceeded", "tiny"): {"prompt": [40] * 600},
+        ("invalid_grammar", "tiny"): {"structured_outputs": {"regex": "("}},
+        ("", "tiny"): {"n": 3},
+    }
+
+    def read() -> dict[tuple[str, str], float]:
+        name = "gen_ai_server_request_duration_seconds_count"
+        labels = {"gen_ai_operation_name": "text_completion", "gen_ai_provider_name": "slmops"}
+        return {
+            (error, model): server.metric(name, error_type=error, gen_ai_request_model=model, **labels)
+            for error, model in asked
+        }
+
+    before = read()
+    for fields in asked.values():
+        server.complete(**fields)
+    assert {key: count - before[key] for key, count in read().items()} == dict.fromkeys(asked, 1)
+
+
+def test_the_cache_is_told_in_blocks_as_vllm_does(server: Server) -> None:
+    told = server.http.get("/metrics").text
+    labels = 'block_size="16",kv_cache_size_tokens="2048",model_name="tiny",num_gpu_blocks="128"'
+    assert f"vllm:cache_config_info{{{labels}}} 1.0" in told
+    assert 'vllm:num_preemptions_total{model_name="tiny"} 0.0' in told
 
 
 @pytest.mark.parametrize("probe", ["livez", "readyz", "startupz", "health", "healthz"])
@@ -278,9 +309,20 @@ def test_the_phases_of_a_request_add_up(start: Callable[..., Server]) -> None:
     assert server.metric("vllm:prompt_tokens_cached_total") == server.metric("vllm:prefix_cache_hits_total") > 0
     assert server.metric("vllm:request_params_n_sum") == 20
     assert server.metric("vllm:request_params_max_tokens_sum") == 100
+    assert server.metric("vllm:request_max_num_generation_tokens_sum") == 100
+    assert server.metric("gen_ai_server_time_to_first_token_seconds_count") == 20
+    assert server.metric("gen_ai_server_request_duration_seconds_count") == 1
     wait_for(lambda: server.metric("slmops_engine_step_tokens_total") >= 2000, "the engine's own counts")
     assert 0 < server.metric("slmops_engine_step_seconds_total") < whole
-    assert server.metric("slmops_engine_steps_total") >= 1900
+    steps = server.metric("slmops_engine_steps_total")
+    assert steps >= 1900
+    read = 20 * 300 - server.metric("vllm:prompt_tokens_cached_total")
+    assert server.metric("vllm:iteration_tokens_total_sum") == read + 2000
+    assert 1900 <= server.metric("vllm:iteration_tokens_total_count") <= steps
+    assert server.metric("vllm:iteration_tokens_total_bucket", le="1.0") >= 1900
+    assert server.metric("vllm:iteration_tokens_total_bucket", le="+Inf") == server.metric(
+        "vllm:iteration_tokens_total_count"
+    )
 
 
 @pytest.mark.parametrize("seed", [7, -1])

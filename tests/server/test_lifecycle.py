@@ -48,6 +48,7 @@ def test_clients_that_leave_are_forgotten_and_harm_nobody(start: Start) -> None:
     wait_for(lambda: server.idle, "nothing runs for clients that left")
     assert server.complete(**LONG).json()["choices"][0]["text"] == expected
     assert server.metric("vllm:request_success_total", finished_reason="abort") > 0
+    assert server.metric("gen_ai_server_request_duration_seconds_count", error_type="client_left") > 0
     assert server.metric("slmops_engine_restarts_total") == 0
     assert "Traceback" not in server.log.read_text()
 
@@ -139,6 +140,9 @@ def test_a_stream_that_loses_its_engine_ends_with_an_error_frame(start: Start) -
         rest = [line for line in lines if line]
     assert json.loads(rest[-1][6:])["error"]["code"] == "engine_restarted"
     assert server.metric("slmops_streams_cut_total") == 1
+    ended = {"error_type": "engine_restarted", "gen_ai_request_model": "tiny"}
+    assert server.metric("gen_ai_server_request_duration_seconds_count", **ended) == 1
+    assert server.metric("gen_ai_server_request_duration_seconds_count") == 1
     assert server.metric("slmops_http_requests_total", code="200") == 1  # which is all that a router sees
     wait_for(lambda: server.probe("readyz") == 200, "ready again")
 

@@ -37,7 +37,7 @@ class Watch(NamedTuple):
 
 @dataclass
 class Record:
-    """What a request came to, for its trace."""
+    """What a request came to, for its trace and the metrics."""
 
     kind: str
     arrival: float
@@ -45,6 +45,15 @@ class Record:
     id: str = ""
     choices: list[Choice] = field(default_factory=list)
     error: Exception | None = None
+
+    @property
+    def error_type(self) -> str:
+        """OpenTelemetry's word for the kind of error; "" if there is none."""
+        if isinstance(self.error, ApiError):
+            return self.error.code or str(self.error.status)
+        if isinstance(self.error, asgi.DisconnectedError):
+            return "client_left"
+        return "internal_error" if self.error else ""
 
     @property
     def usage(self) -> tuple[int, int, int]:
@@ -67,6 +76,9 @@ class Generate:
             record.error = error
             raise
         finally:
+            if record.error is not None:
+                name = record.request.model if record.request else ""
+                self._service.metrics.failed(self._kind, name, record.arrival, record.error_type)
             if self._service.traces:
                 self._service.traces.ended(scope, record)
 
@@ -110,7 +122,10 @@ class Generate:
                 service.queue_time.note(
                     size - last.cached, last.tokens, last.first - last.started, last.last - last.first
                 )
-                service.metrics.finished(self._kind, last, arrival, size)
+                service.metrics.finished(self._kind, request.model, last, arrival, size)
+        if cut is None:
+            lasts = [choice.last for choice in choices if choice.last is not None]
+            service.metrics.answered(self._kind, request.model, arrival, lasts)
         service.metrics.asked(request.n, max(limits))
 
     def _submit(self, request: Request, prompts: list[list[int]], limits: list[int]) -> Stream:

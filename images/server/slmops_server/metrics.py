@@ -12,6 +12,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from slmops_server.engines.base import STEP_SIZES
 from slmops_server.errors import ApiError
 from slmops_server.supervisor import Delta, Supervisor
 
@@ -49,6 +50,7 @@ OTEL_TTFT = TTFT[:16]
 OTEL_TPOT = ITL[:13]
 
 
+BLOCK = 16  # tokens; vLLM's own, by which routers cut prompts up
 CLIENT_LEFT = 499  # nginx's number for a client that did not wait
 
 
@@ -94,8 +96,33 @@ class _Live(Collector):
             counter = CounterMetricFamily(name, text, labels=["model_name"])
             counter.add_metric([self._model], s.steps.get(key, 0.0))
             yield counter
+        yield self._step_sizes()
+        if s.info:
+            yield self._cache()
         if s.takes_adapters:
             yield self._adapters()
+
+    def _step_sizes(self) -> HistogramMetricFamily:
+        told = self._supervisor.steps
+        totals = accumulate(told.get(f"size_{number}", 0) for number in range(len(STEP_SIZES) + 1))
+        bounds = [*(repr(float(size)) for size in STEP_SIZES), "+Inf"]
+        family = HistogramMetricFamily(
+            "vllm:iteration_tokens_total", "Tokens read and made in a step.", labels=["model_name"]
+        )
+        family.add_metric([self._model], list(zip(bounds, totals, strict=True)), told.get("sized", 0))
+        return family
+
+    def _cache(self) -> GaugeMetricFamily:
+        """Any prefix is found again, whatever its length; but who reads vLLM's reckons in blocks."""
+        info = self._supervisor.info
+        family = GaugeMetricFamily(
+            "vllm:cache_config_info",
+            "The KV cache.",
+            labels=["model_name", "block_size", "num_gpu_blocks", "kv_cache_size_tokens"],
+        )
+        blocks, tokens = info["slots"] * (info["max_len"] // BLOCK), info["slots"] * info["max_len"]
+        family.add_metric([self._model, str(BLOCK), str(blocks), str(tokens)], 1)
+        return family
 
     def _adapters(self) -> GaugeMetricFamily:
         """As vLLM tells it to routers: names in labels, and the newest series is the one that counts."""
@@ -139,16 +166,18 @@ class _Gaps(Collector):
 
 
 class Metrics:
-    """One registry, one series per name and pod."""
+    """One registry, one series per name and pod; `names`: all of the model, the first is that of the series."""
 
-    def __init__(self, model: str, supervisor: Supervisor, max_len: int) -> None:
+    def __init__(self, names: Sequence[str], supervisor: Supervisor, max_len: int) -> None:
+        model = names[0]
         disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the series and nothing reads them
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
         self.registry.register(_Live(model, supervisor))
-        self._model = model
+        self._model, self._names, self._supervisor = model, frozenset(names), supervisor
+        self._asked = set[str]()  # names that the series of _otel have
 
         def histogram(name: str, text: str, buckets: Iterable[float]) -> Histogram:
             made = Histogram(name, text, ["model_name"], buckets=tuple(buckets), registry=self.registry)
@@ -202,13 +231,22 @@ class Metrics:
         self._limit = histogram("vllm:request_params_max_tokens", "Longest answer asked for.", _steps(max_len))
         self._size_in = histogram("vllm:request_prompt_tokens", "Prompt length.", _steps(max_len))
         self._size_out = histogram("vllm:request_generation_tokens", "Answer length.", _steps(max_len))
+        self._longest = histogram(
+            "vllm:request_max_num_generation_tokens", "Longest answer to a request.", _steps(max_len)
+        )
+        counter("vllm:num_preemptions", "Answers that lost their slot to others: none ever does.")
         labels = ["model_name", "gen_ai_operation_name", "gen_ai_request_model", "gen_ai_provider_name"]
 
-        def otel(name: str, text: str, buckets: Iterable[float]) -> Histogram:
-            return Histogram(name, text, labels, buckets=tuple(buckets), registry=self.registry)
+        def otel(name: str, text: str, buckets: Iterable[float], *more: str) -> Histogram:
+            return Histogram(name, text, [*labels, *more], buckets=tuple(buckets), registry=self.registry)
 
         self._otel = (
-            otel("gen_ai_server_request_duration_seconds", "Arrival to last token.", OTEL_DURATION),
+            otel(
+                "gen_ai_server_request_duration_seconds",
+                "Arrival to the last token of a request's answers, or to the error that it ended with.",
+                OTEL_DURATION,
+                "error_type",
+            ),
             otel("gen_ai_server_time_to_first_token_seconds", "Arrival to first token.", OTEL_TTFT),
             otel(
                 "gen_ai_server_time_per_output_token_seconds", "Mean of one answer, after its first token.", OTEL_TPOT
@@ -234,6 +272,21 @@ class Metrics:
         self._n.observe(n)
         self._limit.observe(limit)
 
+    def answered(self, kind: str, name: str, arrival: float, lasts: Sequence[Delta]) -> None:
+        """A request by that name came to its end, with these answers."""
+        self._longest.observe(max(last.tokens for last in lasts))
+        self._otel[0].labels(*self._labels(kind, name), "").observe(max(last.last for last in lasts) - arrival)
+
+    def failed(self, kind: str, name: str, arrival: float, error: str) -> None:
+        """A request by that name, "" where it had none, ended with an error of that type."""
+        self._otel[0].labels(*self._labels(kind, name), error).observe(now() - arrival)
+
+    def _labels(self, kind: str, name: str) -> tuple[str, ...]:
+        # no other names: clients would choose how many series there are
+        known = name in self._names or name in self._supervisor.adapters
+        self._asked.add(name := name if known else "")
+        return self._model, "chat" if kind == "chat" else "text_completion", name, "slmops"
+
     def restarted(self) -> None:
         """The engine process was started again."""
         self._restarts.inc()
@@ -246,8 +299,8 @@ class Metrics:
         """A stream that had begun ended with an error that is the server's: its status cannot say so any more."""
         self._cut.inc()
 
-    def finished(self, kind: str, last: Delta, arrival: float, prompt: int) -> None:
-        """A whole answer, by its last delta. Times are of CLOCK_MONOTONIC in seconds."""
+    def finished(self, kind: str, name: str, last: Delta, arrival: float, prompt: int) -> None:
+        """A whole answer by that name, by its last delta. Times are of CLOCK_MONOTONIC in seconds."""
         self._success[last.finish or "error"].inc()
         self._prompt.inc(prompt)
         self._queries.inc(prompt)
@@ -263,9 +316,7 @@ class Metrics:
         self._decode.observe(last.last - last.first)
         self._inference.observe(last.last - last.started)
         self._gaps.observe(last.gaps)
-        operation = "chat" if kind == "chat" else "text_completion"
-        duration, ttft, tpot = (h.labels(self._model, operation, self._model, "slmops") for h in self._otel)
-        duration.observe(last.last - arrival)
+        ttft, tpot = (h.labels(*self._labels(kind, name)) for h in self._otel[1:])
         ttft.observe(last.first - arrival)
         if last.tokens > 1:
             mean = (last.last - last.first) / (last.tokens - 1)
@@ -273,7 +324,11 @@ class Metrics:
             tpot.observe(mean)
 
     def render(self) -> bytes:
-        """Prometheus text format."""
+        """Prometheus text format. Series of adapters that are gone go too, or they would grow in number for ever."""
+        for name in self._asked - self._names - self._supervisor.adapters.keys() - {""}:
+            for histogram in self._otel:
+                histogram.remove_by_labels({"gen_ai_request_model": name})
+            self._asked.discard(name)
         return generate_latest(self.registry)
 
 

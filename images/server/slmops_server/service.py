@@ -66,7 +66,7 @@ class Service:
             None if settings.adapter_root is None else [],
         )
         self.supervisor = Supervisor(settings.model, options, settings.log_level, settings.step_timeout)
-        self.metrics = Metrics(settings.served_names[0], self.supervisor, self.max_len)
+        self.metrics = Metrics(settings.served_names, self.supervisor, self.max_len)
         self.supervisor.on_restart = self.metrics.restarted
         self.draining = False
         self.begin = time.monotonic()

@@ -52,7 +52,7 @@ class Traces:
         attributes = {"gen_ai.operation.name": operation, "gen_ai.provider.name": "slmops", **_attributes(record)}
         error = record.error
         if error is not None:
-            attributes["error.type"] = _error_type(error)
+            attributes["error.type"] = record.error_type
         end = time.time_ns()
         start = end - int((now() - record.arrival) * 1e9)
         span = self._tracer.start_span(name, parent, SpanKind.SERVER, attributes, start_time=start)
@@ -65,12 +65,6 @@ class Traces:
         sending = threading.Thread(target=self._provider.shutdown, daemon=True)
         sending.start()
         sending.join(FLUSH)
-
-
-def _error_type(error: Exception) -> str:
-    if isinstance(error, asgi.DisconnectedError):
-        return "client_left"
-    return (error.code or str(error.status)) if isinstance(error, ApiError) else "internal_error"
 
 
 def _is_clients(error: Exception) -> bool:

@@ -16,6 +16,7 @@ import select
 import signal
 import socket
 import time
+from bisect import bisect_left
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import islice
@@ -29,7 +30,7 @@ from slmops_server.compiling import Compiler, CrowdedError
 from slmops_server.detok import DetokenizerFactory, StopScanner
 from slmops_server.engines import choose as engines
 from slmops_server.engines.adapters import BadAdapterError
-from slmops_server.engines.base import Engine, EngineRefusedError, Job, Sampling, Scores
+from slmops_server.engines.base import STEP_SIZES, Engine, EngineRefusedError, Job, Sampling, Scores
 from slmops_server.guide import BadGrammarError, Guides, MatcherGuide
 
 log = logging.getLogger("slmops_server.engine")
@@ -138,6 +139,7 @@ class Worker:
         self._answers: dict[int, Answer] = {}  # of the jobs that the engine has
         self._unstarted: dict[int, Answer] = {}  # those of them that wait for a slot, in order of arrival
         self._steps, self._step_seconds, self._step_tokens = 0, 0.0, 0
+        self._sizes, self._sized = [0] * (len(STEP_SIZES) + 1), 0  # steps by their tokens, and all of these
 
     def run(self) -> None:
         """Until the front is gone."""
@@ -195,6 +197,8 @@ class Worker:
             "count": self._steps,
             "seconds": self._step_seconds,
             "tokens": self._step_tokens,
+            "sized": self._sized,
+            **{f"size_{number}": count for number, count in enumerate(self._sizes)},
             "held": sum(answer.prompt + answer.count for answer in started),
             "drafts": drafted.calls,
             "draft_tokens": drafted.tokens,
@@ -260,6 +264,7 @@ class Worker:
         self._step_tokens += len(tokens)
         if self._unstarted:
             self._note_started(begin, sum(token.finish is not None for token in tokens))
+        size = len(tokens)  # with the prompts that ended in this step
         events: list[list[Any]] = []
         for token in tokens:
             answer = self._answers.get(token.job)
@@ -267,6 +272,7 @@ class Worker:
                 continue
             answer.tick(now)
             answer.cached += token.cached
+            size += answer.prompt - answer.cached if answer.count == 1 else 0
             if token.prompt_scores:
                 answer.scores[0].extend(self._score(*one) for one in token.prompt_scores)
             finish, text = token.finish, ""
@@ -291,6 +297,9 @@ class Worker:
                 answer.pending += text
             elif text or answer.count == 1:
                 events.append([token.job, text, answer.count, None, None, answer.told()])
+        if tokens:
+            self._sizes[bisect_left(STEP_SIZES, size)] += 1
+            self._sized += size
         if events:
             self._channel.send({"ev": events})
 

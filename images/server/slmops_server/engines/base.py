@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 
 from slmops_server.engines.adapters import BASE, Adapter, Shelf
 
+# Bounds of a histogram of the tokens of a step, vLLM's and two of small steps
+STEP_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
