@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from slmops_server.schema import Request
 from slmops_server.service import Service
-from slmops_server.supervisor import Delta
+from slmops_server.stream import Delta
 from slmops_server.tools import Call, ToolParser
 from slmops_server.wire import Frames, TextLogprobs, chat_logprobs
 

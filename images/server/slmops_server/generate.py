@@ -14,7 +14,7 @@ from slmops_server.metrics import now
 from slmops_server.queue_time import Work
 from slmops_server.schema import Request, parse
 from slmops_server.service import Service
-from slmops_server.supervisor import Delta, Stream
+from slmops_server.stream import Delta, Stream
 from slmops_server.wire import Frames, error_frame
 
 log = logging.getLogger(__name__)

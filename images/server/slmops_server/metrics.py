@@ -14,7 +14,8 @@ from prometheus_client.registry import Collector
 
 from slmops_server.engines.base import STEP_SIZES
 from slmops_server.errors import ApiError
-from slmops_server.supervisor import Delta, Supervisor
+from slmops_server.stream import Delta
+from slmops_server.supervisor import Supervisor
 
 TTFT = (
     0.001,

@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +20,7 @@ from slmops_server.engines.choose import EngineOptions
 from slmops_server.errors import ApiError, bad_request, come_again, format_failed, internal, overloaded, unavailable
 from slmops_server.grammar import Grammar
 from slmops_server.queue_time import Work
+from slmops_server.stream import Delta, Stream
 
 log = logging.getLogger(__name__)
 
@@ -30,57 +31,6 @@ BEAT = 1.0  # seconds between pings
 RELOAD = 300.0  # seconds that loading or warming may take after the first time, or SLOWER times what it took then
 SLOWER = 10
 UNCROWDED = 10  # seconds after which grammars that are being compiled have been, or were given up
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """Text that arrived. `tokens` counts all so far; with `finish` come the times of CLOCK_MONOTONIC, gaps in us."""
-
-    text: str
-    tokens: int
-    finish: str | None = None
-    started: float = 0.0  # when it got its slot
-    first: float = 0.0
-    last: float = 0.0
-    gaps: tuple[int, ...] = ()
-    cached: int = 0  # prompt tokens that did not have to be computed
-    scores: tuple[list[Any], list[Any]] | None = None  # as the worker tells them
-    choice: int = 0
-
-
-class Stream:
-    """One running answer as the front sees it."""
-
-    def __init__(self, grammar_param: str | None = None) -> None:
-        self.grammar_param = grammar_param
-        self.numbers: dict[int, int] = {}  # the engine's jobs, and of which choice each is
-        self._arrived: list[Delta] = []
-        self._error: ApiError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    def put(self, item: Delta | ApiError) -> None:
-        """Called by the supervisor."""
-        if isinstance(item, Delta):
-            self._arrived.append(item)
-        else:
-            self._error = item
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def poll(self) -> list[Delta]:
-        """What has arrived and was not fetched yet."""
-        arrived, self._arrived = self._arrived, []
-        return arrived
-
-    async def get(self) -> list[Delta]:
-        """All that has arrived, at least one. ApiError when the engine failed."""
-        if not self._arrived and self._error is None:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        if self._arrived:
-            return self.poll()
-        assert self._error is not None
-        raise self._error
 
 
 class Adapter(NamedTuple):

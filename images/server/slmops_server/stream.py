@@ -1,0 +1,58 @@
+"""What an answer's text comes through, from the engine process to those who send it on."""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+from slmops_server.errors import ApiError
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Text that arrived. `tokens` counts all so far; with `finish` come the times of CLOCK_MONOTONIC, gaps in us."""
+
+    text: str
+    tokens: int
+    finish: str | None = None
+    started: float = 0.0  # when it got its slot
+    first: float = 0.0
+    last: float = 0.0
+    gaps: tuple[int, ...] = ()
+    cached: int = 0  # prompt tokens that did not have to be computed
+    scores: tuple[list[Any], list[Any]] | None = None  # as the worker tells them
+    choice: int = 0
+
+
+class Stream:
+    """One running answer as the front sees it."""
+
+    def __init__(self, grammar_param: str | None = None) -> None:
+        self.grammar_param = grammar_param
+        self.numbers: dict[int, int] = {}  # the engine's jobs, and of which choice each is
+        self._arrived: list[Delta] = []
+        self._error: ApiError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, item: Delta | ApiError) -> None:
+        """Called by the supervisor."""
+        if isinstance(item, Delta):
+            self._arrived.append(item)
+        else:
+            self._error = item
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def poll(self) -> list[Delta]:
+        """What has arrived and was not fetched yet."""
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    async def get(self) -> list[Delta]:
+        """All that has arrived, at least one. ApiError when the engine failed."""
+        if not self._arrived and self._error is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self._arrived:
+            return self.poll()
+        assert self._error is not None
+        raise self._error
