@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 IR = "openvino_model.xml"  # as optimum-intel names it
 GGUF = ".gguf"
+CPU = ("cpu", "cpuexecutionprovider")  # among execution providers
 NATIVE = "custom_ops_library"  # key of session options: a library that onnxruntime-genai would load and run
 
 
@@ -26,8 +27,9 @@ class BadModelFolderError(Exception):
 class ModelFolder:
     """Shapes are counts, `context_length` is tokens that can be served, `model_bytes` the graph with its weights.
 
-    `inputs`, `outputs` and `share_buffer` are an ONNX graph's; IR and GGUF have none. `tool_template` is the chat
-    template of requests with tools, where they have one of their own.
+    `inputs`, `outputs`, `share_buffer` and `providers` (other ones than the CPU that are to compute it, as
+    onnxruntime-genai names them) are an ONNX graph's; IR and GGUF have none. `tool_template` is the chat template of
+    requests with tools, where they have one of their own.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class ModelFolder:
     tool_template: str | None
     special_tokens: dict[str, str]
     model_bytes: int
+    providers: tuple[str, ...] = ()
 
     def kv_bytes(self, max_len: int, item_bytes: int) -> int:
         """KV cache of one answer of `max_len` tokens."""
@@ -141,12 +144,19 @@ def read(path: Path) -> ModelFolder:
             tool_template=templates.get("tool_use"),
             special_tokens=_special_tokens(path, settings),
             model_bytes=sum(p.stat().st_size for p in path.iterdir() if ".onnx" in p.name),
+            providers=_providers(decoder),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise BadModelFolderError(f"{path / 'genai_config.json'} is not a decoder-only model's: {error!r}") from None
     if not folder.graph.is_file():
         raise BadModelFolderError(f"{folder.graph} is missing")
     return _within_one_table(folder)
+
+
+def _providers(decoder: dict[str, Any]) -> tuple[str, ...]:
+    """The execution providers that the folder names, but the CPU's."""
+    options = (decoder.get("session_options") or {}).get("provider_options") or []
+    return tuple(name for one in options for name in one if name.lower() not in CPU)
 
 
 def _within_one_table(folder: ModelFolder) -> ModelFolder:

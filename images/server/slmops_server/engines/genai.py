@@ -1,4 +1,4 @@
-"""onnxruntime-genai's Generator, one per slot: for models that the slot engine over plain onnxruntime refuses.
+"""onnxruntime-genai's Generator, one per slot: for GPUs, and models that the slot engine over onnxruntime refuses.
 
 Only the calls that its 0.18 release keeps stable are used (append_tokens, get_logits); sampling is ours, so that seeds,
 penalties and results are the same with every engine.
@@ -8,28 +8,42 @@ import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import onnxruntime_genai as og
+
+try:
+    import onnxruntime_genai as og
+except ImportError:  # it is an extra
+    og = None
 
 from slmops_server.engines.adapters import BASE, Adapter
+from slmops_server.engines.base import EngineRefusedError
 from slmops_server.engines.sampler import Logits
 from slmops_server.engines.schedule import SMALLEST_CHUNK
 from slmops_server.model_folder import ModelFolder
 
 SCORED = 16  # prompt tokens in one step: each takes a call of its own, and others wait for all of them
+INSTALL = "onnxruntime-genai is not installed here: use the server image, or pip install onnxruntime-genai"
+CUDA = ("cuda", "cudaexecutionprovider")
 
 
 class GenaiForward:
-    """A loaded genai model. Rows are stepped one after the other."""
+    """A loaded genai model. Rows are stepped one after the other. EngineRefusedError when it cannot be loaded here."""
 
     decode_seconds: Sequence[float] = (1.0,)  # one row a call: nothing to choose from
     keeps = False
 
     def __init__(self, folder: ModelFolder, slots: int, max_len: int, threads: int, chunk: int) -> None:
+        if og is None:
+            raise EngineRefusedError(INSTALL)
         config = og.Config(str(folder.path))
         # genai takes half of the machine's cores when it is not told, whatever the container may use
         session = {"intra_op_num_threads": threads}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
-        self._model = og.Model(config)
+        try:
+            self._model = og.Model(config)
+        except RuntimeError as error:
+            if not folder.providers:
+                raise
+            raise EngineRefusedError(_elsewhere(folder.providers, error)) from None
         self._max_len = max_len
         self._rows: list[og.Generator | None] = [None] * slots
         self.vocab = folder.vocab_size
@@ -75,3 +89,13 @@ class GenaiForward:
         row.append_tokens(np.asarray(tokens, np.int32))
         logits: Logits = np.array(row.get_logits(), np.float32).reshape(-1, self.vocab)[-1]
         return logits
+
+
+def _elsewhere(providers: Sequence[str], error: RuntimeError) -> str:
+    """Why a model of these execution providers is not loaded, and what to do about it."""
+    names = ", ".join(providers)
+    wheel = "onnxruntime-genai-cuda" if providers[0].lower() in CUDA else f"a build of onnxruntime-genai for {names}"
+    return (
+        f"genai_config.json names the execution provider {names}, which this onnxruntime-genai cannot use ({error}): "
+        f"install {wheel} in its place, or empty provider_options there to compute on the CPU"
+    )

@@ -274,6 +274,11 @@ def load(
 
     threads 0: all of `limit`, or one where a small model is measured to be as fast on one.
     """
+    if folder.providers:
+        raise EngineRefusedError(
+            f"genai_config.json names the execution provider {', '.join(folder.providers)}, and this engine computes "
+            "on the CPU: empty provider_options there if it shall"
+        )
     counts = [threads] if threads else [limit]
     if not threads and limit > 1 and folder.model_bytes <= SMALL:
         counts = [1, limit]
