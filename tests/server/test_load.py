@@ -1,13 +1,18 @@
-"""Two thousand requests at once, most of them hostile: each gets its right status, and nobody else notices."""
+"""Two thousand requests at once, hostile ones or more than there is room for: each gets its right answer, and nobody
+else notices.
+"""
 
 import asyncio
 import contextlib
 import json
+import os
 import random
 import resource
+import signal
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -18,6 +23,7 @@ ANSWER = {"model": "tiny", "prompt": [40, 41], "temperature": 0, "max_tokens": 4
 LARGE = {**ANSWER, "max_tokens": 400, "logprobs": 20, "n": 8, "stream": True}
 LEFT = 0  # instead of a status: the client did not wait for one
 REQUESTS = 2000
+SLOTS = 4
 
 
 class Client:
@@ -37,6 +43,11 @@ class Client:
 
     async def status(self) -> int:
         """Of the answer, which is read to its end and is JSON or a whole stream."""
+        return (await self.answer())[0]
+
+    async def answer(self) -> tuple[int, dict[str, Any]]:
+        """The status, and the body that is no stream."""
+        body: dict[str, Any] = {}
         head = await self.reader.readuntil(b"\r\n\r\n")
         status = int(head.split(b" ", 2)[1])
         if b"transfer-encoding: chunked" in head:
@@ -48,7 +59,7 @@ class Client:
             assert (status == 200) == ("error" not in body)
         if status == 503:
             assert b"retry-after: " in head
-        return status
+        return status, body
 
 
 async def whole(client: Client) -> int:
@@ -122,18 +133,24 @@ KINDS: list[tuple[str, Ask, int, set[int]]] = [
 ]  # fmt: skip
 
 
+async def connected(port: int, draw: random.Random) -> list[Client]:
+    """As many clients as there are to be requests."""
+    clients: list[Client] = []
+    while len(clients) < REQUESTS:
+        pairs = await asyncio.gather(
+            *(asyncio.open_connection("127.0.0.1", port, limit=1 << 22) for _ in range(REQUESTS // 10))
+        )
+        clients.extend(Client(*pair, random.Random(draw.random())) for pair in pairs)
+    return clients
+
+
 async def storm(port: int, seed: int) -> Counter[tuple[str, int]]:
     """All at once; what each kind got."""
     draw = random.Random(seed)
     kinds = [kind for kind in KINDS for _ in range(kind[2])]
     draw.shuffle(kinds)
     assert len(kinds) == REQUESTS
-    clients: list[Client] = []
-    for at in range(0, len(kinds), 200):
-        pairs = await asyncio.gather(
-            *(asyncio.open_connection("127.0.0.1", port, limit=1 << 22) for _ in kinds[at : at + 200])
-        )
-        clients.extend(Client(*pair, random.Random(draw.random())) for pair in pairs)
+    clients = await connected(port, draw)
 
     async def one(client: Client, name: str, ask: Ask) -> tuple[str, int]:
         try:
@@ -174,7 +191,9 @@ def resident(server: Server) -> int:
 
 @pytest.mark.usefixtures("many_files")
 def test_a_storm_leaves_everybody_else_and_the_server_as_they_were(start: Callable[..., Server]) -> None:
-    server = start("--slots", "4", "--receive-timeout", "10", "--send-timeout", "3")  # the storm delays the witness too
+    server = start(
+        "--slots", str(SLOTS), "--receive-timeout", "10", "--send-timeout", "3"
+    )  # the storm delays the witness too
     expected = server.complete(prompt=[7, 8, 9], max_tokens=100).json()["choices"][0]["text"]
     files = server.open_files
 
@@ -212,3 +231,56 @@ def test_a_storm_leaves_everybody_else_and_the_server_as_they_were(start: Callab
     assert server.complete(prompt=[7, 8, 9], max_tokens=100).json()["choices"][0]["text"] == expected
     assert "Traceback" not in server.log.read_text()
     assert len(server.log.read_text().splitlines()) < 300, "a line for each hostile request is a flood of its own"
+
+
+@pytest.mark.usefixtures("many_files")
+def test_a_queue_of_two_thousand_is_answered_to_the_last_one(start: Callable[..., Server]) -> None:
+    """All wait at a time, because the engine stands still, behind streams that then run beside them."""
+    server = start("--slots", str(SLOTS), "--max-queue", str(REQUESTS))
+    short, long = (
+        {**ANSWER, "max_tokens": 8},
+        {"model": "tiny", "prompt": [7, 8, 9], "temperature": 0, "max_tokens": 400},
+    )
+    answered = server.complete(**short).json()["choices"]
+    undisturbed = server.complete(**long, ignore_eos=True).json()["choices"][0]["text"]
+    engine, files = server.engine_pid, server.open_files
+    assert engine
+
+    async def ask(client: Client) -> tuple[int, Any]:
+        status, body = await client.answer()
+        client.writer.close()
+        return status, body.get("choices")
+
+    async def watch(user: openai.AsyncOpenAI) -> str:
+        stream = await user.completions.create(**long, stream=True, extra_body={"ignore_eos": True})  # type: ignore[call-overload]
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    async def are(count: int, what: str) -> None:
+        await asyncio.to_thread(wait_for, lambda: server.metric(f"vllm:num_requests_{what}") == count, what, 60)
+
+    async def flood() -> tuple[list[str], list[tuple[int, Any]]]:
+        clients = await connected(server.port, random.Random(0))
+        answers = [asyncio.create_task(ask(client)) for client in clients]
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as user:
+            os.kill(engine, signal.SIGSTOP)
+            try:
+                streams = [asyncio.create_task(watch(user)) for _ in range(SLOTS)]
+                await are(SLOTS, "running")
+                await asyncio.gather(*(client.post(json.dumps(short).encode()) for client in clients))
+                await are(REQUESTS, "waiting")
+                assert (await asyncio.to_thread(server.complete)).status_code == BUSY
+            finally:
+                os.kill(engine, signal.SIGCONT)
+            return await asyncio.gather(*streams), await asyncio.gather(*answers)
+
+    sizes = []
+    for _ in range(3):
+        texts, got = asyncio.run(flood())
+        assert texts == [undisturbed] * SLOTS
+        assert [one for one in got if one != (200, answered)] == []
+        wait_for(lambda: server.idle, "no slot is held")
+        wait_for(lambda: server.open_files <= files, "no connection is left")
+        sizes.append(resident(server))
+    assert sizes[2] - sizes[1] < 8 << 20, sizes  # 4 kB for each request; half a MB was seen
+    assert server.engine_pid == engine
+    assert "Traceback" not in server.log.read_text()
