@@ -2,8 +2,8 @@
 
 python -m kit.imagetests trainer|server [pytest arguments]
 
-The image holds no test tools: tests and pytest are put beside it by mounts. Packages that the image has itself
-win over those that come with pytest.
+The image holds no test tools: tests and pytest are put beside it by mounts, for the server's the trainer's exporters
+too. Packages that the image has itself win over those that come with pytest.
 """
 
 import contextlib
@@ -51,7 +51,10 @@ def readable_tests(name: str) -> Iterator[Path]:
     """A copy of tests/ that any user can read, whatever umask the clone was made under."""
     copy = LOCAL / f"image-tests-{name}"  # two of them may run at a time
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(ROOT / "tests", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    compiled = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "tests", copy, ignore=compiled)
+    if name == "server":
+        shutil.copytree(ROOT / "images/trainer/slmops_trainer", copy / "server/slmops_trainer", ignore=compiled)
     for path in [copy, *copy.rglob("*")]:
         path.chmod(0o755 if path.is_dir() else 0o644)
     try:

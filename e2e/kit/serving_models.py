@@ -22,7 +22,6 @@ SHAPE = {
 }  # fmt: skip
 NAMESPACE = "slmops-bench"
 IMAGE_PYTHON = "3.13"  # the trainer image's
-OPTIMUM = "from optimum.commands.optimum_cli import main; main()"
 
 
 def python() -> Path:
@@ -55,11 +54,9 @@ def _ir(block: int) -> Path:
     folder = LOCAL / f"bench-ir-{block}"
     if not (folder / "openvino_model.xml").exists():
         packages = kept("export", "export.txt", _make_packages)
-        command = ["python", "-c", OPTIMUM, "export", "openvino", "-m", "/source"]
-        command += ["--task", "text-generation-with-past"]
-        command += ["--weight-format", "int4", "--sym", "--group-size", str(block), "--ratio", "1.0", "/out"]
+        command = ["python", "-m", "slmops_trainer.export_ir", "/source", "/out", "--block-size", str(block)]
         reads = {"/source": _source(), "/packages": packages}
-        _run("make-ir", command, folder, reads, {"PYTHONPATH": "/packages"})
+        _run("make-ir", command, folder, reads, {"PYTHONPATH": "/packages:/opt/slmops"})
     return folder
 
 
@@ -67,8 +64,8 @@ def _gguf(_: int) -> Path:
     """Written on this machine: it needs no torch."""
     folder = LOCAL / "bench-gguf"
     if not (folder / "model.gguf").exists():
-        command = [str(python()), str(ROOT / "tests/server/make_gguf.py"), str(_source()), str(folder)]
-        subprocess.run(command, check=True)
+        command = [str(python()), "-m", "slmops_trainer.export_gguf", str(_source()), str(folder)]
+        subprocess.run(command, check=True, cwd=ROOT / "images/trainer")
     return folder
 
 

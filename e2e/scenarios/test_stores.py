@@ -9,7 +9,6 @@ from kit.objects import REGISTRY, SMALL_POD, TRAINING, finetune, obj
 
 NAMESPACE = "e2e-stores"  # the chart is told of the mirror in it
 FILES = (ROOT / "e2e/scenarios/serve_hub.py", ROOT / "tests/artifacts/hub.py")
-CONVERTER = ROOT / "tests/server/make_gguf.py"
 BRIEF = {"training": {**TRAINING, "maxSteps": 5}, "evaluation": None}
 BASE = "hf://tiny/base@main"
 
@@ -102,12 +101,8 @@ def test_stores(space: Kubectl, seeded: str, images: dict[str, str]) -> None:
     space.wait_ready("modeldeployment", "shop", 180)
     assert answered(space, "shop") > 0
 
-    space.apply(pods.config_map("converter", {CONVERTER.name: CONVERTER.read_text(encoding="utf-8")}))
-    mounts = {
-        "/files": {"configMap": {"name": "converter"}},
-        "/claim": {"persistentVolumeClaim": {"claimName": "models"}},
-    }
-    command = ["python", f"/files/{CONVERTER.name}", "/claim/second", "/claim/gguf", "--type", "f16"]
+    mounts = {"/claim": {"persistentVolumeClaim": {"claimName": "models"}}}
+    command = ["python", "-m", "slmops_trainer.export_gguf", "/claim/second", "/claim/gguf", "--type", "f16"]
     space.apply(pods.pod("converter", pods.spec(images["trainer"], command, mounts=mounts)))
     pods.finish(space, "converter", 120)
     space.apply(obj("ModelDeployment", "gguf", {"model": {"uri": "pvc://models/gguf"}}))

@@ -7,9 +7,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # test modules are imported by path, their helper needs one
 
-import make_gguf
 import random_decoder
 from server_harness import TINY, Server
+
+from slmops_trainer import export_gguf
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +57,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def maker(family: str, kind: str) -> Path:
         out = top / f"{family}-{kind}"
         if not out.exists():
-            make_gguf.export(random_decoder.write(top / family, family, TINY), out, kind)
+            export_gguf.export(random_decoder.write(top / family, family, TINY), out, kind)
         return out
 
     return maker

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-import make_gguf
 import numpy as np
 import pytest
 import random_decoder
@@ -18,6 +17,7 @@ from slmops_server.engines import choose, slots
 from slmops_server.engines.adapters import BASE
 from slmops_server.engines.base import Engine, EngineRefusedError, Job, Sampling, Token
 from slmops_server.engines.sampler import Logits, scores
+from slmops_trainer import export_gguf
 
 GREEDY = Sampling(temperature=0.0)
 Load = Callable[..., Engine]
@@ -240,7 +240,7 @@ def test_of_a_model_that_computes_no_numbers_the_warm_up_tells(
         weights = {name: array * np.float32("nan") for name, array in random_decoder.weights("qwen2").items()}
         monkeypatch.setattr(random_decoder, "weights", lambda _: weights)
         damaged = tmp_path / "damaged"
-        make_gguf.export(random_decoder.write(tmp_path / "source", "qwen2", tiny), damaged, "f32")
+        export_gguf.export(random_decoder.write(tmp_path / "source", "qwen2", tiny), damaged, "f32")
     else:
         damaged = shutil.copytree(tiny, tmp_path / "damaged")
         data = damaged / "model.onnx.data"

@@ -7,7 +7,6 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-import make_gguf
 import numpy as np
 import pytest
 import random_decoder
@@ -16,6 +15,7 @@ from server_harness import Server, check_sampling_formats_and_leaving
 from slmops_server import model_folder
 from slmops_server.engines import choose, llama_library, llamacpp
 from slmops_server.engines.base import EngineRefusedError, Job, Sampling
+from slmops_trainer import export_gguf
 
 Maker = Callable[[str, str], Path]
 PROMPT = [(37 * index + 11) % 509 + 3 for index in range(400)]
@@ -58,7 +58,7 @@ def test_weights_of_4_bits_are_near(gguf: Maker) -> None:
 def test_a_block_of_4_bits_is_at_most_a_step_off() -> None:
     weights = np.random.default_rng(0).standard_normal((5, 96)).astype(np.float32)
     weights[1, :32] = 0
-    blocks = make_gguf.q4_0(weights).reshape(-1, 18)
+    blocks = export_gguf.q4_0(weights).reshape(-1, 18)
     scale = blocks[:, :2].copy().view("<f2").astype(np.float32)
     levels = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1)
     off = np.abs(scale * (levels - np.float32(8)) - weights.reshape(-1, 32))
@@ -196,8 +196,8 @@ def test_what_cannot_be_written_as_gguf_is_refused(tiny: Path, tmp_path: Path) -
         ({"use_sliding_window": True}, "attention slides"),
     ):
         (source / "config.json").write_text(json.dumps(random_decoder.config("qwen2") | change))
-        with pytest.raises(make_gguf.UnsupportedError, match=message):
-            make_gguf.export(source, tmp_path / "out", "q4_0")
+        with pytest.raises(export_gguf.UnsupportedError, match=message):
+            export_gguf.export(source, tmp_path / "out", "q4_0")
     assert not (tmp_path / "out/model.gguf").exists()
 
 
@@ -215,10 +215,10 @@ def test_what_cannot_be_written_as_gguf_is_refused(tiny: Path, tmp_path: Path) -
 def test_how_text_is_cut_is_known_or_refused(steps: list[dict[str, object]], name: str | None) -> None:
     tokenizer = {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
     if name:
-        assert make_gguf.split_name(tokenizer) == name
+        assert export_gguf.split_name(tokenizer) == name
     else:
-        with pytest.raises(make_gguf.UnsupportedError, match="its tokenizer"):
-            make_gguf.split_name(tokenizer)
+        with pytest.raises(export_gguf.UnsupportedError, match="its tokenizer"):
+            export_gguf.split_name(tokenizer)
 
 
 def test_a_library_with_other_records_is_refused() -> None:

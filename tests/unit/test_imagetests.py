@@ -20,9 +20,13 @@ def test_the_tests_are_readable_whatever_the_clones_umask(tmp_path: Path, monkey
     monkeypatch.setattr(imagetests, "ROOT", tmp_path / "clone")
     monkeypatch.setattr(imagetests, "LOCAL", tmp_path / "local")
     (tmp_path / "local").mkdir()
-    with imagetests.readable_tests("trainer") as copy:
+    exporter = tmp_path / "clone/images/trainer/slmops_trainer/export_gguf.py"
+    exporter.parent.mkdir(parents=True)
+    exporter.write_text("y")
+    with imagetests.readable_tests("server") as copy:
         assert (copy / "server/test_x.py").stat().st_mode & 0o777 == 0o644
         assert (copy / "server").stat().st_mode & 0o777 == 0o755
+        assert (copy / "server/slmops_trainer/export_gguf.py").read_text() == "y"
     assert list((tmp_path / "local").iterdir()) == []
 
 

@@ -1,6 +1,6 @@
 r"""Write a Hugging Face model folder as GGUF, with the tokenizer files that slmops-server reads beside it.
 
-    python tests/server/make_gguf.py MODEL OUT --type q4_0|f16|f32
+    python -m slmops_trainer.export_gguf MODEL OUT --type q4_0|f16|f32
 
 Decoders of the types llama, mistral, qwen2 and qwen3 with a byte-level BPE and plain rotation. Needs numpy only.
 Weights become blocks of 32 of 4 bits (q4_0, the output head too) or floats; norms and biases stay float32.
@@ -60,7 +60,7 @@ def read_weights(folder: Path) -> Iterator[tuple[str, Weights]]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UnsupportedError(f"{folder} holds no safetensors")
-    kinds = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+    kinds: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
     for path in files:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -258,17 +258,17 @@ def export(source: Path, out: Path, wanted: str) -> None:
     part.rename(out / "model.gguf")
 
 
-def main() -> int:
-    """Write the folder."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", type=Path)
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; the exit code."""
+    parser = argparse.ArgumentParser(prog="slmops_trainer.export_gguf", description=__doc__)
+    parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--type", default="q4_0", choices=sorted(FILE_TYPES))
-    args = parser.parse_args()
+    given = parser.parse_args(arguments)
     try:
-        export(args.source, args.out, args.type)
+        export(given.model, given.out, given.type)
     except (UnsupportedError, OSError, KeyError, ValueError) as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print(f"Cannot make {given.out}: {error}", file=sys.stderr)
         return 1
     return 0
 
