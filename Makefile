@@ -85,7 +85,7 @@ else
 	@$(PY) -m pytest -q -x --timeout=300 tests/node
 endif
 
-clients: venv ## slmops-server under lm-evaluation-harness and locust (fetches 1 GB of them once; not part of `make test`)
+clients: venv ## slmops-server as a package, under lm-evaluation-harness, under locust (fetches 1 GB of them once; not part of `make test`)
 	@$(PY) -m pytest -q tests/clients
 
 bench: venv ## what the operator costs, on the local node

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +48,14 @@ def test_rotation_turns_pairs_of_halves_and_leaves_the_rest(rotated: int) -> Non
     pair = states[..., :half] + 1j * states[..., half:rotated]
     pair = pair * (cosines + 1j * sines)[at[:, 0]][:, None, None]
     assert np.allclose(out, np.concatenate([pair.real, pair.imag, states[..., rotated:]], axis=-1), atol=1e-6)
+
+
+def test_what_reports_is_not_loaded_where_pip_has_brought_it(tmp_path: Path) -> None:
+    """The image is without it; here is one that would say that it was loaded."""
+    (tmp_path / "openvino_telemetry.py").write_text("print('loaded')")
+    run = "import sys; sys.path.insert(0, sys.argv[1]); from slmops_server.engines import openvino; print(openvino.ov)"
+    done = subprocess.run([sys.executable, "-c", run, tmp_path], check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("<module 'openvino'")
 
 
 def test_a_copied_row_goes_on_like_its_source(tiny: Path) -> None:

@@ -1,6 +1,7 @@
 """What the README and the pages tell a newcomer to do can be done with what is in the clone."""
 
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,17 @@ def test_the_server_can_be_started_as_its_page_says() -> None:
     assert re.search(r"^docker run .* -p 8000:8000 .* slmops-server --model /model ", page, re.MULTILINE)
     assert 'ENTRYPOINT ["slmops-server"]' in image
     assert "EXPOSE 8000" in image
-    (python, lock) = re.findall(r"^python(\S+) -m venv .* -r (\S+)$", page, re.MULTILINE)[0]
+    ((python, folder, extras),) = re.findall(
+        r'^python(\S+) -m venv .*pip install "\./(\S+)\[(\S+)\]"$', page, re.MULTILINE
+    )
     assert f"python:{python}-" in image
+    package = tomllib.loads((ROOT / folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert set(extras.split(",")) == set(package["optional-dependencies"])
+    (program,) = re.findall(r"^\.venv/bin/(\S+) --model", page, re.MULTILINE)
+    assert program in package["scripts"]
+    (lock,) = re.findall(r"pip install .* -r (\S+)`", page)
     assert lock in image
     assert (ROOT / lock).is_file()
-    ((source, module),) = re.findall(r"^PYTHONPATH=(\S+) \S+/python -m (\S+) --model", page, re.MULTILINE)
-    assert (ROOT / source / module / "__main__.py").is_file()
 
 
 PAGES = [ROOT / "README.md", ROOT / "images/artifacts/README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -46,3 +48,14 @@ def test_make_lock_renews_every_set() -> None:
     text = (FOLDER.parent / "Makefile").read_text()
     recipe = text[text.index("\nlock:") :].split("\n\n")[0]
     assert all(name in recipe for name in SETS)
+
+
+def test_the_servers_package_asks_for_what_its_image_has() -> None:
+    project = tomllib.loads((FOLDER.parent / "images/server/pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    asked = {*project["dependencies"], *(one for extra in extras.values() for one in extra)}
+    lines = (FOLDER / "server.in").read_text().splitlines()
+    client = lines.index(next(line for line in lines if "artifact store's client, which" in line))
+    assert {line for line in lines[:client] if not line.startswith("#")} == asked
+    module, _, function = project["scripts"]["slmops-server"].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))

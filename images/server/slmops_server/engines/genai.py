@@ -21,7 +21,7 @@ from slmops_server.engines.schedule import SMALLEST_CHUNK
 from slmops_server.model_folder import ModelFolder
 
 SCORED = 16  # prompt tokens in one step: each takes a call of its own, and others wait for all of them
-INSTALL = "onnxruntime-genai is not installed here: use the server image, or pip install onnxruntime-genai"
+INSTALL = "onnxruntime-genai is not installed here: use the server image, or slmops-server with its extra genai"
 CUDA = ("cuda", "cudaexecutionprovider")
 
 

@@ -17,7 +17,7 @@ from slmops_server.engines.base import EngineRefusedError
 
 PACKAGE = "xllamacpp"
 VERSION = "2026.9.11063"
-INSTALL = f"llama.cpp is not installed here: use the server image, or pip install {PACKAGE}=={VERSION}"
+INSTALL = "llama.cpp is not installed here: use the server image, or slmops-server with its extra llamacpp"
 NEEDED = {"avx2", "bmi2", "f16c", "fma"}  # what the wheel is compiled for
 # rounds in which a thread looks for the others before it sleeps. OpenMP's own 300,000 are milliseconds at each of a
 # step's hundreds of meetings: where others want the CPU too, a step of 20 ms took 700 and takes 90 with this
@@ -175,7 +175,8 @@ def check(record: str, wanted: dict[str, Any], found: Fields) -> None:
     expected = {name: wanted.get(name) or 0 for name, *_ in found._fields_}
     wrong = [name for name, value in found.told().items() if (value or 0) != expected[name]]
     if wrong:
-        raise EngineRefusedError(f"llama.cpp's {record} is not as expected ({', '.join(wrong)}): {INSTALL}")
+        names = ", ".join(wrong)
+        raise EngineRefusedError(f"llama.cpp's {record} is not as expected ({names}): install {PACKAGE}=={VERSION}")
 
 
 def missing_instructions(cpuinfo: str) -> set[str]:

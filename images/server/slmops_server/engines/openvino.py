@@ -6,6 +6,7 @@ Products still round by the number of tokens in a call, so a row's logits are ne
 Weights keep their bits; where the CPU has VNNI or AMX, OpenVINO multiplies them as 8-bit integers.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -13,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 try:
+    # pip brings it along, and OpenVINO's tools report with it; as if it were absent
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     import openvino as ov
 except ImportError:  # it is an extra
     ov = None
@@ -33,7 +36,7 @@ RUNTIME_BYTES = 280 << 20
 MAX_ROWS = 16  # in one call
 SCORED = 64  # tokens in one call whose logits are all wanted: room for them is beside the model, and all others wait
 MEASURED_CHUNKS = (4, 16, 64)  # tokens
-INSTALL = "OpenVINO is not installed here: use the server image, or pip install openvino"
+INSTALL = "OpenVINO is not installed here: use the server image, or slmops-server with its extra openvino"
 
 
 class OpenvinoForward:
