@@ -53,6 +53,10 @@ OPENED_THOUGHTS = EMPTY_THOUGHTS.replace("{{ '<|im_start|>assistant\n' }}", "{{ 
 ENDLESS = CHATML.replace("<|im_end|>", "")
 # Marks the answers alone, and ends them in the next line.
 APART = MARKED.replace("{{ '<|im_end|>\n' }}", "{{ '\n<|im_end|>\n' }}")
+# Marks the answers, of a model that begins its own with a thought.
+THOUGHT = MARKED.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
+# Marks the last answer alone.
+HALF = MARKED.replace("message['role'] == 'assistant' %}", "message['role'] == 'assistant' and loop.last %}")
 # SmolLM3's way: what asking writes stands within the marks, and with /no_think empty thoughts, too.
 WRAPPED = (
     "{% set begin = '<|im_start|>assistant\n' + ('<think>\n\n</think>\n' if '/no_think' in messages[0]['content'] "
@@ -138,7 +142,7 @@ def test_what_asking_writes_is_not_learned_though_a_template_marks_it(tokenizer:
     assert answers == "lab<|im_end|>|hall<|im_end|>"
 
 
-@pytest.mark.parametrize("tokenizer", [CHATML, MARKED, WRAPPED, CLOSED, QWEN3, ENDLESS], indirect=True)
+@pytest.mark.parametrize("tokenizer", [CHATML, MARKED, THOUGHT, HALF, WRAPPED, CLOSED, QWEN3, ENDLESS], indirect=True)
 @pytest.mark.parametrize(("first", "last", "learned"), [(0, 1, "hall"), (1, 0, "lab")])
 def test_answers_of_weight_0_are_shown_and_not_learned(tokenizer: Any, first: int, last: int, learned: str) -> None:
     encoding.complete(tokenizer, [TALK])

@@ -319,8 +319,8 @@ def _texts(tokenizer: Any, example: Example, loss_on: LossOn, *, ends: bool) -> 
     turns = example.turns
     whole, marks = _render(tokenizer, turns, example)
     learned = [weight > 0 or loss_on == "all" for weight in example.weights]
-    if not all(learned):
-        marks = []  # which do not say whose answer they mark
+    marked = [True] * len(marks) if all(learned) else _whose(tokenizer, turns, whole, marks, learned, example)
+    marks = marks if marked else []
     marks = _answered(tokenizer, turns, whole, marks, example) if marks and ends else []
     spans = (marks or _spans(tokenizer, turns, whole, example)) if ends else None
     if spans is None:
@@ -331,12 +331,31 @@ def _texts(tokenizer: Any, example: Example, loss_on: LossOn, *, ends: bool) -> 
         return [_alone(*_answer(tokenizer, turns[: at + 1], example), learn=learn) for at, learn in wanted]
     found: list[Piece] = []
     at = 0
-    for (start, end), learn in zip(spans, [True] * len(marks) or learned, strict=True):
+    for (start, end), learn in zip(spans, marked if marks else learned, strict=True):
         # White space after the end of a turn is the template's, and generation never gets that far.
         stripped = start + len(whole[start:end].rstrip())
         found += [(whole[at:start], False), (whole[start:stripped], learn)]
         at = stripped
     return [[*found, (whole[at:], False)]]
+
+
+def _whose(
+    tokenizer: Any,
+    turns: list[dict[str, str]],
+    whole: str,
+    marks: list[tuple[int, int]],
+    learned: list[bool],
+    example: Example,
+) -> list[bool]:
+    """Of each mark whether the answer that it stands in is learned; none where not every answer is known to have one.
+
+    An answer begins where the text of what comes before it ends.
+    """
+    places = [at for at, turn in enumerate(turns) if turn["role"] == "assistant"]
+    heads = [_render(tokenizer, turns[:at], example)[0] for at in places]
+    owners = [sum(len(head) <= start for head in heads) - 1 for start, _ in marks]
+    known = all(map(whole.startswith, heads)) and {*owners} == {*range(len(heads))}
+    return [learned[at] for at in owners] if known else []
 
 
 def _answered(
