@@ -115,6 +115,23 @@ def test_garbage_is_counted_and_ends_the_run_below_the_ratio(pod: Callable[[], C
     assert len(fake.requests) == 2 * teacher.TRIES  # the second lost prompt decides: no further one is asked
 
 
+@pytest.mark.parametrize(("others", "reason"), [(1, "BadSpec"), (3, "TeacherAnswersRejected")])
+def test_what_only_more_tokens_would_mend_is_not_looked_at_again_and_paid_again(
+    pod: Callable[[], Context], others: int, reason: str
+) -> None:
+    """The operator makes another pod for TeacherAnswersRejected: the teacher may be mended. None for BadSpec."""
+
+    def script(_: int, question: str, __: object) -> Fault | None:
+        at = TEXTS.index(question)
+        return Fault(body=answer("", "length", 16)) if at < 2 else Fault(400, "no") if at < 2 + others else None
+
+    with FakeTeacher(upper, script) as fake, pytest.raises(RunFailure) as caught:
+        ask(pod(), fake.url, TEXTS, min_success_ratio=1 - (1.5 + others) / len(TEXTS), concurrency=1)
+    assert caught.value.reason == reason
+    assert ("Raise data.generation.maxTokens in a new object" in caught.value.message) == (reason == "BadSpec")
+    assert "2 x no room for an answer" in caught.value.message
+
+
 def test_garbage_that_passes_is_asked_again(pod: Callable[[], Context]) -> None:
     with FakeTeacher(upper, lambda number, *_: Fault(body="oops") if number % 3 else None) as fake:
         outcome, texts = ask(pod(), fake.url, TEXTS, concurrency=1)

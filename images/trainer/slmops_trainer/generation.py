@@ -16,7 +16,7 @@ from slmops_artifacts import ArtifactError, waiting
 from slmops_trainer.answers import Answers, answer_key
 from slmops_trainer.context import ACCESS_PATIENCE, SAVE_PATIENCE, STORE_PAUSE, Context
 from slmops_trainer.failure import RunFailure, interrupted
-from slmops_trainer.replies import Rejected
+from slmops_trainer.replies import NO_ROOM, Rejected
 from slmops_trainer.teacher import Forbidden, Sampling, Silent, Teacher
 
 LAST_PAUSE = 1.0  # seconds between two tries to save, in a pod that ends
@@ -318,12 +318,15 @@ class _Run:
         if asked and (lost or hopeless):
             counts = Counter(_kind(what) for what in self.outcome.rejected.values())
             kinds = ", ".join(f"{count} x {kind}" for kind, count in counts.most_common(4))
+            # No teacher mends that, and to look again would be to pay for all those thoughts again.
+            thoughts = counts.most_common(1)[0][0] == NO_ROOM
+            remedy = "Check spec.teacher (URL, model), or lower data.generation.minSuccessRatio."
             raise RunFailure(
-                "TeacherAnswersRejected",
+                "BadSpec" if thoughts else "TeacherAnswersRejected",
                 f"{len(self.failed)} prompts got no usable answer from {self.terms.endpoint.url}, "
                 f"{len(self.answered)} got one; minSuccessRatio {ratio:g} of {asked} prompts cannot be reached. "
                 f"Instead came: {kinds}. An example: {next(iter(self.outcome.rejected.values()))}. "
-                "Check spec.teacher (URL, model), or lower data.generation.minSuccessRatio. "
+                f"{'Raise data.generation.maxTokens in a new object.' if thoughts else remedy} "
                 "The answers that came are saved.",
             )
 

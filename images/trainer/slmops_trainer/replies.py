@@ -9,6 +9,7 @@ from typing import Any
 
 EXCERPT = 160  # characters of a bad response in messages
 CUT_OFF = ("length", "content_filter")  # finish reasons of answers that did not come to their end
+NO_ROOM = "no room for an answer"  # what is said of one that was all thoughts
 # Those of answers during which the endpoint broke down: DeepSeek; OpenRouter and vLLM; vLLM; SGLang.
 BROKEN_OFF = ("insufficient_system_resource", "error", "abort", "aborted")
 _OURS = rb"(max_tokens|temperature|top_p|seed)\b"
@@ -98,7 +99,7 @@ def read(body: Any, excerpt: str) -> Reply | Rejected | Trouble:
     tokens = counted if isinstance(counted, int) and counted > 0 else 0
     if not isinstance(text, str) or not text.strip():
         if finish == "length":  # a model that reasons aside has used up its tokens
-            return Rejected("no room for an answer: raise generation.maxTokens", final=True, tokens=tokens)
+            return Rejected(f"{NO_ROOM}: raise generation.maxTokens", final=True, tokens=tokens)
         return Rejected(f"an empty answer: {excerpt}", tokens=tokens)
     if any("\ud800" <= char <= "\udfff" for char in text):
         return Rejected("half a surrogate pair, which is no text", tokens=tokens)
