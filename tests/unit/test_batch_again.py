@@ -213,7 +213,13 @@ def test_what_can_be_mended_behind_its_uri_is_looked_at_again_later(name: str) -
     obj = finetune(**spec)
     plan = run(obj, job=job(obj, **FATAL_JOB), pods=(pod(obj, phase="Failed", state=state),))
     assert plan.status.get("nextRetryTime") == (at(600) if mendable else None)
-    assert kstatus(plan) == ("InProgress" if mendable else "Failed")
+    assert (kstatus(plan), plan.status["phase"]) == ("Failed", "Waiting" if mendable else "Failed")
+    if mendable:  # as long as it waits, and no longer
+        waits = run(after(obj, plan), job=job(obj, **FATAL_JOB), inputs="m1.s2")
+        assert (waits.status["conditions"], waits.apply) == (plan.status["conditions"], ())
+        due = after(obj, plan)
+        due["status"]["nextRetryTime"] = at(-1)
+        assert kstatus(run(due, job=job(due, **FATAL_JOB))) == "InProgress"
 
 
 def distil(retries: int = 0) -> Object:

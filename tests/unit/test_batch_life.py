@@ -151,7 +151,7 @@ STATES: dict[str, tuple[str, str, str, Any]] = {
             pod(o, phase="Failed", state=said("NothingToTrain", "line 3: no answer", 3)),)},
     ),
     "bad dataset behind a tag: looks again later": (
-        "Waiting", "BadDataset", "InProgress",
+        "Waiting", "BadDataset", "Failed",
         lambda o: {"job": job(o, **FATAL_JOB), "pods": (
             pod(o, phase="Failed", state=said("BadDataset", "line 3: no column prompt", 3)),)},
     ),

@@ -4,7 +4,7 @@ import math
 from datetime import timedelta
 from typing import Any
 
-from slmops.api.meta import Failure, Lineage, Progress
+from slmops.api.meta import BatchStatus, Failure, Lineage, Progress
 from slmops.api.run import EXIT_FATAL, RunResult
 from slmops.api.times import parse, stamp
 from slmops.build.inputs import inputs, may_change
@@ -106,6 +106,20 @@ def retry_requeue(p: Pass, at: str) -> float:
     return min(p.until(at), conditions.patiently(RECHECK_SECONDS, p.status.conditions, p.now))
 
 
+def waiting(p: Pass, failure: Failure, at: str, **fields: Any) -> BatchStatus:
+    """Put together the status of an object whose next try starts at `at`.
+
+    Where somebody has to mend something first it is Stalled, so that those who watch it call for somebody.
+    """
+    message = f"{failure.message} The next try starts at {at}."
+    status = going_on(p, "Waiting", failure.reason, message, **fields)
+    if _delays(p, failure.reason) != SLOW:
+        return status
+    kept = [c for c in p.status.conditions if c.type == conditions.STALLED]  # for the time at which it changed
+    said = conditions.stalled([*status.conditions, *kept], failure.reason, message, generation=p.generation, now=p.now)
+    return status.model_copy(update={"conditions": said})
+
+
 def _succeeded(p: Pass, job: Object, pod: Object, result: RunResult) -> Plan:
     assert result.artifact is not None
     artifact = result.artifact
@@ -160,8 +174,7 @@ def _failed(p: Pass, failure: Failure) -> Plan:
         found["retries"] = 0 if anew else p.status.retries
         first, most = delays
         at = stamp(p.now + min(first * (1 << min(found["retries"], 16)), most))
-        message = f"{failure.message} The next try starts at {at}."
-        status = going_on(p, "Waiting", failure.reason, message, next_retry_time=at, last_failure=failure, **found)
+        status = waiting(p, failure, at, next_retry_time=at, last_failure=failure, **found)
         return plan(status, event, requeue=retry_requeue(p, at))
     status = failed(p, failure, completion_time=failure.time, **found)
     ttl = p.spec.ttl_seconds_after_finished

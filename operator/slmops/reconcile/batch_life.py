@@ -9,7 +9,7 @@ from slmops.api.times import parse, stamp
 from slmops.build.job import held, queue_of, revised
 from slmops.cluster.port import Object
 from slmops.reconcile import conditions
-from slmops.reconcile.batch_end import changed, collected, conclude, known_inputs, retry_requeue, worth_again
+from slmops.reconcile.batch_end import changed, collected, conclude, known_inputs, retry_requeue, waiting, worth_again
 from slmops.reconcile.batch_pass import ANNOTATION_IMAGE, ANNOTATION_INPUTS, Pass, going_on, plan, progress
 from slmops.reconcile.pods import (
     INTERRUPTED,
@@ -74,9 +74,7 @@ def _between_jobs(p: Pass) -> Plan:
     if retry_at and failure and p.until(retry_at):
         if changed(p):
             return _again(p)
-        message = f"{failure.message} The next try starts at {retry_at}."
-        status = going_on(p, "Waiting", failure.reason, message, inputs=known_inputs(p))
-        return plan(status, requeue=retry_requeue(p, retry_at))
+        return plan(waiting(p, failure, retry_at, inputs=known_inputs(p)), requeue=retry_requeue(p, retry_at))
     if old is not None:
         status = going_on(p, "Waiting", "Retrying", _TRIED_AGAIN)
         gone = () if old["metadata"].get("deletionTimestamp") else (p.job_key,)
