@@ -85,10 +85,10 @@ def parse(lines: list[str]) -> Count:
 
 
 @contextmanager
-def traffic(kube: Kubectl, image: str, url: str, model: str, prompts: list[str]) -> Iterator[Load]:
-    """Two clients ask while the block runs. Raises AssertionError at its end if a request was lost."""
+def traffic(kube: Kubectl, image: str, url: str, model: str, prompts: list[str], *, clients: int = 2) -> Iterator[Load]:
+    """The clients ask while the block runs. Raises AssertionError at its end if a request was lost."""
     load = Load(kube)
-    load.start(image, url, model, prompts, clients=2, max_tokens=40)
+    load.start(image, url, model, prompts, clients=clients, max_tokens=40)
     load.flows(5)
     yield load
     count = load.stop()

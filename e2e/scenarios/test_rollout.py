@@ -133,6 +133,24 @@ def test_slow_candidate_is_rolled_back_weight_first(shop: Kubectl, requests: Abs
         shop.wait_ready("modeldeployment", "shop", 60)
 
 
+def test_candidate_that_refuses_requests_is_rolled_back(shop: Kubectl, images: dict[str, str]) -> None:
+    """It has room for one at a time; the router has the stable revision answer what it refuses."""
+    before = status(shop)["stable"]
+    rollout = {"analysis": {**ANALYSIS, "failureLimit": 0}, "steps": STEPS}
+    small = {"args": ["--slots", "1", "--max-queue", "0"]}
+    with traffic(shop, images["server"], status(shop)["endpoint"], "shop", PROMPTS, clients=8) as load:
+        shop.patch("modeldeployment", "shop", {"spec": {"engine": small, "rollout": rollout}})
+        phase_is(shop, "RolledBack", timeout=120)
+        stalled = shop.condition("modeldeployment", "shop", "Stalled") or {}
+        assert stalled["status"] == "True", describe(shop)
+        assert "errors" in stalled["message"], stalled
+        assert status(shop)["stable"]["revision"] == before["revision"]
+        load.flows(20)
+        spec = {"engine": {"args": None}, "rollout": {"analysis": ANALYSIS}}
+        shop.patch("modeldeployment", "shop", {"spec": spec})
+        shop.wait_ready("modeldeployment", "shop", 60)
+
+
 def test_candidate_that_never_starts_is_rolled_back(shop: Kubectl, requests: AbstractContextManager[Load]) -> None:
     before = status(shop)["stable"]
     with requests as load:
