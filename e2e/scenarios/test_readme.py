@@ -1,4 +1,7 @@
-"""README's commands, as they stand there: its chain, and a run on a model and data pushed from this machine."""
+"""README's commands, as they stand there: its chain, and a run on a model and data pushed from this machine.
+
+And the first example of each kind's page.
+"""
 
 import contextlib
 import json
@@ -9,12 +12,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 from openai import OpenAI
 
+from kit import chart, pods
 from kit.kubectl import LOCAL, ROOT, Kubectl
-from kit.objects import STORE
+from kit.objects import STORE, TRAINING, finetune
 from kit.teacher import Teacher
+from slmops_artifacts import Manifest, push
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -24,19 +30,28 @@ def section(title: str) -> str:
     return README.partition(f"## {title}\n")[2].partition("\n## ")[0]
 
 
+TEACHER, BASE = "https://teacher.example.com/v1", "hf://Qwen/Qwen2.5-0.5B-Instruct@main"  # the examples'
 SECTION = section("Your own models and data")
 
 
 def blocks(language: str, text: str) -> list[str]:
     """The fenced blocks of a language."""
     found = re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert found, f"README has no {language} block"
+    assert found, f"no {language} block"
     return found
 
 
 def typed(block: str) -> str:
     """The commands of a console block."""
     return "".join(f"{line.removeprefix('$ ')}\n" for line in block.splitlines())
+
+
+def with_ours(text: str, uris: dict[str, str]) -> str:
+    """With URIs of this cluster in the place of the public ones, which have to be there."""
+    for theirs, ours in uris.items():
+        assert theirs in text
+        text = text.replace(theirs, ours)
+    return text
 
 
 def run_in(folder: Path, space: Kubectl, script: str, seconds: float = 120) -> str:
@@ -64,12 +79,12 @@ def run_in(folder: Path, space: Kubectl, script: str, seconds: float = 120) -> s
     return said
 
 
-def write_data(folder: Path) -> None:
-    """The three files that README's chain reads: small ones, none with a sentence of another."""
+def write_data(folder: Path, answer: str = "") -> None:
+    """The three files that the examples read: small ones, none with a sentence of another. `answer`: to all of it."""
     rows = [
         [
             {"role": "user", "content": f"{size} {colour} {shape}"},
-            {"role": "assistant", "content": json.dumps({"colour": colour, "shape": shape})},
+            {"role": "assistant", "content": answer or json.dumps({"colour": colour, "shape": shape})},
         ]
         for size in ("tiny", "large", "huge")
         for colour in ("red", "green", "blue", "black")
@@ -93,12 +108,7 @@ def test_the_chain(space: Kubectl, seeded: str, images: dict[str, str], tmp_path
     teacher = Teacher(space, images["server"], name="scripted")
     run_in(tmp_path, space, before)
     (objects,) = blocks("yaml", chain)
-    for theirs, ours in (
-        ("https://teacher.example.com/v1", teacher.endpoint["url"]),
-        ("hf://Qwen/Qwen2.5-0.5B-Instruct@main", f"{STORE}/base:tiny"),
-    ):
-        assert theirs in objects
-        objects = objects.replace(theirs, ours)
+    objects = with_ours(objects, {TEACHER: teacher.endpoint["url"], BASE: f"{STORE}/base:tiny"})
     space.apply(*yaml.safe_load_all(objects))
     said = run_in(tmp_path, space, after, 600)
     assert "modeldeployment.slmops.dev/support condition met" in said
@@ -137,3 +147,43 @@ def test_own_model_and_data(space: Kubectl, seeded: str, tmp_path: Path) -> None
     run_in(tmp_path, space, shell + fetching.replace("kubectl get", f"kubectl -n {space.namespace} get"))
     assert list((tmp_path / "my-result").glob("*.safetensors"))
     assert (tmp_path / "my-result/tokenizer.json").exists()
+
+
+def test_first_example_of_each_page(
+    space: Kubectl, seeded: str, images: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a teacher and models that are at hand; the base already answers as its page's threshold asks."""
+    pages = {
+        kind: blocks("yaml", (ROOT / f"docs/{kind}.md").read_text(encoding="utf-8"))[0]
+        for kind in ("distillationjob", "finetunejob", "quantizedmodel", "modeldeployment")
+    }
+    answer = json.dumps({"team": "billing"})
+    write_data(tmp_path, answer)
+    with space.within(chart.NAMESPACE).port_forward(f"service/{chart.RELEASE}-registry", 5000) as url:
+        registry = url.removeprefix("http://")
+        monkeypatch.setenv("SLMOPS_PLAIN_HTTP", registry)
+        push(tmp_path, f"oci://{registry}/data/support:v3", Manifest(kind="dataset", format="jsonl"))
+    for file in ("prompts.jsonl", "heldout.jsonl"):
+        space.apply(pods.config_map(f"support-{Path(file).stem}", {file: (tmp_path / file).read_text()}))
+    space.run("create", "secret", "generic", "teacher", "--from-literal=api-key=any")
+    teacher = Teacher(space, images["server"], name="scripted")
+    ours = {TEACHER: teacher.endpoint["url"], BASE: f"{STORE}/base:tiny"}
+    space.apply(yaml.safe_load(with_ours(pages["distillationjob"], ours)))
+
+    dataset = yaml.safe_load(pages["finetunejob"])["spec"]["dataset"]
+    space.apply(finetune("able", dataset=dataset, training={**TRAINING, "maxSteps": 100}, evaluation=None))
+    able = space.wait_ready("finetunejob", "able", 180)["status"]["artifact"]["uri"]
+    space.apply(yaml.safe_load(with_ours(pages["finetunejob"], {BASE: able})))
+    space.apply(*(yaml.safe_load(pages[kind]) for kind in ("quantizedmodel", "modeldeployment")))
+    for kind, name in (
+        ("distillationjob", "support-student"),
+        ("finetunejob", "support-tuned"),
+        ("quantizedmodel", "support-int4"),
+        ("modeldeployment", "support"),
+    ):
+        space.wait_ready(kind, name, 180)
+    with space.port_forward("service/support", 8000) as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none")
+        question = [{"role": "user", "content": "tiny red box"}]
+        said = client.chat.completions.create(model="support", messages=question, max_tokens=40, temperature=0)
+    assert said.choices[0].message.content == answer
