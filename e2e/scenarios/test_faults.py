@@ -120,20 +120,24 @@ def worker_pods(kube: Kubectl, owner: str) -> list[str]:
 def test_a_gpu_job_lands_on_the_node_that_has_one_and_ends_where_it_sees_none(
     space: Kubectl, seeded: str, gpu_node: str
 ) -> None:
-    gpu = "nvidia.com/gpu"
+    gpu, runtime = "nvidia.com/gpu", "e2e-nvidia"
     pod = {
+        "runtimeClassName": runtime,
         "resources": {"limits": {"memory": "3Gi", gpu: 1}},
         "tolerations": [{"key": gpu, "operator": "Exists"}],
         "env": [{"name": "OMP_NUM_THREADS", "value": "1"}],
     }
-    space.apply(finetune("accelerated", pod=pod, training={**TRAINING, "maxSteps": 5}, evaluation=None))
-
-    def waits() -> bool:
-        ready = space.condition("finetunejob", "accelerated", "Ready") or {}
-        return ready.get("reason") == "Unschedulable" and gpu in ready.get("message", "")
-
-    wait_for("the condition says that no node has a GPU", waits, 60)
+    # As the GPU operator's, but for the handler: the node has runc alone.
+    runtime_class = {"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "handler": "runc"}
     try:
+        space.apply({**runtime_class, "metadata": {"name": runtime}})
+        space.apply(finetune("accelerated", pod=pod, training={**TRAINING, "maxSteps": 5}, evaluation=None))
+
+        def waits() -> bool:
+            ready = space.condition("finetunejob", "accelerated", "Ready") or {}
+            return ready.get("reason") == "Unschedulable" and gpu in ready.get("message", "")
+
+        wait_for("the condition says that no node has a GPU", waits, 60)
         space.patch(
             "node", gpu_node, {"status": {"capacity": {gpu: "1"}, "allocatable": {gpu: "1"}}}, subresource="status"
         )
@@ -143,8 +147,10 @@ def test_a_gpu_job_lands_on_the_node_that_has_one_and_ends_where_it_sees_none(
         assert "spec.pod.image" in condition["message"], condition
         (landed,) = space.list("pods")
         assert landed["spec"]["nodeName"] == gpu_node
+        assert landed["spec"]["runtimeClassName"] == runtime
         assert landed["spec"]["containers"][0]["resources"]["limits"][gpu] == "1"
     finally:
         space.patch(
             "node", gpu_node, {"status": {"capacity": {gpu: None}, "allocatable": {gpu: None}}}, subresource="status"
         )
+        space.delete("runtimeclass", runtime)
