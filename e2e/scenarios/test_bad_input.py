@@ -13,7 +13,19 @@ import pytest
 
 from kit import chart, pods
 from kit.kubectl import Kubectl, KubectlError, Object, wait_for
-from kit.objects import LATE, REGISTRY, SMALL_POD, STORE, TRAINING, describe, finetune, obj
+from kit.load import traffic
+from kit.objects import (
+    LATE,
+    REGISTRY,
+    SMALL_POD,
+    STORE,
+    TRAINING,
+    deployment,
+    describe,
+    finetune,
+    obj,
+    quantize,
+)
 from kit.teacher import Teacher
 
 NAMESPACE = "e2e-bad-input"
@@ -248,8 +260,10 @@ def test_quota_forbids_the_pod_then_grows(space: Kubectl, seeded: str) -> None:
     space.wait_ready("finetunejob", "squeezed", 240)
 
 
-def test_names_of_63_characters(space: Kubectl, seeded: str) -> None:
+def test_names_of_63_characters(space: Kubectl, seeded: str, images: dict[str, str]) -> None:
     name = "a" * 60 + "-63"
     assert len(name) == 63
-    space.apply(finetune(name, **BRIEF))
-    space.wait_ready("finetunejob", name, 180)
+    space.apply(finetune(name, **BRIEF), quantize(name, "FineTuneJob", name, "int4"), deployment(name, name))
+    served = space.wait_ready("modeldeployment", name, 300)
+    with traffic(space, images["server"], served["status"]["endpoint"], name, ["red box"]):
+        pass  # it asks a few times before it begins
