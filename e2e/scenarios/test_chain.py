@@ -69,6 +69,12 @@ def chain() -> list[dict[str, object]]:
     ]
 
 
+def processes(kube: Kubectl, revision: str) -> set[tuple[str, int]]:
+    """Of a revision's pods: which they are, and how often their containers were started again."""
+    pods = kube.list("pods", f"slmops.dev/owner=shop,slmops.dev/revision={revision}")
+    return {(p["metadata"]["uid"], c["restartCount"]) for p in pods for c in p["status"]["containerStatuses"]}
+
+
 def test_chain(space: Kubectl, seeded: str, images: dict[str, str]) -> None:
     space.apply(*chain())
     teacher = space.wait_ready("finetunejob", "teacher", 240)
@@ -95,15 +101,18 @@ def test_chain(space: Kubectl, seeded: str, images: dict[str, str]) -> None:
     prompts = ["I want a tiny red box", "blue ring please, huge one"]
     with traffic(space, images["server"], shop["endpoint"], "shop", prompts):
         space.patch("modeldeployment", "shop", {"spec": {"model": {"ref": {"name": "student-int4"}}}})
-        weights = set()
+        weights, candidate = set(), set()
 
         def promoted() -> bool:
             status = (space.get("modeldeployment", "shop") or {})["status"]
             weights.add(status.get("weight"))
+            if not candidate and status.get("weight") == 60:
+                candidate.update(processes(space, status["candidate"]["revision"]))
             return bool(status["stable"]["revision"] != shop["stable"]["revision"] and not status.get("candidate"))
 
         wait_for("the candidate is promoted", promoted, 180)
-        space.wait_ready("modeldeployment", "shop", 60)
+        promoted_to = space.wait_ready("modeldeployment", "shop", 60)["status"]["stable"]["revision"]
+        assert processes(space, promoted_to) == candidate, "promotion is to move and to restart no pod"
     assert {20, 60} <= weights, f"weights seen: {weights}\n{describe(space)}"
 
     lineage = (space.get("modeldeployment", "shop") or {})["status"]["lineage"]["parents"]
