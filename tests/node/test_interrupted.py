@@ -141,6 +141,7 @@ def test_a_build_that_is_killed_at_any_moment_is_done_the_next_time(changed: Cal
 def test_down_leaves_nothing_on_the_machine(killed: bool) -> None:
     run_pod()
     ours = [daemon.pid for daemon in daemons.recorded(paths.CLUSTER.pids).values()]
+    sysctls = json.loads(network._SAVED.read_text())  # as they were before `up`
     if killed:
         kill_daemons()
     done = localkube("down")
@@ -159,3 +160,4 @@ def test_down_leaves_nothing_on_the_machine(killed: bool) -> None:
         assert not (place.is_dir() and outside.only_ours(place, patterns)), place
     routes = json.loads(subprocess.run(["ip", "-json", "route"], capture_output=True, text=True, check=True).stdout)
     assert not [route for route in routes if route.get("dev") == paths.BRIDGE]
+    assert {name: network.read_sysctl(name) for name in sysctls} == sysctls
