@@ -1,5 +1,6 @@
 """Too few pods: who stands in for the stable revision, who finds no room, and whose pods come slowly."""
 
+import pytest
 from tests.unit.rollout_world import analysis, serving, steps
 
 from slmops.api import keys
@@ -100,6 +101,34 @@ def test_a_candidate_that_is_scaled_keeps_its_share_where_there_is_no_room_for_t
     assert (world.phase, world.stable) == ("RolledBack", "aaa")
 
 
+@pytest.mark.parametrize(
+    ("reason", "phase"),
+    [
+        ("Unschedulable", "Step"),
+        ("SchedulingGated", "Step"),
+        ("PodsForbidden", "Step"),  # a quota's word
+        ("Evicted", "Step"),
+        ("", "Step"),  # it starts
+        ("CrashLoopBackOff", "RolledBack"),
+        ("OutOfMemory", "RolledBack"),
+        ("ImagePullFailed", "RolledBack"),
+        ("DiskFull", "RolledBack"),
+    ],
+)
+def test_a_candidate_whose_pods_break_is_given_up_though_the_stable_revision_lacks_pods_too(reason, phase):
+    """A half of two pods is one: rounded up, the candidate has as large a part of its pods without the other."""
+    world = serving(replicas=3, steps=steps(50, pause=None, approval=True))
+    world.deploy("bbb")
+    world.ready = {"aaa": 2, "bbb": 1}
+    if reason:
+        world.broken["bbb"] = Problem(reason, "so it says")
+    for _ in range(3):
+        world.after(301, settle=False)
+    assert (world.phase, world.stable) == (phase, "aaa")
+    if phase == "RolledBack":
+        assert world.status.rollout.outcome.startswith(f"{reason}: Not ready within 600 s: 1 of 2 pods")
+
+
 def test_no_deadline_passes_while_one_pod_after_the_other_comes():
     world = scaled_up()
     world.ready["aaa"] = 10
@@ -110,12 +139,16 @@ def test_no_deadline_passes_while_one_pod_after_the_other_comes():
     assert (world.status.rollout.waiting_since, world.status.rollout.waiting_pods) == (None, None)
 
 
-def test_pods_that_go_and_come_back_are_none_that_come():
+@pytest.mark.parametrize(
+    ("stable", "reason", "counts"), [(10, "Unschedulable", (1, 2, 1, 2)), (8, "CrashLoopBackOff", (3, 4, 3, 4))]
+)
+def test_pods_that_go_and_come_back_are_none_that_come(stable, reason, counts):
     world = scaled_up()
-    world.ready["aaa"] = 10
-    for count in (1, 2, 1, 2):
+    world.broken["bbb"] = Problem(reason, "so it says")
+    world.ready["aaa"] = stable
+    for count in counts:
         assert world.phase == "Step"
         world.ready["bbb"] = count
         world.after(400, settle=False)
     assert (world.phase, world.stable) == ("RolledBack", "aaa")
-    assert "2 of 5 pods of revision bbb are ready: 0/3 nodes" in world.status.rollout.outcome
+    assert f"{counts[-1]} of 5 pods of revision bbb are ready: so it says" in world.status.rollout.outcome

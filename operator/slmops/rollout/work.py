@@ -21,6 +21,8 @@ from slmops.rollout.seen import Decision, Note, Pods, Problem, Router, Seen
 from slmops.rollout.sizes import candidate_pods
 
 RETIRING_TOLD = 16  # most entries of status.rollout.retiring and former; others are found again by their Deployments
+# What scheduler, quota and nodes do to pods that are as good as any.
+_NO_ROOM = ("Unschedulable", "SchedulingGated", "PodsForbidden", "Evicted", "NodeRefused", "NodeFailed")
 
 
 class Work:
@@ -202,9 +204,10 @@ class Work:
     def _as_short(self) -> bool:
         """Whether a running step lacks no more of its pods than the stable revision does: there is no room for either.
 
-        Its share would only be more for those few. What breaks by itself is shorter of pods than the stable revision.
+        Its share would only be more for those few. Pods that break by themselves would not, so their time passes.
         """
-        if self.stable is None or self.roll.routed_at is None:
+        problem = self.pods.problem
+        if self.stable is None or self.roll.routed_at is None or (problem and problem.reason not in _NO_ROOM):
             return False
         stable = self.seen.pods.get(self.stable.revision, Pods(0, 0)).ready
         return stable < self.spec.replicas and self.reached() >= max(1, candidate_pods(stable, self.weight))
