@@ -238,6 +238,7 @@ class World:
         for name in decision.remove:
             assert seen.routers
             assert all(r.weights is not None and r.weights.get(name, 0) == 0 for r in seen.routers)
+        assert decision.rollout.waiting_since or decision.rollout.waiting_pods is None  # who waits for none tells none
         again = decide(self.spec, before, seen, self.now)
         assert again == decision  # the same facts, the same decision
 

@@ -332,6 +332,26 @@ def test_an_approval_is_for_the_weight_it_was_given_at():
     assert (world.weight, world.stable, world.status.rollout.approved) == (90, "aaa", False)
 
 
+@pytest.mark.parametrize(
+    ("before", "together", "stable"), [(False, True, "bbb"), (True, True, "bbb"), (True, False, "aaa")]
+)
+def test_another_weight_and_its_approval_may_come_together(before, together, stable):
+    world = serving(steps=steps(10, pause=None, approval=True), analysis=analysis())
+    world.deploy("bbb")
+    if before:
+        world.annotations[keys.ANNOTATION_PROMOTE] = "bbb/10"
+        world.passes()
+    world.edit_rollout(steps=steps(20, pause=None, approval=True))
+    if together:
+        world.annotations[keys.ANNOTATION_PROMOTE] = "bbb/20"
+    world.passes()
+    assert (world.weight, world.stable, world.events.count("StepApproved")) == (20, "aaa", before + together)
+    for _ in range(3):  # the evidence is that of the new weight
+        world.serve(300)
+        world.after(10)
+    assert world.stable == stable
+
+
 @pytest.mark.parametrize("before", [[], steps(10, pause=60)], ids=["first", "later"])
 @pytest.mark.parametrize(("edited", "stable"), [(50, "bbb"), (90, "aaa")])
 def test_an_approval_of_a_step_that_waits_for_its_pods_is_for_that_weight_too(before, edited, stable):

@@ -151,6 +151,8 @@ def test_a_candidate_that_is_made_anew_has_its_whole_time_again():
     world.broken[name] = NOT_PULLED
     world.passes()
     upgrade(world)
+    world.passes(1)
+    assert not {"waitingSince", "waitingPods"} & set(world.status["rollout"])
     world.passes(seconds=59)
     assert image_of(world, name) == "server:2"
     world.passes(seconds=59)

@@ -157,7 +157,7 @@ class DeploymentReconciler:
         wanted, anew = observed.wanted, _anew(obj, spec, observed, decision)
         outdated = _outdated(observed, anew)
         if decision.candidate is not None and decision.candidate.revision in outdated:  # it has its whole time again
-            fresh = decision.rollout.model_copy(update={"waiting_since": None})
+            fresh = decision.rollout.model_copy(update={"waiting_since": None, "waiting_pods": None})
             decision = replace(decision, rollout=fresh)
         facts = Facts(spec, before, observed.seen, obj["metadata"].get("generation", 0), wanted.waiting, now)
         status = report(facts, decision).model_copy(

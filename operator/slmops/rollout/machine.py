@@ -185,7 +185,7 @@ def _step(work: Work) -> None:
         return
     step = work.steps[work.roll.step]
     if work.roll.routed_at is not None and work.weight != step.weight:
-        work.start_over()
+        work.start_over(step.weight)
     if work.roll.approved_weight not in (None, step.weight):
         work.set(approved=False, approved_weight=None)
     evidence.keep_measuring(work)

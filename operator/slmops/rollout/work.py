@@ -52,14 +52,15 @@ class Work:
     def enter(self, phase: str) -> None:
         """Begin a phase, or the next step."""
         self.set(
-            phase=phase, entered_at=stamp(self.now), waiting_since=None, routed_at=None, measured_at=None,
-            answered_at=None, approved=False, approved_weight=None, passes=0, hold="", state="",
+            phase=phase, entered_at=stamp(self.now), waiting_since=None, waiting_pods=None, routed_at=None,
+            measured_at=None, answered_at=None, approved=False, approved_weight=None, passes=0, hold="", state="",
         )  # fmt: skip
 
-    def start_over(self) -> None:
+    def start_over(self, weight: int) -> None:
         """The running step has another weight now: what was earned, or approved, at the old one counts no more."""
-        self.set(waiting_since=None, routed_at=None, approved=False, approved_weight=None, passes=0)
-        self.set(measured_at=None, answered_at=None)
+        self.set(waiting_since=None, waiting_pods=None, routed_at=None, passes=0, measured_at=None, answered_at=None)
+        if self.roll.approved_weight != weight:  # else the approval came with the new weight
+            self.set(approved=False, approved_weight=None)
 
     def hold(self, reason: str, message: str) -> None:
         """Say why it does not go on."""
@@ -145,7 +146,7 @@ class Work:
         if self.spec.replicas > 0:
             return False
         self.weight = 0
-        self.set(routed_at=None, waiting_since=None, passes=0)
+        self.set(routed_at=None, waiting_since=None, waiting_pods=None, passes=0)
         self.hold("ScaledToZero", "spec.replicas is 0; the rollout goes on when there are pods.")
         return True
 
@@ -184,7 +185,7 @@ class Work:
             self.hold(problem.reason, f"{said}: {problem.message}")
         stands_in = self.stands_in()
         if stands_in or self._as_short():
-            self.set(waiting_since=None)
+            self.set(waiting_since=None, waiting_pods=None)
             self.wakes.append(READY_SECONDS)
             if stands_in and not problem:
                 self.hold("StableNotReady", f"{said}; it keeps its share, for no pod of the stable revision is ready.")
