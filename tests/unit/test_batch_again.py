@@ -28,13 +28,14 @@ def test_suspending_suspends_the_job_and_waits_for_its_pod() -> None:
 
 
 def test_resuming_resumes_the_job_and_clears_the_condition() -> None:
-    suspended = run(finetune(suspend=True), job=job(finetune(), spec={"suspend": True}))
+    suspended = run(finetune(suspend=True), job=job(finetune()))
     obj = finetune(suspended.status, generation=2)
     change = suspended.apply[0]
     plan = run(obj, job=job(obj, spec=change["spec"], annotations=change["metadata"]["annotations"]))
     assert plan.apply[0]["spec"]["suspend"] is False
     assert of({"status": plan.status}, "Suspended") is None
     gone_on = plan.apply[0]["metadata"]["annotations"]
+    obj = after(obj, plan)
     again = run(obj, job=job(obj, spec={"suspend": True}, annotations=gone_on))  # by Kueue, or by a person
     assert (again.status["phase"], again.apply) == ("Queued", ())
 
@@ -47,6 +48,39 @@ def test_a_job_that_somebody_else_suspends_is_theirs_to_resume() -> None:
     assert "spec.queueName" in of({"status": plan.status}, "Ready")["message"]  # type: ignore[index]
     limits = run(finetune(backoffLimit=9), job=job(obj, spec={"suspend": True}))
     assert [limits.apply[0]["spec"][name] for name in ("suspend", "backoffLimit")] == [True, 9]
+
+
+def test_a_job_that_an_older_operator_suspended_is_resumed_with_its_object() -> None:
+    """It wrote nothing on the Job; the object's own status knows."""
+    suspended = run(finetune(suspend=True), job=job(finetune()))
+    obj = finetune(suspended.status, generation=2)
+    plan = run(obj, job=job(obj, spec={"suspend": True}))
+    assert (plan.status["phase"], [one["spec"]["suspend"] for one in plan.apply]) == ("Pending", [False])
+    assert of({"status": plan.status}, "Suspended") is None
+    assert run(obj, job=queued(obj, spec={"suspend": True})).apply == ()  # a queued one is Kueue's all the same
+
+
+def test_what_somebody_else_suspended_before_the_object_was_is_theirs_to_resume() -> None:
+    suspended = run(finetune(suspend=True), job=job(finetune(), spec={"suspend": True}))
+    assert suspended.status["phase"] == "Suspended"
+    noted = suspended.apply[0]["metadata"]["annotations"]
+    obj = finetune(suspended.status, generation=2)
+    for _ in range(2):
+        plan = run(obj, job=job(obj, spec={"suspend": True}, annotations=noted))
+        assert (plan.status["phase"], plan.apply) == ("Queued", ())
+        obj = after(obj, plan)
+    again = finetune(plan.status, suspend=True)
+    assert run(again, job=job(again, spec={"suspend": True}, annotations=noted)).apply == ()
+
+
+def test_a_job_that_somebody_else_resumes_under_a_suspended_object_is_suspended_by_it() -> None:
+    suspended = run(finetune(suspend=True), job=job(finetune(), spec={"suspend": True}))
+    obj = finetune(suspended.status, suspend=True)
+    change = run(obj, job=job(obj, annotations=suspended.apply[0]["metadata"]["annotations"])).apply[0]
+    assert change["spec"]["suspend"] is True
+    obj = finetune(suspended.status, generation=2)
+    plan = run(obj, job=job(obj, spec=change["spec"], annotations=change["metadata"]["annotations"]))
+    assert [one["spec"]["suspend"] for one in plan.apply] == [False]
 
 
 def queued(owner: Object, **more: Any) -> Object:

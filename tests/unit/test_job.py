@@ -290,14 +290,17 @@ def live(built: Object) -> Object:
 
 def test_a_job_with_the_right_limits_is_left_alone() -> None:
     current = live(made(activeDeadlineSeconds=5))
-    assert revised(current, FineTuneJobSpec.model_validate(finetune(activeDeadlineSeconds=5)["spec"])) is None
+    assert (
+        revised(current, FineTuneJobSpec.model_validate(finetune(activeDeadlineSeconds=5)["spec"]), suspended=False)
+        is None
+    )
 
 
 def test_revising_keeps_the_template_that_is_there() -> None:
     current = live(made(activeDeadlineSeconds=5))
     current["spec"]["template"]["spec"]["nodeSelector"] = {"set": "by-kueue"}
     spec = FineTuneJobSpec.model_validate(finetune(backoffLimit=9)["spec"])
-    change = revised(current, spec)
+    change = revised(current, spec, suspended=False)
     assert change is not None
     assert change["spec"]["template"] == current["spec"]["template"]
     assert change["spec"]["backoffLimit"] == 9
@@ -308,8 +311,8 @@ def test_revising_keeps_the_template_that_is_there() -> None:
 def test_a_queued_jobs_suspend_is_not_touched() -> None:
     current = live(made(queueName="q"))
     current["spec"]["suspend"] = True
-    assert revised(current, FineTuneJobSpec.model_validate(finetune(queueName="q")["spec"])) is None
+    assert revised(current, FineTuneJobSpec.model_validate(finetune(queueName="q")["spec"]), suspended=False) is None
     # Without queueName Kueue sets the label where there is a default queue, and the operator has written `suspend`.
-    change = revised(current, FineTuneJobSpec.model_validate(finetune(backoffLimit=9)["spec"]))
+    change = revised(current, FineTuneJobSpec.model_validate(finetune(backoffLimit=9)["spec"]), suspended=False)
     assert change is not None
     assert change["spec"]["suspend"] is True

@@ -29,7 +29,7 @@ _NO_SIDECAR = {"sidecar.istio.io/inject": "false"}
 
 SUFFIX = {"DistillationJob": "distill", "FineTuneJob": "finetune", "QuantizedModel": "quantize"}
 
-ANNOTATION_SUSPENDED = "slmops.dev/suspended"  # on the Job: by its object's spec.suspend
+ANNOTATION_SUSPENDED = "slmops.dev/suspended"  # on a suspended Job: whether by its object's spec.suspend
 
 _POLICY = ("suspend", "backoffLimit", "activeDeadlineSeconds")
 
@@ -80,10 +80,14 @@ def queue_of(current: Object, spec: BatchSpec) -> str | None:
     return spec.queue_name or labels.get(keys.LABEL_QUEUE)
 
 
-def held(current: Object, spec: BatchSpec) -> bool:
-    """Whether somebody else suspended the Job `current`: Kueue, also without a queue, or a person. Theirs to resume."""
-    notes = current["metadata"].get("annotations") or {}
-    return bool(current["spec"].get("suspend")) and bool(queue_of(current, spec) or ANNOTATION_SUSPENDED not in notes)
+def held(current: Object, spec: BatchSpec, *, suspended: bool) -> bool:
+    """Whether somebody else suspended the Job `current`: Kueue, also without a queue, or a person. Theirs to resume.
+
+    `suspended`: what the object's status says. It is asked where nothing is noted, as by older operators.
+    """
+    note = (current["metadata"].get("annotations") or {}).get(ANNOTATION_SUSPENDED)
+    ours = suspended if note is None else note == "true"
+    return bool(current["spec"].get("suspend")) and bool(queue_of(current, spec) or not ours)
 
 
 def policy(spec: BatchSpec, queue: str | None) -> Object:
@@ -96,19 +100,20 @@ def policy(spec: BatchSpec, queue: str | None) -> Object:
     return fields
 
 
-def revised(current: Object, spec: BatchSpec) -> Object | None:
-    """Build the Job `current` with the policy of `spec`; None where it has it already.
+def revised(current: Object, spec: BatchSpec, *, suspended: bool) -> Object | None:
+    """Build the Job `current` with the policy of `spec`; None where it has it already. `suspended` is as for `held`.
 
     All else is what stands in the cluster: a Job's template is immutable, and a newer operator may build another one.
     The resourceVersion makes the write fail if somebody (Kueue) changed the Job since it was read.
     """
     wanted = policy(spec, queue_of(current, spec))
-    if held(current, spec) and not spec.suspend:
+    theirs = held(current, spec, suspended=suspended)
+    if theirs and not spec.suspend:
         wanted.pop("suspend", None)
     have, before = current["spec"], current["metadata"].get("annotations") or {}
     notes = {name: value for name, value in before.items() if name != ANNOTATION_SUSPENDED}
-    if wanted.get("suspend"):
-        notes[ANNOTATION_SUSPENDED] = "true"
+    if wanted.get("suspend") or (theirs and ANNOTATION_SUSPENDED in before):
+        notes[ANNOTATION_SUSPENDED] = "false" if theirs else "true"
     unset = [name for name in _POLICY if name not in wanted and name in have and name != "suspend"]
     if not unset and notes == before and all(have.get(name) == value for name, value in wanted.items()):
         return None

@@ -136,7 +136,7 @@ def _with_job(p: Pass, job: Object) -> Plan:
         return plan(status, requeue=POLL_PODLESS)
     if p.spec.suspend and queue_of(job, p.spec):
         return _suspended(p, delete=True)  # a queued Job's suspend is Kueue's; without the Job nothing is queued
-    change = revised(job, p.spec)
+    change = revised(job, p.spec, suspended=_was_suspended(p))
     if p.spec.suspend:
         return _suspended(p, apply=change)
     return _on_its_way(p, job, change)
@@ -156,7 +156,7 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
         message = f"Pod {pod['metadata']['name']} runs."
         status = going_on(p, "Running", "Running", message, progress=progress(p), last_failure=failure)
         return plan(status, *news, apply=apply, requeue=_poll_running(p))
-    if held(job, p.spec):
+    if held(job, p.spec, suspended=_was_suspended(p)):
         queue = queue_of(job, p.spec)
         message = f"Waits in queue {queue} to be admitted." if queue else _HELD
         return plan(going_on(p, "Queued", "Queued", message, last_failure=failure), *news, apply=apply)
@@ -180,6 +180,10 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
         message = f"Attempt {p.status.attempts + 1} of {p.spec.backoff_limit + 1} starts; before: {failure.message}"
     status = going_on(p, "Pending", reason, message, last_failure=failure)
     return plan(status, *news, apply=apply, requeue=poll)
+
+
+def _was_suspended(p: Pass) -> bool:
+    return conditions.is_true(p.status.conditions, conditions.SUSPENDED)
 
 
 def _poll_running(p: Pass) -> float:
