@@ -227,8 +227,8 @@ def _upper(name: str, routes: Routes, place: Place) -> str:
     """Choose the revision. Only what a candidate could not answer is asked again, of the fallback.
 
     What the stable revision could not answer is not: its bad requests would count as the candidate's failures. Nor is
-    what came too late for the client, who waits no more, or was refused because it would: what HAProxy asks again by
-    its status it counts by that status, too.
+    what came too late for the client, who waits no more, or was refused because it would, though the stable revision
+    may be fast enough: what HAProxy asks again by its status it counts by that status, too.
     """
     lines = [
         f"backend {name}",
