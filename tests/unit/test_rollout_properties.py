@@ -83,9 +83,9 @@ class AnyOrder(RuleBasedStateMachine):
     def pods_go(self, name: str, count: int) -> None:
         self.world.ready[name] = min(self.world.ready.get(name, 0), count)
 
-    @rule(name=NAMES)
-    def a_revision_breaks(self, name: str) -> None:
-        self.world.broken[name] = Problem("CrashLoopBackOff", "It crashes.")
+    @rule(name=NAMES, reason=st.sampled_from(["CrashLoopBackOff", "Unschedulable"]))
+    def a_revision_breaks(self, name: str, reason: str) -> None:
+        self.world.broken[name] = Problem(reason, "So it says.")
         self.world.settle()
 
     @rule(name=NAMES)
