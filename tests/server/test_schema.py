@@ -112,6 +112,7 @@ BAD = [
     ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
     ({"structured_outputs": {"choice": [""]}}, "structured_outputs.choice"),
     ({"structured_outputs": {"regex": 3}}, "structured_outputs.regex"),
+    ({"structured_outputs": {"regex": "a", "strict": False}}, "structured_outputs"),
     ({"tools": {}}, "tools"),
     ({"tools": [{}]}, "tools[0]"),
     ({"tools": [TOOL, TOOL]}, "tools"),

@@ -86,14 +86,15 @@ def _response_format(form: Any) -> Grammar | None:
         if not isinstance(wrapped.get(name, ""), str):
             raise bad_request(f"{where}.json_schema.{name} is not a string.", where)
     grammar = _schema(wrapped["schema"], where)
-    if flag(wrapped, "strict", True, f"{where}.json_schema.strict"):
+    if flag(wrapped, "strict", False, f"{where}.json_schema.strict"):
         return grammar
     return _schema({"x-guidance": LENIENT, **wrapped["schema"]}, where)
 
 
 def _structured_outputs(outputs: Any) -> Grammar:
     where = "structured_outputs"
-    given = {k: v for k, v in outputs.items() if v not in (None, False)} if isinstance(outputs, dict) else {}
+    told = outputs.items() if isinstance(outputs, dict) else ()
+    given = {k: v for k, v in told if v is not None and not (v is False and k in KINDS)}
     if len(given) != 1 or next(iter(given)) not in KINDS:
         raise bad_request(f"{where} is not an object with exactly one of {', '.join(KINDS)}.", where)
     kind, value = next(iter(given.items()))

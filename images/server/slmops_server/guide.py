@@ -134,5 +134,5 @@ def _internal_form(kind: str, text: str) -> str:
 def _first_line(text: str) -> str:
     line = (text.strip() or "no reason given").splitlines()[0]
     if UNKEPT.search(line):
-        return f"{line}. This cannot be enforced; where strict is false, it is taken and not enforced."
+        return f"{line}. This cannot be enforced; a json_schema or function that is not strict may have it."
     return line
