@@ -143,6 +143,13 @@ def test_how_much_is_to_be_thought_reaches_a_template_that_asks(
         assert (caught.value.status, caught.value.param) == (400, "reasoning_effort")
 
 
+def test_what_a_function_has_beside_the_usual_reaches_a_template_that_prints_it(tiny: Path, tmp_path: Path) -> None:
+    """As transformers' get_json_schema writes it, and the templates of Hermes and Qwen3-Coder read it."""
+    source = "{% for tool in tools or [] %}{{ (tool.function['return'] or {}).type }}{% endfor %}"
+    told = {"name": "f", "return": {"type": "integer"}}
+    assert prompt(serving(tiny, tmp_path, source), tools=[{"type": "function", "function": told}]) == "integer"
+
+
 def test_without_tags_a_strict_tool_has_to_be_asked_for(tiny: Path, tmp_path: Path) -> None:
     """What is JSON there may be a call or an answer."""
     bare = serving(tiny, tmp_path / "bare", "{% if tools %}tools{% endif %}")

@@ -16,7 +16,7 @@ OF_ASSISTANT = frozenset({"tool_calls", "reasoning_content"})
 # Fields of answers, which clients send back whole; what the model said is in its content
 HARMLESS = frozenset({"refusal", "annotations", "parsed", "type", "provider_specific_fields"})
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-OF_TOOL, OF_FUNCTION = {"type", "function"}, {"name", "description", "parameters", "strict"}
+OF_TOOL = {"type", "function"}  # what a function has, chat templates read
 MAX_TOOLS = 128
 
 
@@ -145,10 +145,9 @@ def _tool(tool: Any, where: str) -> tuple[str, dict[str, Any]]:
     function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
     if not isinstance(function, dict):
         raise bad_request(f"{where} is not a function tool.", where)
-    for told, known, at in ((tool, OF_TOOL, where), (function, OF_FUNCTION, f"{where}.function")):
-        for field in told:
-            if field not in known and told[field] is not None:
-                raise _unsupported(f"{at}.{field}")
+    for field in tool:
+        if field not in OF_TOOL and tool[field] is not None:
+            raise _unsupported(f"{where}.{field}")
     name = function.get("name")
     if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
         raise bad_request(f"{where}.function.name is not 1 to 64 letters, digits, _ or -.", f"{where}.function.name")
