@@ -1,5 +1,6 @@
 import http.server
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -174,15 +175,33 @@ def test_a_dead_collector_slows_and_breaks_nothing(
         assert "Queue full, dropping Span" in server.log.read_text()
 
 
-def test_another_protocol_is_refused_in_a_sentence(
-    start: Start, collector: Collector, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc", "the protocol is 'grpc', which is not 'http/protobuf'"),
+        ("OTEL_TRACES_EXPORTER", "zipkin, console", "the exporter is 'zipkin, console', which is not 'otlp'"),
+        ("OTEL_TRACES_EXPORTER", "none", ""),
+    ],
+)
+def test_another_protocol_or_exporter_is_no_traces_and_a_sentence_unless_none_is_asked_for(
+    start: Start, collector: Collector, monkeypatch: pytest.MonkeyPatch, name: str, value: str, problem: str
 ) -> None:
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    monkeypatch.setenv(name, value)
     server = start("--drain-grace", "0")
     assert server.complete().status_code == 200
     end(server)
-    assert "none are sent problem=the protocol is 'grpc', which is not 'http/protobuf'" in server.log.read_text()
+    assert re.findall("none are sent problem=(.*)", server.log.read_text()) == [problem][: bool(problem)]
     assert collector.bodies == []
+
+
+def test_traces_are_sent_where_otlp_is_one_of_the_exporters(
+    start: Start, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "console,otlp")
+    server = start("--drain-grace", "0")
+    server.complete()
+    end(server)
+    assert len(collector.spans) == 1
 
 
 def test_without_a_collector_nothing_of_it_is_read() -> None:

@@ -98,7 +98,7 @@ async def serve(settings: Settings) -> int:
         loop.add_signal_handler(number, told.set)
 
     supervising = asyncio.create_task(service.supervisor.run())
-    if any(map(os.environ.get, COLLECTOR)):
+    if any(map(os.environ.get, COLLECTOR)) and os.environ.get("OTEL_TRACES_EXPORTER", "").strip().lower() != "none":
         service.traces = await asyncio.to_thread(_traces)  # beside the engine's start
     listening = [asyncio.create_task(_listen(listener)) for listener in listeners]
     stop = asyncio.create_task(told.wait())

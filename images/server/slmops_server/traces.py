@@ -22,7 +22,7 @@ from slmops_server.errors import ApiError
 from slmops_server.generate import Record
 from slmops_server.metrics import now
 
-PROTOCOL = "http/protobuf"  # the only one that is built in
+EXPORTER, PROTOCOL = "otlp", "http/protobuf"  # the only ones that are built in
 FLUSH = 5.0  # seconds for the last spans when the server ends
 LONGEST = 256  # characters of a model's name: one that is not served may have millions
 W3C = TraceContextTextMapPropagator()
@@ -32,6 +32,9 @@ class Traces:
     """Spans of the requests that Generate has ended with. ValueError when a variable makes no sense."""
 
     def __init__(self) -> None:
+        exporter = os.environ.get("OTEL_TRACES_EXPORTER") or EXPORTER
+        if EXPORTER not in map(str.strip, exporter.lower().split(",")):
+            raise ValueError(f"the exporter is {exporter!r}, which is not {EXPORTER!r}")
         names = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
         asked = next(filter(None, map(os.environ.get, names)), PROTOCOL)
         if asked != PROTOCOL:
