@@ -364,6 +364,19 @@ def test_a_strict_tool_is_kept_whole_or_refused(with_tools: Server, choice: str)
     assert with_tools.chat(tools=[strict], tool_choice=choice, max_tokens=300).status_code == 200
 
 
+def test_what_a_model_without_tags_begins_as_json_is_a_call_of_its_strict_tools(start: Start, tmp_path: Path) -> None:
+    model = shutil.copytree(TINY, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(TEMPLATE.replace("<tool_call>", ""))
+    server = start("--slots", "2", model=model)
+    tool = {"type": "function", "function": {**WEATHER["function"], "strict": True}}  # type: ignore[dict-item]
+    (brace,) = Tokenizer.from_file(str(TINY / "tokenizer.json")).encode("{", add_special_tokens=False).ids
+    (choice,) = server.chat(tools=[tool], logit_bias={brace: 100}, max_tokens=300).json()["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    jsonschema.validate(json.loads(call["function"]["arguments"]), WEATHER["function"]["parameters"])  # type: ignore[index]
+    (choice,) = server.chat(tools=[tool], logit_bias={brace: -100}, max_tokens=5).json()["choices"]
+    assert len(choice["message"]["content"]) > 0
+
+
 def test_a_forced_tool_without_parameters_gets_no_arguments(with_tools: Server) -> None:
     tool = {"type": "function", "function": {"name": "now"}}
     choices = with_tools.chat(

@@ -148,15 +148,3 @@ def test_what_a_function_has_beside_the_usual_reaches_a_template_that_prints_it(
     source = "{% for tool in tools or [] %}{{ (tool.function['return'] or {}).type }}{% endfor %}"
     told = {"name": "f", "return": {"type": "integer"}}
     assert prompt(serving(tiny, tmp_path, source), tools=[{"type": "function", "function": told}]) == "integer"
-
-
-def test_without_tags_a_strict_tool_has_to_be_asked_for(tiny: Path, tmp_path: Path) -> None:
-    """What is JSON there may be a call or an answer."""
-    bare = serving(tiny, tmp_path / "bare", "{% if tools %}tools{% endif %}")
-    tagged = serving(tiny, tmp_path / "tagged", "{% if tools %}tools <tool_call>{% endif %}")
-    strict, loose = ({"type": "function", "function": {"name": "f", "strict": kept}} for kept in (True, False))
-    with pytest.raises(ApiError) as caught:
-        prompt(bare, tools=[strict])
-    assert (caught.value.status, caught.value.param, caught.value.code) == (400, "tools", "unsupported_parameter")
-    assert prompt(bare, tools=[strict], tool_choice="required") == prompt(bare, tools=[loose]) == "tools"
-    assert prompt(tagged, tools=[strict]) == "tools <tool_call>"

@@ -10,9 +10,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from slmops_server import tools
 from slmops_server.detok import CLOSE, OPEN, DetokenizerFactory
-from slmops_server.grammar import calls_grammar
+from slmops_server.grammar import Grammar, calls_grammar
 from slmops_server.guide import Guides
-from slmops_server.messages import read_tools
+from slmops_server.messages import Tools, read_tools
 from slmops_server.tools import ToolParser
 
 CALL = '{"name": "f", "arguments": {"a": "ü"}}'
@@ -151,10 +151,57 @@ def test_text_goes_on_behind_a_tag_that_it_only_speaks_of() -> None:
     assert [parser.feed(text)[0] for text in fed] == ["use ", "<tool_call> tags", " then"]
 
 
+def strict_and_loose() -> Tools:
+    """Of the functions f, which is strict, and g."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    f = {"name": "f", "strict": True, "parameters": {**schema, "additionalProperties": False}}
+    g = {"name": "g", "parameters": {"type": "object", "not": {"required": ["c"]}}}
+    tools = read_tools({"tools": [{"type": "function", "function": one} for one in (f, g)]})
+    assert tools
+    return tools
+
+
+def may_be(file: Path, grammar: Grammar, answer: str) -> bool:
+    """Whether a model with that tokenizer may write the answer and end there."""
+    tokenizer = Tokenizer.from_file(str(file))
+    guide = Guides(file, tokenizer.get_vocab_size(), [2]).new(grammar.kind, grammar.text)
+    for token in tokenizer.encode(answer, add_special_tokens=False).ids:
+        if not guide.allowed()[token]:
+            return False
+        guide.take(token)
+    return bool(guide.allowed()[2])
+
+
 TEXT = "Let me see, < 3: <tool_cal>ü"
 GOOD = '\n{"name": "f", "arguments": {"a": 1}}\n'
 WRONG = '\n{"name": "f", "arguments": {"a": "1"}}\n'
 LOOSE = '\n{"name": "g", "arguments": {"b": [2]}}\n'
+
+
+BARE, WRONG_BARE, LOOSE_BARE = GOOD.strip(), WRONG.strip(), LOOSE.strip()
+
+
+@pytest.mark.parametrize(
+    ("answer", "fits"),
+    [
+        ("", True),
+        (" \n", True),
+        (f"{TEXT}{WRONG}", True),
+        (f" \r\n{BARE}", True),
+        (LOOSE_BARE, True),
+        (f"[{BARE}, {LOOSE_BARE}]", True),
+        (WRONG_BARE, False),
+        (f"\r{WRONG_BARE}", False),
+        (f"[{BARE}, {WRONG_BARE}]", False),
+        (f"{BARE}{TEXT}", False),
+        ('{"a": 1}', False),
+        ("[1]", False),
+    ],
+)
+def test_calls_of_strict_tools_keep_to_their_schemas_where_the_template_has_no_tags(
+    tiny: Path, answer: str, fits: bool
+) -> None:
+    assert may_be(tiny / "tokenizer.json", calls_grammar(strict_and_loose(), tagged=False), answer) == fits
 
 
 @pytest.mark.parametrize("special", [False, True])
@@ -174,20 +221,9 @@ def test_calls_of_strict_tools_keep_to_their_schemas_where_the_model_may_also_wr
     tiny: Path, tmp_path: Path, special: bool, answer: str, fits: bool
 ) -> None:
     """Whether the model spells a tag out or has a token for it."""
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-    f = {"name": "f", "strict": True, "parameters": {**schema, "additionalProperties": False}}
-    g = {"name": "g", "parameters": {"type": "object", "not": {"required": ["c"]}}}
-    tools = read_tools({"tools": [{"type": "function", "function": one} for one in (f, g)]})
-    assert tools
     tokenizer = Tokenizer.from_file(str(tiny / "tokenizer.json"))
     if special:
         tokenizer.add_special_tokens([AddedToken(tag, special=True) for tag in (OPEN, CLOSE)])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    grammar = calls_grammar(tools, tagged=True, special=(OPEN, CLOSE) if special else ())
-    guide = Guides(tmp_path / "tokenizer.json", tokenizer.get_vocab_size(), [2]).new(grammar.kind, grammar.text)
-    allowed = True
-    for token in tokenizer.encode(answer, add_special_tokens=False).ids:
-        allowed = allowed and bool(guide.allowed()[token])
-        if allowed:
-            guide.take(token)
-    assert (allowed and bool(guide.allowed()[2])) == fits
+    grammar = calls_grammar(strict_and_loose(), tagged=True, special=(OPEN, CLOSE) if special else ())
+    assert may_be(tmp_path / "tokenizer.json", grammar, answer) == fits

@@ -133,6 +133,14 @@ def calls_grammar(tools: Tools, tagged: bool, special: Collection[str] = ()) -> 
         kept = {**told, "type": "object", "x-guidance": JSON_OPTIONS if strict else LENIENT}
         rules.append(f"arguments_{index}: %json {_dumps(kept, 'tools')}")
     tool = " | ".join(f"tool_{index}" for index in range(len(names)))
+    if not tagged and not tools.forced:  # what begins as JSON may be calls, and has to be: see ToolParser
+        again = f' (BLANK "," BLANK ({tool})){{0,{MAX_CALLS - 1}}}' if tools.parallel else ""
+        rules += [
+            r"BLANK: /[ \n\r\t]{0,24}/",
+            r"TEXT: /[ \n\r\t]*([^{\[ \n\r\t](.|\n)*)?/",
+            f'calls: "[" BLANK ({tool}){again} BLANK "]"',
+        ]
+        return _checked(Grammar("lark", "\n".join([f"start: TEXT | BLANK ({tool} | calls)", *rules]), "tools"))
     if not tagged:
         return _checked(Grammar("lark", "\n".join([f"start: {tool}", *rules]), "tools"))
     close = f'("{CLOSE}" | {CLOSE})' if CLOSE in special else f'"{CLOSE}"'

@@ -177,13 +177,6 @@ class Service:
             raise bad_request("This model has no chat template; use /v1/completions.", "messages", "no_chat_template")
         if request.tools and not template.takes_tools:
             raise bad_request("This model's chat template knows no tools.", "tools", "unsupported_parameter")
-        if request.tools and request.tools.strict and not request.tools.forced and not template.tags_calls:
-            raise bad_request(
-                "This model writes calls without tags, so what is strict is kept only where a call is asked for: "
-                'set tool_choice to "required" or a function, or strict to false.',
-                "tools",
-                "unsupported_parameter",
-            )
         if "reasoning_effort" in request.template_fields and "reasoning_effort" not in template.names:
             raise bad_request(
                 "This model's chat template knows no reasoning_effort.", "reasoning_effort", "unsupported_parameter"
