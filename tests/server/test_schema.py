@@ -234,7 +234,7 @@ def test_a_schema_is_kept_by_either_type_of_response_format() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "boolean"}}}
     forms = (
         {"type": "json_object", "schema": schema},
-        {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}, "schema": None},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}, "schema": None},
     )
     for form in forms:
         got = parse("chat", json.dumps(CHAT | {"response_format": form}).encode()).grammar

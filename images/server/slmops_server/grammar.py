@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from slmops_server.detok import CLOSE, OPEN
 from slmops_server.errors import bad_request
 from slmops_server.fields import flag
+from slmops_server.json_schema import kept
 from slmops_server.messages import Tools
 
 if TYPE_CHECKING:  # the front does without the library
@@ -32,15 +33,17 @@ class Grammar(NamedTuple):
     param: str
 
 
-def _schema(value: Any, param: str) -> Grammar:
+def _schema(value: Any, param: str, strict: bool = True) -> Grammar:
     if not isinstance(value, dict):
         raise bad_request(f"{param} is not a JSON schema.", param)
-    return Grammar("json", _dumps(value, param), param)
+    told = value if strict else {"x-guidance": LENIENT, **value}
+    return Grammar("json", _dumps(told, param, strict), param)
 
 
-def _dumps(schema: Any, param: str) -> str:
+def _dumps(schema: Any, param: str, strict: bool) -> str:
     try:
-        return json.dumps(schema)
+        text = json.dumps(schema)
+        return text if len(text) > MAX_TEXT else json.dumps(kept(schema, strict))  # too large, it is refused unread
     except RecursionError:
         raise bad_request(f"{param} is nested too deeply.", param, "invalid_grammar") from None
 
@@ -85,10 +88,7 @@ def _response_format(form: Any) -> Grammar | None:
     for name in ("name", "description"):
         if not isinstance(wrapped.get(name, ""), str):
             raise bad_request(f"{where}.json_schema.{name} is not a string.", where)
-    grammar = _schema(wrapped["schema"], where)
-    if flag(wrapped, "strict", False, f"{where}.json_schema.strict"):
-        return grammar
-    return _schema({"x-guidance": LENIENT, **wrapped["schema"]}, where)
+    return _schema(wrapped["schema"], where, flag(wrapped, "strict", False, f"{where}.json_schema.strict"))
 
 
 def _structured_outputs(outputs: Any) -> Grammar:
@@ -130,8 +130,8 @@ def calls_grammar(tools: Tools, tagged: bool, special: Collection[str] = ()) -> 
         strict = name in tools.strict
         told = tools.schemas[name] if tools.forced or strict else {}
         # a schema need not say that arguments are an object, but they always are
-        kept = {**told, "type": "object", "x-guidance": JSON_OPTIONS if strict else LENIENT}
-        rules.append(f"arguments_{index}: %json {_dumps(kept, 'tools')}")
+        schema = {**told, "type": "object", "x-guidance": JSON_OPTIONS if strict else LENIENT}
+        rules.append(f"arguments_{index}: %json {_dumps(schema, 'tools', strict)}")
     tool = " | ".join(f"tool_{index}" for index in range(len(names)))
     if not tagged and not tools.forced:  # what begins as JSON may be calls, and has to be: see ToolParser
         again = f' (BLANK "," BLANK ({tool})){{0,{MAX_CALLS - 1}}}' if tools.parallel else ""

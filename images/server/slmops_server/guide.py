@@ -20,7 +20,11 @@ class BadGrammarError(Exception):
 
 
 log = logging.getLogger(__name__)
-UNKEPT = re.compile(r"Unimplemented keys|Unknown format|oneOf constraints are not supported")
+UNKEPT = re.compile(
+    r"Unimplemented keys|Unknown format|oneOf constraints are not|look-around|lookarounds not supported yet; Word"
+    r"|backreferences are not"
+)
+REGEX = re.compile(r"regex parse error:|lookarounds not supported")
 CACHED = 64  # grammars
 CACHED_TEXT = 1 << 20  # characters of them all
 
@@ -42,7 +46,7 @@ class MatcherGuide:
         """See Guide. At the grammar's end only an end token is allowed."""
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         if self._matcher.is_error():
-            self.problem = _first_line(self._matcher.get_error())
+            self.problem = _reason(self._matcher.get_error())
             raise ValueError(f"the grammar failed: {self.problem}")
         return np.unpackbits(self._bits.view(np.uint8), count=self._vocab, bitorder="little").view(np.bool_)
 
@@ -79,9 +83,9 @@ class Guides:
         try:
             matcher = LLMatcher(self._tokenizer, _internal_form(kind, text), log_level=0)
         except ValueError as error:  # JSON nested too deeply, say
-            raise BadGrammarError(_first_line(str(error))) from None
+            raise BadGrammarError(_reason(str(error))) from None
         if matcher.is_error():
-            raise BadGrammarError(_first_line(matcher.get_error()))
+            raise BadGrammarError(_reason(matcher.get_error(), kind == "json"))
         try:
             # the first mask is the dearest, and the first that may fail
             guide = MatcherGuide(matcher, self._tokenizer.vocab_size, self._vocab)
@@ -116,7 +120,7 @@ def _read(path: Path, vocab: int, eos: list[int]) -> LLTokenizer | None:
             return LLTokenizer(str(path), eos_token=eos)
         except ValueError as error:
             log.warning(
-                "The tokenizer takes no formats, so requests with one are refused problem=%s", _first_line(str(error))
+                "The tokenizer takes no formats, so requests with one are refused problem=%s", _reason(str(error))
             )
             return None
 
@@ -131,8 +135,14 @@ def _internal_form(kind: str, text: str) -> str:
             return LLMatcher.grammar_from_lark(text)
 
 
-def _first_line(text: str) -> str:
-    line = (text.strip() or "no reason given").splitlines()[0]
+def _reason(text: str, schema: bool = False) -> str:
+    """In a line; the library's has its first line, and of a regular expression the last. schema: it is of a schema."""
+    line = (text.strip() or "no reason given").splitlines()[0].partition(". Enable ")[0]  # an option that no client has
+    if line.endswith("regex parse error:") and (found := re.search(r"^error: (.*)", text, re.MULTILINE)):
+        line = f"{line} {found[1]}"
+    if not schema and "failed to compile JSON schema" not in line:
+        return line
+    line = REGEX.sub(r"pattern: \g<0>", line, count=1)
     if UNKEPT.search(line):
         return f"{line}. This cannot be enforced; a json_schema or function that is not strict may have it."
     return line
