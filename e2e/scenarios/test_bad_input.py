@@ -220,6 +220,7 @@ def test_a_teacher_that_answers_garbage_is_quoted_and_asked_again_once_it_is_men
     still(broken, "misled")
     teacher.revive()
     broken.apply(asked(*SENTENCES, "I saw a blue ball"))  # which ends the wait
+    wait_for("it is tried again", lambda: not broken.condition("distillationjob", "misled", "Stalled"), 90)
     done = broken.wait_ready("distillationjob", "misled", 240)
     assert done["status"]["retries"] == 1, done["status"]
 
