@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from tests.unit.objects import RUNNING, Object, at, condition, exited, finetune, job, of, ours, pod, said, succeeded
+from tests.unit.objects import RUNNING, Object, at, condition, exited, finetune, job, of, pod, said, succeeded
 from tests.unit.test_batch_life import FAILED_JOB, FATAL_JOB, WANTED, after, kstatus, ready, run
 
 from slmops.reconcile.batch_pass import Blocked
@@ -217,62 +217,7 @@ def test_a_hash_of_a_former_operator_ends_no_wait() -> None:
     assert (changed.status["nextRetryTime"], changed.requeue) == (at(0), 0.0)
 
 
-PIN, COMMIT = "@sha256:" + "a" * 64, "@" + "b" * 40
 MAP = {"configMap": {"name": "data", "key": "train"}}
-BAD_MODEL, BAD_DATA = said("UnsupportedModel", "a BertModel", 3), said("BadDataset", "line 3", 3)
-GARBAGE = said("TeacherAnswersRejected", "0 of 20", 3)
-# What is refused, where model and dataset come from, and whether it can be mended there.
-MENDABLE: dict[str, tuple[Object, Object, bool]] = {
-    "a model by a tag": (BAD_MODEL, {"base": {"uri": "oci://r/m:1"}}, True),
-    "a model by no tag": (BAD_MODEL, {"base": {"uri": "oci://r/m"}}, True),
-    "a model by its digest": (BAD_MODEL, {"base": {"uri": "oci://r/m:1" + PIN}}, False),
-    "a model in a folder": (BAD_MODEL, {"base": {"uri": "pvc://models/m"}}, True),
-    "a model in a folder by its digest": (BAD_MODEL, {"base": {"uri": "pvc://models/m" + PIN}}, False),
-    "a model of a hub's branch": (BAD_MODEL, {"base": {"uri": "hf://org/m@main"}}, True),
-    "a model of a hub's default branch": (BAD_MODEL, {"base": {"uri": "hf://org/m"}}, True),
-    "a model by a hub's commit": (BAD_MODEL, {"base": {"uri": "hf://org/m" + COMMIT}}, False),
-    "an object's model": (BAD_MODEL, {"base": {"ref": {"kind": "FineTuneJob", "name": "f"}}}, False),
-    "data by a tag": (BAD_DATA, {}, True),
-    "data by its digest": (BAD_DATA, {"dataset": {"uri": "oci://r/d:1" + PIN}}, False),
-    "data of a hub's commit": (BAD_DATA, {"dataset": {"uri": "hf://datasets/org/d" + COMMIT}}, False),
-    "data of a ConfigMap": (BAD_DATA, {"dataset": MAP}, False),  # its change lets it go on at once
-    "held-out data by a tag": (BAD_DATA, {"dataset": MAP, "evaluation": {"dataset": {"uri": "oci://r/d:1"}}}, True),
-    "what nobody can mend there": (said("NothingToTrain", "x", 3), {}, False),
-}
-
-
-@pytest.mark.parametrize("name", MENDABLE)
-def test_what_can_be_mended_behind_its_uri_is_looked_at_again_later(name: str) -> None:
-    state, spec, mendable = MENDABLE[name]
-    obj = finetune(**spec)
-    plan = run(obj, job=job(obj, **FATAL_JOB), pods=(pod(obj, phase="Failed", state=state),))
-    assert plan.status.get("nextRetryTime") == (at(600) if mendable else None)
-    assert (kstatus(plan), plan.status["phase"]) == ("Failed", "Waiting" if mendable else "Failed")
-    if mendable:  # as long as it waits, and no longer
-        waits = run(after(obj, plan), job=job(obj, **FATAL_JOB), inputs="m1.s2")
-        assert (waits.status["conditions"], waits.apply) == (plan.status["conditions"], ())
-        due = after(obj, plan)
-        due["status"]["nextRetryTime"] = at(-1)
-        assert kstatus(run(due, job=job(due, **FATAL_JOB))) == "InProgress"
-
-
-def distil(retries: int = 0) -> Object:
-    spec = {"teacher": {"endpoint": {"url": "http://t/v1", "model": "m"}}, "data": {"prompts": {"uri": "oci://r/d:1"}}}
-    status = {"observedGeneration": 1, "retries": retries}
-    return ours("DistillationJob", {**spec, "student": {"uri": "oci://r/m" + PIN}}, status=status)
-
-
-@pytest.mark.parametrize(("retries", "seconds"), [(0, 600), (1, 1200), (5, 19200), (6, 21600), (400, 21600)])
-def test_what_somebody_has_to_mend_is_looked_at_a_few_times_a_day(retries: int, seconds: int) -> None:
-    obj = distil(retries)
-    state = {"terminated": {**GARBAGE["terminated"], "startedAt": at(-86400)}}  # a long try was paid for, too
-    plan = run(obj, job=job(obj, **FATAL_JOB), pods=(pod(obj, phase="Failed", state=state),))
-    assert (ready(plan), plan.status["nextRetryTime"]) == (("False", "TeacherAnswersRejected"), at(seconds))
-    assert plan.status["retries"] == retries
-    waits = run(after(obj, plan), job=job(obj, **FATAL_JOB), inputs="m1.s2")  # a renewed token
-    assert (waits.status, waits.delete, waits.apply) == (plan.status, (), ())
-    mended = run(after(obj, plan), job=job(obj, **FATAL_JOB), inputs="m2.s1")
-    assert (mended.status["nextRetryTime"], mended.requeue) == (at(0), 0.0)
 
 
 def failed_for_good(state: Object, jobs: dict[str, Any], **spec: Any) -> Object:

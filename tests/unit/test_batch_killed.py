@@ -163,6 +163,15 @@ def longer_deadline() -> World:
     return world
 
 
+def mended_model() -> World:
+    """Looked at again from time to time, until a ConfigMap is changed."""
+    world = World()
+    world.fail(said("UnsupportedModel", "a BertModel", 3), **FATAL_JOB)
+    assert "nextRetryTime" in world.status
+    world.config_map('{"prompt": "a", "completion": "b"}')
+    return world
+
+
 def new_secret() -> World:
     world = World()
     world.fail(said("AccessDenied", "401", 3), **FATAL_JOB)
@@ -191,6 +200,7 @@ STORIES = (
     mended_dataset_without_a_job,
     more_attempts,
     longer_deadline,
+    mended_model,
     new_secret,
     new_secret_without_a_job,
     mended_image,

@@ -106,6 +106,18 @@ def retry_requeue(p: Pass, at: str) -> float:
     return min(p.until(at), conditions.patiently(RECHECK_SECONDS, p.status.conditions, p.now))
 
 
+def retries(p: Pass, failure: Failure | None) -> int:
+    """The retries so far, where this failure is the last one: those of delays other than before are counted anew."""
+    before = p.status.last_failure
+    delays = _delays(p, failure.reason) if failure else None
+    return p.status.retries if before is None or delays in (None, _delays(p, before.reason)) else 0
+
+
+def to_mend(p: Pass, failure: Failure) -> bool:
+    """Whether the retries of an object that failed so wait for somebody to mend something."""
+    return _delays(p, failure.reason) == SLOW
+
+
 def waiting(p: Pass, failure: Failure, at: str, **fields: Any) -> BatchStatus:
     """Put together the status of an object whose next try starts at `at`.
 
@@ -113,7 +125,7 @@ def waiting(p: Pass, failure: Failure, at: str, **fields: Any) -> BatchStatus:
     """
     message = f"{failure.message} The next try starts at {at}."
     status = going_on(p, "Waiting", failure.reason, message, **fields)
-    if _delays(p, failure.reason) != SLOW:
+    if not to_mend(p, failure):
         return status
     kept = [c for c in p.status.conditions if c.type == conditions.STALLED]  # for the time at which it changed
     said = conditions.stalled([*status.conditions, *kept], failure.reason, message, generation=p.generation, now=p.now)
@@ -171,7 +183,7 @@ def _failed(p: Pass, failure: Failure) -> Plan:
     delays = _delays(p, failure.reason)
     if delays is not None:
         anew = delays == QUICK and _lasted(p) >= GOT_ON  # a long try that ends in the same fault is a dear one
-        found["retries"] = 0 if anew else p.status.retries
+        found["retries"] = 0 if anew else retries(p, failure)
         first, most = delays
         at = stamp(p.now + min(first * (1 << min(found["retries"], 16)), most))
         status = waiting(p, failure, at, next_retry_time=at, last_failure=failure, **found)

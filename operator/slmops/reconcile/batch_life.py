@@ -9,7 +9,17 @@ from slmops.api.times import parse, stamp
 from slmops.build.job import held, queue_of, revised
 from slmops.cluster.port import Object
 from slmops.reconcile import conditions
-from slmops.reconcile.batch_end import changed, collected, conclude, known_inputs, retry_requeue, waiting, worth_again
+from slmops.reconcile.batch_end import (
+    changed,
+    collected,
+    conclude,
+    known_inputs,
+    retries,
+    retry_requeue,
+    to_mend,
+    waiting,
+    worth_again,
+)
 from slmops.reconcile.batch_pass import ANNOTATION_IMAGE, ANNOTATION_INPUTS, Pass, going_on, plan, progress
 from slmops.reconcile.pods import (
     INTERRUPTED,
@@ -73,7 +83,7 @@ def _between_jobs(p: Pass) -> Plan:
     retry_at, failure = p.status.next_retry_time, p.status.last_failure
     if retry_at and failure and p.until(retry_at):
         if changed(p):
-            return _again(p)
+            return _again(p, retries=0 if to_mend(p, failure) else p.status.retries)
         return plan(waiting(p, failure, retry_at, inputs=known_inputs(p)), requeue=retry_requeue(p, retry_at))
     if old is not None:
         status = going_on(p, "Waiting", "Retrying", _TRIED_AGAIN)
@@ -113,14 +123,13 @@ def _suspended(p: Pass, *, delete: bool = False, apply: Object | None = None) ->
 
 
 def _with_job(p: Pass, job: Object) -> Plan:
-    retries = p.status.retries + (p.status.next_retry_time is not None)
     inputs = (job["metadata"].get("annotations") or {}).get(ANNOTATION_INPUTS) or p.status.inputs
     begun = p.status.start_time
     if begun is None and any(running(pod) or ended(pod) for pod in p.seen.pods):
         begun = p.seen.pods[0]["metadata"]["creationTimestamp"]
     noted = p.status.model_copy(
         update={
-            "retries": retries,
+            "retries": p.status.retries + (p.status.next_retry_time is not None),
             "next_retry_time": None,
             "inputs": inputs,
             "start_time": begun,
@@ -146,20 +155,21 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
     apply = (change,) if change else ()
     failure = _last_failure(p)
     news = () if failure is None or failure == p.status.last_failure else (_attempt_failed(failure),)
+    tried: dict[str, Any] = {"last_failure": failure, "retries": retries(p, failure)}
     pod = next((pod for pod in reversed(p.seen.pods) if not ended(pod)), None)
     if pod is not None and pod["metadata"].get("deletionTimestamp"):
         message = f"Pod {pod['metadata']['name']} is being stopped; the next one goes on from its checkpoint."
         stuck = lost(pod, p.now) or Trouble("PodTerminating", message)
-        status = going_on(p, "Pending", stuck.reason, stuck.message, last_failure=failure)
+        status = going_on(p, "Pending", stuck.reason, stuck.message, **tried)
         return plan(status, *news, *_first(p, stuck), apply=apply, requeue=POLL_STARTING)
     if pod is not None and running(pod):
         message = f"Pod {pod['metadata']['name']} runs."
-        status = going_on(p, "Running", "Running", message, progress=progress(p), last_failure=failure)
+        status = going_on(p, "Running", "Running", message, progress=progress(p), **tried)
         return plan(status, *news, apply=apply, requeue=_poll_running(p))
     if held(job, p.spec, suspended=_was_suspended(p)):
         queue = queue_of(job, p.spec)
         message = f"Waits in queue {queue} to be admitted." if queue else _HELD
-        return plan(going_on(p, "Queued", "Queued", message, last_failure=failure), *news, apply=apply)
+        return plan(going_on(p, "Queued", "Queued", message, **tried), *news, apply=apply)
     if pod is not None:
         trouble = trouble_of(pod) or told(pod, p.seen.events)
     else:
@@ -172,13 +182,13 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
         known = conditions.find(p.status.conditions, conditions.READY)
         if trouble.reason == "ImagePullBackOff" and known and known.reason == trouble.reason:
             message = known.message  # the kubelet says two things in turns; the first one has the cause
-        status = going_on(p, "Pending", trouble.reason, message, last_failure=failure)
+        status = going_on(p, "Pending", trouble.reason, message, **tried)
         return plan(status, *news, *_first(p, trouble), apply=apply, requeue=poll)
     reason, message = "Starting", "The pod starts."
     if failure is not None:
         reason = "Retrying"
         message = f"Attempt {p.status.attempts + 1} of {p.spec.backoff_limit + 1} starts; before: {failure.message}"
-    status = going_on(p, "Pending", reason, message, last_failure=failure)
+    status = going_on(p, "Pending", reason, message, **tried)
     return plan(status, *news, apply=apply, requeue=poll)
 
 
