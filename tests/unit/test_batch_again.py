@@ -60,6 +60,14 @@ def test_a_job_that_an_older_operator_suspended_is_resumed_with_its_object() -> 
     assert run(obj, job=queued(obj, spec={"suspend": True})).apply == ()  # a queued one is Kueue's all the same
 
 
+def test_a_new_job_that_somebody_else_suspends_is_theirs_though_the_status_says_suspended_still() -> None:
+    """Its object was just resumed, and the operator killed right after it made the Job."""
+    suspended = finetune(run(finetune(suspend=True)).status, generation=2)
+    of(suspended, "Suspended")["lastTransitionTime"] = at(-300)  # type: ignore[index]
+    plan = run(suspended, job=job(suspended, age=60, spec={"suspend": True}))
+    assert (plan.status["phase"], plan.apply) == ("Queued", ())
+
+
 def test_what_somebody_else_suspended_before_the_object_was_is_theirs_to_resume() -> None:
     suspended = run(finetune(suspend=True), job=job(finetune(), spec={"suspend": True}))
     assert suspended.status["phase"] == "Suspended"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from tests.unit.objects import Object, at, exited, finetune, job, ours, pod, said
-from tests.unit.test_batch_again import MAP
+from tests.unit.test_batch_again import MAP, edited
 from tests.unit.test_batch_life import FATAL_JOB, WANTED, after, kstatus, ready, run
 
 PIN, COMMIT = "@sha256:" + "a" * 64, "@" + "b" * 40
@@ -62,6 +62,22 @@ def test_what_somebody_has_to_mend_is_looked_at_a_few_times_a_day(retries: int, 
     assert (waits.status, waits.delete, waits.apply) == (plan.status, (), ())
     mended = run(after(obj, plan), job=job(obj, **FATAL_JOB), inputs="m2.s1")
     assert (mended.status["nextRetryTime"], mended.requeue) == (at(0), 0.0)
+
+
+@pytest.mark.parametrize("age", [60, 0])
+def test_who_suspends_and_resumes_does_not_wait(age: float) -> None:
+    """A Job that failed within its first second is no younger than the retry."""
+    obj = distil(5)
+    plan = run(obj, job=job(obj, age=age, **FATAL_JOB), pods=(pod(obj, phase="Failed", state=GARBAGE),))
+    obj = edited(after(obj, plan), suspend=True)
+    suspended = run(obj, job=job(obj, age=age, **FATAL_JOB))
+    due = at(0 if age else 1)
+    assert (suspended.status["nextRetryTime"], len(suspended.delete)) == (due, 1)
+    later = after(obj, suspended)
+    later["status"]["nextRetryTime"] = at(-60)
+    assert run(later).status == later["status"]  # no write each time that it is looked at
+    resumed = run(edited(later, suspend=False), wanted=WANTED, inputs="m1.s1")
+    assert (resumed.apply, resumed.status["retries"]) == ((WANTED,), 6)
 
 
 QUIET_TEACHER, GONE = said("TeacherUnavailable", "503", 3), said("SourceUnavailable", "503", 1)

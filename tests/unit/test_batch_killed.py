@@ -163,11 +163,16 @@ def longer_deadline() -> World:
     return world
 
 
-def mended_model() -> World:
-    """Looked at again from time to time, until a ConfigMap is changed."""
+def refused_model() -> World:
     world = World()
     world.fail(said("UnsupportedModel", "a BertModel", 3), **FATAL_JOB)
     assert "nextRetryTime" in world.status
+    return world
+
+
+def mended_model() -> World:
+    """Looked at again from time to time, until a ConfigMap is changed."""
+    world = refused_model()
     world.config_map('{"prompt": "a", "completion": "b"}')
     return world
 
@@ -229,6 +234,26 @@ def test_a_kill_after_every_write_changes_nothing(story: Callable[[], World]) ->
     world.cluster.deadly = range(10_000)
     world.passes()
     assert (world.told(), len(world.cluster.jobs)) == (calm.told(), 2)
+
+
+def test_a_kill_while_it_is_suspended_and_resumed_changes_nothing() -> None:
+    """Meanwhile it waited for a look that is ten minutes away."""
+
+    def resumed(deadly: Collection[int]) -> World:
+        world = refused_model()
+        world.cluster.deadly = deadly
+        world.edit(suspend=True)
+        world.passes()
+        assert (world.status["phase"], JOB in world.cluster.objects) == ("Suspended", False)
+        world.edit(suspend=False)
+        world.passes()
+        return world
+
+    calm = resumed(())
+    assert (calm.status["phase"], calm.status["retries"]) == ("Running", 1)
+    for deadly in [*((number,) for number in range(1, len(calm.cluster.writes) + 1)), range(10_000)]:
+        world = resumed(deadly)
+        assert (world.told(), len(world.cluster.jobs)) == (calm.told(), 2), deadly
 
 
 def test_a_status_that_cannot_be_written_costs_no_job() -> None:

@@ -83,7 +83,7 @@ def queue_of(current: Object, spec: BatchSpec) -> str | None:
 def held(current: Object, spec: BatchSpec, *, suspended: bool) -> bool:
     """Whether somebody else suspended the Job `current`: Kueue, also without a queue, or a person. Theirs to resume.
 
-    `suspended`: what the object's status says. It is asked where nothing is noted, as by older operators.
+    `suspended`: whether it was, by its object's status. This is asked where nothing is noted, as by older operators.
     """
     note = (current["metadata"].get("annotations") or {}).get(ANNOTATION_SUSPENDED)
     ours = suspended if note is None else note == "true"

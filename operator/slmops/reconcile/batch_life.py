@@ -1,7 +1,7 @@
 """The life of a batch object, from waiting for its sources to its end: `decide`. Pure; see batch.py for the rules."""
 
 import re
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from slmops.api.meta import Failure
@@ -64,11 +64,14 @@ def _again(p: Pass, **fields: Any) -> Plan:
     Nothing else tells of that decision once the old Job is gone, nor which Job is the new one. A pass that acts first
     and is killed before its status leaves a Job behind that the next pass removes, as its own decision's old one.
     """
-    due, old = p.now, p.seen.job
-    if old is not None:  # it has to be older than the retry's time, which is told in whole seconds
-        due = max(due, created(old) + timedelta(seconds=1))
+    due = _soonest(p)
     status = going_on(p, "Waiting", "Retrying", _TRIED_AGAIN, next_retry_time=stamp(due), **fields)
     return plan(status, requeue=(due - p.now).total_seconds())
+
+
+def _soonest(p: Pass) -> datetime:
+    """When a retry may begin: the old Job has to be older than its time, which is told in whole seconds."""
+    return p.now if p.seen.job is None else max(p.now, created(p.seen.job) + timedelta(seconds=1))
 
 
 def _stale(p: Pass, job: Object) -> bool:
@@ -118,7 +121,10 @@ def _suspended(p: Pass, *, delete: bool = False, apply: Object | None = None) ->
     message = "Suspended by spec.suspend."
     if alive:
         message = f"Suspended by spec.suspend; pod {alive[-1]['metadata']['name']} saves a checkpoint and ends."
-    status = going_on(p, "Suspended", "Suspended", message, suspended=True)
+    retry_at = p.status.next_retry_time
+    if retry_at is not None:  # who resumes it may have mended something, and waits for no more of a delay of hours
+        retry_at = min(retry_at, stamp(_soonest(p)))
+    status = going_on(p, "Suspended", "Suspended", message, suspended=True, next_retry_time=retry_at)
     return plan(status, delete=(p.job_key,) if delete else (), apply=(apply,) if apply else ())
 
 
@@ -145,7 +151,7 @@ def _with_job(p: Pass, job: Object) -> Plan:
         return plan(status, requeue=POLL_PODLESS)
     if p.spec.suspend and queue_of(job, p.spec):
         return _suspended(p, delete=True)  # a queued Job's suspend is Kueue's; without the Job nothing is queued
-    change = revised(job, p.spec, suspended=_was_suspended(p))
+    change = revised(job, p.spec, suspended=_was_suspended(p, job))
     if p.spec.suspend:
         return _suspended(p, apply=change)
     return _on_its_way(p, job, change)
@@ -166,7 +172,7 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
         message = f"Pod {pod['metadata']['name']} runs."
         status = going_on(p, "Running", "Running", message, progress=progress(p), **tried)
         return plan(status, *news, apply=apply, requeue=_poll_running(p))
-    if held(job, p.spec, suspended=_was_suspended(p)):
+    if held(job, p.spec, suspended=_was_suspended(p, job)):
         queue = queue_of(job, p.spec)
         message = f"Waits in queue {queue} to be admitted." if queue else _HELD
         return plan(going_on(p, "Queued", "Queued", message, **tried), *news, apply=apply)
@@ -192,8 +198,10 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
     return plan(status, *news, apply=apply, requeue=poll)
 
 
-def _was_suspended(p: Pass) -> bool:
-    return conditions.is_true(p.status.conditions, conditions.SUSPENDED)
+def _was_suspended(p: Pass, job: Object) -> bool:
+    """Whether the Job was there when the object was suspended; one that is younger was made to run."""
+    said = conditions.find(p.status.conditions, conditions.SUSPENDED)
+    return said is not None and said.status == "True" and created(job) <= parse(said.last_transition_time)
 
 
 def _poll_running(p: Pass) -> float:
