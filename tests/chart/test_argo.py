@@ -63,9 +63,9 @@ def done() -> Object:
     return after(obj, run(obj, job=job(obj), pods=(pod(obj, phase="Succeeded", state=succeeded()),)))
 
 
-def failed() -> Object:
+def failed(reason: str = "LossDiverged") -> Object:
     obj = finetune()
-    bad = pod(obj, phase="Failed", state=said("LossDiverged", "the loss is not a number", 3))
+    bad = pod(obj, phase="Failed", state=said(reason, "the loss is not a number", 3))
     return after(obj, run(obj, job=job(obj, **FATAL_JOB), pods=(bad,)))
 
 
@@ -97,6 +97,7 @@ STATES: dict[str, tuple[Object, str, str]] = {
     "a run": (running(), "Progressing", ""),
     "a run that is done": (done(), "Healthy", "Wrote"),
     "a run that failed": (failed(), "Degraded", "the loss is not a number"),
+    "a run that is looked at again": (failed("BadDataset"), "Degraded", "The next try starts at"),
     "a failed run, edited": (edited(failed(), backoffLimit=9), "Progressing", "not seen"),
     "a suspended run": (suspended(), "Suspended", "spec.suspend"),
     "a model that is served": (serving(), "Healthy", "2 of 2 pods"),

@@ -230,7 +230,7 @@ def test_a_refused_model_behind_a_tag_is_looked_at_again_later(api: Api, operato
     fail_pod(api, pod, 3, "UnsupportedModel", "it is a BertModel")
     fail_job(api, JOB, "PodFailurePolicy", 1)
     status = api.until_reason("FineTuneJob", "tune", "UnsupportedModel")
-    assert status["phase"] == "Waiting"
+    assert (status["phase"], "Failed" in {c["type"] for c in status["conditions"]}) == ("Failed", False)
     assert parse(status["nextRetryTime"]) - datetime.now(UTC) > timedelta(minutes=9)
     assert api.need("Job", JOB)["metadata"]["uid"] == first
     # As if ten minutes had passed; a status wakes nobody.

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tests.unit.objects import Object, at, exited, finetune, job, ours, pod, said
+from tests.unit.objects import Object, at, exited, finetune, job, of, ours, pod, said
 from tests.unit.test_batch_again import MAP, edited
 from tests.unit.test_batch_life import FATAL_JOB, WANTED, after, kstatus, ready, run
 
@@ -36,10 +36,12 @@ def test_what_can_be_mended_behind_its_uri_is_looked_at_again_later(name: str) -
     obj = finetune(**spec)
     plan = run(obj, job=job(obj, **FATAL_JOB), pods=(pod(obj, phase="Failed", state=state),))
     assert plan.status.get("nextRetryTime") == (at(600) if mendable else None)
-    assert (kstatus(plan), plan.status["phase"]) == ("Failed", "Waiting" if mendable else "Failed")
+    assert (kstatus(plan), plan.status["phase"]) == ("Failed", "Failed")
     if mendable:  # as long as it waits, and no longer
         waits = run(after(obj, plan), job=job(obj, **FATAL_JOB), inputs="m1.s2")
-        assert (waits.status["conditions"], waits.apply) == (plan.status["conditions"], ())
+        assert (waits.status["conditions"], waits.status["phase"]) == (plan.status["conditions"], "Failed")
+        assert waits.apply == ()
+        assert of({"status": plan.status}, "Failed") is None
         due = after(obj, plan)
         due["status"]["nextRetryTime"] = at(-1)
         assert kstatus(run(due, job=job(due, **FATAL_JOB))) == "InProgress"

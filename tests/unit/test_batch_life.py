@@ -151,7 +151,7 @@ STATES: dict[str, tuple[str, str, str, Any]] = {
             pod(o, phase="Failed", state=said("NothingToTrain", "line 3: no answer", 3)),)},
     ),
     "bad dataset behind a tag: looks again later": (
-        "Waiting", "BadDataset", "Failed",
+        "Failed", "BadDataset", "Failed",
         lambda o: {"job": job(o, **FATAL_JOB), "pods": (
             pod(o, phase="Failed", state=said("BadDataset", "line 3: no column prompt", 3)),)},
     ),
@@ -206,7 +206,8 @@ def test_state(name: str) -> None:
     assert (plan.status["phase"], ready(plan)[1], kstatus(plan)) == (phase, reason, health)
     assert plan.status["observedGeneration"] == 1
     assert all(c["observedGeneration"] == 1 for c in plan.status["conditions"])
-    assert ("Failed" in [c["type"] for c in plan.status["conditions"]]) == (phase == "Failed")
+    over = phase == "Failed" and "nextRetryTime" not in plan.status
+    assert ("Failed" in [c["type"] for c in plan.status["conditions"]]) == over
 
 
 @pytest.mark.parametrize("name", STATES)

@@ -312,6 +312,12 @@ def test_the_end_of_a_run_is_told_once_and_with_its_length() -> None:
     cluster.set_status(key, {})
     never_began.run(key)
     assert len(told) == 1
+    looked_at_again = {"phase": "Failed", "startTime": at(-90)}
+    cluster.set_status(key, looked_at_again)
+    replace(driver, reconcilers={"FineTuneJob": Scripted(Plan(status=looked_at_again))}).run(key)
+    assert len(told) == 1
+    driver.run(key)
+    assert len(told) == 2
 
 
 def test_what_was_reached_is_not_taken_back() -> None:

@@ -11,7 +11,7 @@ What becomes of a Job that failed, by the reason that its last pod gave:
       an outage of a day costs some thirty Jobs of one pod each, which waits itself for some minutes before it gives up
   somebody has to mend what is refused, and can: the teacher, a dataset or a model whose URI names no digest (SLOW)
       likewise, but from 10 min up to 6 h, and no Secret ends the delay: nothing tells when it is mended, and each look
-      costs a pod, some seven on the first day and four a day then
+      costs a pod, some seven on the first day and four a day then. Stalled=True instead of Reconciling
   anything else
       the object is failed: Failed=True, Stalled=True. It goes on from its checkpoint when something that could help
       was changed: a ConfigMap it names, a backoffLimit above the attempts so far (unless the worker said that trying

@@ -121,12 +121,13 @@ def to_mend(p: Pass, failure: Failure) -> bool:
 def waiting(p: Pass, failure: Failure, at: str, **fields: Any) -> BatchStatus:
     """Put together the status of an object whose next try starts at `at`.
 
-    Where somebody has to mend something first it is Stalled, so that those who watch it call for somebody.
+    Where somebody has to mend something first it is Stalled and its phase is Failed, so that those who watch it call
+    for somebody. It is not over: the condition Failed is of what is not looked at again.
     """
     message = f"{failure.message} The next try starts at {at}."
-    status = going_on(p, "Waiting", failure.reason, message, **fields)
     if not to_mend(p, failure):
-        return status
+        return going_on(p, "Waiting", failure.reason, message, **fields)
+    status = going_on(p, "Failed", failure.reason, message, **fields)
     kept = [c for c in p.status.conditions if c.type == conditions.STALLED]  # for the time at which it changed
     said = conditions.stalled([*status.conditions, *kept], failure.reason, message, generation=p.generation, now=p.now)
     return status.model_copy(update={"conditions": said})

@@ -1,7 +1,8 @@
 """Conditions as kstatus reads them: Ready is always there, beside it Reconciling or Stalled or neither, never both.
 
-Ready=True: done. Reconciling=True: in progress. Stalled=True: the only "failed". So `kubectl wait`, Flux and Helm 4's
-`--wait` are right without help. Batch kinds add Complete, Failed and Suspended, absent where they are not true.
+Ready=True: done. Reconciling=True: in progress. Stalled=True: the only "failed", for good or until somebody has mended
+something. So `kubectl wait`, Flux and Helm 4's `--wait` are right without help. Batch kinds add Complete, Failed and
+Suspended, absent where they are not true.
 """
 
 from collections.abc import Iterable, Sequence

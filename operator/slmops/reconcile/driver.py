@@ -112,10 +112,8 @@ class Driver:
     def _tell_end(self, obj: Object, status: Object) -> None:
         """The status says it: it has been written, so that no later pass tells it again."""
         before = obj.get("status") or {}
-        if before.get("phase") in ENDS or status.get("phase") not in ENDS:
-            return
         began, ended = status.get("startTime"), status.get("completionTime")
-        if began and ended:
+        if began and ended and status.get("phase") in ENDS and not before.get("completionTime"):
             self.on_end(obj["kind"], status["phase"], max(0.0, (parse(ended) - parse(began)).total_seconds()))
 
     def _said_first(self, obj: Object, plan: Plan) -> Object:
