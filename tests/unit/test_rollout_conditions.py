@@ -88,7 +88,7 @@ def test_a_router_that_may_not_exist_is_named():
         for pod in [k for k in world.cluster.objects if k.kind == "Pod" and "router" in k.name]:
             world.cluster.delete(pod)
         world.driver().run(KEY)
-    assert world.condition("Reconciling")[:2] == ("True", "PodsForbidden")
+    assert world.condition("Reconciling")[:2] == ("True", "QuotaExceeded")
     assert "exceeded quota: small" in world.condition("Reconciling")[2]
 
 

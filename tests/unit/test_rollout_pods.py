@@ -38,6 +38,10 @@ def died(code: int, reason: str = "Error", message: str = "") -> Any:
     }
 
 
+DONE = {"state": {"terminated": {"exitCode": 0, "reason": "Completed"}}}
+NOWHERE = pod(conditions=[{"type": "PodScheduled", "status": "False", "message": "0/1 free"}])
+
+
 @pytest.mark.parametrize(
     ("found", "reason", "words"),
     [
@@ -50,8 +54,14 @@ def died(code: int, reason: str = "Error", message: str = "") -> Any:
         (pod(server=died(255, "Unknown")), "NodeFailed", "node"),
         (pod(server=died(255)), "CrashLoopBackOff", "exit code 255"),
         (pod(server=died(0, "Completed")), "CrashLoopBackOff", "exit code 0"),
+        (
+            pod(init=DONE, server={**died(0), "state": {"running": {}}}),
+            "CrashLoopBackOff",
+            "server ends with exit code 0",
+        ),
+        (pod(init=DONE, server=DONE), "CrashLoopBackOff", "Container server ends with exit code 0"),
         (pod(server=waiting("CreateContainerConfigError", 'secret "x"')), "CreateContainerConfigError", 'secret "x"'),
-        (pod(conditions=[{"type": "PodScheduled", "status": "False", "message": "0/1 free"}]), "Unschedulable", "0/1"),
+        (NOWHERE, "Unschedulable", "0/1"),
     ],
 )
 def test_pods_say_why_they_are_not_ready(found, reason, words):
@@ -63,6 +73,7 @@ def test_pods_say_why_they_are_not_ready(found, reason, words):
 
 def test_pods_that_just_start_have_no_problem():
     assert problem_of({}, [pod(init=waiting("PodInitializing")), pod(server={"state": {"running": {}}})]) is None
+    assert problem_of({}, [pod(init=DONE, server=waiting("PodInitializing"))]) is None
     assert problem_of({}, [pod(ready=True, server=died(1))]) is None
     leaving = pod(server=died(1))
     leaving["metadata"]["deletionTimestamp"] = "now"
@@ -70,11 +81,25 @@ def test_pods_that_just_start_have_no_problem():
     assert not is_ready({**pod(ready=True), "metadata": {"deletionTimestamp": "now"}})
 
 
-def test_a_quota_that_forbids_pods_is_named():
-    deployment = {"status": {"conditions": [{"type": "ReplicaFailure", "status": "True", "message": "exceeded quota"}]}}
-    problem = problem_of(deployment, [])
+def refused(message):
+    return {"status": {"conditions": [{"type": "ReplicaFailure", "status": "True", "message": message}]}}
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"), [("exceeded quota: a", "QuotaExceeded"), ("images must be signed", "PodsForbidden")]
+)
+def test_what_forbids_pods_is_named(message, reason):
+    problem = problem_of(refused(message), [NOWHERE])
     assert problem is not None
-    assert (problem.reason, "exceeded quota" in problem.message) == ("PodsForbidden", True)
+    assert (problem.reason, message in problem.message) == (reason, True)
+
+
+@pytest.mark.parametrize("others", [[NOWHERE], [NOWHERE, NOWHERE], []])
+def test_that_a_pod_breaks_is_not_hidden_by_those_that_have_no_room(others):
+    for pods in ([pod(server=died(1)), *others], [*others, pod(server=died(1))]):
+        problem = problem_of(refused("exceeded quota: a"), pods)
+        assert problem is not None
+        assert problem.reason == "CrashLoopBackOff"
 
 
 UP = {"state": {"running": {}}, "started": True, "ready": True}
@@ -129,6 +154,7 @@ def test_a_pod_that_ended_does_not_speak_for_those_that_live():
     old = ended(pod(server=died(137)))
     assert problem_of({}, [old, pod(server={"state": {"running": {}}})]) is None
     assert problem_of({}, [old, ended(pod(ready=True), "Succeeded"), pod(ready=True)]) is None
+    assert problem_of({}, [ended(pod(server=DONE), "Succeeded")]) is None  # its node was shut down
     stuck = problem_of({}, [old, pod(server=waiting("CreateContainerConfigError", 'secret "x"'))])
     assert stuck is not None
     assert stuck.reason == "CreateContainerConfigError"
@@ -236,6 +262,17 @@ def test_a_pod_that_hangs_before_its_containers_is_told_of_by_its_events(reason:
     world.broken.clear()
     world.passes()
     assert world.condition("Ready")[:2] == ("True", "Serving")
+
+
+def test_what_its_events_tell_of_a_pod_is_not_hidden_by_one_that_has_no_room():
+    world = hanging("Scheduled", "FailedMount")
+    (revision,) = world.deployments()
+    world.broken = {f"{revision}/0": NOWHERE["status"], f"{revision}/1": {"phase": "Pending"}}
+    world.passes(2)
+    assert world.condition("Ready")[:2] == ("False", "FailedMount")
+    world.broken[f"{revision}/1"] = NOWHERE["status"]
+    world.passes(2)
+    assert world.condition("Ready")[:2] == ("False", "Unschedulable")
 
 
 @pytest.mark.parametrize("reasons", [("Scheduled",), ("Scheduled", "FailedMount", "Pulling"), ()])

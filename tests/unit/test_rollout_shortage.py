@@ -106,9 +106,10 @@ def test_a_candidate_that_is_scaled_keeps_its_share_where_there_is_no_room_for_t
     [
         ("Unschedulable", "Step"),
         ("SchedulingGated", "Step"),
-        ("PodsForbidden", "Step"),  # a quota's word
+        ("QuotaExceeded", "Step"),
         ("Evicted", "Step"),
-        ("", "Step"),  # it starts
+        ("PodsForbidden", "RolledBack"),  # by a policy, which may be against its image alone
+        ("", "RolledBack"),  # it starts, and has its time for it as everywhere
         ("CrashLoopBackOff", "RolledBack"),
         ("OutOfMemory", "RolledBack"),
         ("ImagePullFailed", "RolledBack"),
@@ -126,7 +127,20 @@ def test_a_candidate_whose_pods_break_is_given_up_though_the_stable_revision_lac
         world.after(301, settle=False)
     assert (world.phase, world.stable) == (phase, "aaa")
     if phase == "RolledBack":
-        assert world.status.rollout.outcome.startswith(f"{reason}: Not ready within 600 s: 1 of 2 pods")
+        said = f"{reason or 'ProgressDeadlineExceeded'}: Not ready within 600 s: 1 of 2 pods"
+        assert world.status.rollout.outcome.startswith(said)
+
+
+def test_a_candidate_whose_pod_breaks_again_and_again_is_given_up_though_it_says_nothing_in_between():
+    world = serving(replicas=3, steps=steps(50, pause=None, approval=True))
+    world.deploy("bbb")
+    world.ready = {"aaa": 2, "bbb": 1}
+    for _ in range(3):
+        world.broken["bbb"] = Problem("CrashLoopBackOff", "so it says")
+        world.after(240, settle=False)
+        del world.broken["bbb"]  # it runs, for a while
+        world.after(240, settle=False)
+    assert (world.phase, world.stable) == ("RolledBack", "aaa")
 
 
 def test_no_deadline_passes_while_one_pod_after_the_other_comes():

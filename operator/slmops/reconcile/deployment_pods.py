@@ -9,7 +9,7 @@ from slmops.cluster.port import ClusterError, Object
 from slmops.reconcile.pods import LATE_SECONDS, created
 from slmops.reconcile.protocol import World
 from slmops.reconcile.serverpods import by_events, ended_lately, fell, imageless, is_ready, mute, problem_of
-from slmops.rollout.seen import Pods, Problem
+from slmops.rollout.seen import NO_ROOM, Pods, Problem
 
 EVENTS_SECONDS = 15.0  # until the Events of a pod that does not start are read again: nothing tells of them
 
@@ -50,8 +50,9 @@ class PodReader:
         return self._said(world, deployment, pods) or ended_lately(pods, world.now)
 
     def _said(self, world: World, deployment: Object, pods: Sequence[Object]) -> Problem | None:
-        """Their own words, else Events of one that is late."""
-        return problem_of(deployment, pods) or self._by_events(world, pods)
+        """Their own words, else Events of one that is late; that others have no room does not hide these either."""
+        said = problem_of(deployment, pods)
+        return said if said and said.reason not in NO_ROOM else self._by_events(world, pods) or said
 
     def _by_events(self, world: World, pods: Sequence[Object]) -> Problem | None:
         pod = mute(pods)

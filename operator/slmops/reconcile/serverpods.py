@@ -8,7 +8,7 @@ from slmops.api.times import parse
 from slmops.cluster.port import Object
 from slmops.reconcile.conditions import cut
 from slmops.reconcile.pods import NO_STATUS, created, failure_of, is_over, told, unscheduled
-from slmops.rollout.seen import Problem
+from slmops.rollout.seen import NO_ROOM, Problem
 
 _IMAGE = {"ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull"}
 _CONFIG = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
@@ -34,17 +34,23 @@ def drains(pod: Object, now: datetime) -> bool:
 
 
 def problem_of(deployment: Object, pods: Iterable[Object]) -> Problem | None:
-    """The first reason found why pods of `deployment` are missing or not ready; None where they just take their time.
+    """Why pods of `deployment` are missing or not ready; None where they just take their time.
 
     What forbids pods altogether comes first, then what each pod says, its containers in the order in which they start.
+    Before all stands what pods do by themselves: that others have no room would mend itself, and would hide it.
     """
+    found = [_forbidden(deployment), *map(_problem, _missed(pods))]
+    problems = [problem for problem in found if problem is not None]
+    return next((problem for problem in problems if problem.reason not in NO_ROOM), next(iter(problems), None))
+
+
+def _forbidden(deployment: Object) -> Problem | None:
     for condition in (deployment.get("status") or {}).get("conditions") or []:
         if condition.get("type") == "ReplicaFailure" and condition.get("status") == "True":
-            return Problem("PodsForbidden", cut(f"The API server refuses the pods: {condition.get('message')}"))
-    for pod in _missed(pods):
-        found = _problem(pod)
-        if found:
-            return found
+            said = str(condition.get("message"))
+            if "exceeded quota" in said:
+                return Problem("QuotaExceeded", cut(f"The namespace's quota forbids the pods: {said}"))
+            return Problem("PodsForbidden", cut(f"The API server refuses the pods: {said}"))
     return None
 
 
@@ -121,7 +127,9 @@ def _problem(pod: Object) -> Problem | None:
         found = _container(container)
         if found:
             return found
-    return None
+    # Of a server, to end well is to end: it was killed by its own probe, or is none.
+    serving = [] if is_over(pod) else (pod.get("status") or {}).get("containerStatuses") or []
+    return next((_died(container, end) for container in serving if (end := _end(container))), None)
 
 
 def _container(container: Object) -> Problem | None:

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 
 from slmops.api.deployment import Revision, RolloutStatus, Verdict
 
+# What scheduler, quota and nodes do to pods that are as good as any.
+NO_ROOM = ("Unschedulable", "SchedulingGated", "QuotaExceeded", "Evicted", "NodeRefused", "NodeFailed")
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -17,12 +17,10 @@ from slmops.rollout.phases import (
     STABLE,
     STEP,
 )
-from slmops.rollout.seen import Decision, Note, Pods, Problem, Router, Seen
+from slmops.rollout.seen import NO_ROOM, Decision, Note, Pods, Problem, Router, Seen
 from slmops.rollout.sizes import candidate_pods
 
 RETIRING_TOLD = 16  # most entries of status.rollout.retiring and former; others are found again by their Deployments
-# What scheduler, quota and nodes do to pods that are as good as any.
-_NO_ROOM = ("Unschedulable", "SchedulingGated", "PodsForbidden", "Evicted", "NodeRefused", "NodeFailed")
 
 
 class Work:
@@ -205,10 +203,11 @@ class Work:
     def _as_short(self) -> bool:
         """Whether a running step lacks no more of its pods than the stable revision does: there is no room for either.
 
-        Its share would only be more for those few. Pods that break by themselves would not, so their time passes.
+        Its share would only be more for those few. Pods that break by themselves would not, so their time passes; so
+        does that of pods which say nothing, as one that ends again and again does in between.
         """
         problem = self.pods.problem
-        if self.stable is None or self.roll.routed_at is None or (problem and problem.reason not in _NO_ROOM):
+        if self.stable is None or self.roll.routed_at is None or problem is None or problem.reason not in NO_ROOM:
             return False
         stable = self.seen.pods.get(self.stable.revision, Pods(0, 0)).ready
         return stable < self.spec.replicas and self.reached() >= max(1, candidate_pods(stable, self.weight))
