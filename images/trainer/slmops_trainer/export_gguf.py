@@ -45,7 +45,10 @@ SPLITS = {  # regular expressions that cut text before BPE, and llama.cpp's name
     _LETTERS + r"\p{N}" + _OTHERS: "qwen2",
     _LETTERS + r"\p{N}{1,3}" + _OTHERS: "llama-bpe",
 }
-BESIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+BESIDE = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
+)  # fmt: skip
 CONFIGS = ("config.json", "generation_config.json")
 
 Weights = NDArray[np.float32]
@@ -156,11 +159,11 @@ def shapes(config: Mapping[str, Any]) -> dict[str, Any]:
     arch = ARCHITECTURES.get(config.get("model_type", ""))
     if not arch:
         raise UnsupportedError(f"model type {config.get('model_type')!r} is none of {', '.join(ARCHITECTURES)}")
-    if (config.get("rope_scaling") or {}).get("rope_type", "default") != "default" or config.get("use_sliding_window"):
-        raise UnsupportedError("its rotation is scaled or its attention slides")
+    if not _plain(config) or _slides(config):
+        raise UnsupportedError("its rotation is scaled or partial, or its attention slides")
     heads = config["num_attention_heads"]
     size = config.get("head_dim") or config["hidden_size"] // heads
-    rope = (config.get("rope_parameters") or config).get("rope_theta", 10000.0)
+    base = {**config, **(config.get("rope_parameters") or {})}.get("rope_theta", 10000.0)
     return {
         "general.architecture": arch,
         f"{arch}.context_length": config["max_position_embeddings"],
@@ -173,9 +176,27 @@ def shapes(config: Mapping[str, Any]) -> dict[str, Any]:
         f"{arch}.attention.value_length": size,
         f"{arch}.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
         f"{arch}.rope.dimension_count": size,
-        f"{arch}.rope.freq_base": float(rope),
+        f"{arch}.rope.freq_base": float(base),
         f"{arch}.vocab_size": config["vocab_size"],
     }
+
+
+def _plain(config: Mapping[str, Any]) -> bool:
+    """Whether all of each head is rotated, unscaled: as transformers 4 tells it, and 5 in rope_parameters."""
+    rope = config.get("rope_parameters") or {}
+    told = (config.get("rope_scaling") or {}, rope)
+    kinds = {one.get("rope_type") or one.get("type") or "default" for one in told}
+    by_layer = any(isinstance(value, dict) for value in rope.values())
+    share = {**config, **rope}.get("partial_rotary_factor")
+    return kinds == {"default"} and not by_layer and share in (None, 1)
+
+
+def _slides(config: Mapping[str, Any]) -> bool:
+    """Mistral has no switch of its own for its window; without a word it is 4096."""
+    if config["model_type"] != "mistral":
+        return bool(config.get("use_sliding_window"))
+    window = config.get("sliding_window", 4096)
+    return bool(window) and window < config["max_position_embeddings"]
 
 
 def ends(config: Mapping[str, Any]) -> dict[str, int]:
@@ -254,6 +275,7 @@ def export(source: Path, out: Path, wanted: str) -> None:
         write(file, metadata, tensors(), wanted)
     for name in (*BESIDE, *CONFIGS):
         if (source / name).exists():
+            (out / name).parent.mkdir(exist_ok=True)
             shutil.copy(source / name, out / name)
     part.rename(out / "model.gguf")
 
