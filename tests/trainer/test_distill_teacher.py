@@ -123,7 +123,8 @@ def test_what_only_more_tokens_would_mend_is_not_looked_at_again_and_paid_again(
 
     def script(_: int, question: str, __: object) -> Fault | None:
         at = TEXTS.index(question)
-        return Fault(body=answer("", "length", 16)) if at < 2 else Fault(400, "no") if at < 2 + others else None
+        other = Fault(422 if at % 2 else 400, "no")  # two kinds, neither more frequent than the thoughts
+        return Fault(body=answer("", "length", 16)) if at < 2 else other if at < 2 + others else None
 
     with FakeTeacher(upper, script) as fake, pytest.raises(RunFailure) as caught:
         ask(pod(), fake.url, TEXTS, min_success_ratio=1 - (1.5 + others) / len(TEXTS), concurrency=1)
@@ -312,6 +313,28 @@ def test_the_token_budget_ends_the_asking(pod: Callable[[], Context]) -> None:
         assert sum(text is not None for text in texts) == 3
         again, _ = ask(pod(), fake.url, TEXTS, budget=20, concurrency=1)
         assert (again.tokens, len(fake.requests)) == (21, 3)  # the budget is the run's, not the pod's
+
+
+def test_the_budget_is_for_all_pods_also_where_no_answer_comes(pod: Callable[[], Context]) -> None:
+    """The operator makes another pod for TeacherAnswersRejected, for as long as the object is there."""
+    rejects = lambda _, question, __: Fault(body=answer(None, tokens=10)) if question in TEXTS[:2] else None  # noqa: E731
+    reasons = []
+    with FakeTeacher(upper, rejects) as fake:
+        for _ in range(4):
+            with pytest.raises(RunFailure) as caught:
+                ask(pod(), fake.url, TEXTS, budget=100, concurrency=1, min_success_ratio=0.9)
+            reasons.append((caught.value.reason, len(fake.requests)))
+    assert reasons == [("TeacherAnswersRejected", 6), ("BadSpec", 12), ("BadSpec", 12), ("BadSpec", 12)]
+    assert "data.generation.maxTotalTokens is spent" in caught.value.message
+
+
+def test_what_the_budget_was_spent_on_in_vain_counts_in_the_next_pod_too(pod: Callable[[], Context]) -> None:
+    thoughts = lambda _, question, __: Fault(body=answer("", "length", 16)) if question == TEXTS[0] else None  # noqa: E731
+    with FakeTeacher(upper, thoughts) as fake:
+        for _ in range(2):  # the second one would have to pay for all it asks
+            outcome, _ = ask(pod(), fake.url, TEXTS, budget=20, concurrency=1, min_success_ratio=0.5)
+            assert (len(outcome.rejected), outcome.unasked, outcome.tokens) == (1, 10, 16 + 7)
+    assert len(fake.requests) == 2
 
 
 def test_equal_questions_are_asked_once(pod: Callable[[], Context]) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from slmops_trainer.context import Context
 
 PART = "generation"  # the checkpoint's subfolder
+SPENT = "spent "  # begins the key of a row that is no answer
 SHARED, SHARED_TAG = "answers.jsonl", "slmops-answers"
 OPEN = ".open.jsonl"  # hidden, so that no checkpoint takes it along half written
 SIZES = ("small", "large", "huge")  # of chunks
@@ -117,6 +118,15 @@ class Answers:
             raise
         self._rows[key] = row
 
+    def spend(self, key: str, tokens: int) -> None:
+        """Keep what a question cost that got no answer, or got it once more."""
+        self.add(SPENT + key, Reply("", "", self.spent(key) + tokens))
+
+    def spent(self, key: str) -> int:
+        """Tokens that a question cost beside its answer, over all pods of the run."""
+        row = self._rows.get(SPENT + key)
+        return row.reply.tokens if row else 0
+
     def seal(self) -> bool:
         """Close the open chunk, on the disk and under its final name. False when nothing is new."""
         if self._open is None:
@@ -165,12 +175,13 @@ class Answers:
         `shared`: not loaded yet, for other objects may have left theirs since this one looked.
         `patience`: seconds for which a store that is away is waited for.
         """
-        if self._rows.keys() <= self._earlier.keys():
+        ours = {key: row for key, row in self._rows.items() if not key.startswith(SPENT)}
+        if ours.keys() <= self._earlier.keys():
             return
         try:
             path = shared.folder / SHARED
             known = _keys(path) if _loads(shared, patience) else set()
-            fresh = [row for key, row in self._rows.items() if key not in known]
+            fresh = [row for key, row in ours.items() if key not in known]
             if fresh:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("ab" if known else "wb") as stream:

@@ -69,7 +69,7 @@ class Outcome:
 
     rejected  what came instead of an answer, by key, from this pod's requests
     unasked   questions that the token budget left out
-    tokens    that the teacher wrote: for answers, over all pods of the run, and for all else, in this one
+    tokens    that the teacher wrote, over all pods of the run
     """
 
     rejected: dict[str, str] = field(default_factory=dict)
@@ -134,6 +134,7 @@ class _Run:
         self.outcome = Outcome()
         self.turns: deque[_Turn] = deque()
         for question in self.all:
+            self.outcome.tokens += store.spent(question.key)
             saved = store.get(question.key, question.whole, terms.sampling.max_tokens)
             if saved is None:
                 self.turns.append(_Turn(question))
@@ -181,6 +182,9 @@ class _Run:
         if self.ctx.stop.is_set():
             what = f"which the store refused: {refused}" if refused else "which are saved."
             raise interrupted(f"Stopped with {self.done} of {len(self.all)} answers, {what}")
+        for question in (turn.question for turn in self.turns):
+            if self.store.spent(question.key):  # in an earlier pod; the budget leaves no more for it
+                self._reject(question, "no answer, as before")
         self.outcome.unasked = len(self.all) - self.done - len(self.outcome.rejected)
         self._check_ratio(final=True)
         return self.outcome
@@ -207,15 +211,14 @@ class _Run:
     async def _work(self, teacher: Teacher) -> None:
         while self.turns:
             await self._until_saved()
-            spent = self.terms.budget is not None and self.outcome.tokens >= self.terms.budget
-            if spent or self.lost or self.ctx.stop.is_set() or not self.turns:
+            if self._budget_is_spent() or self.lost or self.ctx.stop.is_set() or not self.turns:
                 return
             turn = self.turns.popleft()
             question = turn.question
             try:
                 reply = await teacher.ask(question.messages, self.terms.sampling, question.seed, turn.since)
             except Rejected as rejected:
-                self.outcome.tokens += rejected.tokens
+                self._pay(question, rejected.tokens)
                 self._reject(question, str(rejected))
             except Forbidden as forbidden:
                 await self._doubt(teacher, question, forbidden)
@@ -292,9 +295,18 @@ class _Run:
             reply = await teacher.ask(known.messages, self.terms.sampling, known.seed)
         except (Rejected, Forbidden, Silent):
             return False
-        self.outcome.tokens += reply.tokens
+        self._pay(known, reply.tokens)
         self.silences = 0
         return True
+
+    def _pay(self, question: Question, tokens: int) -> None:
+        """Count, in the next pod too, what was written and is not kept."""
+        if tokens:
+            self.outcome.tokens += tokens
+            self.store.spend(question.key, tokens)
+
+    def _budget_is_spent(self) -> bool:
+        return self.terms.budget is not None and self.outcome.tokens >= self.terms.budget
 
     def _holds_without_the_rest(self) -> bool:
         """Whether the ratio is reached even if nothing more is answered."""
@@ -318,16 +330,19 @@ class _Run:
         if asked and (lost or hopeless):
             counts = Counter(_kind(what) for what in self.outcome.rejected.values())
             kinds = ", ".join(f"{count} x {kind}" for kind, count in counts.most_common(4))
-            # No teacher mends that, and to look again would be to pay for all those thoughts again.
-            thoughts = counts.most_common(1)[0][0] == NO_ROOM
             remedy = "Check spec.teacher (URL, model), or lower data.generation.minSuccessRatio."
+            # No teacher mends thoughts without room: to look again would be to pay for all of them again.
+            thoughts, spent = counts[NO_ROOM] * 2 > counts.total(), self._budget_is_spent()
+            if thoughts:
+                remedy = "Raise data.generation.maxTokens in a new object."
+            elif spent:
+                remedy += " data.generation.maxTotalTokens is spent: then make a new object, which finds the answers."
             raise RunFailure(
-                "BadSpec" if thoughts else "TeacherAnswersRejected",
+                "BadSpec" if thoughts or spent else "TeacherAnswersRejected",
                 f"{len(self.failed)} prompts got no usable answer from {self.terms.endpoint.url}, "
                 f"{len(self.answered)} got one; minSuccessRatio {ratio:g} of {asked} prompts cannot be reached. "
                 f"Instead came: {kinds}. An example: {next(iter(self.outcome.rejected.values()))}. "
-                f"{'Raise data.generation.maxTokens in a new object.' if thoughts else remedy} "
-                "The answers that came are saved.",
+                f"{remedy} The answers that came are saved.",
             )
 
     async def _keep(self) -> None:
