@@ -286,6 +286,16 @@ def test_many_saves_make_few_files(pod: Callable[[], Context], tmp_path: Path, m
     assert again.get("key 7") == Reply("text\u20287\r\n", "stop", 3)
 
 
+def test_what_was_spent_in_vain_is_kept_and_is_no_answer(tmp_path: Path) -> None:
+    store = answers.Answers(tmp_path / "answers")
+    assert store.empty
+    store.spend("key", 4)
+    store.spend("key", 3)
+    assert store.seal()
+    again = answers.Answers(tmp_path / "answers")
+    assert (again.empty, len(again), again.get("key"), again.spent("key")) == (False, 0, None, 7)
+
+
 def test_a_disk_that_fills_up_spoils_no_answer(tmp_path: Path) -> None:
     store = answers.Answers(tmp_path / "answers")
     store.add("one", Reply("first", "stop", 3))

@@ -23,15 +23,19 @@ class DisconnectedError(Exception):
 
 def header(scope: Scope, name: bytes) -> bytes | None:
     """The first header of that (lower case) name."""
-    return next((value for key, value in scope["headers"] if key == name), None)
+    return _first(scope["headers"], name)
 
 
 def request_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     """The client's X-Request-Id if it is a plain short word, else a new one."""
-    given = next((value for key, value in headers if key == b"x-request-id"), b"")
+    given = _first(headers, b"x-request-id")
     if given and len(given) <= MAX_ID and given.isascii() and given.decode().isprintable():
         return given
     return secrets.token_hex(16).encode()
+
+
+def _first(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
+    return next((value for key, value in headers if key == name), None)
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int, seconds: float) -> bytes:

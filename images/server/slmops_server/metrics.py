@@ -52,12 +52,18 @@ OTEL_TPOT = ITL[:13]
 
 
 BLOCK = 16  # tokens; vLLM's own, by which routers cut prompts up
+PROVIDER = "slmops"  # gen_ai.provider.name
 CLIENT_LEFT = 499  # nginx's number for a client that did not wait
 
 
 def _steps(limit: int) -> list[float]:
     """1, 2, 5, 10, ... up to the limit."""
     return [float(d * 10**e) for e in range(8) for d in (1, 2, 5) if d * 10**e <= limit]
+
+
+def operation(kind: str) -> str:
+    """OpenTelemetry's gen_ai.operation.name."""
+    return "chat" if kind == "chat" else "text_completion"
 
 
 class _Live(Collector):
@@ -286,7 +292,7 @@ class Metrics:
         # no other names: clients would choose how many series there are
         known = name in self._names or name in self._supervisor.adapters
         self._asked.add(name := name if known else "")
-        return self._model, "chat" if kind == "chat" else "text_completion", name, "slmops"
+        return self._model, operation(kind), name, PROVIDER
 
     def restarted(self) -> None:
         """The engine process was started again."""

@@ -20,7 +20,7 @@ from opentelemetry.util.types import AttributeValue
 from slmops_server import asgi
 from slmops_server.errors import ApiError
 from slmops_server.generate import Record
-from slmops_server.metrics import now
+from slmops_server.metrics import PROVIDER, now, operation
 
 EXPORTER, PROTOCOL = "otlp", "http/protobuf"  # the only ones that are built in
 FLUSH = 5.0  # seconds for the last spans when the server ends
@@ -49,10 +49,10 @@ class Traces:
         """Make the span of a request that is over now."""
         told = {name: asgi.header(scope, name.encode()) for name in W3C.fields}
         parent = W3C.extract({name: value.decode("latin-1") for name, value in told.items() if value is not None})
-        name = operation = "chat" if record.kind == "chat" else "text_completion"
+        name = told_as = operation(record.kind)
         if record.request and record.choices:  # the model is one that is served: clients choose no names of spans
             name += f" {record.request.model}"
-        attributes = {"gen_ai.operation.name": operation, "gen_ai.provider.name": "slmops", **_attributes(record)}
+        attributes = {"gen_ai.operation.name": told_as, "gen_ai.provider.name": PROVIDER, **_attributes(record)}
         error = record.error
         if error is not None:
             attributes["error.type"] = record.error_type

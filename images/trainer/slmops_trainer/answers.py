@@ -85,7 +85,12 @@ class Answers:
             self._rows |= {row.key: row for row, _ in _rows(path)}
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return sum(not key.startswith(SPENT) for key in self._rows)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to save: no answer, and nothing that was spent in vain."""
+        return not self._rows
 
     def get(self, key: str, whole: str = "", limit: int = 0) -> Reply | None:
         """The saved answer, if there is one; an earlier object's becomes one of this run.

@@ -377,7 +377,7 @@ class _Run:
         with self.saving:
             if last:
                 self.store.seal()
-            if not len(self.store):
+            if self.store.empty:
                 return ""
             while not self.ctx.stop.is_set():
                 try:

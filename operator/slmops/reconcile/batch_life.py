@@ -30,6 +30,7 @@ from slmops.reconcile.pods import (
     failure_of,
     held_up,
     lost,
+    over_quota,
     running,
     told,
     trouble_of,
@@ -247,7 +248,7 @@ def _refused(p: Pass, job: Object) -> Trouble | None:
             continue
         # Each try has a new random name: with it in the message every try would be a status write.
         said = _POD_FORBIDDEN.sub("", str(event.get("message") or "").removeprefix("Error creating: "))
-        if "exceeded quota" in said:
+        if over_quota(said):
             return Trouble("QuotaExceeded", f"The namespace's quota forbids the pod: {said}")
         if "serviceaccount" in said and "not found" in said:
             return Trouble("ServiceAccountNotFound", f"The namespace's ServiceAccount is missing: create it. ({said})")

@@ -33,6 +33,7 @@ from slmops.api.times import parse
 from slmops.cluster.port import Cluster, ClusterError, Key, Object
 from slmops.reconcile import conditions
 from slmops.reconcile.ownership import NOT_OURS, check_ours, is_ours
+from slmops.reconcile.pods import over_quota
 from slmops.reconcile.protocol import Reconciler, World
 from slmops.reconcile.state import Count, Event, Plan, Retry, Routes, Terminal
 from slmops.remote.errors import RemoteError
@@ -377,7 +378,7 @@ def _explain(error: ClusterError, what: str) -> None:
     if error.status == 403 and "being terminated" in error.message:
         raise Retry("NamespaceTerminating", "The namespace is being deleted.", after=60.0) from error
     if error.status == 403:
-        reason = "QuotaExceeded" if "exceeded quota" in error.message else "Forbidden"
+        reason = "QuotaExceeded" if over_quota(error.message) else "Forbidden"
         raise Retry(reason, f"{what} was refused: {error.message}", after=5.0) from error
     if error.status == 413 or "request is too large" in error.message:
         raise Terminal(

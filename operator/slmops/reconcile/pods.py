@@ -122,6 +122,11 @@ def held_up(pod: Object, now: datetime) -> Trouble | None:
     )
 
 
+def over_quota(refusal: str) -> bool:
+    """Whether the API server refuses it for a quota of the namespace."""
+    return "exceeded quota" in refusal
+
+
 def trouble_of(pod: Object) -> Trouble | None:
     """Why the pod does not start, if it says so."""
     nowhere = unscheduled(pod)

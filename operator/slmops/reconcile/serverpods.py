@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from slmops.api.times import parse
 from slmops.cluster.port import Object
 from slmops.reconcile.conditions import cut
-from slmops.reconcile.pods import NO_STATUS, created, failure_of, is_over, told, unscheduled
+from slmops.reconcile.pods import NO_STATUS, created, failure_of, is_over, over_quota, told, unscheduled
 from slmops.rollout.seen import NO_ROOM, Problem
 
 _IMAGE = {"ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull"}
@@ -48,7 +48,7 @@ def _forbidden(deployment: Object) -> Problem | None:
     for condition in (deployment.get("status") or {}).get("conditions") or []:
         if condition.get("type") == "ReplicaFailure" and condition.get("status") == "True":
             said = str(condition.get("message"))
-            if "exceeded quota" in said:
+            if over_quota(said):
                 return Problem("QuotaExceeded", cut(f"The namespace's quota forbids the pods: {said}"))
             return Problem("PodsForbidden", cut(f"The API server refuses the pods: {said}"))
     return None
