@@ -65,12 +65,13 @@ kube: venv ## the operator against a real API server (minutes of outages, and a 
 debs:
 	@$(KUBE) debs
 
-components: venv debs ## all tests but the scenarios: unit, operator, artifacts, router, chart; server and trainer in their images
+components: venv debs ## all tests but the scenarios: unit, operator, artifacts, router, chart, clients; server and trainer in their images
 	@PYTHONPATH=e2e $(PY) -m kit.alone
 	@$(MAKE) --no-print-directory up images
 	@PYTHONPATH=e2e $(PY) -m kit.lanes \
 		$(PY) -m pytest -q tests/unit -- $(PY) -m pytest -q tests/kube -- $(PY) -m pytest -q tests/artifacts -- \
-		$(PY) -m pytest -q tests/router -- $(PY) -m pytest -q tests/chart / \
+		$(PY) -m pytest -q tests/router -- $(PY) -m pytest -q tests/chart -- \
+		$(PY) -m pytest -q tests/clients / \
 		$(PY) -m kit.imagetests trainer -- $(PY) -m kit.imagetests server
 
 SCENARIOS := $(PY) -m pytest -q -x --timeout=1500 e2e/scenarios
@@ -85,7 +86,7 @@ else
 	@$(PY) -m pytest -q -x --timeout=300 tests/node
 endif
 
-clients: venv ## slmops-server as a package, under lm-evaluation-harness, under locust (fetches 1 GB of them once; not part of `make test`)
+clients: venv ## slmops-server as a package, under lm-evaluation-harness, under locust (fetches them once; in components)
 	@$(PY) -m pytest -q tests/clients
 
 bench: venv ## what the operator costs, on the local node
