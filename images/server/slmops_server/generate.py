@@ -4,7 +4,6 @@ import asyncio
 import logging
 import math
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 from slmops_server import asgi, deadline
 from slmops_server.choice import Choice
@@ -14,7 +13,7 @@ from slmops_server.metrics import now
 from slmops_server.queue_time import Work
 from slmops_server.schema import Request, parse
 from slmops_server.service import Service
-from slmops_server.stream import Delta, Stream
+from slmops_server.stream import Stream
 from slmops_server.wire import Frames, error_frame
 
 log = logging.getLogger(__name__)
@@ -28,11 +27,34 @@ SSE_HEADERS = [
 SERVER_FAILED = (500, 503)  # whose fault a cut stream is: 504 is the end of the time that its client gave
 
 
-class Watch(NamedTuple):
-    """What ends an answer early: the client that leaves, and its deadline (of CLOCK_MONOTONIC, in seconds)."""
+class Watch:
+    """What ends an answer early: the client that leaves, and its deadline. Either rings the answer's bell."""
 
-    gone: "asyncio.Future[None]"
-    end: float
+    def __init__(self, receive: asgi.Receive, end: float, answer: Stream) -> None:
+        """end: of CLOCK_MONOTONIC, in seconds."""
+        self._answer, self._late = answer, False
+        self._gone = asyncio.ensure_future(asgi.gone(receive))
+        self._gone.add_done_callback(lambda _: answer.ring())
+        self._timer = None
+        if end < math.inf:
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, end - now()), self._end)
+
+    def _end(self) -> None:
+        self._late = True
+        self._answer.ring()
+
+    def check(self) -> None:
+        """DisconnectedError when the client has left, ApiError 504 when its time is over."""
+        if self._late:
+            raise too_late("The time that the request was given has passed.")
+        if self._gone.done():
+            raise asgi.DisconnectedError
+
+    def stop(self) -> None:
+        """The answer is over."""
+        self._gone.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 @dataclass
@@ -103,7 +125,7 @@ class Generate:
             for number in range(len(prompts) * request.n)
         ]
         record.id, record.choices = frames.id, choices
-        watch = Watch(asyncio.ensure_future(asgi.gone(receive)), end)
+        watch = Watch(receive, end, answer)
         try:
             cut = await (self._stream if request.stream else self._whole)(send, answer, watch, frames, choices)
         except asgi.DisconnectedError:
@@ -113,7 +135,7 @@ class Generate:
             service.metrics.ended("error")
             raise
         finally:
-            watch.gone.cancel()
+            watch.stop()
             service.supervisor.cancel(answer)
         record.error = cut
         for choice in choices:
@@ -156,29 +178,12 @@ class Generate:
         assert answer is not None
         return answer
 
-    async def _next(self, answer: Stream, watch: Watch) -> list[Delta]:
-        """What has arrived; DisconnectedError when the client leaves first, ApiError 504 when its time is over."""
-        left = None if watch.end == math.inf else watch.end - now()
-        arrived = answer.poll()
-        if arrived and (left is None or left > 0):
-            return arrived
-        got = asyncio.ensure_future(answer.get())
-        try:
-            await asyncio.wait((got, watch.gone), timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            if got.done():
-                return got.result()
-            if watch.gone.done():
-                raise asgi.DisconnectedError
-            raise too_late("The time that the request was given has passed.")
-        finally:
-            got.cancel()
-
     async def _whole(
         self, send: asgi.Send, answer: Stream, watch: Watch, frames: Frames, choices: list[Choice]
     ) -> ApiError | None:
         made: dict[int, dict[str, object]] = {}
         while len(made) < len(choices):
-            for delta in await self._next(answer, watch):
+            for delta in await answer.get(watch.check):
                 made[delta.choice] = choices[delta.choice].whole(delta)
         await asgi.respond(send, 200, frames.whole([made[c.number] for c in choices], *_counts(choices)))
         return None
@@ -187,7 +192,7 @@ class Generate:
         self, send: asgi.Send, answer: Stream, watch: Watch, frames: Frames, choices: list[Choice]
     ) -> ApiError | None:
         """The error that cut it short, if one did."""
-        arrived = await self._next(answer, watch)  # a failure before the first token is still a plain status
+        arrived = await answer.get(watch.check)  # a failure before the first token is still a plain status
         await send({"type": "http.response.start", "status": 200, "headers": list(SSE_HEADERS)})
         left = len(choices)
         while True:
@@ -200,10 +205,8 @@ class Generate:
             await send({"type": "http.response.body", "body": out, "more_body": left > 0})
             if not left:
                 return None
-            if watch.gone.done():
-                raise asgi.DisconnectedError
             try:
-                arrived = await self._next(answer, watch)
+                arrived = await answer.get(watch.check)
             except ApiError as error:
                 self._service.metrics.ended("error")
                 if error.status in SERVER_FAILED:

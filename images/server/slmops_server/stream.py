@@ -1,6 +1,7 @@
 """What an answer's text comes through, from the engine process to those who send it on."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,20 +40,24 @@ class Stream:
             self._arrived.append(item)
         else:
             self._error = item
+        self.ring()
+
+    def ring(self) -> None:
+        """Whoever waits looks again."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def poll(self) -> list[Delta]:
-        """What has arrived and was not fetched yet."""
-        arrived, self._arrived = self._arrived, []
-        return arrived
+    async def get(self, check: Callable[[], None] = lambda: None) -> list[Delta]:
+        """All that has arrived, at least one. ApiError when the engine failed.
 
-    async def get(self) -> list[Delta]:
-        """All that has arrived, at least one. ApiError when the engine failed."""
-        if not self._arrived and self._error is None:
+        check: called before each look; what it raises ends the wait. No task and no timer, as this is for every token.
+        """
+        while True:
+            check()
+            if self._arrived:
+                arrived, self._arrived = self._arrived, []
+                return arrived
+            if self._error is not None:
+                raise self._error
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        if self._arrived:
-            return self.poll()
-        assert self._error is not None
-        raise self._error
