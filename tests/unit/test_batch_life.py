@@ -367,6 +367,19 @@ def test_progress_is_written_when_it_is_worth_a_write(
     assert plan.requeue == 3.0
 
 
+@pytest.mark.parametrize(
+    ("run_seconds", "age", "written"),
+    [(600, 31, True), (1200, 59, False), (1200, 61, True), (86400, 299, False), (86400, 301, True)],
+)
+def test_a_long_run_writes_small_moves_less_often(run_seconds: int, age: int, written: bool) -> None:
+    obj = finetune()
+    before = run(obj, job=job(obj), pods=(pod(obj, state=RUNNING),)).status
+    before |= {"startTime": at(-run_seconds), "progress": Progress(percent=10, stage="Training", time=at(-age)).wire()}
+    seen = Progress(percent=11, stage="Training")
+    plan = run(finetune(before), job=job(obj), pods=(pod(obj, state=RUNNING),), progress=seen)
+    assert (plan.status != before) == written
+
+
 def test_writes_of_a_quiet_life_are_few() -> None:
     """Waiting, Job, Pending, Running, Succeeded and its Event: six writes."""
     obj = finetune()

@@ -17,7 +17,8 @@ ANNOTATION_IMAGE = "slmops.dev/image"  # on the Job: the operator's image it was
 
 PROGRESS_GAP = timedelta(seconds=10)  # between two writes; a run of seconds has none
 PROGRESS_PERCENT = 5  # a smaller move is not worth a write
-PROGRESS_AGE = timedelta(seconds=30)  # unless the last write is older than this
+# Unless the last write is older than a twentieth of the run, within these: a run of a day is not written every minute.
+PROGRESS_SHARE, PROGRESS_AGE, PROGRESS_AGE_MAX = 20, timedelta(seconds=30), timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,9 @@ def progress(p: Pass) -> Progress | None:
     if abs(new.percent - old.percent) >= PROGRESS_PERCENT:
         return fresh
     same = new.model_copy(update={"time": old.time}) == old
-    return old if same or p.now - parse(old.time) < PROGRESS_AGE else fresh
+    run = p.now - parse(p.status.start_time) if p.status.start_time else timedelta()
+    age = min(max(run / PROGRESS_SHARE, PROGRESS_AGE), PROGRESS_AGE_MAX)
+    return old if same or p.now - parse(old.time) < age else fresh
 
 
 def _one(before: Sequence[Condition], kind: str, reason: str, message: str, p: Pass) -> list[Condition]:
