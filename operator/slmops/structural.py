@@ -25,17 +25,23 @@ class UnsupportedError(ValueError):
 
 def structural(schema: Schema) -> Schema:
     """`schema` of a pydantic model, with its `$defs`, as a structural schema without references."""
-    return _rewrite(schema, schema.get("$defs") or {}, "")
+    return without_defaults(_rewrite(schema, schema.get("$defs") or {}, ""), of_items=True)
 
 
-def without_defaults(schema: Schema) -> Schema:
-    """A copy with no `default` anywhere: for status, which the operator writes whole."""
-    copy = {key: value for key, value in schema.items() if key != "default"}
+def without_defaults(schema: Schema, *, of_items: bool = False) -> Schema:
+    """A copy with no `default` anywhere: for status, which the operator writes whole.
+
+    `of_items`: with none in the items of lists alone. GitOps compares lists whole, and one that the API server adds
+    something to would differ from the one in Git for ever.
+    """
+    copy = {key: value for key, value in schema.items() if key != "default" or of_items}
     if "properties" in copy:
-        copy["properties"] = {name: without_defaults(field) for name, field in copy["properties"].items()}
-    for key in ("items", "additionalProperties"):
-        if isinstance(copy.get(key), dict):
-            copy[key] = without_defaults(copy[key])
+        fields = copy["properties"].items()
+        copy["properties"] = {name: without_defaults(field, of_items=of_items) for name, field in fields}
+    if isinstance(copy.get("additionalProperties"), dict):
+        copy["additionalProperties"] = without_defaults(copy["additionalProperties"], of_items=of_items)
+    if "items" in copy:
+        copy["items"] = without_defaults(copy["items"])
     return copy
 
 

@@ -24,7 +24,7 @@ POD = {
     ],
     "priorityClassName": "batch",
     "runtimeClassName": "nvidia",
-    "env": [{"name": "A", "value": "b"}],
+    "env": [{"name": "A", "value": "b"}, {"name": "EMPTY"}],
     "imagePullSecrets": [{"name": "pull"}],
 }
 EVALUATION = {

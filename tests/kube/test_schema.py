@@ -8,6 +8,7 @@ where a rule has no entry.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import pytest
@@ -168,6 +169,20 @@ def test_what_is_right_is_taken(api: Api, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)
+def test_lists_are_stored_as_they_are_written(api: Api, kind: str) -> None:
+    """Else Argo CD, which compares them whole, would call the object out of sync for ever."""
+    compared = set()
+    for spec in EXAMPLES[kind]:
+        stored = api.create(kind, "x", spec=spec, dry_run=True)["spec"]
+        for path, _, value in walk(SCHEMAS[kind]["properties"]["spec"], spec, ""):
+            names = path.strip(".").split(".")
+            if isinstance(value, list) and not any(name.isdigit() for name in names):
+                assert reduce(dict.__getitem__, names, stored) == value, path
+                compared.add(path)
+    assert ".pod.env" in compared
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
 def test_every_broken_constraint_is_refused_by_name(api: Api, kind: str) -> None:
     cases = [case for case in rejected_cases() if case.kind == kind]
     assert len(cases) > 80
@@ -290,7 +305,10 @@ def test_defaults_are_those_of_the_models(api: Api, kind: str) -> None:
     stored = api.create(kind, "x", spec=spec, dry_run=True)
     model = next(entry.model for entry in crdgen.KINDS if entry.name == kind)
     assert stored["status"] == {"observedGeneration": -1}
-    assert stored["spec"] == model.model_validate({"spec": spec}).wire()["spec"]
+    wanted = model.model_validate({"spec": spec}).wire()["spec"]
+    for step in wanted.get("rollout", {}).get("steps", []):
+        del step["approval"]  # an item of a list is left as it is
+    assert stored["spec"] == wanted
 
 
 NAMES = {

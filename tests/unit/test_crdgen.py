@@ -9,7 +9,7 @@ from pydantic import Field
 from slmops import crdgen
 from slmops.api.base import Model
 from slmops.api.batch import MUTABLE
-from slmops.structural import UnsupportedError, structural
+from slmops.structural import UnsupportedError, structural, without_defaults
 
 CRDS = Path(__file__).resolve().parents[2] / "crds"
 REFUSED = {"$ref", "$defs", "title", "const", "oneOf", "allOf", "prefixItems", "discriminator", "nullable"}
@@ -56,6 +56,7 @@ def test_rewriting() -> None:
             "b": {"type": "string", "maxLength": 3, "description": "B."},
         },
     }  # fmt: skip
+    item = without_defaults(inner)
     assert structural(Outer.model_json_schema(by_alias=True)) == {
         "type": "object",
         "description": "An outer object.",
@@ -66,7 +67,7 @@ def test_rewriting() -> None:
             "one": {"type": "string", "enum": ["x"], "description": "One."},
             "some": {
                 "type": "array",
-                "items": {**inner, "description": "An inner object."},
+                "items": {**item, "description": "An inner object."},
                 "default": [{"a": 3}],
                 "description": "Some.",
             },
@@ -146,6 +147,14 @@ def test_every_field_of_a_recipe_is_immutable(kind: crdgen.Kind) -> None:
     spec = crdgen.schema(kind)["properties"]["spec"]
     fixed = {rule["message"].split()[0] for rule in spec["x-kubernetes-validations"] if "oldSelf" in rule["rule"]}
     assert fixed == spec["properties"].keys() - set(MUTABLE)
+
+
+@pytest.mark.parametrize("kind", crdgen.KINDS, ids=lambda kind: kind.name)
+def test_nothing_is_added_to_a_list_that_somebody_applies(kind: crdgen.Kind) -> None:
+    """GitOps compares lists whole: with a default in its items it would apply the object again and again."""
+    spec = walk(crdgen.schema(kind)["properties"]["spec"], "spec")
+    assert len([path for path, _ in spec if "[]" in path]) > 5
+    assert [path for path, schema in spec if "[]" in path and "default" in schema] == []
 
 
 def test_status_defaults_to_in_progress_and_to_nothing_else() -> None:

@@ -100,6 +100,12 @@ def test_what_is_a_new_revision(changes):
     assert name_of(spec(**changes)) != name_of(spec())
 
 
+def test_an_empty_variable_is_the_same_revision_however_it_is_written():
+    """The API server wrote the value that was left out, until its default went: both are in users' clusters."""
+    stored, written = ([{"name": "A", **value}] for value in ({"value": ""}, {}))
+    assert name_of(spec(pod={"env": stored})) == name_of(spec(pod={"env": written})) == "dfae14b7c7"
+
+
 def test_a_model_is_its_content_where_that_is_known_and_its_address_where_not():
     moved = MODEL.model_copy(update={"uri": "oci://elsewhere/m@" + DIGEST})
     assert name_of(spec(), moved) == name_of(spec())

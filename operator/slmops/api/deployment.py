@@ -73,7 +73,8 @@ class Step(Model):
         default=None, ge=1, le=604800, description="Least time at this weight. Without it, analysis alone decides."
     )
     approval: bool = Field(
-        default=False, description="Wait here for the annotation slmops.dev/promote with the candidate's revision."
+        default=False,
+        description="true: wait here for the annotation slmops.dev/promote with the candidate's revision.",
     )
 
 
@@ -138,7 +139,7 @@ class Analysis(Model):
     )
 
 
-_EVIDENCE = "has(step.pauseSeconds) || step.approval || (has(self.analysis) && step.weight > 0)"
+_EVIDENCE = "has(step.pauseSeconds) || (has(step.approval) && step.approval) || (has(self.analysis) && step.weight > 0)"
 
 
 class Rollout(Model):

@@ -137,7 +137,7 @@ class EnvVar(Model):
     model_config = cel(("!self.name.startsWith('SLMOPS_')", "names starting with SLMOPS_ are the operator's own"))
 
     name: str = Field(min_length=1, max_length=128, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="Name.")
-    value: str = Field(default="", max_length=4096, description="Value.")
+    value: str = Field(default="", max_length=4096, description="Value; empty unless given.")
 
 
 class Toleration(Model):
