@@ -7,6 +7,7 @@ import pytest
 from tests.unit.objects import Object
 from tests.unit.serving_world import CANARY, Kubernetes, source, uri
 
+from slmops.api import keys
 from slmops.cluster.port import ClusterError, Key
 from slmops.reconcile.deployment import ROUTERS_MOST
 from slmops.remote import prometheus
@@ -20,7 +21,6 @@ def test_a_served_model_is_ready_and_at_rest():
     assert [c["type"] for c in world.status["conditions"]] == ["Ready", "Available"]
     assert world.status["endpoint"] == "http://chat.ns.svc:8000/v1"
     assert world.status["ready"] == "2/2"
-    assert world.status["selector"].endswith("slmops.dev/role=server")
     assert world.status["stable"]["digest"] == "sha256:" + "a" * 64
     assert {k.kind for k in world.cluster.objects} == {
         "ModelDeployment", "Deployment", "Pod", "Service", "ConfigMap", "Secret", "PodDisruptionBudget",
@@ -62,6 +62,43 @@ def test_pods_of_a_candidate_that_start_do_not_stop_the_drain_of_the_stable_ones
     assert world.status["stable"]["revision"] == new
     assert protected(world, "server") == {f"chat-{new}-0", f"chat-{new}-1"}
     assert protected(world, "router") == {"chat-router-0", "chat-router-1"}
+
+
+def counted(world: Kubernetes) -> set[str]:
+    """The pods that an autoscaler finds by the scale subresource."""
+    equal, one_of, among = world.status["selector"].rstrip(")").partition(f",{keys.LABEL_REVISION} in (")
+    labels = dict(pair.split("=") for pair in equal.split(",")).items()
+    pods = {k.name: v["metadata"]["labels"] for k, v in world.cluster.objects.items() if k.kind == "Pod"}
+    found = {name: has for name, has in pods.items() if labels <= has.items()}
+    return {name for name, has in found.items() if not one_of or has[keys.LABEL_REVISION] in among.split(",")}
+
+
+def test_an_autoscaler_counts_the_pods_that_share_the_load_and_no_others():
+    """Those of a former revision are idle: with them in the mean, twice the load would be no reason for more pods."""
+    world = Kubernetes(rollout={"steps": [{"weight": 50, "pauseSeconds": 60}], "scaleDownDelaySeconds": 3600})
+    world.passes()
+    old = world.status["stable"]["revision"]
+    assert counted(world) == {f"chat-{old}-0", f"chat-{old}-1"}
+    world.edit(model=uri("b"))
+    world.passes()
+    new = world.status["candidate"]["revision"]
+    assert counted(world) == {f"chat-{old}-0", f"chat-{old}-1", f"chat-{new}-0"}
+    world.passes(seconds=61)
+    assert (world.status["stable"]["revision"], set(world.deployments())) == (new, {old, new})
+    assert counted(world) == {f"chat-{new}-0", f"chat-{new}-1"}
+    world.edit(model=uri("c"))
+    world.passes()
+    world.annotate(abort="*")
+    world.passes()
+    assert (world.status["phase"], "candidate" in world.status) == ("RolledBack", True)
+    assert counted(world) == {f"chat-{new}-0", f"chat-{new}-1"}
+
+
+def test_an_autoscaler_counts_the_pods_of_a_first_revision():
+    world = Kubernetes()
+    world.passes(2)
+    only = world.status["candidate"]["revision"]
+    assert counted(world) == {f"chat-{only}-0", f"chat-{only}-1"}
 
 
 def weights(world: Kubernetes, url: str) -> dict[str, int]:

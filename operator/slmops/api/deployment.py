@@ -325,7 +325,7 @@ class ModelDeploymentStatus(Status):
     replicas: int = Field(default=0, description="Pods of the stable revision.")
     ready_replicas: int = Field(default=0, description="Those that answer.")
     selector: str | None = Field(
-        default=None, max_length=1024, description="Of the server pods, for the scale subresource."
+        default=None, max_length=1024, description="Of the pods that share the load, for the scale subresource."
     )
     stable: Revision | None = Field(default=None, description="Serves whatever the candidate does not.")
     candidate: Revision | None = Field(default=None, description="On its way, or rolled back.")

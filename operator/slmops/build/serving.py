@@ -7,6 +7,7 @@ anew as long as it has not begun to serve, so that it gets what was mended; one 
 image any more.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from slmops.api import keys
@@ -34,6 +35,13 @@ def selector(owner: Object, revision: str = "") -> dict[str, str]:
     """Labels of the server pods: of one revision, or of all."""
     labels = {keys.LABEL_OWNER_UID: owner["metadata"]["uid"], keys.LABEL_ROLE: keys.ROLE_SERVER}
     return labels | ({keys.LABEL_REVISION: revision} if revision else {})
+
+
+def scale_selector(owner: Object, revisions: Collection[str]) -> str:
+    """Write the selector of these revisions' server pods, as an autoscaler reads it."""
+    equal = [f"{name}={value}" for name, value in selector(owner).items()]
+    among = [f"{keys.LABEL_REVISION} in ({','.join(sorted(revisions))})"] if revisions else []
+    return ",".join((*equal, *among))
 
 
 def deployment(owner: Object, spec: ModelDeploymentSpec, revision: str, model: Input, settings: Settings) -> Object:

@@ -27,7 +27,7 @@ from slmops.remote import prometheus, router
 from slmops.remote.errors import RemoteError, TokenRefusedError
 from slmops.remote.router import Report
 from slmops.rollout.machine import decide, measurement_due, measurement_window
-from slmops.rollout.phases import PREPARING
+from slmops.rollout.phases import PREPARING, ROLLING_OUT
 from slmops.rollout.revision import identify
 from slmops.rollout.seen import Decision, Problem, Router, Seen
 from slmops.settings import Settings
@@ -163,7 +163,7 @@ class DeploymentReconciler:
         status = report(facts, decision).model_copy(
             update={
                 "endpoint": router_parts.endpoint(obj),
-                "selector": ",".join(f"{k}={v}" for k, v in serving.selector(obj).items()),
+                "selector": serving.scale_selector(obj, _sharing(decision)),
                 "lineage": _lineage(decision.stable, wanted.lineage, before.lineage),
             }
         )
@@ -250,6 +250,13 @@ def _lineage(stable: Revision | None, asked: Lineage | None, before: Lineage | N
         return None
     known = (one for one in (asked, before) if one is not None and one.digest == stable.digest)
     return next(known, Lineage(digest=stable.digest))
+
+
+def _sharing(decision: Decision) -> set[str]:
+    """The revisions that share the load; idle pods of a former one would make an autoscaler believe in less of it."""
+    rolling = decision.stable is None or decision.rollout.phase in ROLLING_OUT
+    found = (decision.stable, decision.candidate if rolling else None)
+    return {one.revision for one in found if one is not None}
 
 
 def _router(agent: Agent) -> Router:
