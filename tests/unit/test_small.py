@@ -81,6 +81,11 @@ COVERS: list[tuple[Any, Any, bool]] = [
     ({"limits": {"cpu": "1"}}, {"limits": {"cpu": "2"}}, False),
     ({"limits": {"nvidia.com/gpu": "1"}}, {"limits": {"nvidia.com/gpu": 1}}, True),
     ({"env": [{"value": "1"}]}, {"env": [{"value": "1.0"}]}, False),
+    ({"selector": {"a": "b"}, "type": "ClusterIP"}, {"selector": {"a": "b"}}, True),
+    ({"selector": {"a": "b", "c": "d"}}, {"selector": {"a": "b"}}, False),
+    ({"selector": {"matchLabels": {"a": "b", "c": "d"}}}, {"selector": {"matchLabels": {"a": "b"}}}, False),
+    ({"nodeSelector": {"a": "b", "c": "d"}}, {"nodeSelector": {"a": "b"}}, False),
+    ({}, {"nodeSelector": {}}, True),
 ]
 
 

@@ -11,6 +11,7 @@ APPLIED = "slmops.dev/applied"  # annotation: hash of what was applied last, so 
 
 _EMPTY: tuple[Any, ...] = (None, "", {}, [])
 _QUANTITIES = frozenset({"requests", "limits", "sizeLimit"})
+_WHOLE = frozenset({"selector", "nodeSelector"})  # maps that a write replaces: one more label selects other things
 
 
 def stamped(obj: Object) -> Object:
@@ -33,6 +34,8 @@ def covers(current: Any, wanted: Any, *, quantity: bool = False) -> bool:
     if isinstance(wanted, dict):
         if not isinstance(current, dict):
             return wanted == {} and current in _EMPTY
+        if any((current.get(k) or {}) != wanted[k] for k in _WHOLE & wanted.keys()):
+            return False
         return all(covers(current.get(k), v, quantity=quantity or k in _QUANTITIES) for k, v in wanted.items())
     if isinstance(wanted, list):
         if not isinstance(current, list):
