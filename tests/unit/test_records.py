@@ -8,6 +8,7 @@ from tests.unit.objects import Object
 from tests.unit.serving_world import Kubernetes, uri
 
 from slmops.build.router import records_of
+from slmops.build.serving import RESTARTED
 from slmops.cluster.kinds import PLACES
 from slmops.cluster.port import Key
 
@@ -67,15 +68,43 @@ def test_records_of_the_version_before_are_sealed_and_no_pod_is_touched() -> Non
     world.edit(model=uri("b"), rollout={"steps": [{"weight": 10, "approval": True}]})
     world.passes()  # the stable revision is history by now: the spec tells of another one
     before = {k: v["spec"]["template"] for k, v in world.cluster.objects.items() if k.kind == "Deployment"}
-    stored = world.cluster.objects[MAP]
-    data = {name: text for name, text in stored["data"].items() if not name.endswith(".seal")}
-    world.cluster.put({**stored, "data": data})
-    world.cluster.tamper("ConfigMap")
+    break_seals(world)
     world.passes()
     assert {k: v["spec"]["template"] for k, v in world.cluster.objects.items() if k.kind == "Deployment"} == before
     world.cluster.delete(key)
     world.passes()
     assert world.cluster.objects[key]["spec"]["template"] == before[key]
+
+
+def break_seals(world: Kubernetes) -> None:
+    """The version before made none, and those of another key are none."""
+    stored = world.cluster.objects[MAP]
+    data = {name: text for name, text in stored["data"].items() if not name.endswith(".seal")}
+    world.cluster.put({**stored, "data": data})
+    world.cluster.tamper("ConfigMap")
+
+
+def restart(world: Kubernetes, key: Key, time: str) -> None:
+    """What `kubectl rollout restart` writes."""
+    live = world.cluster.objects[key]
+    template = live["spec"]["template"]
+    notes = {**template["metadata"]["annotations"], RESTARTED: time}
+    template = {**template, "metadata": {**template["metadata"], "annotations": notes}}
+    world.cluster.put({**live, "spec": {**live["spec"], "template": template}})
+
+
+def test_pods_can_be_restarted_also_where_a_record_was_read_back() -> None:
+    world, key = served()
+    before = world.cluster.objects[key]["spec"]["template"]["metadata"]["annotations"]
+    restart(world, key, "2026-05-01T00:00:00Z")
+    break_seals(world)
+    world.passes()
+    (record,) = records_of(world.obj, world.cluster.objects[MAP], world.settings.router_key).values()
+    assert record["spec"]["template"]["metadata"]["annotations"] == before
+    restart(world, key, "2026-05-02T00:00:00Z")
+    world.cluster.tamper("Deployment")
+    world.passes()
+    assert world.cluster.objects[key]["spec"]["template"]["metadata"]["annotations"][RESTARTED].startswith("2026-05-02")
 
 
 def test_a_name_leads_to_no_other_place_of_the_api() -> None:

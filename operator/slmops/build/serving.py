@@ -19,6 +19,7 @@ from slmops.build.parts import Object
 from slmops.settings import Settings
 
 SERVER, PULL = "server", "pull"
+RESTARTED = "kubectl.kubernetes.io/restartedAt"
 MODEL_DIR = "/model"
 # For answers that run when a pod is stopped; without any, it ends by itself. Not more: a namespace that is deleted
 # looks for pods again only after half of the longest grace in it, however soon they end.
@@ -77,10 +78,16 @@ def scaled(manifest: Object, replicas: int) -> Object:
 
 
 def record_of(live: Object) -> Object:
-    """A Deployment's manifest read back from the cluster, should its record be lost."""
-    metadata = live["metadata"]
+    """A Deployment's manifest read back from the cluster, should its record be lost.
+
+    Without the time of the last `kubectl rollout restart`: applied again, it would undo the next one.
+    """
+    metadata, template = live["metadata"], live["spec"]["template"]
     kept = {name: metadata[name] for name in ("name", "namespace", "labels", "ownerReferences") if name in metadata}
-    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": kept, "spec": {**live["spec"], "replicas": 0}}
+    notes = {name: note for name, note in (template["metadata"].get("annotations") or {}).items() if name != RESTARTED}
+    template = {**template, "metadata": {**template["metadata"], "annotations": notes}}
+    spec = {**live["spec"], "replicas": 0, "template": template}
+    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": kept, "spec": spec}
 
 
 def headless_service(owner: Object, revision: str) -> Object:
