@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.kube.api import Api, Object, wait_for
+from tests.kube.api import Api, ApiError, Object, wait_for
 from tests.kube.conftest import Operator, Start
 from tests.kube.kubelet import RESULT, Kubelet
 from tests.kube.proxy import Proxy
@@ -241,6 +241,41 @@ def test_an_object_of_an_older_schema_stops_nobody(api: Api, start: Start) -> No
     until_job(api)
     wait_for("the Event", lambda: any(event["reason"] == "InvalidSpec" for event in api.list("Event")))
     assert api.status("FineTuneJob", "old") == {"observedGeneration": -1}  # it cannot be written any more
+
+
+def test_a_policy_that_denies_the_job_is_waited_for(api: Api, start: Start) -> None:
+    name, group = f"no-jobs-{api.namespace}", "admissionregistration.k8s.io/v1"
+    policies, bindings = (f"/apis/{group}/validatingadmissionpolic{end}" for end in ("ies", "ybindings"))
+    rule = {"apiGroups": ["batch"], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["jobs"]}
+    here = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": api.namespace}}}
+    policy = {
+        "matchConstraints": {"resourceRules": [rule]},
+        "validations": [{"expression": "false", "message": "label team is missing"}],
+    }
+    binding = {"policyName": name, "validationActions": ["Deny"], "matchResources": here}
+    whole = {"apiVersion": group, "metadata": {"name": name}}
+    api.ask("POST", policies, {**whole, "kind": "ValidatingAdmissionPolicy", "spec": policy})
+    api.ask("POST", bindings, {**whole, "kind": "ValidatingAdmissionPolicyBinding", "spec": binding})
+    pod = {"restartPolicy": "Never", "containers": [{"name": "c", "image": "i"}]}
+
+    def in_force() -> bool:
+        try:
+            api.create("Job", "x", spec={"template": {"spec": pod}}, dry_run=True)
+        except ApiError as error:
+            return "denied request" in error.message
+        return False
+
+    try:
+        wait_for("the policy", in_force)
+        start().until_ready()
+        tune(api)
+        status = api.until_reason("FineTuneJob", "tune", "PolicyDenied")
+        assert status["phase"] == "Waiting"
+        assert "label team is missing" in status["conditions"][0]["message"]
+    finally:
+        for url in (bindings, policies):
+            api.ask("DELETE", f"{url}/{name}")
+    wait_for("the Job", lambda: api.get("Job", "tune-finetune"), 60)
 
 
 BROKEN = {"no YAML": "{", "no list": "[]", "no context": "apiVersion: v1\nkind: Config\ncurrent-context: gone\n"}

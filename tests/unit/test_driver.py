@@ -2,14 +2,15 @@
 
 import math
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from tests.unit.objects import ARTIFACT, NOW, at, finetune, of, ours, pod, succeeded
+from tests.unit.objects import ARTIFACT, NOW, RUNNING, at, finetune, of, ours, pod, succeeded
 
 from slmops.api.finetune import FineTuneJobSpec
+from slmops.api.meta import Progress
 from slmops.cluster.memory import MemoryCluster, key_of
 from slmops.cluster.port import ClusterError, Key, Object
 from slmops.handlers.known import Known, note_of
@@ -157,7 +158,16 @@ def test_a_router_that_does_not_answer_keeps_the_status() -> None:
     assert cluster.posted == []
 
 
+KYVERNO = ClusterError(400, "", 'admission webhook "validate.kyverno.svc" denied the request: label team is missing')
+GATEKEEPER = ClusterError(403, "Forbidden", 'admission webhook "validation.gatekeeper.sh" denied the request: [team] x')
+POLICY = ClusterError(
+    422, "Invalid", "jobs.batch \"j\" is forbidden: ValidatingAdmissionPolicy 'a' with binding 'b' denied request: no"
+)
+
 REFUSED = [
+    (KYVERNO, "Reconciling", "PolicyDenied"),
+    (GATEKEEPER, "Reconciling", "PolicyDenied"),
+    (POLICY, "Reconciling", "PolicyDenied"),
     (ClusterError(403, "Forbidden", "exceeded quota: q"), "Reconciling", "QuotaExceeded"),
     (ClusterError(403, "Forbidden", "cannot create"), "Reconciling", "Forbidden"),
     (ClusterError(403, "Forbidden", "namespace ns is being terminated"), "Reconciling", "NamespaceTerminating"),
@@ -178,6 +188,23 @@ def test_a_refused_child_is_explained(error: ClusterError, condition: str, reaso
     assert found is not None
     assert found["reason"] == reason
     assert cluster.objects[key]["status"].get("phase") != "X"
+
+
+@pytest.mark.parametrize("error", [KYVERNO, GATEKEEPER, POLICY], ids=["kyverno", "gatekeeper", "policy"])
+def test_a_policy_that_keeps_what_should_go_is_told_of(error: ClusterError) -> None:
+    cluster, driver, key = setting(Plan(status={"phase": "X"}, delete=(Key("Service", "ns", "c"),)))
+    cluster.put(owned(cluster, key))
+    cluster.refuse["Service"] = error
+    assert driver.run(key) == 15.0
+    assert reason(cluster, cluster.objects[key]) == "PolicyDenied"
+
+
+def test_a_policy_that_refuses_the_status_leaves_it_as_it_is_for_now() -> None:
+    cluster, driver, key = setting(Plan(status={"phase": "X"}))
+    cluster.refuse["FineTuneJob"] = KYVERNO
+    with pytest.raises(ClusterError):
+        driver.run(key)
+    assert cluster.posted == []
 
 
 @pytest.mark.parametrize("status", [0, 409, 429, 503, 504])
@@ -375,6 +402,44 @@ def test_a_whole_life_with_the_real_reconciler() -> None:
     cluster.delete(key)
     assert driver.run(key) == math.inf
     assert cluster.objects == {} or all(found.kind == "Pod" for found in cluster.objects)
+
+
+CHANGES = [({"backoffLimit": 9}, "Running", 60), ({"suspend": True}, "Suspended", 20)]
+
+
+@pytest.mark.parametrize(("change", "then", "percent"), CHANGES)
+def test_a_run_whose_change_a_policy_refuses_runs_on_and_says_so(change: Object, then: str, percent: int) -> None:
+    cluster, moment, told = MemoryCluster(), NOW, 20
+
+    def progress(address: str) -> Progress:
+        return Progress(percent=told, stage="Training")
+
+    driver = Driver(
+        cluster, Settings(store="oci://s"), reconcilers(progress), lambda routes: None, clock=lambda: moment
+    )
+    key, job = key_of(cluster.put(finetune())), Key("Job", "ns", "tune-finetune")
+    driver.run(key)
+    worker = pod(cluster.objects[key], state=RUNNING, of=cluster.objects[job]["metadata"]["uid"])
+    cluster.put(worker)
+    cluster.set_status(key_of(worker), worker["status"])
+    driver.run(key)
+    cluster.put(finetune(**change))
+    moment, told = NOW + timedelta(seconds=60), 60
+    for _ in range(2):
+        cluster.refuse["Job"] = KYVERNO
+        again = driver.run(key)
+        assert again is not None
+        assert again <= 15.0
+        obj = cluster.objects[key]
+        assert (obj["status"]["phase"], obj["status"]["progress"]["percent"]) == ("Running", percent)
+        going = of(obj, "Reconciling")
+        assert going is not None
+        assert going["reason"] == "PolicyDenied"
+        assert "label team" in going["message"]
+        assert (of(obj, "Stalled"), of(obj, "Suspended")) == (None, None)
+    driver.run(key)
+    assert cluster.objects[key]["status"]["phase"] == then
+    assert change.items() <= cluster.objects[job]["spec"].items()
 
 
 class Counting(MemoryCluster):

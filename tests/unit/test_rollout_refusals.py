@@ -13,6 +13,7 @@ from slmops.remote import prometheus
 INVALID = ClusterError(422, "Invalid", "cpu: must be less than or equal to cpu limit")
 QUOTA = ClusterError(403, "Forbidden", "exceeded quota: small")
 HOOK = ClusterError(500, "InternalError", "failed calling webhook: no endpoints")
+POLICY = ClusterError(400, "", 'admission webhook "x" denied the request: label team is missing')
 LONG = ClusterError(403, "TooLong", "exceeded quota: " + ", ".join(60 * ["requests.cpu"]))
 AWAY = ClusterError(0, "NoAnswer", "The API server does not answer.")
 
@@ -33,7 +34,12 @@ def weights(world: Kubernetes) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "reason"), [(INVALID, "Stalled", "Rejected"), (QUOTA, "Reconciling", "QuotaExceeded")]
+    ("error", "kind", "reason"),
+    [
+        (INVALID, "Stalled", "Rejected"),
+        (QUOTA, "Reconciling", "QuotaExceeded"),
+        (POLICY, "Reconciling", "PolicyDenied"),
+    ],
 )
 def test_a_third_revision_that_is_refused_leaves_no_weight_with_the_second(error, kind, reason):
     world = rolling()
@@ -53,7 +59,7 @@ def test_a_third_revision_that_is_refused_leaves_no_weight_with_the_second(error
     assert second not in world.deployments()
 
 
-@pytest.mark.parametrize("error", [QUOTA, HOOK, INVALID, LONG], ids=lambda error: error.reason)
+@pytest.mark.parametrize("error", [QUOTA, HOOK, INVALID, LONG, POLICY], ids=lambda error: error.reason)
 @pytest.mark.parametrize("which", ["refusing", "refusing_new"])
 def test_a_first_revision_that_is_refused_for_long_still_says_why(error, which):
     world = Kubernetes()

@@ -1,10 +1,13 @@
 """What the rest of the operator may ask of a cluster. Objects are plain dicts, as the API server sends them."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 Object = dict[str, Any]
 Objects = list[Object]  # within Cluster, `list` is a method
+
+_DENIED = re.compile(r'admission webhook "[^"]*" denied the request|ValidatingAdmissionPolicy .* denied request')
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,14 @@ class ClusterError(Exception):
         self.status, self.reason, self.message = status, reason, message
 
     @property
+    def denied(self) -> bool:
+        """Whether an admission webhook or policy refuses it, with whatever status: of one that gives none, 400."""
+        return _DENIED.search(self.message) is not None
+
+    @property
     def retryable(self) -> bool:
         """False only for requests that the server will refuse again as they are (invalid object: 400, 422)."""
-        return self.status not in (400, 422)
+        return self.denied or self.status not in (400, 422)
 
 
 class Cluster(Protocol):

@@ -172,7 +172,8 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
     if pod is not None and running(pod):
         message = f"Pod {pod['metadata']['name']} runs."
         status = going_on(p, "Running", "Running", message, progress=progress(p), **tried)
-        return plan(status, *news, apply=apply, requeue=_poll_running(p))
+        # A change that is refused hides nothing of the run.
+        return plan(status, *news, apply=apply, requeue=_poll_running(p), keep_going=True)
     if held(job, p.spec, suspended=_was_suspended(p, job)):
         queue = queue_of(job, p.spec)
         message = f"Waits in queue {queue} to be admitted." if queue else _HELD

@@ -9,8 +9,8 @@ pass alone: killed between the routers and the status, the next one would give t
 Errors, and what becomes of them:
   Retry             Ready=False and Reconciling=True with its reason; the pass comes again
   Terminal          Stalled=True with its reason; nothing more happens until an event or the resync
-  ClusterError      403: Retry (a quota, a missing right); of a child 400, 413, 422: Terminal, 500: Retry (a webhook);
-                    all else goes up: the API server is ill, and the queue backs off
+  ClusterError      403, denied: Retry (a quota, a missing right, a policy); of a child 400, 413, 422: Terminal,
+                    500: Retry (a webhook); all else goes up: the API server is ill, and the queue backs off
   RemoteError       Retry
   ValidationError   Terminal InvalidSpec: the object was stored under an older schema
   anything else     a bug: goes up, is logged with its trace and backs off this object alone
@@ -280,6 +280,8 @@ def _outcome(error: Exception) -> Retry | Terminal | None:
     match error:
         case Retry() | Terminal():
             return error
+        case ClusterError(denied=True):
+            return _denied(error, "A write")
         case ClusterError(status=403):
             return Retry("Forbidden", f"The operator may not do this: {error.message}", after=15.0)
         case RemoteError():
@@ -377,9 +379,12 @@ def _explain(error: ClusterError, what: str) -> None:
     """The outcome that an answer to applying a child means. Raises Retry, Terminal or the error itself."""
     if error.status == 403 and "being terminated" in error.message:
         raise Retry("NamespaceTerminating", "The namespace is being deleted.", after=60.0) from error
+    if error.status == 403 and over_quota(error.message):
+        raise Retry("QuotaExceeded", f"{what} was refused: {error.message}", after=5.0) from error
+    if error.denied:
+        raise _denied(error, what) from error
     if error.status == 403:
-        reason = "QuotaExceeded" if over_quota(error.message) else "Forbidden"
-        raise Retry(reason, f"{what} was refused: {error.message}", after=5.0) from error
+        raise Retry("Forbidden", f"{what} was refused: {error.message}", after=5.0) from error
     if error.status == 413 or "request is too large" in error.message:
         raise Terminal(
             "TooLarge", f"{what} is too large for the API server; shorten the spec: {error.message}"
@@ -391,6 +396,11 @@ def _explain(error: ClusterError, what: str) -> None:
         remedy = "It is tried again; if it stays so, it is for those who run the cluster to mend."
         raise Retry(reason, f"{what} could not be written: {error.message}. {remedy}", after=15.0) from error
     raise error
+
+
+def _denied(error: ClusterError, what: str) -> Retry:
+    remedy = "It is tried again: give it what the policy asks for, or have an exception made."
+    return Retry("PolicyDenied", f"{what} was refused by a policy: {error.message} {remedy}", after=15.0)
 
 
 def _sentence(error: ValidationError) -> str:

@@ -39,7 +39,7 @@ class Plan:
     """One pass's decision, carried out in this order: apply, routes, delete, status, events; then wait.
 
     `status` is the whole wanted status; it is written only where it differs. `requeue` is in seconds: None waits for
-    an event. `keep_going`: what is refused does not stop the rest, for there is something that serves to look after.
+    an event. `keep_going`: what is refused does not stop the rest, for what serves or runs is to be looked after.
     `status_first`, with `keep_going` alone: the status is written before all else, at the end only where that failed.
     """
 
