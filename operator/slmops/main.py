@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import random
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -32,6 +33,8 @@ FINISH_SECONDS = 8.0  # for the passes in progress when the operator is asked to
 def main() -> int:
     """Run until SIGTERM or SIGINT. 1 where it cannot start, with a sentence why."""
     logs.set_up()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         settings = Settings.from_env()
         asyncio.run(run(settings))
@@ -61,7 +64,7 @@ async def run(settings: Settings) -> None:
 
     cluster = KubeCluster(configuration(), threads=settings.workers, on_call=metrics.on_call)
     driver = Driver(
-        cluster, settings, reconcilers(), pusher(settings), metrics.on_end, metrics.on_count, known.circular
+        cluster, settings, reconcilers(), pusher(settings), metrics.on_end, metrics.on_counts, known.circular
     )
     work = Work(
         driver.run,
