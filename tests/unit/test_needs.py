@@ -57,6 +57,15 @@ def test_what_is_missing_is_named(name: str) -> None:
     assert (caught.value.reason, caught.value.after) == (reason, needs.RECHECK_SECONDS)
 
 
+def test_the_keys_that_a_secret_has_are_not_told() -> None:
+    """Who may read the status may not read Secrets, and a key may be a user's name."""
+    cluster = MemoryCluster()
+    cluster.put(secret("clients", alice="YQ=="))
+    with pytest.raises(Retry) as caught:
+        needs.check(cluster, "ns", Inputs(secrets={"clients": {"token"}}))
+    assert (caught.value.reason, str(caught.value)) == ("SecretNotFound", "Secret clients has no key token.")
+
+
 def test_the_hash_follows_contents() -> None:
     cluster = MemoryCluster()
     cluster.put(secret("hub", token="x"))

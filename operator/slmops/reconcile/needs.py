@@ -53,7 +53,8 @@ def _keys(reason: str, what: str, wanted: set[str], data: Object) -> None:
     missing = sorted(wanted - data.keys())
     if missing:
         there = ", ".join(sorted(data)) or "none"
-        raise Retry(reason, f"{what} has no key {missing[0]}; its keys: {there}.", after=RECHECK_SECONDS)
+        told = "" if reason == "SecretNotFound" else f"; its keys: {there}"  # a status is read by more than Secrets are
+        raise Retry(reason, f"{what} has no key {missing[0]}{told}.", after=RECHECK_SECONDS)
 
 
 def _readable(needed: Inputs, name: str, key: str, text: str) -> None:
