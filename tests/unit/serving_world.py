@@ -116,7 +116,7 @@ class Kubernetes:
             self.settings,
             {"ModelDeployment": reconciler},
             self.push,
-            on_count=self.metrics.on_count,
+            on_counts=self.metrics.on_counts,
             clock=lambda: self.now,
         )
 

@@ -109,6 +109,22 @@ def test_what_could_not_be_written_is_not_counted_twice():
     assert verdicts(world) == {("errors", "Fail"): 1}
 
 
+def test_series_of_metrics_that_the_analysis_has_no_more_go():
+    """Whoever may edit one deployment would fill the operator's memory with names; and so would build numbers."""
+    world = rolling()
+    for number in range(3):
+        rule = {**ANALYSIS["metrics"][0], "name": f"build-{number}"}
+        world.edit(rollout={"steps": [{"weight": 50}], "analysis": {**ANALYSIS, "metrics": [rule]}})
+        for answer in (prometheus.NoData("none"), prometheus.Unreachable("down")):
+            world.answers = [answer]
+            world.passes(seconds=10)
+        assert verdicts(world) == {(f"build-{number}", "NoData"): 1, (f"build-{number}", "Unreachable"): 1}
+    world.edit(rollout=CANARY)
+    world.answers = [prometheus.NoData("none")]
+    world.passes(seconds=10)
+    assert verdicts(world) == {("errors", "NoData"): 1}
+
+
 def test_a_deployment_that_is_gone_leaves_no_series():
     world = rolling()
     world.metrics.on_gone(Key("FineTuneJob", "ns", "chat"))

@@ -65,6 +65,7 @@ class Metrics:
                 registry=self.registry,
             ),
         }
+        self._verdicts: dict[tuple[str, ...], set[tuple[str, ...]]] = {}  # labels of its series, by object
         self.watch_restarts = Counter(
             "slmops_watch_restarts", "How often the watches had to be started again.", registry=self.registry
         )
@@ -90,15 +91,26 @@ class Metrics:
         """See driver.OnEnd."""
         self._runs.labels(kind, outcome).observe(seconds)
 
-    def on_count(self, count: Count) -> None:
-        """See driver.OnCount."""
-        self._counters[count.counter].labels(*count.labels).inc()
+    def on_counts(self, counts: tuple[Count, ...]) -> None:
+        """See driver.OnCounts. Series of metrics that the analysis has no more go: names are anybody's choice."""
+        for count in counts:
+            self._counters[count.counter].labels(*count.labels).inc()
+        measured = [count.labels for count in counts if count.counter == "verdicts"]
+        if not measured:
+            return
+        names = {metric for _, _, metric, _ in measured}  # a measurement is of all that the analysis has
+        told = self._verdicts.get(measured[0][:2], set()).union(measured)
+        kept = {labels for labels in told if labels[2] in names}
+        for labels in told - kept:
+            self._counters["verdicts"].remove(*labels)
+        self._verdicts[measured[0][:2]] = kept
 
     def on_gone(self, key: Key) -> None:
         """See work.OnGone: the series of a deployment go with it, or they would pile up where many come and go."""
         if key.kind == "ModelDeployment":
             for counter in self._counters.values():
                 counter.remove_by_labels({"namespace": key.namespace, "name": key.name})
+            self._verdicts.pop((key.namespace, key.name), None)
 
     def on_call(self, verb: str, kind: str, status: int, seconds: float) -> None:
         """See cluster.kube.OnCall."""

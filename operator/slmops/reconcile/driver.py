@@ -50,8 +50,8 @@ PushRoutes = Callable[[Routes], None]
 OnEnd = Callable[[str, str, float], None]
 """Told once of every run that ends: kind, outcome (Succeeded, Failed), seconds from its first pod to its end."""
 
-OnCount = Callable[[Count], None]
-"""Told of every count of a plan, once its status has been written."""
+OnCounts = Callable[[tuple[Count, ...]], None]
+"""Told of a plan's counts, once its status has been written."""
 
 
 def utc_now() -> datetime:
@@ -68,7 +68,7 @@ class Driver:
     reconcilers: Mapping[str, Reconciler]
     push_routes: PushRoutes
     on_end: OnEnd = field(default=lambda _kind, _outcome, _seconds: None)
-    on_count: OnCount = field(default=lambda _count: None)
+    on_counts: OnCounts = field(default=lambda _counts: None)
     circular: Callable[[Key], bool] = field(default=lambda _key: True)  # where nobody knows, passes look
     clock: Callable[[], datetime] = field(default=utc_now)
 
@@ -263,8 +263,7 @@ class Driver:
 
     def _tell(self, obj: Object, plan: Plan) -> None:
         """What the status that has just been written says: no later pass tells it again."""
-        for count in plan.counts:
-            self.on_count(count)
+        self.on_counts(plan.counts)
         self._post(obj, plan.events)
 
     def _post(self, obj: Object, events: tuple[Event, ...]) -> None:
