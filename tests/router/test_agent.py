@@ -1,18 +1,34 @@
 """The agent: who may set routes, what it refuses, and what a restart keeps."""
 
+import contextlib
 import http.client
 import json
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from router_world import ROOT, ask, eventually, routes
+from router_world import ROOT, TOKEN, ask, eventually, routes
 
 from slmops_router.main import newest
 from slmops_router.routes import BadRoutesError, Routes
+
+
+@contextlib.contextmanager
+def held(port, count, said):
+    """So many connections that say no more than this."""
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in connections:
+            one.settimeout(1)
+            with contextlib.suppress(OSError):  # refused or ended already
+                one.connect(("127.0.0.1", port))
+                one.send(said)
+        yield connections
 
 
 def test_only_the_bearer_of_the_token_sets_or_reads_routes(router, port):
@@ -30,6 +46,42 @@ def test_the_kubelet_needs_no_token(router, port):
     one = router()
     assert one.call("GET", "/livez", token=None)[0] == 200
     assert one.call("GET", "/readyz", token=None)[0] == 200
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /l", b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n"])
+def test_whoever_holds_connections_keeps_neither_the_kubelet_nor_the_operator_away(router, port, said):
+    one = router(routes({"a": 100}, port), reach=0)
+    kept = http.client.HTTPConnection("127.0.0.1", one.agent_port, timeout=5)
+
+    def observed():
+        kept.request("GET", "/observed", headers={"authorization": f"Bearer {TOKEN}"})
+        return kept.getresponse().read()
+
+    assert observed()
+    _, most = resource.prlimit(one.process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(one.process.pid, resource.RLIMIT_NOFILE, (128, most))
+    with held(one.agent_port, 200, said):
+        assert one.call("GET", "/livez", token=None)[0] == 200
+        assert one.call("GET", "/readyz", token=None)[0] == 200
+        assert one.set(routes({"b": 100}, port))
+        assert observed()  # who has shown the token stays
+    assert "Traceback" not in (one.folder / "router.log").read_text()
+
+
+def test_a_large_head_is_not_kept_in_memory(router, port):
+    one = router()
+    connection = http.client.HTTPConnection("127.0.0.1", one.agent_port, timeout=5)
+
+    def ask(headers):
+        connection.request("GET", "/livez", headers=headers)
+        return connection.getresponse().read()
+
+    with pytest.raises(ConnectionError):
+        ask({f"x-{number}": "y" * 60_000 for number in range(50)})
+    connection.close()
+    for _ in range(8):  # over one connection, each with a head of its own
+        assert ask({"x": "y" * 4000})
+        assert connection.sock is not None
 
 
 def test_bad_routes_are_refused_in_words_and_change_nothing(router, port):
@@ -132,6 +184,21 @@ def test_prometheus_sees_every_revision_from_the_start(pod, router, port):
     assert 'haproxy_backend_http_responses_total{proxy="a",code="2xx"} 1' in text
     assert 'haproxy_backend_http_responses_total{proxy="b",code="5xx"} 0' in text
     assert 'haproxy_backend_server_aborts_total{proxy="a"} 0' in text
+
+
+def test_whoever_says_nothing_keeps_no_prometheus_away(router, port):
+    """Without one, a rollout is neither promoted nor rolled back."""
+    one = router()
+    scrape = http.client.HTTPConnection("127.0.0.1", one.metrics_port, timeout=5, source_address=("127.0.0.9", 0))
+    with held(one.metrics_port, 100, b"GET /m") as connections:
+        scrape.request("GET", "/metrics")
+        assert b"haproxy_process" in scrape.getresponse().read()
+        for silent in connections:
+            silent.settimeout(5)
+            with contextlib.suppress(ConnectionError):
+                while silent.recv(4096):
+                    pass
+        assert "haproxy_process" in one.metrics()  # and so it is for the same address after a while
 
 
 def test_places_without_a_pod_cost_prometheus_nothing(pod, router, port):

@@ -24,7 +24,8 @@ STRIDE = 61  # coprime to 100 and near its golden section: turns spread evenly, 
 PROBE = "/.slmops/ready"
 SCOPES = "scope=global&scope=frontend&scope=backend"  # servers are 70 series each, also those without a pod
 FRONT = "api"  # the frontend of the clients
-FILES_SPARE = 256  # for listeners, threads and the like: about 60 with 8 revisions and 4 threads
+SCRAPES = 64  # connections at once that ask for metrics, of these 8 from one address
+FILES_SPARE = 256  # for these, and listeners, threads and the like: about 60 with 8 revisions and 4 threads
 
 ERRORS = {
     400: ("invalid_request_error", "bad_request", "The request is not valid HTTP."),
@@ -131,7 +132,7 @@ def _head(routes: Routes, place: Place) -> str:
 global
     description {fingerprint(routes)}
     log stdout format raw local0 notice
-    maxconn {3 * clients(routes, place)}
+    maxconn {3 * clients(routes, place) + SCRAPES}
     nbthread {place.threads}
     stats socket {place.socket} mode 600 level admin expose-fd listeners
     server-state-file {place.state}
@@ -188,9 +189,15 @@ def _frontend(routes: Routes, place: Place) -> str:
     return f"""\
 frontend metrics
     bind {place.listen(place.metrics_port)}
-    maxconn 16
+    maxconn {SCRAPES}
     option dontlog-normal
-    timeout client 30s
+    # Nobody who says nothing, or comes from one address, keeps a Prometheus away: without it, rollouts hold
+    option httpclose
+    timeout http-request 2s
+    timeout client 5s
+    stick-table type ipv6 size 1k store conn_cur
+    tcp-request connection track-sc0 src
+    tcp-request connection reject if {{ sc0_conn_cur gt 8 }}
     http-request set-query {SCOPES} if !{{ query -m found }}
     http-request use-service prometheus-exporter if {{ path /metrics }}
     http-request return status 404
