@@ -461,6 +461,20 @@ def test_what_a_pod_says_of_other_namespaces_is_believed_of_the_operators_alone(
     assert [m["selector"]["matchLabels"] for m in monitors] == [own]
 
 
+def test_a_pod_that_anybody_may_make_does_not_fill_the_prometheus_of_all() -> None:
+    """The operator's own grows with the deployments, and nobody else's pod is taken for it."""
+    found = render(*EVERYTHING)
+    (config,) = [f["data"]["prometheus.yml"] for f in found if "prometheus.yml" in f.get("data", {})]
+    limits = {job["job_name"]: (job.get("sample_limit"), job.get("body_size_limit"), job.get("target_limit"))
+              for job in yaml.safe_load(config)["scrape_configs"]}  # fmt: skip
+    assert limits == {"slmops-objects": (50_000, "64MB", None), "slmops-operator": (None, None, None)}
+    monitors = {f["metadata"]["name"]: f["spec"].get("sampleLimit") for f in found if f["kind"] == "PodMonitor"}
+    assert monitors == {"slmops-objects": 50_000, "slmops-operator": None}
+    told = re.search(r"up\s+to ([\d,]+) samples", (ROOT / "docs/metrics.md").read_text(encoding="utf-8"))
+    assert told
+    assert int(told[1].replace(",", "")) == 50_000
+
+
 def test_without_crds_a_release_in_namespaces_of_its_own_needs_no_rights_on_the_cluster() -> None:
     bound = render(*EVERYTHING, "watchNamespaces={team}", "crds.install=false")
     assert [f"{f['kind']}/{f['metadata']['name']}" for f in bound if not f["metadata"].get("namespace")] == []

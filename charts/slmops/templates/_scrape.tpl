@@ -1,11 +1,18 @@
 {{/* The scrape jobs of the bundled Prometheus, and what to copy into one's own (docs/metrics.md): pods of ours that
 have a port named metrics, with the labels that rollout analysis asks for. The operator's metrics name the namespace of
-the object that they speak of: theirs is kept, and so no other pod is believed what it says of a namespace. */}}
+the object that they speak of: theirs is kept, and so no other pod is believed what it says of a namespace. Whoever may make
+a pod may have it scraped: one that says too much is dropped, alone, before it fills the memory. A server with 16
+adapters has 22,000 samples at the most, of 4 MB. No target_limit: beyond it, none would be scraped. */}}
+{{- define "slmops.sampleLimit" -}}50000{{- end }}
 {{- define "slmops.scrape" -}}
 {{- $root := . }}
 {{- range $what := list "objects" "operator" }}
 - job_name: slmops-{{ $what }}
   honor_labels: {{ eq $what "operator" }}
+  {{- if eq $what "objects" }}
+  sample_limit: {{ include "slmops.sampleLimit" $root }}
+  body_size_limit: 64MB
+  {{- end }}
   kubernetes_sd_configs:
     - role: pod
       {{- if eq $what "operator" }}
