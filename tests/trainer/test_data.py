@@ -132,12 +132,13 @@ def test_limit_stops_reading(tmp_path: Path) -> None:
     assert len(read(tmp_path, GOOD * 3 + "broken", limit=2)) == 2
 
 
-def test_leaks_are_found_over_case_and_white_space() -> None:
+def test_leaks_are_found_over_case_white_space_and_composition() -> None:
     def ask(text: str, line: int) -> Example:
         return Example((Message("user", text),), "a", line)
 
-    training = [ask("one", 1), ask("Two  words", 2), ask("two words", 3)]
-    assert data.leaks(training, [ask("three", 1), ask(" TWO words", 2)]) == [(2, 2)]
+    training = [ask("one", 1), ask("Two  words", 2), ask("two words", 3), ask("\u00c9t\u00e9", 4)]
+    assert data.leaks(training, [ask("three", 1), ask(" TWO words", 2), ask("e\u0301te\u0301", 3)]) == [(2, 2), (4, 3)]
+    assert training[3].messages[0].content == "\u00c9t\u00e9"  # it is trained on as it is given
 
 
 @pytest.mark.parametrize(

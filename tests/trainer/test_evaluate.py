@@ -1,5 +1,7 @@
 """Scores, against values worked out by hand."""
 
+import unicodedata
+
 import pytest
 
 from slmops_trainer import evaluate
@@ -10,6 +12,8 @@ TABLE: list[tuple[str, str, str, float]] = [
     ("exactMatch", " yes\n", "yes", 1),
     ("exactMatch", "Yes", "yes", 0),
     ("exactMatch", "", "yes", 0),
+    *[("exactMatch", unicodedata.normalize("NFC", text), text, 1) for text in ("e\u0301", "\u09df", "\u212b")],
+    ("exactMatch", "e\u0301", "e", 0),
     ("jsonValid", '{"a": 1}', "", 1),
     ("jsonValid", " [1]\n", "", 1),
     ("jsonValid", '{"a": 1} and more', "", 0),
@@ -31,6 +35,8 @@ TABLE: list[tuple[str, str, str, float]] = [
     ("fieldMatch", '{"a": [1, 2]}', '{"a": [2, 1]}', 0),
     ("fieldMatch", '{"a": "1.0"}', '{"a": "1"}', 0),
     ("fieldMatch", '{"a": 1e999}', '{"a": 1}', 0),
+    ("fieldMatch", '{"e\u0301": ["\u09af\u09bc"]}', '{"\u00e9": ["\\u09df"]}', 1),
+    ("fieldMatch", '{"a": {"e\u0301": 1, "f": 2}}', '{"a": {"\u00e9": 1, "f": 2}}', 1),
     ("fieldMatch", "no idea", '{"a": 1}', 0),
     ("fieldMatch", "[1]", '{"a": 1}', 0),
     ("fieldMatch", "{}", "{}", 1),
@@ -40,6 +46,13 @@ TABLE: list[tuple[str, str, str, float]] = [
     ("tokenF1", "", "red", 0),
     ("tokenF1", "", "", 1),
     ("tokenF1", "größe", "Größe", 1),
+    ("tokenF1", "वह की", "वह का", 1 / 2),
+    ("tokenF1", "มี", "มิ", 0),
+    ("tokenF1", "Cafe\u0301", "café", 1),
+    ("tokenF1", "cafe", "café", 0),
+    ("tokenF1", "می\u200cخواهم", "می", 0),
+    ("tokenF1", "well ❤\ufe0f done 👩\u200d🚀", "Well, done.", 1),  # what belongs to no word
+    ("rougeL", "नहीं दे", "नहीं दो", 1 / 2),
     ("rougeL", "the cat sat on the mat", "the cat is on the mat", 2 * 5 / 12),
     ("rougeL", "mat the on cat", "cat on the mat", 2 * 1 / 8),
     ("rougeL", "police killed the gunman", "police kill the gunman", 2 * 3 / 8),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,12 +91,12 @@ class Example:
     def questions(self) -> list[Question]:
         """What it teaches answers to, its own question last: of a conversation, every answer is trained on.
 
-        Equal for questions that differ in case or white space alone.
+        Equal for questions that differ in case, white space or composition alone.
         """
         talk, system = hashlib.sha256(), ""
         found: list[Question] = []
         for message in self.messages:
-            text = " ".join(message.content.casefold().split())
+            text = " ".join(composed(message.content.casefold()).split())
             if message.role == "system":
                 system = text
                 continue
@@ -123,6 +124,14 @@ class Examples:
     def references(self) -> list[str]:
         """The wanted answers, in order; prompts without one give an empty text."""
         return [item.answer or "" for item in self.items]
+
+
+def composed(text: str) -> str:
+    """The text as Unicode's NFC has it: two that differ in composition alone read alike, to most tokenizers as well.
+
+    For comparisons only: what is trained on and asked stays as it is given.
+    """
+    return unicodedata.normalize("NFC", text)
 
 
 def load(ctx: "Context", dataset: Dataset, role: Role) -> Examples:

@@ -2,13 +2,16 @@
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from slmops_trainer.data import composed
 from slmops_trainer.failure import RunFailure
 
-_WORD = re.compile(r"\w+", re.UNICODE)
+_WORD = re.compile(r"\w\S*")
+_JOINERS = "\u200c\u200d"  # within words of Persian and of India
 
 
 def evaluate(answers: Sequence[str], references: Sequence[str], metrics: Sequence[str]) -> dict[str, float]:
@@ -34,8 +37,8 @@ def check(references: Sequence[str], metrics: Sequence[str]) -> None:
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1 if the texts are equal but for white space around them."""
-    return float(answer.strip() == reference.strip())
+    """1 if the texts are equal but for white space around them and for composition."""
+    return float(composed(answer.strip()) == composed(reference.strip()))
 
 
 def json_valid(answer: str, reference: str) -> float:  # noqa: ARG001  # one signature for all scores
@@ -77,8 +80,9 @@ def rouge_l(answer: str, reference: str) -> float:
 
 
 def words(text: str) -> list[str]:
-    """Lower-case runs of letters and digits."""
-    return _WORD.findall(text.lower())
+    """Lower-case runs of letters and digits, with their marks: the vowels of Hindi and Thai, for example."""
+    kept = (char if _in_word(char) else " " for char in composed(text.lower()))
+    return _WORD.findall("".join(kept))
 
 
 def below(values: dict[str, float], thresholds: dict[str, float] | None) -> list[str]:
@@ -92,6 +96,10 @@ def below(values: dict[str, float], thresholds: dict[str, float] | None) -> list
             side = "above" if name == "perplexity" else "below"
             missed.append(f"{name} {values[name]:.4g} is {side} {bar:.4g}")
     return missed
+
+
+def _in_word(char: str) -> bool:
+    return char.isalnum() or char == "_" or char in _JOINERS or unicodedata.category(char).startswith("M")
 
 
 def _fields(reference: str) -> dict[str, Any]:
@@ -126,9 +134,20 @@ def _refuse(text: str) -> float:
 
 def _parse(text: str) -> Any:
     try:
-        return json.loads(text, parse_float=_number, parse_constant=_refuse)
+        return _composed(json.loads(text, parse_float=_number, parse_constant=_refuse))
     except (ValueError, RecursionError):
         return _INVALID
+
+
+def _composed(value: Any) -> Any:
+    """The same JSON value with all its texts composed, also those that were written as escapes."""
+    if isinstance(value, str):
+        return composed(value)
+    if isinstance(value, list):
+        return [_composed(item) for item in value]
+    if isinstance(value, dict):
+        return {composed(name): _composed(item) for name, item in value.items()}
+    return value
 
 
 _INVALID = object()
