@@ -46,6 +46,10 @@ QWEN3 = (
     "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
     "{%- endif %}"
 )
+# The same as it is patched for trainers that want every answer marked.
+QWEN3_MARKED = QWEN3.replace(
+    "{%- if loop.index0 > ns.last %}", "{%- generation %}{%- if loop.index0 > ns.last %}"
+).replace("{{- '<|im_end|>\n' }}{%- else %}", "{{- '<|im_end|>\n' }}{%- endgeneration %}{%- else %}")
 # Has the model think before it answers, and shows no thoughts of earlier answers.
 THINKING = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
 # The same of Qwen3's models that always think.
@@ -142,7 +146,9 @@ def test_what_asking_writes_is_not_learned_though_a_template_marks_it(tokenizer:
     assert answers == "lab<|im_end|>|hall<|im_end|>"
 
 
-@pytest.mark.parametrize("tokenizer", [CHATML, MARKED, THOUGHT, HALF, WRAPPED, CLOSED, QWEN3, ENDLESS], indirect=True)
+@pytest.mark.parametrize(
+    "tokenizer", [CHATML, MARKED, HALF, WRAPPED, CLOSED, QWEN3, QWEN3_MARKED, ENDLESS], indirect=True
+)
 @pytest.mark.parametrize(("first", "last", "learned"), [(0, 1, "hall"), (1, 0, "lab")])
 def test_answers_of_weight_0_are_shown_and_not_learned(tokenizer: Any, first: int, last: int, learned: str) -> None:
     encoding.complete(tokenizer, [TALK])
@@ -272,7 +278,10 @@ def test_without_a_template_prompt_and_completion_are_joined(tokenizer: Any) -> 
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "ended"), [(FORGETFUL, ""), (QWEN3, "\n")], indirect=["tokenizer"], ids=["forgetful", "qwen3"]
+    ("tokenizer", "ended"),
+    [(FORGETFUL, ""), (QWEN3, "\n"), (QWEN3_MARKED, "\n")],
+    indirect=["tokenizer"],
+    ids=["forgetful", "qwen3", "marked"],
 )
 def test_a_template_that_rewrites_the_past_is_trained_answer_by_answer(tokenizer: Any, ended: str) -> None:
     """Each behind what the server gives the model when that answer is asked for."""
@@ -289,7 +298,7 @@ def test_a_template_that_rewrites_the_past_is_trained_answer_by_answer(tokenizer
     assert whole + ended == tokenizer.apply_chat_template(TALK.turns, tokenize=False)
 
 
-@pytest.mark.parametrize("tokenizer", [QWEN3], indirect=True)
+@pytest.mark.parametrize("tokenizer", [QWEN3, QWEN3_MARKED], indirect=True)
 def test_thoughts_of_an_earlier_answer_are_to_be_learned_too(tokenizer: Any) -> None:
     thought = "<think>\nbulb\n</think>\n\nlab"
     talk = Example((*TALK.messages[:2], Message("assistant", thought), TALK.messages[3]), "hall", 4)
@@ -330,7 +339,7 @@ def test_a_prompt_with_an_earlier_answer_that_is_too_long_is_left_out(tokenizer:
     assert synthetic.unfit(ctx, loaded, prompts, spec) == {long}
 
 
-@pytest.mark.parametrize("tokenizer", [QWEN3], indirect=True)
+@pytest.mark.parametrize("tokenizer", [QWEN3, QWEN3_MARKED], indirect=True)
 def test_thoughts_are_trained_in_every_answer_of_a_conversation(tokenizer: Any) -> None:
     deep = [f"<think>\n{thought}\n</think>\n\n{answer}" for thought, answer in (("bulb", "lab"), ("wood", "hall"))]
     talk = Example((*TALK.messages[:2], Message("assistant", deep[0]), TALK.messages[3]), deep[1], 4)
@@ -378,7 +387,7 @@ def test_texts_with_a_token_that_the_model_lacks_are_found(tokenizer: Any) -> No
     assert len(seen) == len(texts)
 
 
-@pytest.mark.parametrize("tokenizer", [THINKING], indirect=True)
+@pytest.mark.parametrize("tokenizer", [THINKING, THOUGHT], indirect=True, ids=["plain", "marks"])
 def test_a_template_that_opens_thoughts_is_refused_with_the_cause(tokenizer: Any) -> None:
     """One question and answer a line would not help: the difference is in what is asked."""
     with pytest.raises(RunFailure, match=r"puts '<think>\\n' before an answer that is asked for.*turn 2 of line 1\)"):

@@ -296,8 +296,8 @@ def complete(tokenizer: Any, examples: Iterable[Example]) -> None:
     own = tokenizer.chat_template = tokenizer.chat_template.partition(COMPLETED)[0]
     probe = Example((Message("user", "x"),), "qxz")
     asked = _render(tokenizer, probe.turns[:1], probe, prompt=True)[0]
-    given, marks = _render(tokenizer, probe.turns, probe)
-    start = marks[0][0] if marks else given.find("qxz", len(asked))
+    given = _render(tokenizer, probe.turns, probe)[0]
+    start = given.find("qxz", len(asked))
     added = given[len(asked) : start] if given.startswith(asked) and start > 0 else ""
     words = WORD.findall(added)  # white space is harmless: it is left where the template has it
     answers = (turn["content"] for example in examples for turn in example.turns if turn["role"] == "assistant")
@@ -319,10 +319,7 @@ def _texts(tokenizer: Any, example: Example, loss_on: LossOn, *, ends: bool) -> 
     turns = example.turns
     whole, marks = _render(tokenizer, turns, example)
     learned = [weight > 0 or loss_on == "all" for weight in example.weights]
-    marked = [True] * len(marks) if all(learned) else _whose(tokenizer, turns, whole, marks, learned, example)
-    marks = marks if marked else []
-    marks = _answered(tokenizer, turns, whole, marks, example) if marks and ends else []
-    spans = (marks or _spans(tokenizer, turns, whole, example)) if ends else None
+    spans = _spans(tokenizer, turns, whole, example) if ends else None
     if spans is None:
         places = [at for at, turn in enumerate(turns) if turn["role"] == "assistant"]
         answers = list(zip(places, learned, strict=True))
@@ -331,7 +328,7 @@ def _texts(tokenizer: Any, example: Example, loss_on: LossOn, *, ends: bool) -> 
         return [_alone(*_answer(tokenizer, turns[: at + 1], example), learn=learn) for at, learn in wanted]
     found: list[Piece] = []
     at = 0
-    for (start, end), learn in zip(spans, marked if marks else learned, strict=True):
+    for start, end, learn in _answers(spans, marks, learned):
         # White space after the end of a turn is the template's, and generation never gets that far.
         stripped = start + len(whole[start:end].rstrip())
         found += [(whole[at:start], False), (whole[start:stripped], learn)]
@@ -339,33 +336,23 @@ def _texts(tokenizer: Any, example: Example, loss_on: LossOn, *, ends: bool) -> 
     return [[*found, (whole[at:], False)]]
 
 
-def _whose(
-    tokenizer: Any,
-    turns: list[dict[str, str]],
-    whole: str,
-    marks: list[tuple[int, int]],
-    learned: list[bool],
-    example: Example,
-) -> list[bool]:
-    """Of each mark whether the answer that it stands in is learned; none where not every answer is known to have one.
+def _answers(
+    spans: Sequence[tuple[int, int]], marks: Sequence[tuple[int, int]], learned: Sequence[bool]
+) -> list[tuple[int, int, bool]]:
+    """Start and end of every answer, or of what is marked in it, and whether it is learned.
 
-    An answer begins where the text of what comes before it ends.
+    What asks for an answer is no part of it, although SmolLM3's template marks it. Marks that leave out an answer tell
+    nothing where some answers are not learned.
     """
-    places = [at for at, turn in enumerate(turns) if turn["role"] == "assistant"]
-    heads = [_render(tokenizer, turns[:at], example)[0] for at in places]
-    owners = [sum(len(head) <= start for head in heads) - 1 for start, _ in marks]
-    known = all(map(whole.startswith, heads)) and {*owners} == {*range(len(heads))}
-    return [learned[at] for at in owners] if known else []
-
-
-def _answered(
-    tokenizer: Any, turns: list[dict[str, str]], whole: str, marks: list[tuple[int, int]], example: Example
-) -> list[tuple[int, int]]:
-    """The marks without what the template writes to ask for an answer: SmolLM3's mark the turn's header as well."""
-    places = [at for at, turn in enumerate(turns) if turn["role"] == "assistant"]
-    asked = [_render(tokenizer, turns[:at], example, prompt=True)[0] for at in places]
-    begins = [len(before) for before in asked if whole.startswith(before)]
-    return [(max((at for at in begins if start < at <= end), default=start), end) for start, end in marks]
+    found = [
+        (max(start, before), end, at)
+        for start, end in marks
+        for at, (before, through) in enumerate(spans)
+        if before < end <= through
+    ]
+    if found and (all(learned) or {at for _, _, at in found} == {*range(len(spans))}):
+        return [(start, end, learned[at]) for start, end, at in found]
+    return [(start, end, learn) for (start, end), learn in zip(spans, learned, strict=True)]
 
 
 def _alone(before: str, through: str, *, learn: bool) -> list[Piece]:
