@@ -217,6 +217,61 @@ def test_a_model_that_lost_too_much_fails_its_gate_and_is_kept_aside(
     assert quantized(precision="fp32", gate=gate).succeeded
 
 
+def test_a_gate_that_nothing_could_fail_is_refused_with_what_the_source_answers(
+    quantized: Callable[..., RunResult], jsonl: Callable[..., str], own_answers: list[tuple[str, str]]
+) -> None:
+    (question, said), right = own_answers[:2]
+    gate = {"dataset": {"uri": jsonl([chat(*right), chat(question, "wanted")])}, "maxDrop": 0.5, "maxTokens": 12}
+    with pytest.raises(RunFailure) as caught:
+        quantized(precision="fp32", gate=gate)
+    assert caught.value.reason == "BadDataset"
+    assert "exactMatch of the source is 0.5 on the gate's 2 examples, and gate.maxDrop allows a loss of 0.5" in (
+        caught.value.message
+    )
+    assert f"To line 2 of {gate['dataset']['uri']}" in caught.value.message
+    assert f"answers {said!r}; wanted is 'wanted'" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("metric", "allowed", "score", "refused"),
+    [
+        ("exactMatch", 0.02, 0.0, True),
+        ("jsonValid", 0.0, 0.0, True),
+        ("exactMatch", 0.02, 0.03, False),
+        ("exactMatch", 1.0, 0.0, False),  # no gate is meant
+        ("perplexity", 0.02, 1.0, False),
+    ],
+)
+def test_only_a_gate_that_can_fail_is_measured(
+    make_run: Callable[..., Context], tiny_model: Path, metric: str, allowed: float, score: float, refused: bool
+) -> None:
+    gate = Gate.model_validate({"dataset": {"uri": "pvc://x/y"}, "metric": metric, "maxDrop": allowed, "maxTokens": 1})
+    parent = Parent(kind="dataset", uri="configmap://x/y", digest="sha256:" + "1" * 64)
+    held_out = Examples((Example((Message("user", "x"),), "y"),), "prompt-completion", "gold", parent)
+    ctx = make_run()
+    ctx.metrics[f"source_{metric}"] = score
+    loaded = models.load(tiny_model, "tiny")
+    if not refused:
+        quantize._check_source(ctx, loaded, gate, held_out)
+        return
+    with pytest.raises(RunFailure, match="the gate could not fail"):
+        quantize._check_source(ctx, loaded, gate, held_out)
+
+
+def test_penalties_in_a_models_config_are_not_measured_with(
+    make_run: Callable[..., Context], lively: Path, gold: str, tmp_path: Path
+) -> None:
+    """As transformers wrote them into it before there was a generation_config.json."""
+    model = Path(shutil.copytree(lively, tmp_path / "old"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "repetition_penalty": 9.0}))
+    gate = {"dataset": {"uri": gold}, "metric": "exactMatch", "maxDrop": 0.0, "maxTokens": 12}
+    result = quantize.run(make_run(model=model, quantize=spec(precision="fp32", gate=gate).wire()))
+    assert (result.metrics["source_exactMatch"], result.metrics["drop"]) == (1.0, 0.0)
+    made = json.loads((tmp_path / "store/out/genai_config.json").read_text())
+    assert made["search"]["repetition_penalty"] == 9.0  # for those who run it so
+
+
 def test_a_store_that_is_away_in_the_end_costs_no_second_conversion(
     make_run: Callable[..., Context], lively: Path, tiny_model: Path, gold: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

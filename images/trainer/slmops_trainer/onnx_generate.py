@@ -15,6 +15,15 @@ from slmops_trainer.failure import RunFailure
 
 OnRow = Callable[[int, int], None]
 PROBE_TOKENS = 8
+# A model's own defaults, which the builder takes from config.json, have no place in a measurement.
+GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
 
 
 class OnnxModel:
@@ -79,7 +88,7 @@ class OnnxModel:
 
     def _begin(self, prompt: Sequence[int], max_length: int, **search: Any) -> Any:
         parameters = self._og.GeneratorParams(self._model)
-        parameters.set_search_options(max_length=max_length, do_sample=False, **search)
+        parameters.set_search_options(max_length=max_length, **GREEDY, **search)
         generator = self._og.Generator(self._model, parameters)
         generator.append_tokens(np.array([prompt], dtype=np.int32))
         return generator

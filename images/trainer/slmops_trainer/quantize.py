@@ -20,6 +20,7 @@ from slmops_trainer import (
     data,
     encoding,
     evaluate,
+    generate,
     measure,
     models,
     onnx_build,
@@ -43,6 +44,8 @@ CONFIG = "genai_config.json"
 HEAD_MULTIPLE = 16  # of onnxruntime's GroupQueryAttention with rotary embeddings on CPUs
 # "su" is an older name of longrope; dynamic changes nothing within the model's context.
 SCALINGS = ("default", "linear", "llama3", "longrope", "su", "dynamic")
+EPSILON = 1e-9  # that sums of floats may be off
+EXCERPT = 160  # characters of an answer in messages
 PROBE = Example((Message("user", "Hello"),), None)
 
 
@@ -73,6 +76,7 @@ def run(ctx: Context) -> RunResult:
         finish(loaded, fresh)
     out = made or conversion.keep(ctx, fresh, origin)
     _measure_source(ctx, loaded, spec.gate, held_out, source.digest)
+    _check_source(ctx, loaded, spec.gate, held_out)
     # What the source says is known: its memory is needed by now, its tokenizer goes on being used.
     loaded = replace(loaded, model=None)
     gc.collect()
@@ -203,6 +207,31 @@ def _measure_source(
     ctx.metric(f"source_{gate.metric}", values[gate.metric])
 
 
+def _check_source(ctx: Context, loaded: models.Loaded, gate: Gate | None, held_out: Examples | None) -> None:
+    """Raise RunFailure(BadDataset) if nothing could fail the gate: the source itself gets too little right.
+
+    Who allows the loss of everything wants the figures alone.
+    """
+    if gate is None or held_out is None or gate.metric == "perplexity" or gate.max_drop >= 1:
+        return
+    score = ctx.metrics[f"source_{gate.metric}"]
+    if score > gate.max_drop + EPSILON:
+        return
+    for example in held_out.items:
+        [said] = generate.generate(
+            loaded.model, loaded.tokenizer, [example], gate.max_tokens, 1, stop_ids=loaded.stop_ids, check=ctx.check
+        )
+        if evaluate.SCORES[gate.metric](said, example.answer or "") < 1:
+            break
+    raise RunFailure(
+        "BadDataset",
+        f"{gate.metric} of the source is {score:.4g} on the gate's {len(held_out.items)} examples, and gate.maxDrop "
+        f"allows a loss of {gate.max_drop:g}: the gate could not fail. To line {example.line} of {held_out.source} the "
+        f"source answers {said[:EXCERPT]!r}; wanted is {(example.answer or '')[:EXCERPT]!r}. Use examples of what the "
+        "source answers, a larger gate.maxTokens if it is cut off, or gate.metric: perplexity.",
+    )
+
+
 def _measure_result(
     ctx: Context, loaded: models.Loaded, model: OnnxModel, gate: Gate | None, held_out: Examples | None
 ) -> None:
@@ -282,7 +311,7 @@ def _publish(ctx: Context, out: Path, source: Manifest, held_out: Examples | Non
     )
     title = f"An ONNX model for onnxruntime-genai, weights in {spec.precision}."
     (out / "README.md").write_text(publish.card(ctx, manifest, title, "onnxruntime-genai"), encoding="utf-8")
-    failed = gate is not None and ctx.metrics["drop"] > gate.max_drop + 1e-9
+    failed = gate is not None and ctx.metrics["drop"] > gate.max_drop + EPSILON
     artifact, pushed = ctx.push(out, manifest, publish.rejected_uri(ctx.spec.output) if failed else ctx.spec.output)
     if failed and gate is not None:
         raise _failed(gate, ctx.metrics, artifact)
