@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tiny import chat, task
 from slmops.api.meta import Ancestor, Artifact
 from slmops.api.run import RunResult
 from slmops_artifacts import ArtifactError
-from slmops_trainer import cpus, main, result
+from slmops_trainer import cpus, main, progress, result
 from slmops_trainer.failure import RunFailure, from_artifact, translate
 from slmops_trainer.progress import Board, Stage, serve
 
@@ -347,6 +348,26 @@ def test_progress_is_told_over_ipv4_and_ipv6() -> None:
             connection = http.client.HTTPConnection(host, server.server_address[1], timeout=10)
             connection.request("GET", "/progress")
             assert json.loads(connection.getresponse().read())["stage"] == "Starting"
+        server.shutdown()
+
+
+def test_connections_that_say_nothing_are_few_and_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else any pod could take the files and the memory of a run that trains."""
+    monkeypatch.setattr(progress, "CONNECTION_SECONDS", 60.0)
+    with serve(Board(), 0) as server, ExitStack() as stack:
+        address = ("127.0.0.1", server.server_address[1])
+        silent = [stack.enter_context(socket.create_connection(address, timeout=20)) for _ in range(24)]
+        silent[0].sendall(b"GET /prog")
+        assert {connection.recv(1) for connection in silent[progress.CONNECTIONS :]} == {b""}
+        silent[0].settimeout(0)
+        with pytest.raises(BlockingIOError):
+            silent[0].recv(1)
+        silent[0].settimeout(20)
+        monkeypatch.setattr(progress, "CONNECTION_SECONDS", 0.1)
+        assert {connection.recv(1) for connection in silent} == {b""}
+        connection = http.client.HTTPConnection(*address, timeout=10)
+        connection.request("GET", "/progress")
+        assert json.loads(connection.getresponse().read())["stage"] == "Starting"
         server.shutdown()
 
 

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -16,6 +17,8 @@ from slmops.api.keys import METRICS_PORT
 from slmops.api.meta import STAGE_STARTING, Progress
 
 MESSAGE_MAX = 512
+CONNECTIONS = 16  # at the same time
+CONNECTION_SECONDS = 10.0  # of each, however slowly it speaks
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +114,39 @@ class Board:
 
 
 class _Server(ThreadingHTTPServer):
-    """Keeps quiet about clients that hang up: a busy pod answers late, and its log is for people."""
+    """A courtesy of the run, which no client may end by the files and threads of many connections.
+
+    Keeps quiet about clients that hang up: a busy pod answers late, and its log is for people.
+    """
 
     daemon_threads = True
     address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+
+    def __init__(self, *arguments: Any) -> None:
+        self._since: dict[socket.socket, float] = {}  # each connection, and when it came
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer, or hang up at once where too many are being answered."""
+        if len(self._since) >= CONNECTIONS:
+            self.shutdown_request(request)
+            return
+        self._since[request] = time.monotonic()
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        self._since.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Break off, twice a second, what takes too long: its thread closes it then."""
+        before = time.monotonic() - CONNECTION_SECONDS
+        for request, since in self._since.copy().items():
+            if since < before:
+                self._since.pop(request, None)
+                with suppress(OSError):  # closed meanwhile
+                    request.shutdown(socket.SHUT_RDWR)
 
     def server_bind(self) -> None:
         """One socket for both families."""
