@@ -25,11 +25,13 @@ def context(pod: Path, checkpoint: str) -> Context:
 
 
 def ask(
-    ctx: Context, url: str, texts: list[str], samples: int = 1, **terms: Any
+    ctx: Context, url: str, texts: list[str], samples: int = 1, *, recall: bool = False, **terms: Any
 ) -> tuple[generation.Outcome, list[str | None]]:
-    """All answers, in order, as a distillation run asks for them."""
+    """All answers, in order, as a distillation run asks for them. `recall`: also those of earlier objects."""
     ctx.checkpoints.load()
     store = answers.Answers(ctx.checkpoints.folder / answers.PART)
+    if recall:
+        store.recall(answers.shared(ctx, "answers"))
     endpoint = TeacherEndpoint(url=url, model="big")
     settings = replace(generation.Terms(endpoint, None, Sampling(0.7, 0.9, 16), concurrency=4, timeout=30.0), **terms)
     prompts = [[{"role": "user", "content": text}] for text in texts]

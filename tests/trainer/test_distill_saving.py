@@ -367,6 +367,20 @@ def test_answers_of_earlier_objects_lie_on_the_disk_until_they_are_asked_for(
     assert (len(later), later.recalled) == (3, 3)
 
 
+def test_answers_that_an_earlier_object_paid_for_cost_no_budget(pod: Callable[[], Context], tmp_path: Path) -> None:
+    with FakeTeacher(upper) as fake:
+        first = pod()
+        ask(first, fake.url, TEXTS[:3])
+        answers.Answers(first.checkpoints.folder / answers.PART).share(answers.shared(pod(), "answers"))
+        for number in range(2):  # the second pod finds them among its own
+            later = context(tmp_path / f"later-{number}", "pvc://store/later")
+            outcome, texts = ask(later, fake.url, TEXTS, recall=True, budget=20, concurrency=1)
+            assert (outcome.tokens, outcome.unasked) == (21, 6)
+            assert texts == [text.upper() for text in TEXTS[:6]] + [None] * 6
+            assert answers.Answers(later.checkpoints.folder / answers.PART).recalled == 3
+    assert fake.asked == dict.fromkeys(TEXTS[:6], 1)
+
+
 @pytest.mark.parametrize(
     ("output", "uri"),
     [

@@ -60,18 +60,20 @@ def answer_key(
 
 
 class _Row(NamedTuple):
-    """A line of a file. `whole`: the key without the limit, of an answer that came to its own end; else empty."""
+    """A line of a file.
+
+    whole     the key without the limit, of an answer that came to its own end; else empty
+    recalled  an earlier object has paid for it
+    """
 
     key: str
     reply: Reply
     whole: str = ""
+    recalled: bool = False
 
 
 class Answers:
-    """Answers by key. `add` writes through to an open chunk; `seal` makes it part of the next checkpoint.
-
-    recalled  how many were found among the answers of earlier objects
-    """
+    """Answers by key. `add` writes through to an open chunk; `seal` makes it part of the next checkpoint."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -80,12 +82,16 @@ class Answers:
         self._earlier: dict[str, int] = {}  # where the line of each begins, by both keys, in this file:
         self._earlier_file = folder
         self._open: IO[bytes] | None = None
-        self.recalled = 0
         for path in sorted(folder.glob("*.jsonl")) if folder.is_dir() else []:
             self._rows |= {row.key: row for row, _ in _rows(path)}
 
     def __len__(self) -> int:
         return sum(not key.startswith(SPENT) for key in self._rows)
+
+    @property
+    def recalled(self) -> int:
+        """How many were found among the answers of earlier objects, over all pods of the run."""
+        return sum(row.recalled for row in self._rows.values())
 
     @property
     def empty(self) -> bool:
@@ -102,17 +108,16 @@ class Answers:
         if key not in self._rows and start is not None:
             row = _parse(_line_at(self._earlier_file, start))
             if row.key == key or row.reply.tokens <= limit:
-                self.add(key, row.reply, whole)
-                self.recalled += 1
+                self.add(key, row.reply, whole, recalled=True)
         return self._rows[key].reply if key in self._rows else None
 
-    def add(self, key: str, reply: Reply, whole: str = "") -> None:
-        """Keep an answer. `whole`: its key without the limit."""
+    def add(self, key: str, reply: Reply, whole: str = "", *, recalled: bool = False) -> None:
+        """Keep an answer. `whole`: its key without the limit; `recalled`: an earlier object has paid for it."""
         if self._open is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._open = (self._folder / OPEN).open("wb", buffering=0)
         end = self._open.tell()
-        row = _Row(key, reply, "" if reply.finish in CUT_OFF else whole)
+        row = _Row(key, reply, "" if reply.finish in CUT_OFF else whole, recalled)
         line = _line(row)
         try:
             while line:
@@ -131,6 +136,11 @@ class Answers:
         """Tokens that a question cost beside its answer, over all pods of the run."""
         row = self._rows.get(SPENT + key)
         return row.reply.tokens if row else 0
+
+    def cost(self, key: str) -> int:
+        """Tokens that a question cost, with its answer, over all pods of the run."""
+        row = self._rows.get(key)
+        return self.spent(key) + (row.reply.tokens if row and not row.recalled else 0)
 
     def seal(self) -> bool:
         """Close the open chunk, on the disk and under its final name. False when nothing is new."""
@@ -219,8 +229,8 @@ def _loads(shared: Checkpoints, patience: float | None = None) -> bool:
 
 
 def _line(row: _Row) -> bytes:
-    whole = {"whole": row.whole} if row.whole else {}
-    return (json.dumps({"key": row.key, **whole, **asdict(row.reply)}, ensure_ascii=False) + "\n").encode()
+    more = {name: value for name, value in (("whole", row.whole), ("recalled", row.recalled)) if value}
+    return (json.dumps({"key": row.key, **more, **asdict(row.reply)}, ensure_ascii=False) + "\n").encode()
 
 
 def _line_at(path: Path, start: int) -> bytes:
@@ -231,7 +241,8 @@ def _line_at(path: Path, start: int) -> bytes:
 
 def _parse(line: bytes) -> _Row:
     row = json.loads(line)
-    return _Row(row["key"], Reply(row["text"], row["finish"], row["tokens"]), row.get("whole", ""))
+    reply = Reply(row["text"], row["finish"], row["tokens"])
+    return _Row(row["key"], reply, row.get("whole", ""), row.get("recalled", False))
 
 
 def _rows(path: Path) -> Iterator[tuple[_Row, int]]:

@@ -69,7 +69,7 @@ class Outcome:
 
     rejected  what came instead of an answer, by key, from this pod's requests
     unasked   questions that the token budget left out
-    tokens    that the teacher wrote, over all pods of the run
+    tokens    that the teacher wrote for this run, over all its pods
     """
 
     rejected: dict[str, str] = field(default_factory=dict)
@@ -134,14 +134,13 @@ class _Run:
         self.outcome = Outcome()
         self.turns: deque[_Turn] = deque()
         for question in self.all:
-            self.outcome.tokens += store.spent(question.key)
             saved = store.get(question.key, question.whole, terms.sampling.max_tokens)
+            self.outcome.tokens += store.cost(question.key)
             if saved is None:
                 self.turns.append(_Turn(question))
             else:
                 self.open[question.prompt] -= 1
                 self.answered.add(question.prompt)
-                self.outcome.tokens += saved.tokens
         self.done = len(self.all) - len(self.turns)
         self.width = min(terms.concurrency, len(self.turns))
         self.silences = 0  # questions that waited in vain since the last answer
