@@ -99,7 +99,11 @@ EXAMPLES: dict[str, list[Object]] = {
         {
             **POLICY,
             "teacher": {
-                "endpoint": {"url": "https://t/v1", "model": "big", "apiKeySecretRef": {"name": "k", "key": "token"}}
+                "endpoint": {
+                    "url": "https://t:1/a@b/v1?c=d@e",
+                    "model": "big",
+                    "apiKeySecretRef": {"name": "k", "key": "token"},
+                }
             },
             "student": URI,
             "taskType": "extraction",
@@ -258,6 +262,12 @@ rejects(
     "give exactly one of endpoint and deploymentRef",
     {"teacher.deploymentRef": {"name": "t"}},
     {"teacher": {}},
+)
+rejects(
+    "DistillationJob",
+    "url names a user or a key: put the key into a Secret and name that in apiKeySecretRef",
+    {"teacher.endpoint.url": "https://user:key@t/v1"},
+    {"teacher.endpoint.url": "http://key@t?v=1"},
 )
 rejects("FineTuneJob", "lora goes with method: lora", {"method": "full", "merge": None})
 rejects("FineTuneJob", "merge goes with method: lora", {"method": "full", "lora": None})

@@ -69,9 +69,13 @@ def test_a_student_learns_from_its_teacher_and_both_are_measured(
     make_run: Callable[..., Context], job: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     with FakeTeacher(knows) as fake:
-        ctx = make_run(**job(fake, training={"maxSteps": 100, "seed": 7, "batchSize": 16, "learningRate": 1e-2}))
+        spec = job(fake, training={"maxSteps": 100, "seed": 7, "batchSize": 16, "learningRate": 1e-2})
+        spec["teacher"]["url"] += "?key=s3cret"
+        ctx = make_run(**spec)
         result = distill.run(ctx)
     assert result.succeeded
+    left = [path for path in (tmp_path / "store").rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
+    assert left == []
     assert result.format == "safetensors"
     found = result.metrics
     share = sum("heater" not in question for question, _ in GOLD) / len(GOLD)
@@ -98,6 +102,7 @@ def _check_lineage(tmp_path: Path, lineage: list[Any]) -> None:
     assert [row.digest for row in data.parents][1] == TEACHER_DIGEST
     assert data.metrics["kept"] == 16
     assert data.recipe["teacher"]["model"] == "big"
+    assert data.recipe["teacher"]["url"].endswith("/v1")
     first = json.loads((tmp_path / "store/out-data-0123abcd/train.jsonl").read_text().splitlines()[0])
     assert first == chat(*next(iter(RIGHT.items())))
     student = read_manifest("pvc://store/out")

@@ -193,6 +193,43 @@ def test_the_answers_of_a_candidate_of_the_teacher_are_not_taken(
     assert caught.value.reason == "TeacherUnavailable"  # the next Job learns from r2
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(401),
+        Fault(404, "Cannot POST /v1/chat/completions?subscription-key=s3cret"),
+        Fault(400, "Cannot POST /v1/chat/completions?subscription-key=s3cret"),
+        Fault(503, '{"path": "/v1/chat/completions?subscription-key=s3cret"}'),
+        Fault(429, "quota", {"Retry-After": "86400"}),
+        Fault(302, "", {"Location": "https://u:s3cret@login/?s3cret"}),
+    ],
+)
+def test_keys_in_a_url_are_never_told(
+    pod: Callable[[], Context], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: Fault
+) -> None:
+    monkeypatch.setenv(teacher.ENV_PATIENCE, "0.2")
+    with FakeTeacher(upper, lambda *_: fault) as fake:
+        url = f"{fake.url.replace('//', '//u:s3cret@')}?subscription-key=s3cret"
+        with pytest.raises(RunFailure) as caught:
+            ask(pod(), url, TEXTS, min_success_ratio=1.0, concurrency=1)
+    assert fake.url in caught.value.message
+    assert "s3cret" not in caught.value.message + caplog.text
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://t:8443/a/v1", "https://t:8443/a/v1"),
+        ("https://t/v1?key=k&api-version=1#k", "https://t/v1"),
+        ("https://t/v1#k", "https://t/v1"),
+        ("https://u:p@t/v1?mail=a@b", "https://t/v1"),
+        ("https://u:p/p@p@t/v1", "https://t/v1"),
+    ],
+)
+def test_a_url_is_shown_without_what_may_be_a_key(url: str, shown: str) -> None:
+    assert teacher.shown(url) == shown
+
+
 def test_a_teacher_is_told_by_the_digest_of_its_model_and_without_one_by_its_revision() -> None:
     def key(revision: str, digest: str = "") -> str:
         lineage = [Ancestor(kind="model", uri="oci://r/m", digest=digest)] if digest else []

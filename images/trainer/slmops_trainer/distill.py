@@ -1,5 +1,6 @@
 """DistillationJob: a teacher writes the training set, a student learns it, both are held against the gold answers."""
 
+import hashlib
 import json
 import ssl
 from dataclasses import replace
@@ -16,7 +17,7 @@ from slmops_trainer.context import Context, read_secret
 from slmops_trainer.data import Examples
 from slmops_trainer.failure import RunFailure, from_artifact
 from slmops_trainer.progress import Stage
-from slmops_trainer.teacher import Sampling
+from slmops_trainer.teacher import Sampling, shown
 from slmops_trainer.train import TrainReport, train
 
 TEACHER, BEFORE, TRAINING, AFTER = "Evaluating teacher", "Evaluating base", "Training", "Evaluating"
@@ -97,7 +98,7 @@ def run(ctx: Context) -> RunResult:
     )
     recipe = {
         **spec.wire(),
-        "teacher": {"url": terms.endpoint.url, "model": terms.endpoint.model, "name": terms.endpoint.name},
+        "teacher": {"url": shown(terms.endpoint.url), "model": terms.endpoint.model, "name": terms.endpoint.name},
         "evaluationDigest": gold.digest if gold else None,
     }
     title = f"A student of {terms.endpoint.name or terms.endpoint.model}, distilled for {spec.task_type}."
@@ -190,7 +191,8 @@ def _measure_teacher(
         texts = [_answer(reply.text, think=settings.chain_of_thought) if reply else "" for reply in replies]
         return evaluate.evaluate(texts, gold.references, evaluation.metrics)
 
-    for name, value in measure.kept(ctx, TEACHER, gold, teacher, take).items():
+    whom = hashlib.sha256(teacher.encode()).hexdigest()  # the URL, which may hold a key, is nothing for the store
+    for name, value in measure.kept(ctx, TEACHER, gold, whom, take).items():
         ctx.metric(f"teacher_{name}", value)
 
 

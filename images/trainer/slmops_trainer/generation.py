@@ -17,7 +17,7 @@ from slmops_trainer.answers import Answers, answer_key
 from slmops_trainer.context import ACCESS_PATIENCE, SAVE_PATIENCE, STORE_PAUSE, Context
 from slmops_trainer.failure import RunFailure, interrupted
 from slmops_trainer.replies import NO_ROOM, Rejected
-from slmops_trainer.teacher import Forbidden, Sampling, Silent, Teacher
+from slmops_trainer.teacher import Forbidden, Sampling, Silent, Teacher, shown
 
 LAST_PAUSE = 1.0  # seconds between two tries to save, in a pod that ends
 SAVE_SECONDS = 5.0  # between two checkpoints: what a killed pod has to pay twice at most
@@ -338,7 +338,7 @@ class _Run:
                 remedy += " data.generation.maxTotalTokens is spent: then make a new object, which finds the answers."
             raise RunFailure(
                 "BadSpec" if thoughts or spent else "TeacherAnswersRejected",
-                f"{len(self.failed)} prompts got no usable answer from {self.terms.endpoint.url}, "
+                f"{len(self.failed)} prompts got no usable answer from {shown(self.terms.endpoint.url)}, "
                 f"{len(self.answered)} got one; minSuccessRatio {ratio:g} of {asked} prompts cannot be reached. "
                 f"Instead came: {kinds}. An example: {next(iter(self.outcome.rejected.values()))}. "
                 f"{remedy} The answers that came are saved.",

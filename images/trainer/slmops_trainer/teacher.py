@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import random
+import re
 import ssl
 import time
 from collections.abc import Callable, Sequence
@@ -76,6 +77,11 @@ class Silent(Exception):  # noqa: N818  # a verdict, not an error
         self.own = own
 
 
+def shown(url: str) -> str:
+    """The URL without user, password and query, where gateways take keys: what may leave the pod."""
+    return re.sub("(?<=://).*@", "", re.split("[?#]", url, maxsplit=1)[0])
+
+
 class Teacher:
     """A client for one endpoint; an async context manager.
 
@@ -99,9 +105,10 @@ class Teacher:
         patience: float | None = None,
     ) -> None:
         self._endpoint = endpoint
-        self._key = key
         head, mark, query = endpoint.url.partition("?")
         self._url = f"{head.rstrip('/')}/chat/completions{mark}{query}"
+        self._secrets = [text for text in (key, query) if text]
+        self._at = shown(endpoint.url)
         self._timeout = timeout
         self._on_trouble = on_trouble
         self._patience = float(os.environ.get(ENV_PATIENCE, PATIENCE)) if patience is None else patience
@@ -220,7 +227,7 @@ class Teacher:
             cut = isinstance(error, httpx.ReadError | httpx.RemoteProtocolError)
             return Trouble(f"{str(error) or type(error).__name__}"[:EXCERPT], own=cut)
         except (httpx.InvalidURL, UnicodeError) as error:
-            raise RunFailure("BadSpec", f"The teacher's URL {self._endpoint.url} cannot be used: {error}.") from error
+            raise RunFailure("BadSpec", f"The teacher's URL {self._at} cannot be used: {error}.") from error
         return self._judge(response, bytes(raw))
 
     def _judge(self, response: httpx.Response, raw: bytes) -> Reply | Rejected | Trouble:
@@ -276,7 +283,7 @@ class Teacher:
         if hint:
             self._not_before = max(self._not_before, now + hint)
         if trouble.hint > LONGEST_HINT and alone:
-            text = f"The teacher at {self._endpoint.url} asks for {trouble.hint:.0f} s without requests"
+            text = f"The teacher at {self._at} asks for {trouble.hint:.0f} s without requests"
             failure = RunFailure("TeacherUnavailable", f"{text} ({trouble.what}). Look at its quota.")
             raise Silent(trouble.what, failure, own=False)
         if now - max(self._silent_since, troubled) >= self._patience + hint:
@@ -290,7 +297,7 @@ class Teacher:
     def _unavailable(self, seconds: float, what: str) -> RunFailure:
         return RunFailure(
             "TeacherUnavailable",
-            f"The teacher at {self._endpoint.url} did not answer for {seconds:.0f} s ({what}). Check that it runs, its "
+            f"The teacher at {self._at} did not answer for {seconds:.0f} s ({what}). Check that it runs, its "
             "name, network policies, and data.generation.requestTimeoutSeconds.",
         )
 
@@ -304,7 +311,7 @@ class Teacher:
         )
         if code == 402:
             remedy = "Its account has nothing left to pay with: top it up."
-        return RunFailure("AccessDenied", f"The teacher at {self._endpoint.url} refused access (HTTP {code}). {remedy}")
+        return RunFailure("AccessDenied", f"The teacher at {self._at} refused access (HTTP {code}). {remedy}")
 
     def _untrusted(self, error: str) -> RunFailure:
         why = error.partition("verify failed: ")[2].partition(" (_ssl")[0] or "verify failed"
@@ -312,14 +319,14 @@ class Teacher:
         where = f"Secret {given}" if given else "the Secret of spec.teacher.endpoint.apiKeySecretRef"
         return RunFailure(
             "AccessDenied",
-            f"The teacher at {self._endpoint.url} has a certificate that is not trusted here ({why}). "
+            f"The teacher at {self._at} has a certificate that is not trusted here ({why}). "
             f"If its CA is your own, put that CA's certificate as ca.crt into {where}.",
         )
 
     def _misdirected(self, code: int, response: httpx.Response, raw: bytes) -> RunFailure:
         if response.has_redirect_location:
             # Not followed: the key would go along.
-            target = response.headers["location"].partition("?")[0][:EXCERPT]
+            target = shown(response.headers["location"])[:EXCERPT]
             what = f"leads elsewhere (HTTP {code}, to {target!r})"
         else:
             what = (
@@ -328,14 +335,13 @@ class Teacher:
             )
         return RunFailure(
             "BadSpec",
-            f"The teacher at {self._endpoint.url} {what}. Correct the URL (up to and with /v1) and the model in "
-            "spec.teacher.",
+            f"The teacher at {self._at} {what}. Correct the URL (up to and with /v1) and the model in spec.teacher.",
         )
 
     def _excerpt(self, raw: bytes) -> str:
         text = " ".join(raw[: 4 * EXCERPT].decode("utf-8", "replace").split())
-        if self._key:
-            text = text.replace(self._key, "***")
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
         return repr(text[:EXCERPT]) if text else "an empty body"
 
 

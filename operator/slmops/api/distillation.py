@@ -14,6 +14,13 @@ TaskType = Literal["nli", "conversation", "qa", "math", "summarization", "classi
 class Endpoint(Model):
     """An OpenAI-compatible endpoint."""
 
+    model_config = cel(
+        (
+            "!self.url.matches('^https?://[^/?#]*@')",
+            "url names a user or a key: put the key into a Secret and name that in apiKeySecretRef",
+        ),
+    )
+
     url: str = Field(max_length=1024, pattern=r"^https?://[^\s]+$", description="Base URL, up to and with /v1.")
     model: str = Field(min_length=1, max_length=253, description="The model field of the requests.")
     api_key_secret_ref: SecretKeyRef | None = Field(
