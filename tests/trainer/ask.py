@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.api.run import Input, RunSpec, TeacherEndpoint
-from slmops_trainer import answers, generation
+from slmops_trainer import answers, generation, questions
 from slmops_trainer.context import Context
 from slmops_trainer.teacher import Sampling
 
@@ -35,7 +35,7 @@ def ask(
     endpoint = TeacherEndpoint(url=url, model="big")
     settings = replace(generation.Terms(endpoint, None, Sampling(0.7, 0.9, 16), concurrency=4, timeout=30.0), **terms)
     prompts = [[{"role": "user", "content": text}] for text in texts]
-    asked = generation.questions(prompts, samples, "big", settings.sampling, 1, lambda: None)
+    asked = questions.make(prompts, samples, "big", settings.sampling, 1, lambda: None)
     outcome = generation.ask_all(ctx, asked, settings, store, "Generating")
     replies = [store.get(question.key) for question in asked]
     return outcome, [reply.text if reply else None for reply in replies]

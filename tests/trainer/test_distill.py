@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from slmops.api.run import EXIT_INTERRUPTED
 from slmops_artifacts import read_manifest
-from slmops_trainer import answers, distill, encoding, teacher, train
+from slmops_trainer import answers, chat_text, distill, teacher, train
 from slmops_trainer.context import Context
 from slmops_trainer.data import Example, Message
 from slmops_trainer.failure import RunFailure
@@ -426,8 +426,8 @@ def test_a_student_that_was_tuned_without_thoughts_takes_conversations_with_them
 ) -> None:
     model = write_model(tmp_path / "tuned", EMPTY_THOUGHTS)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    encoding.complete(tokenizer, [Example((Message("user", "x"),), "y")])
-    assert encoding.COMPLETED in tokenizer.chat_template
+    chat_text.complete(tokenizer, [Example((Message("user", "x"),), "y")])
+    assert chat_text.COMPLETED in tokenizer.chat_template
     tokenizer.save_pretrained(model)
     question, right = GOLD[0]
     before = [{"role": "user", "content": "Room?"}, {"role": "assistant", "content": "<think>\nbulb\n</think>\n\nlab"}]

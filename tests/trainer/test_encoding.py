@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from slmops_artifacts import Parent
-from slmops_trainer import encoding, evaluate, synthetic
+from slmops_trainer import chat_text, encoding, evaluate, synthetic
 from slmops_trainer.data import Example, Examples, Message
 from slmops_trainer.encoding import IGNORED
 from slmops_trainer.failure import RunFailure
@@ -85,13 +85,13 @@ def tokenizer(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
     return write_tokenizer(tmp_path, request.param)
 
 
-def trained(tokenizer: Any, example: Example, loss_on: encoding.LossOn = "assistant") -> tuple[str, str]:
+def trained(tokenizer: Any, example: Example, loss_on: chat_text.LossOn = "assistant") -> tuple[str, str]:
     """The whole text, and the text of what is trained, with a bar between separate stretches."""
     (only,) = several(tokenizer, example, loss_on)
     return only
 
 
-def several(tokenizer: Any, example: Example, loss_on: encoding.LossOn = "assistant") -> list[tuple[str, str]]:
+def several(tokenizer: Any, example: Example, loss_on: chat_text.LossOn = "assistant") -> list[tuple[str, str]]:
     """The same of each text that the example becomes."""
     return [_texts(tokenizer, item) for item in encoding.encode(tokenizer, [example], [END], loss_on, 10_000).items]
 
@@ -151,7 +151,7 @@ def test_what_asking_writes_is_not_learned_though_a_template_marks_it(tokenizer:
 )
 @pytest.mark.parametrize(("first", "last", "learned"), [(0, 1, "hall"), (1, 0, "lab")])
 def test_answers_of_weight_0_are_shown_and_not_learned(tokenizer: Any, first: int, last: int, learned: str) -> None:
-    encoding.complete(tokenizer, [TALK])
+    chat_text.complete(tokenizer, [TALK])
     messages = (*TALK.messages[:2], Message("assistant", "lab", first), TALK.messages[3])
     talk = Example(messages, "hall", 4, last)
     whole, answers = trained(tokenizer, talk)
@@ -178,7 +178,7 @@ def test_a_row_of_weight_0_is_not_learned_with_or_without_a_template(tokenizer: 
 def test_a_conversation_of_weight_0_teaches_nothing(tokenizer: Any) -> None:
     messages = (*TALK.messages[:2], Message("assistant", "lab", 0), TALK.messages[3])
     talk = Example(messages, "hall", 4, 0)
-    encoding.complete(tokenizer, [TALK])
+    chat_text.complete(tokenizer, [TALK])
     found = encoding.encode(tokenizer, [ASK, talk], [END], "assistant", 1000)
     assert [item.trained > 0 for item in found.items] == [True, False]
     with pytest.raises(RunFailure, match=r"that of line 4, 'hall'. It has weight 0, as have all") as caught:
@@ -285,7 +285,7 @@ def test_without_a_template_prompt_and_completion_are_joined(tokenizer: Any) -> 
 )
 def test_a_template_that_rewrites_the_past_is_trained_answer_by_answer(tokenizer: Any, ended: str) -> None:
     """Each behind what the server gives the model when that answer is asked for."""
-    encoding.complete(tokenizer, [TALK])
+    chat_text.complete(tokenizer, [TALK])
     assert trained(tokenizer, ASK)[1] == '{"room": "lab"}<|im_end|>'
     first = Example(TALK.messages[:2], "lab", TALK.line)
     found = several(tokenizer, TALK)
@@ -302,7 +302,7 @@ def test_a_template_that_rewrites_the_past_is_trained_answer_by_answer(tokenizer
 def test_thoughts_of_an_earlier_answer_are_to_be_learned_too(tokenizer: Any) -> None:
     thought = "<think>\nbulb\n</think>\n\nlab"
     talk = Example((*TALK.messages[:2], Message("assistant", thought), TALK.messages[3]), "hall", 4)
-    encoding.complete(tokenizer, [talk])
+    chat_text.complete(tokenizer, [talk])
     assert [answers for _, answers in several(tokenizer, talk)] == [
         f"{thought}<|im_end|>",
         "<think>\n\n</think>\n\nhall<|im_end|>",
@@ -343,7 +343,7 @@ def test_a_prompt_with_an_earlier_answer_that_is_too_long_is_left_out(tokenizer:
 def test_thoughts_are_trained_in_every_answer_of_a_conversation(tokenizer: Any) -> None:
     deep = [f"<think>\n{thought}\n</think>\n\n{answer}" for thought, answer in (("bulb", "lab"), ("wood", "hall"))]
     talk = Example((*TALK.messages[:2], Message("assistant", deep[0]), TALK.messages[3]), deep[1], 4)
-    encoding.complete(tokenizer, [talk])
+    chat_text.complete(tokenizer, [talk])
     found = several(tokenizer, talk)
     assert [answers for _, answers in found] == [f"{answer}<|im_end|>" for answer in deep]
     assert "bulb" not in found[1][0]  # nor does the server show it to the model then
@@ -351,7 +351,7 @@ def test_thoughts_are_trained_in_every_answer_of_a_conversation(tokenizer: Any) 
 
 @pytest.mark.parametrize("tokenizer", [QWEN3], indirect=True)
 def test_a_conversation_that_is_too_long_is_left_out_whole(tokenizer: Any) -> None:
-    encoding.complete(tokenizer, [TALK])
+    chat_text.complete(tokenizer, [TALK])
     short, long = (len(item.input_ids) for item in encoding.encode(tokenizer, [TALK], [END], "assistant", 1000).items)
     found = encoding.encode(tokenizer, [TALK, ASK, TALK], [END], "assistant", long - 1)
     assert (len(found.items), found.too_long) == (1, 2)
@@ -400,7 +400,7 @@ def test_thoughts_that_a_template_leaves_empty_belong_to_the_question(tokenizer:
     """Else people would be shown them before every answer, and no answer would be equal to the wanted one."""
     assert trained(tokenizer, ASK)[1] == '<think>\n\n</think>\n\n{"room": "lab"}<|im_end|>'
     whole = trained(tokenizer, ASK)[0]
-    encoding.complete(tokenizer, [ASK])
+    chat_text.complete(tokenizer, [ASK])
     assert trained(tokenizer, ASK) == (whole, '{"room": "lab"}<|im_end|>')
     (item,) = encoding.encode(tokenizer, [ASK], [END], "assistant", 64).items
     prompt = encoding.encode_prompt(tokenizer, ASK)
@@ -412,7 +412,7 @@ def test_thoughts_that_a_template_leaves_empty_belong_to_the_question(tokenizer:
     }
     # Once is enough, and who asks for thoughts or none in so many words gets what the template gave before.
     completed = tokenizer.chat_template
-    encoding.complete(tokenizer, [ASK])
+    chat_text.complete(tokenizer, [ASK])
     assert tokenizer.chat_template == completed
     turns = [{"role": "user", "content": "x"}]
     for thinking in (True, False):
@@ -428,7 +428,7 @@ def test_thoughts_that_a_template_leaves_empty_belong_to_the_question(tokenizer:
 
 @pytest.mark.parametrize("tokenizer", [OPENED_THOUGHTS], indirect=True)
 def test_thoughts_that_a_question_opens_and_an_answer_leaves_empty_are_closed_by_the_question(tokenizer: Any) -> None:
-    encoding.complete(tokenizer, [ASK])
+    chat_text.complete(tokenizer, [ASK])
     assert trained(tokenizer, ASK)[1] == '{"room": "lab"}<|im_end|>'
     asked = tokenizer.decode(encoding.encode_prompt(tokenizer, ASK))
     assert asked.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
@@ -437,12 +437,12 @@ def test_thoughts_that_a_question_opens_and_an_answer_leaves_empty_are_closed_by
 @pytest.mark.parametrize("tokenizer", [EMPTY_THOUGHTS], indirect=True)
 def test_thoughts_that_the_answers_bring_are_trained(tokenizer: Any) -> None:
     deep = Example((Message("user", "the lamp"),), "<think>\nhm\n</think>\n\nlab", 2)
-    encoding.complete(tokenizer, [ASK, deep])
+    chat_text.complete(tokenizer, [ASK, deep])
     assert tokenizer.chat_template == EMPTY_THOUGHTS
     assert trained(tokenizer, deep)[1] == "<think>\nhm\n</think>\n\nlab<|im_end|>"
-    encoding.complete(tokenizer, [ASK])  # a first tuning, whose result is then tuned on answers with thoughts
+    chat_text.complete(tokenizer, [ASK])  # a first tuning, whose result is then tuned on answers with thoughts
     assert tokenizer.chat_template != EMPTY_THOUGHTS
-    encoding.complete(tokenizer, [deep])
+    chat_text.complete(tokenizer, [deep])
     assert tokenizer.chat_template == EMPTY_THOUGHTS
 
 
@@ -451,7 +451,7 @@ def test_thoughts_that_the_answers_bring_are_trained(tokenizer: Any) -> None:
 )
 def test_a_template_that_begins_all_answers_alike_is_left_as_it_is(tokenizer: Any) -> None:
     before = tokenizer.chat_template
-    encoding.complete(tokenizer, [ASK])
+    chat_text.complete(tokenizer, [ASK])
     assert tokenizer.chat_template == before
 
 

@@ -11,7 +11,20 @@ from slmops.api.distillation import DistillationJobSpec
 from slmops.api.run import RunResult, TeacherEndpoint
 from slmops_artifacts.errors import ArtifactError
 from slmops_artifacts.trust import trusted
-from slmops_trainer import answers, data, encoding, evaluate, filters, generation, measure, models, publish, synthetic
+from slmops_trainer import (
+    answers,
+    chat_text,
+    data,
+    encoding,
+    evaluate,
+    filters,
+    generation,
+    measure,
+    models,
+    publish,
+    questions,
+    synthetic,
+)
 from slmops_trainer.checkpoints import QUICK
 from slmops_trainer.context import Context, read_secret
 from slmops_trainer.data import Examples
@@ -55,7 +68,7 @@ def run(ctx: Context) -> RunResult:
     gold = _instructed(held_out, settings.system_prompt)
     # As for training, or thoughts of earlier answers would not fit the template of a student that was tuned before.
     known = (replace(example, answer=None) for example in prompts.items)
-    encoding.complete(loaded.tokenizer, (*known, *(gold.items if gold else ())))
+    chat_text.complete(loaded.tokenizer, (*known, *(gold.items if gold else ())))
     unfit = synthetic.unfit(ctx, loaded, prompts, spec)
     _watched(loaded, spec, gold)  # for what it raises, before any answer is paid for
     _check_held_out(loaded, gold, spec.evaluation)
@@ -69,7 +82,7 @@ def run(ctx: Context) -> RunResult:
         with ctx.told("Leaving answers", "store"):  # which ends at once when the pod is asked to stop
             store.share(answers.shared(ctx, "answers-now"), patience=QUICK if ctx.stop.is_set() else None)
     del store, prompts  # training needs their memory
-    encoding.complete(loaded.tokenizer, (*examples.items, *(gold.items if gold else ())))
+    chat_text.complete(loaded.tokenizer, (*examples.items, *(gold.items if gold else ())))
     watched = _watched(loaded, spec, gold)
     limit = spec.training.max_length
     encoded = encoding.encode(
@@ -185,7 +198,7 @@ def _measure_teacher(
         longest = max(evaluation.max_tokens, settings.max_tokens)
         greedy = replace(terms, sampling=Sampling(0.0, 1.0, longest), min_success_ratio=0.0, budget=None)
         shown = [synthetic.instructed(item, None, think=settings.chain_of_thought) for item in gold.items]
-        asked = generation.questions(synthetic.wire(shown), 1, teacher, greedy.sampling, seed, ctx.check)
+        asked = questions.make(synthetic.wire(shown), 1, teacher, greedy.sampling, seed, ctx.check)
         generation.ask_all(ctx, asked, greedy, store, TEACHER)
         replies = [store.get(question.key) for question in asked]
         texts = [_answer(reply.text, think=settings.chain_of_thought) if reply else "" for reply in replies]

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from slmops.api.finetune import FineTuneJobSpec, Lora
 from slmops.api.run import RunResult
-from slmops_trainer import data, encoding, measure, models, publish
+from slmops_trainer import chat_text, data, encoding, measure, models, publish
 from slmops_trainer.context import Context
 from slmops_trainer.failure import RunFailure
 from slmops_trainer.progress import Stage
@@ -43,7 +43,7 @@ def run(ctx: Context) -> RunResult:
     ctx.report("Loading", 0, 1, ctx.spec.model.uri)
     began = ctx.began()
     loaded = models.load(folder, ctx.spec.model.uri, began)
-    encoding.complete(loaded.tokenizer, (*training.items, *(held_out.items if held_out else ())))
+    chat_text.complete(loaded.tokenizer, (*training.items, *(held_out.items if held_out else ())))
     limit = spec.training.max_length
     encoded = encoding.encode(
         loaded.tokenizer, training.items, loaded.stop_ids, spec.loss_on, limit, training.source, ctx.check

@@ -1,21 +1,21 @@
 """Asking the teacher many questions: concurrency, token budget, success ratio, saving, and stopping in good order."""
 
 import asyncio
-import hashlib
 import logging
 import ssl
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from slmops.api.run import TeacherEndpoint
 from slmops_artifacts import ArtifactError, waiting
-from slmops_trainer.answers import Answers, answer_key
+from slmops_trainer.answers import Answers
 from slmops_trainer.context import ACCESS_PATIENCE, SAVE_PATIENCE, STORE_PAUSE, Context
 from slmops_trainer.failure import RunFailure, interrupted
+from slmops_trainer.questions import Question
 from slmops_trainer.replies import NO_ROOM, Rejected
 from slmops_trainer.teacher import Forbidden, Sampling, Silent, Teacher, shown
 
@@ -28,20 +28,6 @@ FORBIDDEN = 4  # questions, and all that are asked side by side: so many are for
 HOPELESS = 20  # prompts without any answer at all, after which it is no use to go on
 
 log = logging.getLogger("slmops")
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One request. `prompt` is the number of its prompt: several samples share one.
-
-    `whole`: the key of the same question with whatever limit to the answer's length.
-    """
-
-    key: str
-    whole: str
-    prompt: int
-    messages: tuple[dict[str, str], ...]
-    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,29 +72,6 @@ class _Turn(NamedTuple):
     question: Question
     since: float | None = None
     proven: bool = False
-
-
-def questions(
-    prompts: Sequence[Sequence[dict[str, str]]],
-    samples: int,
-    teacher: str,
-    sampling: Sampling,
-    seed: int,
-    check: Callable[[], None],
-) -> list[Question]:
-    """`samples` questions to each prompt, prompt by prompt. Equal prompts give equal keys: they are asked once.
-
-    `check()` is called before each prompt and may raise.
-    """
-    found: list[Question] = []
-    for number, messages in enumerate(prompts):
-        check()
-        for sample in range(samples):
-            key = answer_key(messages, sample, teacher, sampling, seed)
-            whole = answer_key(messages, sample, teacher, sampling, seed, limit=False)
-            digest = hashlib.sha256(key.encode()).digest()
-            found.append(Question(key, whole, number, tuple(messages), int.from_bytes(digest[:4], "big") >> 1))
-    return found
 
 
 def ask_all(ctx: Context, asked: Sequence[Question], terms: Terms, store: Answers, stage: str) -> Outcome:

@@ -51,7 +51,7 @@ def once(
 
     `origin`: the model's digest. Raises the failures of `measure` and of the store.
     """
-    # What the run is to learn decides over the template that all are asked with (encoding.complete).
+    # What the run is to learn decides over the template that all are asked with (chat_text.complete).
     template = hashlib.sha256((loaded.tokenizer.chat_template or "").encode()).hexdigest()
     return kept(
         ctx, stage, examples, f"{origin} {template}", lambda: measure(ctx, loaded, examples, evaluation, stage)[1]

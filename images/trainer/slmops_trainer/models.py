@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from slmops.api.run import ENV_GPU
 from slmops_artifacts import Manifest
-from slmops_trainer import encoding
+from slmops_trainer import chat_text, encoding
 from slmops_trainer.failure import RunFailure, translate
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def load(folder: Path, source: str, began: datetime | None = None) -> Loaded:
     if isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if began is not None:
-        encoding.date(tokenizer, began)
+        chat_text.date(tokenizer, began)
     if tokenizer.eos_token_id is None:
         raise RunFailure(
             "UnsupportedModel", f"The tokenizer of {source} has no eos_token, so no answer could ever end. Set one."

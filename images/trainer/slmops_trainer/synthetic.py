@@ -15,7 +15,7 @@ from slmops.api.meta import Dataset
 from slmops.api.run import Input, TeacherEndpoint
 from slmops_artifacts import Manifest, Parent
 from slmops_artifacts.model import dedupe
-from slmops_trainer import answers, data, encoding, filters, generation, publish
+from slmops_trainer import answers, data, encoding, filters, generation, publish, questions
 from slmops_trainer.data import Example, Examples, Message
 from slmops_trainer.failure import RunFailure
 from slmops_trainer.models import Loaded
@@ -145,10 +145,10 @@ def _generate(
     shown = wire([instructed(example, settings.system_prompt, think=settings.chain_of_thought) for example in asked])
     samples = settings.samples_per_prompt if settings.temperature else 1  # greedy answers to one prompt are equal
     teacher = answers.teacher_key(terms.endpoint)
-    questions = generation.questions(shown, samples, teacher, terms.sampling, spec.training.seed, ctx.check)
-    outcome = generation.ask_all(ctx, questions, terms, store, GENERATING)
+    wanted = questions.make(shown, samples, teacher, terms.sampling, spec.training.seed, ctx.check)
+    outcome = generation.ask_all(ctx, wanted, terms, store, GENERATING)
     ctx.report(FILTERING, 0, 1, f"{len(store)} answers")
-    replies = [(store.get(question.key), taught[question.prompt]) for question in questions]
+    replies = [(store.get(question.key), taught[question.prompt]) for question in wanted]
     rows = [filters.Row(example, reply.text, reply.finish) for reply, example in replies if reply is not None]
     kept, drops = filters.apply(rows, rules, schema, thoughts=settings.chain_of_thought, check=ctx.check)
     # A teacher may write the name of a token that the student has no weights for: one such answer ends no paid run.
@@ -161,7 +161,7 @@ def _generate(
         "prompts": len(prompts.items),
         "answers": len(rows),
         "answers_reused": store.recalled,
-        "unanswered": len(questions) - len(rows),
+        "unanswered": len(wanted) - len(rows),
         "kept": len(kept),
         "teacher_tokens": outcome.tokens,
         **{f"dropped_{name}": drops[name] for name in filters.NAMES},

@@ -4,8 +4,8 @@ A problem of the new revision (its source is not ready, a Secret is missing, it 
 the stable revision is looked after in any case.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from datetime import datetime
 
 from slmops.api import keys
@@ -15,11 +15,12 @@ from slmops.api.run import Input
 from slmops.build import router as router_parts
 from slmops.build import serving
 from slmops.cluster.port import Cluster, ClusterError, Key, Object
-from slmops.cluster.same import covers
 from slmops.reconcile import conditions, sources
+from slmops.reconcile import deployment_children as children
 from slmops.reconcile.deployment_measure import measure
 from slmops.reconcile.deployment_pods import EVENTS_SECONDS, PodReader, role
 from slmops.reconcile.deployment_report import Facts, report
+from slmops.reconcile.deployment_world import Agent, Observed, Wanted
 from slmops.reconcile.protocol import World
 from slmops.reconcile.serverpods import drains, is_ready, mute
 from slmops.reconcile.state import Count, Event, Plan, Retry, Routes
@@ -27,7 +28,7 @@ from slmops.remote import prometheus, router
 from slmops.remote.errors import RemoteError, TokenRefusedError
 from slmops.remote.router import Report
 from slmops.rollout.machine import decide, measurement_due, measurement_window
-from slmops.rollout.phases import PREPARING, ROLLING_OUT
+from slmops.rollout.phases import ROLLING_OUT
 from slmops.rollout.revision import identify
 from slmops.rollout.seen import Decision, Problem, Router, Seen
 from slmops.settings import Settings
@@ -45,42 +46,6 @@ RECHECK_SECONDS = 10.0  # until a Secret that is missing, or that may not be rea
 
 Ask = Callable[[str, str], Report]
 Query = Callable[[str, str, datetime], prometheus.Answer]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the spec asks for, as far as it can be told now."""
-
-    revision: Revision | None = None
-    model: Input | None = None
-    lineage: Lineage | None = None  # of the model that is asked for
-    waiting: Problem | None = None  # SourceNotReady, SecretNotFound, Forbidden: mends itself
-    other: bool = False  # what is waited for is sure to be another revision than the candidate
-
-
-@dataclass(frozen=True)
-class Agent:
-    """A router pod that is ready, or drains."""
-
-    url: str
-    report: Report | None  # None where it does not answer, or refuses our token
-    leaving: bool = False  # it drains: told of new weights, for it still answers requests, and asked for nothing
-    refuses: bool = False
-
-
-@dataclass(frozen=True)
-class Observed:
-    """All that a decision needs."""
-
-    settings: Settings
-    wanted: Wanted
-    seen: Seen
-    agents: tuple[Agent, ...] = ()
-    live: Mapping[str, Object] = field(default_factory=dict)  # Deployments by revision
-    records: Mapping[str, Object] = field(default_factory=dict)
-    strays: frozenset[str] = frozenset()  # revisions on record that have a Service, but no Deployment
-    budgets: frozenset[str] = frozenset()  # names of disruption budgets that exist
-    mute: bool = False  # a pod does not start and does not say why
 
 
 class DeploymentReconciler:
@@ -154,8 +119,8 @@ class DeploymentReconciler:
         spec = ModelDeploymentSpec.model_validate(obj["spec"])
         before = ModelDeploymentStatus.model_validate(obj.get("status") or {})
         decision = decide(spec, before, observed.seen, now)
-        wanted, anew = observed.wanted, _anew(obj, spec, observed, decision)
-        outdated = _outdated(observed, anew)
+        wanted, anew = observed.wanted, children.anew(obj, spec, observed, decision)
+        outdated = children.outdated(observed, anew)
         if decision.candidate is not None and decision.candidate.revision in outdated:  # it has its whole time again
             fresh = decision.rollout.model_copy(update={"waiting_since": None, "waiting_pods": None})
             decision = replace(decision, rollout=fresh)
@@ -168,12 +133,15 @@ class DeploymentReconciler:
             }
         )
         routes = _routes(obj, spec, decision, observed.agents)
-        records = _records(obj, spec, observed, decision, anew, outdated)
+        records = children.records(obj, spec, observed, decision, anew, outdated)
         return Plan(
             status=status.wire(),
-            apply=_children(obj, spec, observed, decision, routes, records),
+            apply=children.made(obj, spec, observed, decision, routes, records),
             routes=_orders(obj, observed, decision, routes),
-            delete=(*_removed(obj, spec, observed, decision), *(_server(obj, revision) for revision in outdated)),
+            delete=(
+                *children.removed(obj, spec, observed, decision),
+                *(children.server(obj, revision) for revision in outdated),
+            ),
             events=tuple(Event(note.reason, note.message, note.warning) for note in decision.notes),
             counts=_counts(obj, decision),
             requeue=_requeue(observed, decision),
@@ -303,117 +271,6 @@ def _orders(obj: Object, observed: Observed, decision: Decision, routes: Object)
         for agent in observed.agents
         if agent.report is not None and agent.report.routes != routes
     )
-
-
-def _children(
-    obj: Object,
-    spec: ModelDeploymentSpec,
-    observed: Observed,
-    decision: Decision,
-    routes: Object,
-    records: dict[str, Object],
-) -> tuple[Object, ...]:
-    settings = observed.settings
-    token = router.token(settings.router_key, obj["metadata"]["uid"])
-    made: list[Object] = [
-        router_parts.token_secret(obj, token),
-        router_parts.config_map(obj, routes, records, settings.router_key),
-        router_parts.service(obj),
-        router_parts.deployment(obj, spec, token, settings),
-    ]
-    for revision, replicas in sorted(decision.replicas.items()):
-        if revision in records:
-            made += [serving.headless_service(obj, revision), serving.scaled(records[revision], replicas)]
-    if spec.replicas > 1:
-        first = decision.stable or decision.candidate
-        made.append(serving.disruption_budget(obj, keys.ROLE_SERVER, first.revision if first else ""))
-        made.append(serving.disruption_budget(obj, keys.ROLE_ROUTER))
-    return tuple(made)
-
-
-def _records(
-    obj: Object,
-    spec: ModelDeploymentSpec,
-    observed: Observed,
-    decision: Decision,
-    anew: Mapping[str, Object],
-    outdated: Collection[str],
-) -> dict[str, Object]:
-    """The manifest of each wanted revision: as recorded, else as it stands in the cluster, else built.
-
-    The record of one that is not wanted is kept as long as its Service is there: nothing else tells of it. That of one
-    whose Deployment goes is dropped, so that the next pass builds it; of one that somebody deleted it is still there.
-    """
-    records = {revision: observed.records[revision] for revision in observed.strays}
-    wanted = observed.wanted
-    for revision in decision.replicas:
-        if revision in outdated:
-            continue
-        if revision in anew:  # it has no Deployment, or one that is just like it
-            records[revision] = anew[revision]
-        elif revision in observed.records:
-            records[revision] = observed.records[revision]
-        elif revision in observed.live:
-            records[revision] = serving.record_of(observed.live[revision])
-        elif wanted.revision is not None and wanted.model is not None and revision == wanted.revision.revision:
-            records[revision] = serving.deployment(obj, spec, revision, wanted.model, observed.settings)
-    return records
-
-
-def _anew(obj: Object, spec: ModelDeploymentSpec, observed: Observed, decision: Decision) -> dict[str, Object]:
-    """The revision that the spec asks for, as it would be built now; empty where that would touch pods that serve.
-
-    By this a mended setting of the operator, the image first of all, reaches the pods that fail for want of it: those
-    of a candidate that has not begun to serve, and of a stable revision none of whose pods can serve for want of it.
-    Empty also while pods may just need time.
-    """
-    wanted = observed.wanted
-    if wanted.revision is None or wanted.model is None:
-        return {}
-    name = wanted.revision.revision
-    pods = observed.seen.pods.get(name)
-    if pods is not None and (pods.ready or not pods.failing):
-        return {}
-    if decision.candidate is not None and decision.candidate.revision == name:
-        due = decision.rollout.phase == PREPARING
-    else:
-        due = decision.stable is not None and decision.stable.revision == name and pods is not None and pods.imageless
-    return {name: serving.deployment(obj, spec, name, wanted.model, observed.settings)} if due else {}
-
-
-def _outdated(observed: Observed, anew: Mapping[str, Object]) -> list[str]:
-    """Revisions whose Deployment goes, so that the next pass makes it anew.
-
-    It is not changed: a pod that waits for its image keeps the GPU that its successor would wait for. A record alone
-    does not tell: one that was read back from the cluster says also what the API server added.
-    """
-    return [name for name, manifest in anew.items()
-            if name in observed.live and observed.records.get(name) != manifest
-            and not _is_made_of(observed.live[name], manifest)]  # fmt: skip
-
-
-def _is_made_of(live: Object, manifest: Object) -> bool:
-    return covers(live["spec"], serving.scaled(manifest, live["spec"].get("replicas", 1))["spec"])
-
-
-def _server(obj: Object, revision: str) -> Key:
-    return Key("Deployment", obj["metadata"]["namespace"], serving.revision_name(obj, revision))
-
-
-def _removed(obj: Object, spec: ModelDeploymentSpec, observed: Observed, decision: Decision) -> tuple[Key, ...]:
-    namespace = obj["metadata"]["namespace"]
-    gone = [
-        Key(kind, namespace, serving.revision_name(obj, revision))
-        for revision in decision.remove
-        for kind in ("Service", "Deployment")  # by its Deployment a revision is known: that one last
-    ]
-    gone += [
-        Key("Service", namespace, serving.revision_name(obj, revision))
-        for revision in sorted(observed.strays - decision.replicas.keys())
-    ]
-    if spec.replicas <= 1:
-        gone += [Key("PodDisruptionBudget", namespace, name) for name in sorted(observed.budgets)]
-    return tuple(gone)
 
 
 def _counts(obj: Object, decision: Decision) -> tuple[Count, ...]:

@@ -31,9 +31,8 @@ from pydantic import ValidationError
 from slmops.api.meta import Condition, Status
 from slmops.api.times import parse
 from slmops.cluster.port import Cluster, ClusterError, Key, Object
-from slmops.reconcile import conditions
+from slmops.reconcile import conditions, refusals
 from slmops.reconcile.ownership import NOT_OURS, check_ours, is_ours
-from slmops.reconcile.pods import over_quota
 from slmops.reconcile.protocol import Reconciler, World
 from slmops.reconcile.state import Count, Event, Plan, Retry, Routes, Terminal
 from slmops.remote.errors import RemoteError
@@ -89,7 +88,7 @@ class Driver:
             stored = self._said_first(obj, plan) if plan.status_first else obj
             refused = self._carry_out(obj, plan)
         except (Retry, Terminal, ClusterError, RemoteError, ValidationError) as error:
-            match _outcome(error):
+            match refusals.outcome(error):
                 case Retry() as retry:
                     return self._not_yet(obj, retry, now)
                 case Terminal() as terminal:
@@ -164,7 +163,7 @@ class Driver:
 
     def _in_spite(self, obj: Object, plan: Plan, refused: Exception, now: datetime) -> float | None:
         """Write the plan's status with the outcome of what was refused. Raises ClusterError where that backs off."""
-        outcome = _outcome(refused)
+        outcome = refusals.outcome(refused)
         status = plan.status
         if outcome is not None:
             lost = self._unreached(obj, plan)
@@ -197,7 +196,7 @@ class Driver:
         try:
             self.cluster.apply(child, current=current)
         except ClusterError as error:
-            _explain(error, f"{key.kind} {key.name}")
+            refusals.explain(error, f"{key.kind} {key.name}")
 
     def _delete(self, owner: Object, key: Key) -> None:
         current = self.cluster.get(key)
@@ -272,22 +271,6 @@ class Driver:
                 self.cluster.post_event(obj, event.reason, conditions.cut(event.message), warning=event.warning)
             except ClusterError as error:  # an Event is a courtesy: the status has said it already
                 log.warning("Could not post Event", extra={"reason": event.reason, "error": error.message})
-
-
-def _outcome(error: Exception) -> Retry | Terminal | None:
-    """What becomes of a pass that met this error; None where the error itself goes up."""
-    match error:
-        case Retry() | Terminal():
-            return error
-        case ClusterError(denied=True):
-            return _denied(error, "A write")
-        case ClusterError(status=403):
-            return Retry("Forbidden", f"The operator may not do this: {error.message}", after=15.0)
-        case RemoteError():
-            return Retry("Unreachable", str(error), after=5.0)
-        case ValidationError():
-            return Terminal("InvalidSpec", _sentence(error))
-    return None
 
 
 def _key(child: Object) -> Key:
@@ -372,37 +355,3 @@ def _still_ready(obj: Object, said: list[Condition]) -> bool:
 def _serves(obj: Object) -> bool:
     """A ModelDeployment goes on serving while it cannot be changed; a batch object is Ready at its end or never."""
     return bool(obj["kind"] == "ModelDeployment")
-
-
-def _explain(error: ClusterError, what: str) -> None:
-    """The outcome that an answer to applying a child means. Raises Retry, Terminal or the error itself."""
-    if error.status == 403 and "being terminated" in error.message:
-        raise Retry("NamespaceTerminating", "The namespace is being deleted.", after=60.0) from error
-    if error.status == 403 and over_quota(error.message):
-        raise Retry("QuotaExceeded", f"{what} was refused: {error.message}", after=5.0) from error
-    if error.denied:
-        raise _denied(error, what) from error
-    if error.status == 403:
-        raise Retry("Forbidden", f"{what} was refused: {error.message}", after=5.0) from error
-    if error.status == 413 or "request is too large" in error.message:
-        raise Terminal(
-            "TooLarge", f"{what} is too large for the API server; shorten the spec: {error.message}"
-        ) from error
-    if not error.retryable:
-        raise Terminal("Rejected", f"{what} was refused as invalid: {error.message}") from error
-    if error.status == 500:  # it is well, as the reads before this write show, but something behind it is not
-        reason = "WebhookFailed" if "webhook" in error.message else "ApiServerError"
-        remedy = "It is tried again; if it stays so, it is for those who run the cluster to mend."
-        raise Retry(reason, f"{what} could not be written: {error.message}. {remedy}", after=15.0) from error
-    raise error
-
-
-def _denied(error: ClusterError, what: str) -> Retry:
-    remedy = "It is tried again: give it what the policy asks for, or have an exception made."
-    return Retry("PolicyDenied", f"{what} was refused by a policy: {error.message} {remedy}", after=15.0)
-
-
-def _sentence(error: ValidationError) -> str:
-    """The first thing wrong with an object, as `spec.training.epochs: Input should be ...`."""
-    first = error.errors()[0]
-    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
