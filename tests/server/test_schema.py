@@ -45,11 +45,16 @@ BAD = [
     ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": {}, "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "system", "content": []}]}, "messages[0].content"),
+    ({"messages": [{"role": "tool", "tool_call_id": "a", "content": {}}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0]"),
     ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls[0]"),
     ({"messages": [{"role": "assistant", "tool_calls": [{**CALL, "id": {}}]}]}, "messages[0].tool_calls[0].id"),
     ({"messages": [{"role": "user", "content": "", "reasoning_content": "x"}]}, "messages[0].reasoning_content"),
     ({"messages": [{"role": "assistant", "content": "", "reasoning_content": 1}]}, "messages[0].reasoning_content"),
+    ({"messages": [{"role": "user", "content": "", "reasoning": "x"}]}, "messages[0].reasoning"),
+    ({"messages": [{"role": "assistant", "content": "", "reasoning": 1}]}, "messages[0].reasoning"),
+    ({"messages": [{"role": "assistant", "reasoning": "x", "reasoning_content": "y"}]}, "messages[0].reasoning"),
     ({"messages": [{"role": "user", "content": "", "made_up": 1}]}, "messages[0].made_up"),
     ({"temperature": "hot"}, "temperature"),
     ({"temperature": -1}, "temperature"),
@@ -185,6 +190,9 @@ def test_prompts_that_are_taken(prompt: object, prompts: list[object]) -> None:
         {"structured_outputs": {"choice": ["a", "b"]}},
         {"n": 3, "logprobs": True, "top_logprobs": 20, "logit_bias": {"5": -100}, "stop_token_ids": [1]},
         {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
+        {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": None}},
+        {"stream": True, "stream_options": {"include_usage": None}},
+        {"stream": False, "stream_options": {"include_usage": None}},
     ],
 )
 def test_harmless_fields_are_taken(extra: dict[str, Any]) -> None:
@@ -256,12 +264,27 @@ def test_answers_that_clients_send_back_are_taken_with_what_the_model_thought() 
     answer = {"role": "assistant", "content": "a", "refusal": None, "annotations": [], "parsed": {"a": 1}}
     thought = {"role": "assistant", "content": "b", "type": "message", "reasoning_content": "hm", "parsed": None}
     cut = {"role": "assistant", "content": None, "reasoning_content": "h"}  # before it had thought to the end
-    got = parse("chat", json.dumps(CHAT | {"messages": [answer, thought, cut]}).encode()).messages
+    newer = {"role": "assistant", "content": "c", "reasoning": "so"}  # vLLM's name, and of some clients both
+    both = {**newer, "reasoning_content": "so"}
+    got = parse("chat", json.dumps(CHAT | {"messages": [answer, thought, cut, newer, both]}).encode()).messages
     assert got == [
         {"role": "assistant", "content": "a"},
         {"role": "assistant", "content": "b", "reasoning_content": "hm"},
         {"role": "assistant", "content": "", "reasoning_content": "h"},
+        {"role": "assistant", "content": "c", "reasoning_content": "so"},
+        {"role": "assistant", "content": "c", "reasoning_content": "so"},
     ]
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": []}])
+def test_answers_and_results_without_text_are_taken(content: dict[str, Any]) -> None:
+    """As agents send a tool's that gave nothing back, and an answer that was empty."""
+    silent = [{"role": "assistant", **content}, {"role": "tool", "tool_call_id": "a", **content}]
+    got = parse("chat", json.dumps(CHAT | {"messages": silent}).encode()).messages
+    assert got
+    assert [message["content"] for message in got] == ["", ""]
+    error = refused("chat", CHAT | {"messages": [{"role": "user", **content}]})
+    assert error.message == "messages[0].content is missing or empty."
 
 
 def test_sampling_fields_arrive() -> None:

@@ -10,9 +10,10 @@ from slmops_server.errors import ApiError, bad_request
 from slmops_server.fields import flag
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
-TEXTS = ("name", "tool_call_id", "reasoning_content")
+TEXTS = ("name", "tool_call_id", "reasoning_content", "reasoning")
 READ = frozenset({"role", "content", "tool_calls", *TEXTS})
-OF_ASSISTANT = frozenset({"tool_calls", "reasoning_content"})
+OF_ASSISTANT = frozenset({"tool_calls", "reasoning_content", "reasoning"})
+MAY_BE_SILENT = frozenset({"assistant", "tool"})
 # Fields of answers, which clients send back whole; what the model said is in its content
 HARMLESS = frozenset({"refusal", "annotations", "parsed", "type", "provider_specific_fields"})
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -63,8 +64,9 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         if name not in READ or (name in OF_ASSISTANT and role != "assistant"):
             raise _unsupported(f"{where}.{name}")
     calls = _calls(given["tool_calls"], f"{where}.tool_calls") if "tool_calls" in given else []
-    silent = "content" not in given and (calls or "reasoning_content" in given)  # it only called, or only thought
-    content = "" if silent else _content(given.get("content"), f"{where}.content")
+    if "content" not in given and role not in MAY_BE_SILENT:
+        raise bad_request(f"{where}.content is missing or empty.", f"{where}.content")
+    content = _content(given.get("content", ""), f"{where}.content")
     checked: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": content}
     if calls:
         checked["tool_calls"] = calls
@@ -73,6 +75,9 @@ def _message(message: Any, where: str) -> dict[str, Any]:
             if not isinstance(given[name], str):
                 raise bad_request(f"{where}.{name} is not a string.", f"{where}.{name}")
             checked[name] = given[name]
+    thought = checked.pop("reasoning", None)  # vLLM's newer name; templates know the other one
+    if thought is not None and checked.setdefault("reasoning_content", thought) != thought:
+        raise bad_request(f"{where}.reasoning and reasoning_content differ; send one of them.", f"{where}.reasoning")
     if role == "tool" and "tool_call_id" not in checked:
         raise bad_request(f"{where}.tool_call_id is missing.", f"{where}.tool_call_id")
     return checked

@@ -112,6 +112,7 @@ def parse(kind: str, body: bytes) -> Request:
     options = fields.get("stream_options", {})
     if not isinstance(options, dict):
         raise bad_request("stream_options is not an object.", "stream_options")
+    options = {name: value for name, value in options.items() if value is not None}
     if unknown := set(options) - {"include_usage", "continuous_usage_stats", "include_obfuscation"}:
         raise bad_request(f"stream_options.{min(unknown)} is not supported.", "stream_options")
     stream = flag(fields, "stream")
