@@ -92,24 +92,23 @@ TOOLS_REFUSE = "{% if tools %}" + REFUSES + "{% endif %}hi"
         ("hi", TOOLS_REFUSE, ["chat with tools"]),
         (TOOLS_REFUSE, "{{ tools }}", []),  # never rendered with tools
         (REFUSES, TOOLS_REFUSE, ["chat", "chat with tools"]),
+        ("hi", "{% if not tools %}" + REFUSES + "{% endif %}", ["chat with earlier calls and no tools"]),
     ],
 )
 def test_templates_that_refuse_everybody_are_told_at_the_start(
     tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, plain: str, tooled: str | None, warned: list[str]
 ) -> None:
-    model = shutil.copytree(tiny, tmp_path / "model")
-    (model / "chat_template.jinja").write_text(plain)
-    if tooled:
-        (model / "additional_chat_templates").mkdir()
-        (model / "additional_chat_templates" / "tool_use.jinja").write_text(tooled)
-    Service(parse(["--model", str(model)], {}))
+    serving(tiny, tmp_path, plain, tooled)
     assert [r.args[0] for r in caplog.records if "not today" in r.getMessage() and isinstance(r.args, tuple)] == warned
 
 
-def serving(tiny: Path, folder: Path, template: str) -> Service:
-    """The small model, with that template."""
+def serving(tiny: Path, folder: Path, template: str, tooled: str | None = None) -> Service:
+    """The small model, with that template, and one of its own for tools."""
     model = shutil.copytree(tiny, folder / "model")
     (model / "chat_template.jinja").write_text(template)
+    if tooled:
+        (model / "additional_chat_templates").mkdir()
+        (model / "additional_chat_templates" / "tool_use.jinja").write_text(tooled)
     return Service(parse(["--model", str(model), "--served-name", "m"], {}))
 
 
@@ -148,3 +147,34 @@ def test_what_a_function_has_beside_the_usual_reaches_a_template_that_prints_it(
     source = "{% for tool in tools or [] %}{{ (tool.function['return'] or {}).type }}{% endfor %}"
     told = {"name": "f", "return": {"type": "integer"}}
     assert prompt(serving(tiny, tmp_path, source), tools=[{"type": "function", "function": told}]) == "integer"
+
+
+PLAIN = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+CALLED = (
+    "{% for tool in tools %}{{ tool.function.name }}:{% endfor %}{% for m in messages %}"
+    "[{{ m.content }}{% for call in m.tool_calls %}{{ call.function.name }}{% endfor %}]{% endfor %}"
+)
+CALL = {"id": "c1", "type": "function", "function": {"name": "refund", "arguments": "{}"}}
+HISTORY = [
+    *USER,
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c1", "content": "done"},
+]
+FUNCTION = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({}, "[hi]"),
+        ({"tools": [FUNCTION]}, "f:[hi]"),
+        ({"tools": [FUNCTION], "tool_choice": "none"}, "[hi]"),
+        ({"messages": HISTORY, "tools": [FUNCTION]}, "f:[hi][refund][done]"),
+        ({"messages": HISTORY, "tools": [FUNCTION], "tool_choice": "none"}, "[hi][refund][done]"),
+        ({"messages": HISTORY}, "[hi][refund][done]"),
+    ],
+)
+def test_earlier_calls_reach_a_model_with_a_template_of_its_own_for_tools(
+    tiny: Path, tmp_path: Path, fields: dict[str, object], told: str
+) -> None:
+    assert prompt(serving(tiny, tmp_path, PLAIN, CALLED), **fields) == told

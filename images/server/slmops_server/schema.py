@@ -104,6 +104,11 @@ class Request:
     continuous_usage: bool
     grammar: Grammar | None
 
+    @property
+    def speaks_of_tools(self) -> bool:
+        """Whether there are tools to call, or calls in its messages: a model's plain template may not print them."""
+        return self.tools is not None or any(m["role"] == "tool" or "tool_calls" in m for m in self.messages or [])
+
 
 def parse(kind: str, body: bytes) -> Request:
     """Kind is "chat" or "completions". Every flaw is an ApiError 400 that names the field."""

@@ -88,13 +88,14 @@ class Service:
     def _try_templates(self) -> None:
         """A warning where no chat can be answered. The server starts all the same: completions need no template."""
         tooled = self.tool_template or self.template
-        tried: list[tuple[str, ChatTemplate | None, list[dict[str, object]]]] = [("chat", self.template, [])]
+        tried: list[tuple[str, ChatTemplate | None, list[dict[str, object]] | None]] = [("chat", self.template, None)]
         if tooled and tooled.takes_tools:
             tried.append(("chat with tools", tooled, [TOOL]))
+        tried.append(("chat with earlier calls and no tools", self.tool_template, []))
         for what, template, tools in tried:
             try:
                 if template:
-                    template.render(GREETING, tools or None)
+                    template.render(GREETING, tools)
             except ApiError as error:
                 log.warning(
                     "Failed to render a user's message, so every %s is to be refused problem=%s", what, error.message
@@ -102,7 +103,7 @@ class Service:
 
     def template_of(self, request: Request) -> ChatTemplate | None:
         """The chat template for a request: models may have one of their own for tools."""
-        return self.tool_template if request.tools and self.tool_template else self.template
+        return self.tool_template if self.tool_template and request.speaks_of_tools else self.template
 
     @property
     def ready(self) -> bool:
@@ -181,7 +182,7 @@ class Service:
             raise bad_request(
                 "This model's chat template knows no reasoning_effort.", "reasoning_effort", "unsupported_parameter"
             )
-        specs = request.tools.specs if request.tools else None
+        specs = request.tools.specs if request.tools else [] if template is self.tool_template else None
         text = template.render(request.messages, specs, request.template_fields)
         return [await self._prompt(request, text, len(text) >= LONG_TEXT)]
 
