@@ -5,15 +5,19 @@ import json
 import shutil
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from slmops_server import schema as requests
+from slmops_server.choice import Choice
 from slmops_server.errors import ApiError
 from slmops_server.messages import read_messages
 from slmops_server.service import Service
 from slmops_server.settings import parse
+from slmops_server.stream import Delta
 from slmops_server.template import ChatTemplate
+from slmops_server.wire import Frames
 
 USER = [{"role": "user", "content": "hi"}]
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -149,6 +153,11 @@ def test_what_a_function_has_beside_the_usual_reaches_a_template_that_prints_it(
     assert prompt(serving(tiny, tmp_path, source), tools=[{"type": "function", "function": told}]) == "integer"
 
 
+# As Llama's
+ONE_CALL = (
+    "{{ tools }}{% for m in messages %}{% if m.tool_calls and m.tool_calls|length != 1 %}"
+    "{{ raise_exception('single tool-calls') }}{% endif %}{% endfor %}"
+)
 PLAIN = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
 CALLED = (
     "{% for tool in tools %}{{ tool.function.name }}:{% endfor %}{% for m in messages %}"
@@ -178,3 +187,30 @@ def test_earlier_calls_reach_a_model_with_a_template_of_its_own_for_tools(
     tiny: Path, tmp_path: Path, fields: dict[str, object], told: str
 ) -> None:
     assert prompt(serving(tiny, tmp_path, PLAIN, CALLED), **fields) == told
+
+
+@pytest.mark.parametrize(
+    ("template", "parallel", "count"),
+    [
+        (CALLED, True, 2),
+        (CALLED, False, 1),
+        (ONE_CALL, True, 1),
+        ("{{ tools }}{% if messages[1] %}" + REFUSES + "{% endif %}", True, 2),  # takes no calls at all
+    ],
+)
+def test_a_conversation_goes_on_after_an_answer_with_calls(
+    tiny: Path, tmp_path: Path, template: str, parallel: bool, count: int
+) -> None:
+    """Llama's template refuses an answer with several."""
+    service = serving(tiny, tmp_path, template)
+    told = {"model": "m", "messages": USER, "tools": [FUNCTION], "parallel_tool_calls": parallel}
+    request = requests.parse("chat", json.dumps(told).encode())
+    delta = Delta('[{"name": "f"}, {"name": "f"}]', 9, "stop")
+    message: Any = Choice(service, request, Frames("chat", "m"), 0, [1]).whole(delta)["message"]
+    calls = message["tool_calls"]
+    tools = service.tools_of(request)
+    assert tools
+    assert (len(calls), tools.parallel) == (count, count == 2)
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": "1"} for call in calls]
+    if REFUSES not in template:
+        assert prompt(service, messages=[*USER, message, *results], tools=[FUNCTION])

@@ -20,9 +20,9 @@ class Choice:
         self._scoring = request.max_tokens == 0
         self._parser = None
         template = service.template_of(request)
-        if request.tools and template:
-            most = None if request.tools.parallel else 1
-            self._parser = ToolParser(template.tags_calls, request.tools.schemas, most)
+        tools = service.tools_of(request)
+        if tools and template:
+            self._parser = ToolParser(template.tags_calls, tools.schemas, None if tools.parallel else 1)
         self._alternatives = request.sampling.logprobs
         self._text_logprobs = TextLogprobs()
         self._echo = ""

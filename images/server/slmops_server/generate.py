@@ -154,8 +154,9 @@ class Generate:
         service, grammar, answer = self._service, request.grammar, None
         adapter = service.adapter(request.model)
         template = service.template_of(request)
-        if request.tools and request.tools.prescribed and template:
-            grammar = calls_grammar(request.tools, template.tags_calls, service.special_tags)
+        tools = service.tools_of(request)
+        if tools and tools.prescribed and template:
+            grammar = calls_grammar(tools, template.tags_calls, service.special_tags)
         for number in range(len(prompts) * request.n):
             prompt = prompts[number // request.n]
             sampling = request.sampling

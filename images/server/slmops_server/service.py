@@ -4,9 +4,10 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
@@ -15,13 +16,14 @@ from slmops_server.detok import CLOSE, OPEN, DetokenizerFactory
 from slmops_server.engines.choose import EngineOptions
 from slmops_server.errors import UNREACHABLE, ApiError, bad_request, come_again, overloaded, too_late, unavailable
 from slmops_server.keys import ApiKeys
+from slmops_server.messages import Tools
 from slmops_server.metrics import Metrics
 from slmops_server.model_folder import BadModelFolderError
 from slmops_server.queue_time import QueueTime, Work
 from slmops_server.schema import Request, unknown_model
 from slmops_server.settings import Settings
 from slmops_server.supervisor import Supervisor
-from slmops_server.template import ChatTemplate
+from slmops_server.template import GREETING, TOOL, ChatTemplate
 
 if TYPE_CHECKING:
     from slmops_server.traces import Traces
@@ -30,13 +32,6 @@ log = logging.getLogger(__name__)
 
 LONG_TEXT = 20_000  # characters in all prompts of a request from which tokenizing leaves the event loop
 QUEUED_SHARE = 8  # a place in the queue is worth this part of the longest prompt
-
-
-GREETING = [{"role": "user", "content": "Hello"}]
-TOOL: dict[str, object] = {
-    "type": "function",
-    "function": {"name": "f", "description": "", "parameters": {"type": "object"}},
-}
 ANY = Work(1, 1)  # stands for a request that was not read yet
 
 
@@ -88,7 +83,7 @@ class Service:
     def _try_templates(self) -> None:
         """A warning where no chat can be answered. The server starts all the same: completions need no template."""
         tooled = self.tool_template or self.template
-        tried: list[tuple[str, ChatTemplate | None, list[dict[str, object]] | None]] = [("chat", self.template, None)]
+        tried: list[tuple[str, ChatTemplate | None, list[Mapping[str, Any]] | None]] = [("chat", self.template, None)]
         if tooled and tooled.takes_tools:
             tried.append(("chat with tools", tooled, [TOOL]))
         tried.append(("chat with earlier calls and no tools", self.tool_template, []))
@@ -104,6 +99,11 @@ class Service:
     def template_of(self, request: Request) -> ChatTemplate | None:
         """The chat template for a request: models may have one of their own for tools."""
         return self.tool_template if self.tool_template and request.speaks_of_tools else self.template
+
+    def tools_of(self, request: Request) -> Tools | None:
+        """The tools that a request's answer may call: one of them, where the template prints no more."""
+        tools, template = request.tools, self.template_of(request)
+        return replace(tools, parallel=False) if tools and template and template.one_call else tools
 
     @property
     def ready(self) -> bool:

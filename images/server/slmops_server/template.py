@@ -10,7 +10,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from slmops_server.errors import bad_request
+from slmops_server.errors import ApiError, bad_request
 
 
 class _Generation(Extension):
@@ -42,6 +42,13 @@ def _tojson(
     return json_text(value, ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+GREETING = [{"role": "user", "content": "Hello"}]
+TOOL: Mapping[str, Any] = {
+    "type": "function",
+    "function": {"name": "f", "description": "", "parameters": {"type": "object"}},
+}
+
+
 class ChatTemplate:
     """A compiled template. Raises jinja2's TemplateError when the source is not Jinja."""
 
@@ -59,6 +66,8 @@ class ChatTemplate:
         self.takes_tools = "tools" in self.names
         self.tags_calls = "<tool_call>" in source  # else the model writes bare JSON
         self._tokens = dict(special_tokens)
+        # Llama's refuses an answer with several calls: a conversation that has one could not go on
+        self.one_call = self.takes_tools and self._prints_calls(1) and not self._prints_calls(2)
 
     def render(
         self,
@@ -79,3 +88,15 @@ class ChatTemplate:
             raise bad_request(
                 f"The model's chat template could not render the messages: {type(error).__name__}", "messages"
             ) from None
+
+    def _prints_calls(self, count: int) -> bool:
+        """Whether it renders an answer with so many calls, and their results."""
+        ids = [f"call{number:05}" for number in range(count)]
+        calls = [{"id": id_, "type": "function", "function": {"name": "f", "arguments": {}}} for id_ in ids]
+        results = [{"role": "tool", "tool_call_id": id_, "name": "f", "content": "1"} for id_ in ids]
+        answer = {"role": "assistant", "content": "", "tool_calls": calls}
+        try:
+            self.render([*GREETING, answer, *results], [TOOL])
+        except ApiError:
+            return False
+        return True
