@@ -356,12 +356,52 @@ def test_a_forced_tool_may_say_what_cannot_be_enforced(with_tools: Server) -> No
 def test_a_strict_tool_is_kept_whole_or_refused(with_tools: Server, choice: str) -> None:
     parameters = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
     tool = {"type": "function", "function": {"name": "f", "strict": True, "parameters": parameters}}
-    refused = with_tools.chat(tools=[tool], tool_choice=choice)
-    error = refused.json()["error"]
-    assert (refused.status_code, error["code"], error["param"]) == (400, "invalid_grammar", "tools")
-    assert "uniqueItems" in error["message"]
+    array = {"type": "json_object", "schema": parameters}
+    with_form = "tools" if choice == "required" else "tools, response_format"
+    for fields, param in (
+        ({"tools": [tool]}, "tools"),
+        ({"tools": [tool], "response_format": {"type": "json_object"}}, with_form),
+        ({"tools": [WEATHER], "response_format": array, "tool_choice": "auto"}, "response_format"),
+    ):
+        refused = with_tools.chat(**{"tool_choice": choice, **fields})
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"], error["param"]) == (400, "invalid_grammar", param)
+        assert "uniqueItems" in error["message"]
     strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}  # type: ignore[dict-item]
     assert with_tools.chat(tools=[strict], tool_choice=choice, max_tokens=300).status_code == 200
+
+
+@pytest.mark.parametrize("tool_choice", ["auto", "required", "none"])
+def test_tools_go_past_a_format(with_tools: Server, tool_choice: str) -> None:
+    """As agents with both ask, every turn."""
+    tool = {"type": "function", "function": {**WEATHER["function"], "strict": True}}  # type: ignore[dict-item]
+    form = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": SCHEMA}}
+    tokens = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    brace, tag = (tokens.encode(text, add_special_tokens=False).ids[0] for text in ("{", "<"))
+    with openai.OpenAI(base_url=with_tools.url + "/v1", api_key="none") as client:
+        for begin, calls in ((brace, tool_choice == "required"), (tag, tool_choice != "none")):
+            ask = {
+                "model": "tiny",
+                "messages": [{"role": "user", "content": "The printer"}],
+                "tools": [tool],
+                "tool_choice": tool_choice,
+                "response_format": form,
+                "logit_bias": {str(begin): 100},
+                "temperature": 0,
+                "max_tokens": 300,
+            }
+            whole = client.chat.completions.create(**ask).choices[0]  # type: ignore[call-overload]
+            assert whole.finish_reason == ("tool_calls" if calls else "stop")
+            made = [call.function.arguments for call in whole.message.tool_calls or []]
+            for arguments in made:
+                jsonschema.validate(json.loads(arguments), WEATHER["function"]["parameters"])  # type: ignore[index]
+            if not calls:
+                jsonschema.validate(json.loads(whole.message.content or ""), SCHEMA)
+            assert (bool(made), whole.message.content is None) == (calls, calls)
+            deltas = [c.choices[0].delta for c in client.chat.completions.create(**ask, stream=True)]  # type: ignore[call-overload]
+            assert "".join(delta.content or "" for delta in deltas) == (whole.message.content or "")
+            streamed = [call for delta in deltas for call in delta.tool_calls or []]
+            assert [(call.index, call.function.arguments) for call in streamed] == [*enumerate(made)]
 
 
 def test_what_a_model_without_tags_begins_as_json_is_a_call_of_its_strict_tools(start: Start, tmp_path: Path) -> None:

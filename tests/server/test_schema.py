@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from slmops_server.errors import ApiError
-from slmops_server.grammar import calls_grammar
+from slmops_server.grammar import JSON_OPTIONS, calls_grammar
 from slmops_server.schema import parse
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -112,7 +112,7 @@ BAD = [
     ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
     ({"response_format": {"type": "json_object"}, "min_tokens": 3}, "min_tokens"),
     ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
-    ({"response_format": {"type": "json_object"}, "tools": [TOOL]}, "response_format"),
+    ({"structured_outputs": {"json": {}}, "tools": [TOOL]}, "structured_outputs.json"),
     ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs"),
     ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
     ({"structured_outputs": {"choice": [""]}}, "structured_outputs.choice"),
@@ -187,6 +187,7 @@ def test_prompts_that_are_taken(prompt: object, prompts: list[object]) -> None:
         {"tools": [tool({}, strict=True, description="d")]},
         {"tools": [tool({"type": ["object", "null"]})]},
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}},
+        {"response_format": {"type": "json_object"}, "tools": [TOOL]},
         {"structured_outputs": {"choice": ["a", "b"]}},
         {"n": 3, "logprobs": True, "top_logprobs": 20, "logit_bias": {"5": -100}, "stop_token_ids": [1]},
         {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
@@ -246,7 +247,12 @@ def test_a_schema_is_kept_by_either_type_of_response_format() -> None:
     )
     for form in forms:
         got = parse("chat", json.dumps(CHAT | {"response_format": form}).encode()).grammar
-        assert got == ("json", json.dumps(schema), "response_format")
+        assert got
+        assert (got.kind, json.loads(got.text), got.param) == (
+            "json",
+            {"x-guidance": JSON_OPTIONS, **schema},
+            "response_format",
+        )
 
 
 def test_what_litellm_adds_to_an_answer_is_taken_in_the_next_turn() -> None:

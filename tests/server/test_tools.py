@@ -10,7 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from slmops_server import tools
 from slmops_server.detok import CLOSE, OPEN, DetokenizerFactory
-from slmops_server.grammar import Grammar, calls_grammar
+from slmops_server.errors import ApiError
+from slmops_server.grammar import Grammar, calls_grammar, read_grammar
 from slmops_server.guide import Guides
 from slmops_server.messages import Tools, read_tools
 from slmops_server.tools import ToolParser
@@ -151,12 +152,12 @@ def test_text_goes_on_behind_a_tag_that_it_only_speaks_of() -> None:
     assert [parser.feed(text)[0] for text in fed] == ["use ", "<tool_call> tags", " then"]
 
 
-def strict_and_loose() -> Tools:
+def strict_and_loose(**more: object) -> Tools:
     """Of the functions f, which is strict, and g."""
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     f = {"name": "f", "strict": True, "parameters": {**schema, "additionalProperties": False}}
     g = {"name": "g", "parameters": {"type": "object", "not": {"required": ["c"]}}}
-    tools = read_tools({"tools": [{"type": "function", "function": one} for one in (f, g)]})
+    tools = read_tools({"tools": [{"type": "function", "function": one} for one in (f, g)], **more})
     assert tools
     return tools
 
@@ -221,9 +222,78 @@ def test_calls_of_strict_tools_keep_to_their_schemas_where_the_model_may_also_wr
     tiny: Path, tmp_path: Path, special: bool, answer: str, fits: bool
 ) -> None:
     """Whether the model spells a tag out or has a token for it."""
+    file = tokenizer_of(tiny, tmp_path, special)
+    grammar = calls_grammar(strict_and_loose(), tagged=True, special=(OPEN, CLOSE) if special else ())
+    assert may_be(file, grammar, answer) == fits
+
+
+def tokenizer_of(tiny: Path, folder: Path, special: bool) -> Path:
+    """The small model's, which may have tokens for the tags."""
     tokenizer = Tokenizer.from_file(str(tiny / "tokenizer.json"))
     if special:
         tokenizer.add_special_tokens([AddedToken(tag, special=True) for tag in (OPEN, CLOSE)])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    grammar = calls_grammar(strict_and_loose(), tagged=True, special=(OPEN, CLOSE) if special else ())
-    assert may_be(tmp_path / "tokenizer.json", grammar, answer) == fits
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+NODE = {
+    "type": "object",
+    "properties": {"b": {"type": "string"}, "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}},
+    "required": ["b"],
+    "additionalProperties": False,
+}
+FORM = {"response_format": {"type": "json_object", "schema": {"$ref": "#/$defs/node", "$defs": {"node": NODE}}}}
+FORMED = '{"b": "<tool_call>", "next": {"b": "ü"}}'
+FIRST, SECOND = f"{OPEN}{GOOD}{CLOSE}", f"\n{OPEN}{LOOSE}{CLOSE}"
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize(
+    ("more", "answer", "fits"),
+    [
+        ({}, FORMED, True),
+        ({}, '{"b": 1}', False),
+        ({}, "", False),
+        ({}, TEXT, False),
+        ({}, FIRST, True),
+        ({}, FIRST + SECOND, True),
+        ({}, f"{OPEN}{WRONG}{CLOSE}", False),
+        ({}, FIRST + FORMED, False),
+        ({}, FORMED + FIRST, False),
+        ({}, TEXT + FIRST, False),
+        ({"parallel_tool_calls": False}, FORMED, True),
+        ({"parallel_tool_calls": False}, FIRST, True),
+        ({"parallel_tool_calls": False}, FIRST + SECOND, False),
+        ({"tool_choice": "required"}, FIRST + SECOND, True),
+        ({"tool_choice": "required"}, FORMED, False),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, FIRST, True),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, FORMED, False),
+    ],
+)
+def test_an_answer_is_in_its_format_or_calls(
+    tiny: Path, tmp_path: Path, special: bool, more: dict[str, object], answer: str, fits: bool
+) -> None:
+    form = read_grammar(FORM)
+    tags = (OPEN, CLOSE) if special else ()
+    grammar = calls_grammar(strict_and_loose(**more), tagged=True, special=tags, form=form)
+    if special and answer == FORMED:  # its tokenizer would write the tag as one token, which no string has
+        answer = answer.replace(OPEN, "<tool_cal>")
+    assert may_be(tokenizer_of(tiny, tmp_path, special), grammar, answer) == fits
+
+
+def test_calls_without_tags_go_past_a_format_only_where_they_are_forced(tiny: Path) -> None:
+    form, forced = read_grammar(FORM), strict_and_loose(tool_choice="required")
+    assert may_be(tiny / "tokenizer.json", calls_grammar(forced, tagged=False, form=form), BARE)
+    with pytest.raises(ApiError) as caught:
+        calls_grammar(strict_and_loose(), tagged=False, form=form)
+    assert (caught.value.status, caught.value.param) == (400, "response_format")
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize(
+    "answer", [FORMED, '{"<tool_call>{": {}, "b": [{"name": "f"}]}', '["<tool_call>[", {"name": "f"}, "</tool_call>"]']
+)
+def test_an_answer_in_its_format_may_speak_of_tags(answer: str, size: int) -> None:
+    parser = ToolParser(tagged=True, names={"f"})
+    got = [parser.feed(answer[at : at + size]) for at in range(0, len(answer), size)] + [parser.end()]
+    assert ("".join(text for text, _ in got), parser.called) == (answer, 0)

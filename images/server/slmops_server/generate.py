@@ -155,8 +155,8 @@ class Generate:
         adapter = service.adapter(request.model)
         template = service.template_of(request)
         tools = service.tools_of(request)
-        if tools and tools.prescribed and template:
-            grammar = calls_grammar(tools, template.tags_calls, service.special_tags)
+        if tools and template and (grammar or tools.prescribed):
+            grammar = calls_grammar(tools, template.tags_calls, service.special_tags, grammar)
         for number in range(len(prompts) * request.n):
             prompt = prompts[number // request.n]
             sampling = request.sampling

@@ -36,7 +36,7 @@ class Grammar(NamedTuple):
 def _schema(value: Any, param: str, strict: bool = True) -> Grammar:
     if not isinstance(value, dict):
         raise bad_request(f"{param} is not a JSON schema.", param)
-    told = value if strict else {"x-guidance": LENIENT, **value}
+    told = {"x-guidance": JSON_OPTIONS if strict else LENIENT, **value}
     return Grammar("json", _dumps(told, param, strict), param)
 
 
@@ -117,12 +117,21 @@ def _structured_outputs(outputs: Any) -> Grammar:
     return Grammar("lark" if kind == "grammar" else kind, value, f"{where}.{kind}")
 
 
-def calls_grammar(tools: Tools, tagged: bool, special: Collection[str] = ()) -> Grammar:
+def calls_grammar(tools: Tools, tagged: bool, special: Collection[str] = (), form: Grammar | None = None) -> Grammar:
     """One of the forced tools is called, or several if parallel calls are allowed and the model tags each.
 
-    Where none is forced, there may be text and calls, and these are of the tools. special: tags that are tokens too.
+    Where none is forced, there may be text and calls, and these are of the tools; with a form, of JSON, either that or
+    calls. special: tags that are tokens too.
     """
     names: Sequence[str] = tools.forced or list(tools.schemas)
+    if tools.forced:
+        form = None
+    elif form and not tagged:
+        raise bad_request(
+            f"tools and {form.param} exclude each other where the model's chat template has no tags for calls, unless "
+            "tool_choice asks for one.",
+            form.param,
+        )
     rules = []
     for index, name in enumerate(names):
         head = _literal('{"name": ' + json.dumps(name) + ', "arguments": ')
@@ -145,10 +154,14 @@ def calls_grammar(tools: Tools, tagged: bool, special: Collection[str] = ()) -> 
         return _checked(Grammar("lark", "\n".join([f"start: {tool}", *rules]), "tools"))
     close = f'("{CLOSE}" | {CLOSE})' if CLOSE in special else f'"{CLOSE}"'
     rules.append(f'call: "\\n" ({tool}) "\\n" {close}')
-    if tools.forced:
+    if tools.forced or form:
         opened = f'("{OPEN}" | {OPEN})' if OPEN in special else f'"{OPEN}"'
         again = f' ("\\n" {opened} call){{0,{MAX_CALLS - 1}}}' if tools.parallel else ""
-        return _checked(Grammar("lark", "\n".join([f"start: {opened} call{again}", *rules]), "tools"))
+        start, param = f"start: {opened} call{again}", "tools"
+        if form:
+            start, param = f"{start} | form", f"tools, {form.param}" if tools.strict else form.param
+            rules.append(f"form: %json {form.text}")
+        return _checked(Grammar("lark", "\n".join([start, *rules]), param))
     rules += [
         f'spelt[lazy]: TEXT "{OPEN}"',
         r"TEXT: /(.|\n)*/",

@@ -128,7 +128,7 @@ def parse(kind: str, body: bytes) -> Request:
     for name in ("ignore_eos", "min_tokens"):
         if fields.get(name) and (grammar or (tools and tools.prescribed)):
             raise bad_request(f"{name} and a prescribed format exclude each other.", name)
-    if grammar and tools:
+    if grammar and tools and grammar.param != "response_format":
         raise bad_request(f"tools and {grammar.param} exclude each other.", grammar.param)
     more = fields.get("chat_template_kwargs", {})
     if not isinstance(more, dict):
