@@ -217,23 +217,23 @@ def test_a_model_that_lost_too_much_fails_its_gate_and_is_kept_aside(
     assert quantized(precision="fp32", gate=gate).succeeded
 
 
-def test_a_gate_that_nothing_could_fail_is_refused_with_what_the_source_answers(
-    quantized: Callable[..., RunResult], jsonl: Callable[..., str], own_answers: list[tuple[str, str]]
+def test_a_gate_that_nothing_can_fail_is_warned_of_with_what_the_source_answers(
+    quantized: Callable[..., RunResult],
+    jsonl: Callable[..., str],
+    own_answers: list[tuple[str, str]],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (question, said), right = own_answers[:2]
     gate = {"dataset": {"uri": jsonl([chat(*right), chat(question, "wanted")])}, "maxDrop": 0.5, "maxTokens": 12}
-    with pytest.raises(RunFailure) as caught:
-        quantized(precision="fp32", gate=gate)
-    assert caught.value.reason == "BadDataset"
-    assert "exactMatch of the source is 0.5 on the gate's 2 examples, and gate.maxDrop allows a loss of 0.5" in (
-        caught.value.message
-    )
-    assert f"To line 2 of {gate['dataset']['uri']}" in caught.value.message
-    assert f"answers {said!r}; wanted is 'wanted'" in caught.value.message
+    assert quantized(precision="fp32", gate=gate).succeeded
+    (told,) = [one.getMessage() for one in caplog.records if one.levelname == "WARNING" and "gate" in one.getMessage()]
+    assert "exactMatch of the source is 0.5 on its 2 examples, and maxDrop allows a loss of 0.5" in told
+    assert f"To line 2 of {gate['dataset']['uri']}" in told
+    assert f"answers {said!r}; wanted is 'wanted'" in told
 
 
 @pytest.mark.parametrize(
-    ("metric", "allowed", "score", "refused"),
+    ("metric", "allowed", "score", "warned"),
     [
         ("exactMatch", 0.02, 0.0, True),
         ("jsonValid", 0.0, 0.0, True),
@@ -242,20 +242,22 @@ def test_a_gate_that_nothing_could_fail_is_refused_with_what_the_source_answers(
         ("perplexity", 0.02, 1.0, False),
     ],
 )
-def test_only_a_gate_that_can_fail_is_measured(
-    make_run: Callable[..., Context], tiny_model: Path, metric: str, allowed: float, score: float, refused: bool
+def test_only_gates_that_cannot_fail_are_warned_of(
+    make_run: Callable[..., Context],
+    tiny_model: Path,
+    caplog: pytest.LogCaptureFixture,
+    metric: str,
+    allowed: float,
+    score: float,
+    warned: bool,
 ) -> None:
     gate = Gate.model_validate({"dataset": {"uri": "pvc://x/y"}, "metric": metric, "maxDrop": allowed, "maxTokens": 1})
     parent = Parent(kind="dataset", uri="configmap://x/y", digest="sha256:" + "1" * 64)
     held_out = Examples((Example((Message("user", "x"),), "y"),), "prompt-completion", "gold", parent)
     ctx = make_run()
     ctx.metrics[f"source_{metric}"] = score
-    loaded = models.load(tiny_model, "tiny")
-    if not refused:
-        quantize._check_source(ctx, loaded, gate, held_out)
-        return
-    with pytest.raises(RunFailure, match="the gate could not fail"):
-        quantize._check_source(ctx, loaded, gate, held_out)
+    quantize._warn_of_blind_gate(ctx, models.load(tiny_model, "tiny"), gate, held_out)
+    assert ("No result can fail the gate" in caplog.text) == warned
 
 
 def test_penalties_in_a_models_config_are_not_measured_with(
