@@ -159,6 +159,42 @@ def test_a_try_that_got_on_begins_the_delays_anew(code: int) -> None:
     assert (plan.status["nextRetryTime"], plan.status.get("retries", 0)) == (at(30), 0)
 
 
+def test_what_nobody_could_read_is_tried_until_it_can_be() -> None:
+    """The operator was away, and each time the pod's node with it: only what a pod said ends the object."""
+    obj = finetune()
+    for number, seconds in enumerate((30, 60, 120)):
+        plan = run(obj, job=job(obj, **FATAL_JOB))
+        assert (plan.status["phase"], ready(plan)[1]) == ("Waiting", "ResultLost")
+        assert (plan.status.get("retries", 0), plan.status["nextRetryTime"]) == (number, at(seconds))
+        assert "goes on from its checkpoint. PodFailurePolicy: Container worker failed" in str(
+            plan.status["conditions"]
+        )
+        assert [event.reason for event in plan.events] == ["ResultLost"]
+        due = after(obj, plan)
+        due["status"]["nextRetryTime"] = at(-1)
+        obj = after(due, run(due, wanted=WANTED, inputs="m1.s1"))
+    read = run(obj, job=job(obj, **FATAL_JOB), pods=(pod(obj, phase="Failed", state=said("LossDiverged", "nan", 3)),))
+    assert (read.status["phase"], ready(read)[1]) == ("Failed", "LossDiverged")
+
+
+@pytest.mark.parametrize(
+    ("jobs", "code", "seconds", "reason"),
+    [
+        (FATAL_JOB, 3, -90, "LossDiverged"),
+        (FATAL_JOB, 3, -101, "ResultLost"),  # before this Job
+        (FATAL_JOB, 1, -50, "ResultLost"),  # of an earlier attempt
+        (FAILED_JOB, 1, -64, "LossDiverged"),
+        (FAILED_JOB, 1, -66, "ResultLost"),
+    ],
+)
+def test_what_was_noted_of_a_pod_that_is_gone_counts_if_it_was_the_last(
+    jobs: dict[str, Any], code: int, seconds: float, reason: str
+) -> None:
+    noted = {"reason": "LossDiverged", "exitCode": code, "time": at(seconds)}
+    obj = finetune({"observedGeneration": 1, "lastFailure": noted})
+    assert ready(run(obj, job=job(obj, age=100, **jobs)))[1] == reason
+
+
 def test_until_then_nothing_happens() -> None:
     obj, plan = world_failed()
     again = run(after(obj, plan), job=job(obj, **FAILED_JOB), inputs="m1.s1")

@@ -230,7 +230,7 @@ def test_a_run_that_goes_on_begins_anew_in_time_too() -> None:
 def test_bad_exit_of_the_users_own_image_keeps_its_last_words() -> None:
     obj = finetune()
     state = exited(2, message="usage: other-program [-h]")
-    plan = run(obj, job=job(obj, **FATAL_JOB), pods=(pod(obj, phase="Failed", state=state),))
+    plan = run(obj, job=job(obj, **FAILED_JOB), pods=(pod(obj, phase="Failed", state=state),))
     assert "usage: other-program" in message(plan)
     assert ARTIFACT["uri"] not in str(plan.status)
     assert NOW.isoformat()[:10] in str(plan.status["lastFailure"]["time"])

@@ -82,7 +82,7 @@ def test_every_reason_has_a_row() -> None:
 
 
 # Said by Kubernetes itself, and passed on as they are.
-PASSED_ON = {"SchedulingGated", "BackoffLimitExceeded", "DeadlineExceeded", "FailedMount", "FailedAttachVolume",
+PASSED_ON = {"SchedulingGated", "DeadlineExceeded", "FailedMount", "FailedAttachVolume",
              "FailedCreatePodSandBox", "Unschedulable"}  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def ends() -> Iterator[tuple[str, Object | None]]:
         yield reason, said(reason, "x", EXIT_RETRY if reason in retried else EXIT_FATAL)
     yield "OutOfMemory", exited(137, reason="OOMKilled")
     yield "NodeFailed", exited(137, reason="ContainerStatusUnknown")
-    yield "BackoffLimitExceeded", None  # no pod is left
+    yield "ResultLost", None  # no pod is left
 
 
 def code_of(state: Object | None) -> int | None:

@@ -4,7 +4,8 @@ One object has at most one Job at a time, always of the same name. The truth of 
 status: a finished object's Job may go (its TTL, or by hand) and is never made again, an unfinished object's Job is.
 
 What becomes of a Job that failed, by the reason that its last pod gave:
-  something outside did not answer (WORLD: a source, the store, the teacher, an access right)
+  something outside did not answer (WORLD: a source, the store, the teacher, an access right), or nobody knows: the pod
+  went before its reason was read
       the object is not failed: Ready=False, Reconciling=True with that reason, and a new Job starts at
       status.nextRetryTime. The delay starts at 30 s and doubles up to 1 h, and it ends within a minute when a ConfigMap
       or a Secret that the object names has changed. So it mends itself when the cause goes, checkpoints are kept, and

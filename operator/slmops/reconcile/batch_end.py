@@ -13,19 +13,30 @@ from slmops.reconcile import conditions
 from slmops.reconcile.batch_pass import Pass, complete, failed, going_on, plan
 from slmops.reconcile.conditions import cut
 from slmops.reconcile.needs import RECHECK_SECONDS
-from slmops.reconcile.pods import HELD_AFTER, INTERRUPTED, failure_of, result_of, terminated
+from slmops.reconcile.pods import (
+    HELD_AFTER,
+    INTERRUPTED,
+    created,
+    ended_well,
+    failure_of,
+    result_of,
+    terminated,
+)
 from slmops.reconcile.state import Event, Plan
 
-# Reasons for which the world is to blame: it may mend itself, or be mended, without a change of the object.
+# Reasons for which the world is to blame: it may mend itself, or be mended, without a change of the object. And what
+# nobody can know, for it may be one of these.
 WORLD = frozenset(
     {
         *("SourceUnavailable", "SourceNotFound", "StoreUnavailable", "TeacherUnavailable", "AccessDenied", "DiskFull"),
-        *("Evicted", "NodeRefused", "NodeFailed"),
+        *("Evicted", "NodeRefused", "NodeFailed", "ResultLost"),
     }
 )
 QUICK = (timedelta(seconds=30), timedelta(hours=1))  # the first delay of a retry, and the longest
 # What somebody has to mend: it does not pass by itself, nothing tells when it is mended, and each look costs a pod.
 SLOW = (timedelta(minutes=10), timedelta(hours=6))
+# A Job fails within seconds of its last pod, and the one before that is longer ago: the Job's controller waits between.
+AT_ONCE = timedelta(minutes=1)
 GOT_ON = timedelta(minutes=30)  # a try that lasted so long found what the ones before it missed
 RECHECK_FAILED = 60.0  # seconds between two looks at a failed object's ConfigMaps
 LINEAGE_MAX = 64
@@ -39,7 +50,7 @@ def conclude(p: Pass, job: Object) -> Plan | None:
         if result is not None and result.succeeded and result.artifact is not None and failure_of(pod) is None:
             return _succeeded(p, job, pod, result)
     if _is(job, "Complete"):
-        return _without_result(p)
+        return _without_result(p, job)
     if _is(job, "Failed"):
         return _failed(p, _cause(p, job))
     return None
@@ -164,15 +175,14 @@ def _kept(p: Pass, job: Object) -> float | None:
     return held if ttl is None else min(ttl, held)
 
 
-def _without_result(p: Pass) -> Plan:
+def _without_result(p: Pass, job: Object) -> Plan:
     """The Job says complete, but nobody left a result."""
-    if not p.seen.pods:
-        # The pod went before it could be read. What it wrote is still there, and a new pod finds it.
-        message = "The pod went before its result was read; another one looks for what it wrote."
-        failure = Failure(reason="ResultLost", message=message, time=p.stamp())
-        status = going_on(p, "Waiting", failure.reason, message, next_retry_time=p.stamp(), last_failure=failure)
-        return plan(status, Event(failure.reason, message, warning=True), requeue=1.0)
-    name = p.seen.pods[-1]["metadata"]["name"]
+    well = [pod for pod in p.seen.pods if ended_well(pod)]
+    if not well:  # what it wrote is still there, and a new pod finds it
+        time = _condition(job, "Complete").get("lastTransitionTime") or p.stamp()
+        message = "The pod that ended well went before its result was read; another one looks for what it wrote."
+        return _failed(p, Failure(reason="ResultLost", message=message, time=time))
+    name = well[-1]["metadata"]["name"]
     message = f"Pod {name} ended well but left no result. Is spec.pod.image a trainer of this version?"
     return _failed(p, Failure(reason="InternalError", message=message, exit_code=EXIT_FATAL, time=p.stamp()))
 
@@ -207,7 +217,10 @@ def _delays(p: Pass, reason: str) -> tuple[timedelta, timedelta] | None:
 
 
 def _cause(p: Pass, job: Object) -> Failure:
-    """Why the Job failed: what its last failed pod said, unless the Job itself knows better."""
+    """Why the Job failed: what its last failed pod said, unless the Job itself knows better.
+
+    That pod may be gone, with its node, while those before it are there. What nobody can know then is no end.
+    """
     said = _condition(job, "Failed")
     reason, time = str(said.get("reason") or "Failed"), said.get("lastTransitionTime") or p.stamp()
     if reason == "DeadlineExceeded":
@@ -217,13 +230,20 @@ def _cause(p: Pass, job: Object) -> Failure:
             "Raise it, or remove it: the run goes on from its checkpoint."
         )
         return Failure(reason=reason, message=message, time=time)
-    for pod in reversed(p.seen.pods):
-        found = failure_of(pod)
-        if found is not None and found.reason != INTERRUPTED:
-            return found
-    if p.status.last_failure is not None:
-        return p.status.last_failure
-    return Failure(reason=reason, message=cut(str(said.get("message") or "The Job failed.")), time=time)
+    found = [one for pod in p.seen.pods if (one := failure_of(pod)) is not None and one.reason != INTERRUPTED]
+    counted = sum(one.reason != "Evicted" for one in found)
+    before = p.status.last_failure
+    noted = [before] if before is not None and parse(before.time) >= created(job) else []
+    if reason == "PodFailurePolicy":
+        known = [one for one in (*noted, *found) if one.exit_code == EXIT_FATAL]
+    elif found and counted >= int((job.get("status") or {}).get("failed") or 0):
+        known = found
+    else:
+        known = [one for one in (*noted, *found) if parse(time) - parse(one.time) <= AT_ONCE]
+    if known:
+        return known[-1]
+    words = f"The last pod went before its reason was read; another one goes on from its checkpoint. {reason}: "
+    return Failure(reason="ResultLost", message=cut(words + str(said.get("message") or "the Job failed.")), time=time)
 
 
 def _maps(inputs: str) -> str:

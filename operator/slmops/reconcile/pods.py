@@ -62,6 +62,11 @@ def ended(pod: Object) -> bool:
     return is_over(pod) or terminated(pod) is not None
 
 
+def ended_well(pod: Object) -> bool:
+    """Whether the worker's container ended with exit code 0."""
+    return (pod.get("status") or {}).get("phase") == "Succeeded" or (terminated(pod) or {}).get("exitCode") == 0
+
+
 def running(pod: Object) -> bool:
     """Whether the worker's container runs."""
     return "running" in (_container(pod).get("state") or {})
@@ -83,7 +88,7 @@ def failure_of(pod: Object) -> Failure | None:
     if end is None and status.get("phase") != "Failed":
         return None
     code = (end or {}).get("exitCode")
-    if status.get("phase") == "Succeeded" or code == 0:
+    if ended_well(pod):
         return None
     reason, message = _named(pod, end or {}, code)
     time = (end or {}).get("finishedAt") or _left(pod)
