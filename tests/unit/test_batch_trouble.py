@@ -275,46 +275,6 @@ def test_a_long_run_is_asked_for_its_progress_less_often(age: int, seconds: floa
     assert (ready(plan)[1], plan.requeue) == ("Running", seconds)
 
 
-class Deaf(MemoryCluster):
-    """Nobody may ask for Events here."""
-
-    def events(self, namespace: str, *, kind: str, name: str) -> list[Object]:
-        raise AssertionError(f"asked for the Events of {kind} {namespace}/{name}")
-
-
-def test_events_are_read_only_where_the_pod_says_nothing_itself() -> None:
-    """They are kept in no cache: a thousand pods that wait for a node would have all of them read a thousand times."""
-    obj = finetune()
-    late = pod(obj, age=3600, phase="Pending")
-    unschedulable = condition("PodScheduled", "Unschedulable", "0/3 nodes are available", "False")
-    late["status"]["conditions"] = [unschedulable]
-    cluster = Deaf()
-    for one in (obj, job(obj, age=3600), late):
-        cluster.put(one)
-    Driver(cluster, Settings(), reconcilers(), lambda _: None, clock=lambda: NOW).run(key_of(obj))
-    found = cluster.get(key_of(obj))
-    assert found is not None
-    assert (of(found, "Ready") or {})["reason"] == "Unschedulable"
-    cluster.set_status(key_of(late), {**late["status"], "conditions": []})
-    with pytest.raises(AssertionError, match="Events of Pod"):
-        Driver(cluster, Settings(), reconcilers(), lambda _: None, clock=lambda: NOW).run(key_of(obj))
-
-
-def test_a_job_that_waits_in_a_queue_has_no_events_worth_reading() -> None:
-    obj = finetune(queueName="gpus")
-    cluster = Deaf()
-    for one in (obj, job(obj, age=3600, spec={"suspend": True})):
-        cluster.put(one)
-    driver = Driver(cluster, Settings(), reconcilers(), lambda _: None, clock=lambda: NOW)
-    driver.run(key_of(obj))
-    found = cluster.get(key_of(obj))
-    assert found is not None
-    assert (of(found, "Ready") or {})["reason"] == "Queued"
-    cluster.put(job(obj, age=3600))
-    with pytest.raises(AssertionError, match="Events of Job"):
-        driver.run(key_of(obj))
-
-
 LOST = {"exitCode": 137, "reason": "ContainerStatusUnknown", "message": "could not be located", "finishedAt": None}
 NOT_READY = condition("Ready", "PodFailed", status="False")
 TIMELESS: dict[str, tuple[Object, str]] = {

@@ -32,10 +32,11 @@ from slmops.build.inputs import inputs
 from slmops.build.job import job, job_name, run_secrets
 from slmops.cluster.port import Key, Object
 from slmops.reconcile import conditions, needs, sources
+from slmops.reconcile.batch_end import is_finished
 from slmops.reconcile.batch_life import decide
 from slmops.reconcile.batch_pass import ANNOTATION_IMAGE, ANNOTATION_INPUTS, Blocked, Pass, Seen
 from slmops.reconcile.ownership import check_ours
-from slmops.reconcile.pods import LATE_SECONDS, created, ended, running, trouble_of
+from slmops.reconcile.pods import LATE_SECONDS, created, ended, ended_at, is_over, running, trouble_of
 from slmops.reconcile.protocol import World
 from slmops.reconcile.state import Plan, Retry, Terminal
 
@@ -152,15 +153,19 @@ class BatchReconciler:
         )
 
     def _events(self, found: Object | None, pods: tuple[Object, ...], world: World) -> tuple[Object, ...]:
-        """What has been told of a Job without a pod, or of a pod that is long in starting. Raises ClusterError."""
-        if found is None or (not pods and found["spec"].get("suspend")):
-            return ()  # a suspended Job has tried no pod yet
-        about = pods[-1] if pods else found
-        late = (world.now - created(about)).total_seconds() > LATE_SECONDS
-        # Events are kept in no cache: each read scans all those of the namespace, so what a pod says itself is enough.
-        if pods and (running(about) or ended(about) or trouble_of(about) or not late):
+        """What has been told of a Job that has no pod, or of a pod that is long in starting. Raises ClusterError.
+
+        Events are kept in no cache: each read scans all those of the namespace, so what a pod says itself is enough.
+        """
+        pod = next((pod for pod in reversed(pods) if not ended(pod)), None)
+        if found is None or (pod is None and not _owes_pod(found, pods)):
             return ()
-        kind, metadata = ("Pod" if pods else "Job"), about["metadata"]
+        if pod is not None and (running(pod) or trouble_of(pod)):
+            return ()
+        before = created(pod) if pod else ended_at(pods[-1]) if pods else None  # the first pod comes at once
+        if before is not None and (world.now - before).total_seconds() <= LATE_SECONDS:
+            return ()
+        kind, metadata = ("Pod" if pod else "Job"), (pod or found)["metadata"]
         return tuple(world.cluster.events(metadata["namespace"], kind=kind, name=metadata["name"]))
 
     def _progress(self, pods: tuple[Object, ...]) -> Progress | None:
@@ -169,6 +174,11 @@ class BatchReconciler:
             if address and running(pod):
                 return self._read_progress(address)
         return None
+
+
+def _owes_pod(job: Object, pods: tuple[Object, ...]) -> bool:
+    """Whether the Job's controller is to make another pod: where it cannot, only Events of the Job say why."""
+    return not (job["spec"].get("suspend") or is_finished(job) or (pods and not is_over(pods[-1])))
 
 
 def _belongs(pod: Object, owner: Object) -> bool:

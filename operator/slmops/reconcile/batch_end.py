@@ -56,6 +56,11 @@ def conclude(p: Pass, job: Object) -> Plan | None:
     return None
 
 
+def is_finished(job: Object) -> bool:
+    """Whether the Job's controller makes no other pod of it."""
+    return _is(job, "Complete") or _is(job, "Failed")
+
+
 def collected(p: Pass) -> Plan:
     """Keep a finished object as it is; remove its Job when its time has come."""
     status = p.status.model_copy(
@@ -169,7 +174,7 @@ def _kept(p: Pass, job: Object) -> float | None:
     A Job that does not end after its run has a pod that does not: its GPU is not kept for a sidecar.
     """
     ttl = p.spec.ttl_seconds_after_finished
-    if _is(job, "Complete") or _is(job, "Failed"):
+    if is_finished(job):
         return ttl
     held = HELD_AFTER.total_seconds()
     return held if ttl is None else min(ttl, held)

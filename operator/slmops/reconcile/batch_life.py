@@ -241,7 +241,10 @@ def _attempt_failed(failure: Failure) -> Event:
 
 def _refused(p: Pass, job: Object) -> Trouble | None:
     """Why the Job's controller could not create the pod: only an Event of it says so."""
-    uid, since = job["metadata"]["uid"], created(job) - timedelta(seconds=1)
+    uid, second = job["metadata"]["uid"], timedelta(seconds=1)
+    since = (
+        created(p.seen.pods[-1]) + second if p.seen.pods else created(job) - second
+    )  # what came after is of the next
     for event in reversed(p.seen.events):
         about = (event.get("involvedObject") or {}).get("uid")
         when = event.get("lastTimestamp") or event.get("eventTime") or stamp(p.now)

@@ -40,7 +40,7 @@ class Seen:
     wanted: Object | None = None  # the Job as it would be made now, where one may be wanted
     blocked: Blocked | None = None  # why `wanted` is None
     inputs: str = ""  # hashes of the inputs as they are now (needs.check); empty where they were not looked at
-    events: tuple[Object, ...] = ()  # about the Job, oldest first, where it has no pod
+    events: tuple[Object, ...] = ()  # about the Job, or its pod, oldest first, where a pod is missed
     progress: Progress | None = None
     image: str = ""  # the operator's, for pods whose spec names none
 

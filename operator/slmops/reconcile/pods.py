@@ -91,8 +91,12 @@ def failure_of(pod: Object) -> Failure | None:
     if ended_well(pod):
         return None
     reason, message = _named(pod, end or {}, code)
-    time = (end or {}).get("finishedAt") or _left(pod)
-    return Failure(reason=reason, message=cut(message), exit_code=code, time=time)
+    return Failure(reason=reason, message=cut(message), exit_code=code, time=_end(pod))
+
+
+def ended_at(pod: Object) -> datetime:
+    """When a pod ended."""
+    return parse(_end(pod))
 
 
 def lost(pod: Object, now: datetime) -> Trouble | None:
@@ -205,6 +209,10 @@ def _named(pod: Object, end: Object, code: int | None) -> tuple[str, str]:
         return "InternalError", f"Pod {name} failed before its container ran{said}"
     log = f"Its log: kubectl -n {namespace} logs {name}"
     return "InternalError", f"The container ended with exit code {code} and gave no reason{said}. {log}"
+
+
+def _end(pod: Object) -> str:
+    return str((terminated(pod) or {}).get("finishedAt") or _left(pod))
 
 
 def _left(pod: Object) -> str:
