@@ -41,9 +41,11 @@ def message(plan: Plan) -> str:
     return str(found["message"])
 
 
-def going(obj: Object, by: float) -> Object:
-    """A pod that has to be gone by that many seconds from now."""
+def going(obj: Object, by: float, *, of_a_job: bool = True) -> Object:
+    """A pod that has to be gone by that many seconds from now; the Job's controller holds it as long as its Job is."""
     found = pod(obj, state=RUNNING)
+    if of_a_job:
+        found["metadata"]["finalizers"] = ["batch.kubernetes.io/job-tracking"]
     found["metadata"]["deletionTimestamp"] = at(by)
     found["spec"]["nodeName"] = "node-7"
     return found
@@ -55,7 +57,7 @@ TOO_LATE = -LOST_AFTER.total_seconds() - 1
 @pytest.mark.parametrize("of_this_job", [True, False])
 def test_a_pod_on_a_dead_node_is_named_with_its_remedy(of_this_job: bool) -> None:
     def plan_of(obj: Object, by: float) -> Plan:
-        stuck = (going(obj, by),)
+        stuck = (going(obj, by, of_a_job=of_this_job),)
         return run(obj, job=job(obj), pods=stuck) if of_this_job else run(obj, wanted=WANTED, former=stuck)
 
     obj = finetune()
@@ -65,11 +67,35 @@ def test_a_pod_on_a_dead_node_is_named_with_its_remedy(of_this_job: bool) -> Non
     assert slow.requeue is not None  # no event will tell that it is too late
     lost = plan_of(after(obj, slow), TOO_LATE)
     assert ready(lost)[1] == "NodeLost"
-    assert "node-7" in message(lost)
-    assert "kubectl -n ns delete pod tune-abc --force" in message(lost)
+    forced = "kubectl -n ns delete pod tune-abc --force"
+    taint = "kubectl taint nodes node-7 node.kubernetes.io/out-of-service=nodeshutdown:NoExecute"
+    remedies = {name for name in ("kubectl delete node node-7", taint, forced) if name in message(lost)}
+    assert remedies == ({"kubectl delete node node-7", taint} if of_this_job else {forced})
     assert [event.reason for event in lost.events] == ["NodeLost"]
     assert plan_of(after(obj, lost), TOO_LATE).events == ()
     assert kstatus(lost) == "InProgress"
+
+
+@pytest.mark.parametrize("job_is_there", [True, False])
+def test_a_suspended_run_whose_pod_is_on_a_dead_node_says_so(job_is_there: bool) -> None:
+    """A queued object's Job is removed when it is suspended."""
+    obj = finetune(suspend=True)
+
+    def plan_of(obj: Object, by: float) -> Plan:
+        stuck = (going(obj, by, of_a_job=job_is_there),)
+        return run(obj, job=job(obj), pods=stuck) if job_is_there else run(obj, former=stuck)
+
+    ending = plan_of(obj, 20)
+    assert (ready(ending)[1], ending.requeue, ending.events) == ("Suspended", 15.0, ())
+    assert "tune-abc saves a checkpoint" in message(ending)
+    lost = plan_of(after(obj, ending), TOO_LATE)
+    assert (lost.status["phase"], ready(lost)[1]) == ("Suspended", "NodeLost")
+    assert "node-7" in message(lost)
+    assert [event.reason for event in lost.events] == ["NodeLost"]
+    assert plan_of(after(obj, lost), TOO_LATE).events == ()
+    gone = run(after(obj, lost), job=job(obj))
+    assert (ready(gone)[1], gone.requeue) == ("Suspended", None)
+    assert of({"status": gone.status}, "Suspended")["status"] == "True"  # type: ignore[index]
 
 
 def test_the_charts_mended_image_reaches_a_job_whose_pod_cannot_pull() -> None:

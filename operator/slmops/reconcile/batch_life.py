@@ -118,15 +118,23 @@ def _between_jobs(p: Pass) -> Plan:
 
 
 def _suspended(p: Pass, *, delete: bool = False, apply: Object | None = None) -> Plan:
-    alive = [pod for pod in p.seen.pods if not ended(pod)]
-    message = "Suspended by spec.suspend."
+    alive = [pod for pod in (*p.seen.former, *p.seen.pods) if not ended(pod)]
+    message, stuck = "Suspended by spec.suspend.", None
     if alive:
         message = f"Suspended by spec.suspend; pod {alive[-1]['metadata']['name']} saves a checkpoint and ends."
+        stuck = lost(alive[-1], p.now)
+    said = stuck or Trouble("Suspended", message)
     retry_at = p.status.next_retry_time
     if retry_at is not None:  # who resumes it may have mended something, and waits for no more of a delay of hours
         retry_at = min(retry_at, stamp(_soonest(p)))
-    status = going_on(p, "Suspended", "Suspended", message, suspended=True, next_retry_time=retry_at)
-    return plan(status, delete=(p.job_key,) if delete else (), apply=(apply,) if apply else ())
+    status = going_on(p, "Suspended", said.reason, said.message, suspended=True, next_retry_time=retry_at)
+    return plan(
+        status,
+        *(_first(p, stuck) if stuck else ()),
+        delete=(p.job_key,) if delete else (),
+        apply=(apply,) if apply else (),
+        requeue=POLL_STARTING if alive else None,
+    )
 
 
 def _with_job(p: Pass, job: Object) -> Plan:

@@ -21,6 +21,7 @@ NO_STATUS = ("ContainerStatusUnknown", "Unknown")  # of a container that ended w
 NO_IMAGE = ("ImagePullBackOff", "InvalidImageName")
 _OWN_DISK = re.compile("local ephemeral storage limit|ephemeral local storage usage")  # as the kubelet says it
 _GOT_ON = ("Scheduled", "SuccessfulAttachVolume", "Pulling", "Pulled")  # Events of a pod on its way
+_TRACKED = "batch.kubernetes.io/job-tracking"  # the finalizer of a Job's pods
 LATE_SECONDS = 30.0  # a pod that has not started by then is asked why
 HELD_AFTER = timedelta(seconds=60)  # the kubelet needs some seconds to say that a pod has ended
 LOST_AFTER = timedelta(seconds=60)  # beyond the time by which a deleted pod has to be gone
@@ -100,16 +101,27 @@ def ended_at(pod: Object) -> datetime:
 
 
 def lost(pod: Object, now: datetime) -> Trouble | None:
-    """A pod that was deleted and is still there long after its grace period: its node does not answer."""
+    """A pod that was deleted and is still there long after its grace period: its node does not answer.
+
+    While its Job is there, the Job's controller keeps a finalizer on a pod that has not failed, so --force removes
+    nothing. Of a dead node only the garbage collector of pods says so, once the node is gone or out of service.
+    """
     gone_by = pod["metadata"].get("deletionTimestamp")
     if gone_by is None or now < parse(gone_by) + LOST_AFTER:
         return None
     name, namespace = pod["metadata"]["name"], pod["metadata"]["namespace"]
     node = (pod.get("spec") or {}).get("nodeName") or "its node"
+    if _TRACKED in (pod["metadata"].get("finalizers") or ()):
+        remedy = (
+            f"If its machine is off for good: kubectl delete node {node}; if it is off and will come back: "
+            f"kubectl taint nodes {node} node.kubernetes.io/out-of-service=nodeshutdown:NoExecute"
+        )
+    else:
+        remedy = f"If the node is dead, delete it, or: kubectl -n {namespace} delete pod {name} --force"
     return Trouble(
         "NodeLost",
-        f"Pod {name} should have ended by {gone_by}, but {node} does not say so. If the node is dead, delete it, or: "
-        f"kubectl -n {namespace} delete pod {name} --force. The run then goes on from its checkpoint.",
+        f"Pod {name} should have ended by {gone_by}, but {node} does not say so. The run can go on from its checkpoint "
+        f"once it has. {remedy}",
     )
 
 
