@@ -7,10 +7,13 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from slmops_trainer import export_gguf, export_ir
 
@@ -84,6 +87,28 @@ def test_a_gguf_says_the_base_of_the_rotation(tiny_model: Path, told: dict[str, 
     assert found[f"{found['general.architecture']}.rope.freq_base"] == 1e6
 
 
+def test_a_llama_without_groups_and_a_token_without_a_row_are_written(tiny_model: Path, tmp_path: Path) -> None:
+    """Llama 1's config.json has no num_key_value_heads; Gemma 3's tokenizer for text alone has a token for images."""
+    source = shutil.copytree(tiny_model, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    weights = load_file(source / "model.safetensors")
+    for name, value in weights.items():  # as many keys and values as queries
+        if ".k_proj." in name or ".v_proj." in name:
+            weights[name] = torch.cat([value, value])
+    save_file(weights, source / "model.safetensors")
+    llama = _without(config, "num_key_value_heads", "layer_types") | {"model_type": "llama"}
+    (source / "config.json").write_text(json.dumps(llama))
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    beyond = {**tokenizer["added_tokens"][0], "id": config["vocab_size"], "content": "<image>"}
+    tokenizer["added_tokens"].append(beyond)
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert export_gguf.main([str(source), str(tmp_path / "out"), "--type", "f32"]) == 0
+    written = (tmp_path / "out/model.gguf").read_bytes()
+    key = weights["model.layers.0.self_attn.k_proj.weight"].numpy()
+    assert export_gguf.interleave(key, config["num_attention_heads"]).tobytes() in written
+    assert b"<image>" not in written
+
+
 def _without(config: dict[str, Any], *names: str) -> dict[str, Any]:
     """Without `sliding_window` too: it is null in what Qwen writes, and Mistral reads it."""
     return {name: value for name, value in config.items() if name not in (*names, "sliding_window")}
@@ -98,15 +123,60 @@ def test_ir_without_its_packages_says_which_they_are(
     assert not (tmp_path / "out").exists()
 
 
-def test_ir_is_asked_of_optimum_as_its_command_is(tmp_path: Path) -> None:
-    """With a stand-in for optimum-intel that writes down how it was called."""
+Optimum = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def optimum(tmp_path: Path) -> Optimum:
+    """Runs export_ir with a stand-in for optimum-intel that writes down how it was called, and with which config."""
     package = tmp_path / "packages/optimum/commands"
     package.mkdir(parents=True)
     (package / "optimum_cli.py").write_text(
-        "import json, pathlib, sys\ndef main():\n    pathlib.Path(sys.argv[-1]).write_text(json.dumps(sys.argv))\n"
+        "import json, pathlib, sys\n"
+        "def main():\n"
+        "    model, out = pathlib.Path(sys.argv[4]), pathlib.Path(sys.argv[-1])\n"
+        "    weights = (model / 'model.safetensors').stat().st_size\n"
+        "    told = json.loads((model / 'config.json').read_text())\n"
+        "    out.write_text(json.dumps([sys.argv, weights, told]))\n"
     )
     run = "import sys; sys.path.insert(0, sys.argv.pop(1)); from slmops_trainer.export_ir import main; sys.exit(main())"
+    start = [sys.executable, "-c", run, tmp_path / "packages"]
+    return lambda *more: subprocess.run([*start, *more], timeout=120, text=True, capture_output=True)
+
+
+def test_ir_is_asked_of_optimum_as_its_command_is(optimum: Optimum, tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-c", run, tmp_path / "packages", "model", out, "--block-size", "64"]
-    subprocess.run(command, check=True, timeout=60)
-    assert json.loads(out.read_text()) == export_ir.command(Path("model"), out, 64)
+    assert optimum(tiny_model, out, "--block-size", "64").returncode == 0
+    called, weights, _ = json.loads(out.read_text())
+    assert called == export_ir.command(Path(called[4]), out, 64)
+    assert weights == (tiny_model / "model.safetensors").stat().st_size
+
+
+def test_ir_is_made_of_a_model_as_it_was_meant(optimum: Optimum, tiny_model: Path, tmp_path: Path) -> None:
+    """Version 4 of transformers would turn with a base of 10,000 what version 5 has written."""
+    source = shutil.copytree(tiny_model, tmp_path / "source")
+    config = _without(json.loads((source / "config.json").read_text()), "rope_theta")
+    text = json.dumps(config | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}})
+    (source / "config.json").write_text(text)
+    assert optimum(source, tmp_path / "out").returncode == 0
+    assert json.loads((tmp_path / "out").read_text())[2]["rope_theta"] == 1e6
+    assert (source / "config.json").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}}, "transformers 4.57"),
+    ],
+)
+def test_ir_that_would_compute_something_else_is_refused(
+    optimum: Optimum, tiny_model: Path, tmp_path: Path, told: dict[str, Any], words: str
+) -> None:
+    source = shutil.copytree(tiny_model, tmp_path / "source")
+    (source / "config.json").write_text(json.dumps(json.loads((source / "config.json").read_text()) | told))
+    done = optimum(source, tmp_path / "out")
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -142,7 +142,8 @@ def vocabulary(tokenizer: Mapping[str, Any], size: int) -> dict[str, Any]:
     for text, number in tokenizer["model"]["vocab"].items():
         tokens[number], kinds[number] = text, NORMAL
     for one in tokenizer.get("added_tokens", []):
-        tokens[one["id"]], kinds[one["id"]] = one["content"], CONTROL if one["special"] else USER_DEFINED
+        if one["id"] < size:  # the model has no row for the others (Gemma 3 for text alone), and no text needs them
+            tokens[one["id"]], kinds[one["id"]] = one["content"], CONTROL if one["special"] else USER_DEFINED
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"]]
     return {
         "tokenizer.ggml.model": "gpt2",
@@ -259,15 +260,16 @@ def export(source: Path, out: Path, wanted: str) -> None:
     }
     metadata |= ends(config)
     is_llama = metadata["general.architecture"] == "llama"  # the others rotate halves
-    turned = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"} if is_llama else {}
+    heads = config["num_attention_heads"]
+    turned = {"attn_q": heads, "attn_k": config.get("num_key_value_heads") or heads} if is_llama else {}
 
     def tensors() -> Iterator[tuple[str, Weights]]:
         for name, weights in read_weights(source):
             new = rename(name)
             if new == "output.weight" and config.get("tie_word_embeddings"):
                 continue
-            heads = turned.get(new.split(".")[-2])  # their rows are turned, weights and biases
-            yield new, interleave(weights, config[heads]) if heads else weights
+            count = turned.get(new.split(".")[-2])  # their rows are turned, weights and biases
+            yield new, interleave(weights, count) if count else weights
 
     out.mkdir(parents=True, exist_ok=True)
     part = out / "model.gguf.part"

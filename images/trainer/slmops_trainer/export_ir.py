@@ -7,7 +7,11 @@ It is optimum-intel's exporter, whose packages are not in the image: requirement
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
+
+from slmops_trainer import local
+from slmops_trainer.failure import RunFailure
 
 PACKAGES = "requirements/export.txt"  # of the repository
 
@@ -21,14 +25,22 @@ def command(model: Path, out: Path, block_size: int) -> list[str]:
 
 
 def export(model: Path, out: Path, block_size: int) -> None:
-    """Fill the folder. ImportError where optimum-intel is not installed."""
+    """Fill the folder. ImportError where optimum-intel is not installed, RunFailure for what it would get wrong."""
     from optimum.commands.optimum_cli import main as optimum_cli
 
-    told, sys.argv = sys.argv, command(model, out, block_size)
-    try:
-        optimum_cli()
-    finally:
-        sys.argv = told
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name) / "model"
+        if local.checked(model, copy).get("attn_logit_softcapping"):
+            raise RunFailure(
+                "UnsupportedModel",
+                f"{model} caps what is attended to (attn_logit_softcapping), which optimum-intel leaves out. Serve it "
+                "as ONNX (QuantizedModel).",
+            )
+        told, sys.argv = sys.argv, command(copy, out, block_size)
+        try:
+            optimum_cli()
+        finally:
+            sys.argv = told
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
         export(given.model, given.out, given.block_size)
     except ImportError as error:
         print(f"Cannot make {given.out}: {error}. It takes the packages of {PACKAGES}", file=sys.stderr)
+        return 1
+    except (OSError, RunFailure) as error:
+        print(f"Cannot make {given.out}: {error}", file=sys.stderr)
         return 1
     return 0
 
