@@ -293,6 +293,7 @@ def as_ir(folder: Path, more: dict[str, object]) -> None:
         (lambda p: (p / "genai_config.json").write_text(hidden(native(CONFIG))), "custom_ops_library is set.*Remove"),
         (lambda p: (p / "genai_config.json").write_text(json.dumps(json.loads(CONFIG) | {"search": []})), "decoder"),
         (lambda p: (p / "genai_config.json").write_text(CONFIG.replace("eos_token_id", "x")), "no eos_token_id in"),
+        (lambda p: as_ir(p, {"eos_token_id": 2, "attn_logit_softcapping": 50.0}), "optimum-intel leaves out"),
         (lambda p: as_ir(p, {"eos_token_id": None}), "no eos_token_id in .*: add the id of the token that ends an ans"),
         (lambda p: (p / "chat_template.jinja").write_bytes(b"\xff"), "chat_template.jinja cannot be read"),
         (lambda p: (p / "tokenizer.json").unlink(), "tokenizer.json is missing"),
@@ -319,6 +320,40 @@ def test_the_tokens_that_end_an_answer_are_found(
     as_ir(copy, {"eos_token_id": 7})
     (copy / "generation_config.json").write_text(json.dumps(generation))
     assert model_folder.read(copy).eos_ids == ids
+
+
+LONG = {"max_position_embeddings": 64, "eos_token_id": 7}
+
+
+@pytest.mark.parametrize(
+    ("told", "context"),
+    [
+        ({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 8}, 8),
+        ({"rope_scaling": {"type": "su"}, "original_max_position_embeddings": 8}, 8),
+        ({"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 8}}, 8),
+        ({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 64}, 64),
+        ({"rope_scaling": {"rope_type": "llama3", "original_max_position_embeddings": 8}}, 64),
+        ({"rope_scaling": None}, 64),
+    ],
+)
+@pytest.mark.parametrize("form", ["ir", "gguf"])
+def test_other_forms_too_have_the_context_of_one_rotary_table(
+    tiny: Path, tmp_path: Path, told: dict[str, object], context: int, form: str
+) -> None:
+    copy = shutil.copytree(tiny, tmp_path / "model")
+    as_ir(copy, LONG | told)
+    if form == "gguf":
+        (copy / "openvino_model.xml").rename(copy / "model.gguf")
+    assert model_folder.read(copy).context_length == context
+
+
+def test_shapes_are_found_by_gpt_2s_names_too(tiny: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny, tmp_path / "model")
+    as_ir(copy, {})
+    gpt2 = {"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 6, "n_positions": 1024, "vocab_size": 50257}
+    (copy / "config.json").write_text(json.dumps(gpt2 | {"eos_token_id": 50256}))
+    folder = model_folder.read(copy)
+    assert (folder.layers, folder.kv_heads, folder.head_size, folder.context_length) == (6, 12, 64, 1024)
 
 
 def test_a_template_that_is_no_text_is_none(tiny: Path, tmp_path: Path) -> None:

@@ -16,6 +16,11 @@ log = logging.getLogger(__name__)
 IR = "openvino_model.xml"  # as optimum-intel names it
 GGUF = ".gguf"
 CPU = ("cpu", "cpuexecutionprovider")  # among execution providers
+LONGROPE = ("longrope", "su")  # the second is its older name
+OLD_NAMES = {  # GPT-2's in config.json
+    "num_attention_heads": "n_head", "num_hidden_layers": "n_layer", "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+}  # fmt: skip
 NATIVE = "custom_ops_library"  # key of session options: a library that onnxruntime-genai would load and run
 
 
@@ -165,6 +170,10 @@ def _within_one_table(folder: ModelFolder) -> ModelFolder:
         limit = onnx_graph.rotary_switch(onnx_graph.read(folder.graph))
     except (OSError, ValueError):  # the engine tells what is wrong with it
         return folder
+    return _lowered(folder, limit)
+
+
+def _lowered(folder: ModelFolder, limit: int | None) -> ModelFolder:
     if limit is None or limit >= folder.context_length:
         return folder
     log.info(
@@ -212,12 +221,18 @@ def _weights(graph: Path) -> Path:
 def _read_other(path: Path, graph: Path, settings: dict[str, Any]) -> ModelFolder:
     """IR or GGUF; config.json and generation_config.json are those of transformers."""
     config = _json(path / "config.json")
+    config = {name: config[old] for name, old in OLD_NAMES.items() if old in config} | config
+    if graph.suffix == ".xml" and config.get("attn_logit_softcapping"):
+        raise BadModelFolderError(
+            f"{path} is IR of a model that caps what is attended to (attn_logit_softcapping in config.json), which "
+            "optimum-intel leaves out: serve its ONNX folder (QuantizedModel)"
+        )
     generation = _json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
     templates = _templates(path, settings)
     try:
         heads = int(config["num_attention_heads"])
         eos = next((ids for one in (generation, config) if (ids := one.get("eos_token_id")) is not None), None)
-        return ModelFolder(
+        folder = ModelFolder(
             path=path,
             graph=graph,
             model_type=str(config["model_type"]),
@@ -235,8 +250,21 @@ def _read_other(path: Path, graph: Path, settings: dict[str, Any]) -> ModelFolde
             special_tokens=_special_tokens(path, settings),
             model_bytes=sum(p.stat().st_size for p in {graph, _weights(graph)}),
         )
+        return _lowered(folder, _one_table(config))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise BadModelFolderError(f"{path / 'config.json'} is not a decoder-only model's: {error!r}") from None
+
+
+def _one_table(config: dict[str, Any]) -> int | None:
+    """The context up to which longrope (Phi-3.5, Phi-4-mini) takes its short factors, None of any other rotation.
+
+    IR has these alone; llama.cpp takes the long ones for short texts too where its context is longer.
+    """
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    if (rope.get("rope_type") or rope.get("type")) not in LONGROPE:
+        return None
+    original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    return int(original) if original else None
 
 
 def _ids(value: Any, where: str) -> frozenset[int]:
