@@ -1,6 +1,7 @@
 """Bases in multi-adapter form: with an adapter they compute what peft does, without one what a plain model does."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,53 @@ def test_a_config_of_transformers_5_keeps_its_rotary_base(tmp_path: Path) -> Non
     np.testing.assert_allclose(found, wanted, atol=2e-3)
     assert np.abs(found - wrong).max() > 0.1
     assert (source / "config.json").read_text() == text
+
+
+@pytest.mark.slow
+def test_answers_end_where_the_chat_template_ends_a_turn(tmp_path: Path) -> None:
+    """Base models of chat families declare another end of text, and adapters are tuned to write the template's."""
+    source = write_model(tmp_path / "source", CHATML)
+    for name in ("config.json", "generation_config.json"):
+        told = json.loads((source / name).read_text())
+        (source / name).write_text(json.dumps(told | {"eos_token_id": 0}))
+    told = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(told | {"eos_token": "<|endoftext|>"}))
+    (source / "special_tokens_map.json").unlink()
+    assert multi_lora.main([str(source), str(tmp_path / "out"), "--precision", "fp32"]) == 0
+    made = json.loads((tmp_path / "out/genai_config.json").read_text())
+    assert made["model"]["eos_token_id"] == [0, 2]
+
+
+@pytest.mark.slow
+def test_each_layer_has_its_own_window(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source", CHATML)
+    config = json.loads((source / "config.json").read_text())
+    del config["layer_types"]
+    slides = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    (source / "config.json").write_text(json.dumps(config | slides))
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(source)(torch.tensor([TOKENS])).logits[0].numpy()
+    assert multi_lora.main([str(source), str(tmp_path / "out"), "--precision", "fp32"]) == 0
+    np.testing.assert_allclose(logits(session(tmp_path / "out"), {}), wanted, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "positions by yarn"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "which has no ONNX form"),
+        # Nothing says that the builder will miss an entry of such a config.
+        ({"architectures": ["Phi3ForCausalLM"]}, "Olive cannot convert .*: AttributeError: .*original_max_position_em"),
+    ],
+)
+def test_what_would_compute_something_else_or_nothing_is_refused_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], told: dict[str, Any], words: str
+) -> None:
+    source = write_model(tmp_path / "source", CHATML)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | told))
+    assert multi_lora.main([str(source), str(tmp_path / "out")]) == 1
+    assert re.search(words, capsys.readouterr().err)
 
 
 def test_weights_that_can_run_code_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Model families whose rotary embeddings differ compute the same numbers in ONNX: a wrong one shows in no shape."""
+"""Model families whose positions and windows differ compute the same numbers in ONNX: a wrong one shows in no shape."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +10,16 @@ from tiny import CHATML, chat, task, write_tokenizer
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )  # fmt: skip
 
 from slmops_trainer import quantize
@@ -26,6 +30,7 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2, "tie_word_embeddings": True,
     "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
+WINDOW = 8  # tokens, fewer than the examples have
 LLAMA_3_SCALING = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
@@ -56,11 +61,32 @@ def gemma2() -> Any:
     Untied: Olive does not find the head behind that cap, and stores a tied embedding twice.
     """
     shape = {**SHAPE, "tie_word_embeddings": False}
-    return Gemma2ForCausalLM(Gemma2Config(**shape, head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=0.5))
+    config = Gemma2Config(
+        **shape, head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=0.5, sliding_window=WINDOW
+    )
+    return Gemma2ForCausalLM(config)
+
+
+def gemma3() -> Any:
+    """As Gemma 3: every sixth layer sees all, and has rotary tables of its own."""
+    shape = {**SHAPE, "num_hidden_layers": 6}
+    config = Gemma3TextConfig(**shape, head_dim=16, query_pre_attn_scalar=16, sliding_window=WINDOW)
+    return Gemma3ForCausalLM(config)
+
+
+def qwen2(before: int = 1) -> Any:
+    """The later layers slide: the builder knows one window for all."""
+    window = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": before}
+    return Qwen2ForCausalLM(Qwen2Config(**SHAPE, **window))
+
+
+def qwen2_that_never_slides() -> Any:
+    """Though its config.json has a window."""
+    return qwen2(before=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [llama, phi, gemma, gemma2])
+@pytest.mark.parametrize("family", [llama, phi, gemma, gemma2, gemma3, qwen2, qwen2_that_never_slides])
 def test_a_converted_model_computes_what_its_source_computes(
     make_run: Callable[..., Context], jsonl: Callable[..., str], tmp_path: Path, family: Callable[[], Any]
 ) -> None:

@@ -10,21 +10,21 @@ the adapter's matrices alone, because inputs that are quantized have one rank on
 """
 
 import argparse
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 
+from slmops_trainer import convertible, local, models, onnx_graph, quantize
 from slmops_trainer.failure import RunFailure
 from slmops_trainer.onnx_build import check_options
 
 WEIGHTS = "adapter_weights.onnx_adapter"  # of the random adapter
 NOTES = "model_config.json"  # Olive's own, it names folders of this machine
-SMALL = (".json", ".txt", ".model", ".jinja")  # what there is of a model beside its weights; no code, no pickle
 BLOCKS = ("attn", "mlp")  # the builder's names for the parts of a layer
 
 
@@ -42,14 +42,10 @@ def excluded(weights: Iterable[str]) -> list[str]:
     return found
 
 
-def shape(source: Path, targets: list[str], folder: Path) -> list[str]:
+def shape(model: Any, targets: list[str], folder: Path) -> list[str]:
     """Write a random adapter of rank 1; the names of its weights. ValueError when a target fits no module."""
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype="float32", use_safetensors=True, trust_remote_code=False, local_files_only=True
-    )
     config = LoraConfig(r=1, target_modules=targets or "all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     adapted = get_peft_model(model, config)
     adapted.save_pretrained(folder, save_embedding_layers=False)
@@ -110,27 +106,18 @@ def main(arguments: list[str] | None = None) -> int:
 def _build(source: Path, out: Path, precision: str, block_size: int, targets: list[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        copy = _checked(source, scratch / "model")
-        weights = shape(copy, targets, scratch / "adapter")
+        copy = scratch / "model"
+        convertible.refuse(local.checked(source, copy), str(source))
+        loaded = models.load(copy, str(source))
+        weights, windows = shape(loaded.model, targets, scratch / "adapter"), onnx_graph.windows(loaded.model.config)
+        loaded = replace(loaded, model=None)  # Olive needs the memory
         wanted = passes(precision, block_size, excluded(weights))
         _olive(copy, scratch, out, wanted)
-    check(onnx.load(out / "model.onnx", load_external_data=False).graph, len(weights))
+        check(onnx.load(out / "model.onnx", load_external_data=False).graph, len(weights))
+        onnx_graph.slide(out, windows, str(source))
+        quantize.finish(loaded, out)
     for name in (WEIGHTS, NOTES):
         (out / name).unlink(missing_ok=True)
-
-
-def _checked(source: Path, copy: Path) -> Path:
-    """The model as a run of the operator takes it: refused for the same reasons, mended in a copy, never from code."""
-    from slmops_trainer import models
-
-    copy.mkdir()
-    for path in source.iterdir():
-        if path.suffix == ".safetensors":
-            (copy / path.name).symlink_to(path)
-        elif path.suffix in SMALL and path.is_file():
-            shutil.copyfile(path, copy / path.name)
-    models.check(copy, str(source))
-    return copy
 
 
 def _olive(source: Path, scratch: Path, out: Path, wanted: Mapping[str, dict[str, Any]]) -> None:
@@ -144,23 +131,25 @@ def _olive(source: Path, scratch: Path, out: Path, wanted: Mapping[str, dict[str
     for given, kind in zip(wanted.values(), (ModelBuilder, ExtractAdapters), strict=True):
         check_options({name: value for name, value in given.items() if name != "type"}, kind._default_config(here))
     target = {"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}
-    olive.workflows.run(
-        {
-            "input_model": {
-                "type": "HfModel",
-                "model_path": str(source),
-                "adapter_path": str(scratch / "adapter"),
-                "task": "text-generation",
-            },
-            "systems": {"here": {"type": "LocalSystem", "accelerators": [target]}},
-            "passes": {"build": wanted["build"], "extract": {**wanted["extract"], **save}},
-            "host": "here",
-            "target": "here",
-            "cache_dir": str(scratch / "cache"),
-            "output_dir": str(out),
-            "no_artifacts": True,
-        }
-    )
+    order = {
+        "input_model": {
+            "type": "HfModel",
+            "model_path": str(source),
+            "adapter_path": str(scratch / "adapter"),
+            "task": "text-generation",
+        },
+        "systems": {"here": {"type": "LocalSystem", "accelerators": [target]}},
+        "passes": {"build": wanted["build"], "extract": {**wanted["extract"], **save}},
+        "host": "here",
+        "target": "here",
+        "cache_dir": str(scratch / "cache"),
+        "output_dir": str(out),
+        "no_artifacts": True,
+    }
+    try:
+        olive.workflows.run(order)
+    except Exception as error:  # what the builder does not know ends in any of them
+        raise ValueError(f"Olive cannot convert {source}: {type(error).__name__}: {error}") from error
     if not (out / "model.onnx").is_file():
         raise ValueError("Olive wrote no model.onnx")
 

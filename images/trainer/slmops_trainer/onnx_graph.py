@@ -1,6 +1,7 @@
 """What a built ONNX model really is: its graph is read, not believed, for builders ignore what they do not know."""
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ from slmops_trainer.failure import RunFailure
 
 GRAPH = "model.onnx"
 QUANTIZED = ("MatMulNBits", "GatherBlockQuantized")
+ATTENTION = "GroupQueryAttention"
+WINDOW = "local_window_size"  # its attribute: tokens that a token sees, itself among them; -1 for all
+COSINES = 7  # its input
 TABLES = ("cos_cache", "sin_cache", "_scales")  # of the rotary embedding, and of quantized weights: no weights
 TOLERATED = 0.01  # share of values in another precision: some architectures keep their norms in fp32
 ITEM_BYTES = {onnx.TensorProto.FLOAT: 4, onnx.TensorProto.FLOAT16: 2}
@@ -64,6 +68,46 @@ def read(folder: Path) -> Facts:
         kv_precision=NAMES.get(kind, str(kind)),
         kv_bytes=items * ITEM_BYTES.get(kind, 4),
     )
+
+
+def windows(config: Any) -> list[int]:
+    """How many tokens each layer of a transformers model sees, -1 for all. Pure."""
+    window, layers = getattr(config, "sliding_window", None) or -1, config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    return [window if kind == "sliding_attention" else -1 for kind in kinds]
+
+
+def slide(folder: Path, wanted: list[int], source: str) -> None:
+    """Give each layer of the graph in `folder` its window: the builder gives all the same, or the wrong half (Gemma 2).
+
+    Raises RunFailure(UnsupportedModel) where layers differ in more than the window.
+    """
+    model = onnx.load(folder / GRAPH, load_external_data=False)
+    nodes = [node for node in model.graph.node if node.op_type == ATTENTION]
+    wrong = [node for node in nodes if _window(node) != wanted[_layer(node)]]
+    if not wrong:
+        return
+    if len({node.input[COSINES] for node in nodes}) > 1:
+        raise RunFailure(
+            "UnsupportedModel",
+            f"{source} looks through windows in other layers than its ONNX form would, whose rotary tables differ. Use "
+            "another model.",
+        )
+    for node in wrong:
+        others = [attribute for attribute in node.attribute if attribute.name != WINDOW]
+        del node.attribute[:]
+        node.attribute.extend([*others, onnx.helper.make_attribute(WINDOW, wanted[_layer(node)])])
+    onnx.save(model, folder / GRAPH)
+
+
+def _window(node: Any) -> int:
+    return next((int(attribute.i) for attribute in node.attribute if attribute.name == WINDOW), -1)
+
+
+def _layer(node: Any) -> int:
+    found = re.search(r"layers\.(\d+)/", node.name)
+    assert found is not None
+    return int(found[1])
 
 
 def check(facts: Facts, spec: QuantizedModelSpec, parameters: int) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from slmops.api.batch import Evaluation
 from slmops.api.meta import Artifact
@@ -18,6 +17,7 @@ from slmops.api.run import RunResult
 from slmops_artifacts import Manifest, Parent, pinned
 from slmops_trainer import (
     conversion,
+    convertible,
     data,
     encoding,
     evaluate,
@@ -42,9 +42,6 @@ PLAN = [
 ]  # fmt: skip
 PACKAGES = ("olive-ai", "onnx", "onnxruntime", "onnxruntime-genai")
 CONFIG = "genai_config.json"
-HEAD_MULTIPLE = 16  # of onnxruntime's GroupQueryAttention with rotary embeddings on CPUs
-# "su" is an older name of longrope; dynamic changes nothing within the model's context.
-SCALINGS = ("default", "linear", "llama3", "longrope", "su", "dynamic")
 EPSILON = 1e-9  # that sums of floats may be off
 EXCERPT = 160  # characters of an answer in messages
 PROBE = Example((Message("user", "Hello"),), None)
@@ -63,8 +60,8 @@ def run(ctx: Context) -> RunResult:
     held_out = _held_out(ctx, spec.gate)
     _check_rejected(ctx, spec.gate, held_out)
     uri = ctx.spec.model.uri
-    folder, source = models.fetch(ctx, "source", refuse)
-    refuse(models.check(folder, uri), uri)
+    folder, source = models.fetch(ctx, "source", convertible.refuse)
+    convertible.refuse(models.check(folder, uri), uri)
     origin = {"source": source.digest, "olive": onnx_build.options(spec), "versions": _versions()}
     made, fresh = conversion.recall(ctx, origin), ctx.work / "onnx"
     if made is None:
@@ -73,6 +70,8 @@ def run(ctx: Context) -> RunResult:
     ctx.report("Loading", 0, 1, uri)
     loaded = models.load(folder, uri, ctx.began())
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    if made is None:
+        onnx_graph.slide(fresh, onnx_graph.windows(loaded.model.config), uri)
     facts = onnx_graph.read(made or fresh)
     if made is None:
         onnx_graph.check(facts, spec, parameters)
@@ -90,45 +89,6 @@ def run(ctx: Context) -> RunResult:
     _measure_result(ctx, loaded, model, spec.gate, held_out)
     _sizes(ctx, folder, out, parameters, facts.kv_bytes)
     return _publish(ctx, out, source, held_out)
-
-
-def refuse(config: Mapping[str, Any], source: str) -> None:
-    """Raise RunFailure(UnsupportedModel) for what converts and then does not run, or computes something else."""
-    _refuse_positions(config, source)
-    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
-    if not heads or not hidden:
-        return
-    size = config.get("head_dim") or hidden // heads
-    groups = config.get("num_key_value_heads") or heads
-    if size % HEAD_MULTIPLE or heads % groups:
-        what = f"heads of {size} values" if size % HEAD_MULTIPLE else f"{heads} heads over {groups} key-value heads"
-        raise RunFailure(
-            "UnsupportedModel",
-            f"{source} has {what}: onnxruntime computes heads of a multiple of {HEAD_MULTIPLE} values, in groups of "
-            "equal size. Use another model, or train it with such a shape.",
-        )
-
-
-def _refuse_positions(config: Mapping[str, Any], source: str) -> None:
-    """The builder leaves out a scaling that it does not know, and gives every layer the window of some."""
-    scaling = config.get("rope_scaling")
-    kind = (scaling.get("rope_type") or scaling.get("type") or "default") if isinstance(scaling, dict) else "default"
-    if kind not in SCALINGS:
-        raise RunFailure(
-            "UnsupportedModel",
-            f"{source} scales its positions by {kind}, which its ONNX form cannot have faithfully. Take rope_scaling "
-            "out of its config.json, and let max_position_embeddings be the context that it was trained with.",
-        )
-    window, context = config.get("sliding_window"), config.get("max_position_embeddings") or math.inf
-    before = config.get("max_window_layers", 28)
-    if config.get("use_sliding_window") and before and window and window < context:
-        some = before < config.get("num_hidden_layers", math.inf)
-        raise RunFailure(
-            "UnsupportedModel",
-            f"{source} looks through a window of {window} tokens in {'some' if some else 'none'} of its layers "
-            "(max_window_layers), and its ONNX form would in all. Set use_sliding_window to false in its config.json"
-            f"{' and train it so' if some else ', which changes nothing else'}.",
-        )
 
 
 def finish(loaded: models.Loaded, out: Path) -> None:
