@@ -1,7 +1,10 @@
 """What a ModelDeployment says of itself: conditions as kstatus reads them, and why it waits."""
 
+import re
+from datetime import datetime
+
 import pytest
-from tests.unit.serving_world import CANARY, KEY, SETTINGS, Kubernetes, uri
+from tests.unit.serving_world import ANALYSIS, CANARY, KEY, SETTINGS, Kubernetes, uri
 
 from slmops.cluster.port import Key
 from slmops.remote import prometheus
@@ -156,6 +159,37 @@ def test_no_answer_holds(answer, reason):
     assert world.condition("Reconciling")[:2] == ("True", reason)
     world.answers = []
     world.passes(seconds=10)
+    assert world.condition("Ready")[0] == "True"
+
+
+class Forgetful(Kubernetes):
+    """Its Prometheus lost its data and knows of so many answers since: of any a rate can be told."""
+
+    knows = 8
+
+    def query(self, url: str, promql: str, time: datetime) -> prometheus.Answer:
+        super().query(url, promql, time)
+        asked = re.search(
+            r" and \(sum\(increase\(haproxy_backend_http_responses_total{.*}\[(?:60|120)s\]\)\) >= (\d+)\)$", promql
+        )
+        enough = asked is None or self.knows >= int(asked[1])
+        return prometheus.Value(0.0) if enough else prometheus.NoData("The query found no series.")
+
+
+@pytest.mark.parametrize(("min_samples", "held"), [(20, True), (16, False), (1, False), (0, False)])
+def test_a_prometheus_that_lost_its_data_holds_until_it_knows_enough_of_the_step(min_samples, held):
+    analysis = {**ANALYSIS, "intervalSeconds": 60, "windowSeconds": 5, "minSamples": min_samples}
+    world = Forgetful(rollout={"steps": [{"weight": 50}], "analysis": analysis})
+    world.passes()
+    world.edit(model=uri("b"))
+    world.passes()
+    world.requests = 100
+    world.passes(seconds=60)
+    assert (world.condition("Reconciling")[1] == "NoData") == held
+    assert ("10 answers of this step" in world.condition("Reconciling")[2]) == held
+    assert (world.condition("Ready")[0] == "True") == (not held)
+    world.knows = 10
+    world.passes(seconds=60)
     assert world.condition("Ready")[0] == "True"
 
 

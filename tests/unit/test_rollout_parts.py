@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -136,7 +137,7 @@ def test_judging(low, high, value, verdict):
 
 
 def test_queries_are_filled_in():
-    context = Context("ns", "shop", "bbb", "aaa", 60)
+    context = Context("ns", "shop", "bbb", "aaa", 60, step=1800, least=0)
     text = 'x{ns="{{namespace}}",o="{{name}}",r=~"{{revision}}|{{stable}}"}[{{window}}]'
     mine = AnalysisMetric(name="m", query=text, max=1)
     assert promql(mine, context) == 'x{ns="ns",o="shop",r=~"bbb|aaa"}[60s]'
@@ -147,7 +148,18 @@ def test_queries_are_filled_in():
     assert f"(sum(rate({cut})) or vector(0))" in errors  # another image's servers do not have it
     latency = promql(AnalysisMetric(name="m", builtin="latencyP95", max=1), context)
     assert '_seconds_bucket{namespace="ns",slmops_owner="shop",slmops_revision="bbb"}[60s]' in latency
-    long = promql(AnalysisMetric(name="m", builtin="errorRate", max=1), Context("ns", "m" * 63 + ".x", "b", "a", 5))
+    step = Context("ns", "shop", "bbb", "aaa", 60, step=1800, least=250)
+    known = (
+        'haproxy_backend_http_responses_total{namespace="ns",slmops_owner="shop",proxy="bbb",code=~"2xx|3xx|4xx|5xx"}'
+    )
+    for builtin, query in (("errorRate", errors), ("latencyP95", latency)):
+        wanted = f"({query}) and (sum(increase({known}[1800s])) >= 250)"
+        assert promql(AnalysisMetric(name="m", builtin=builtin, max=1), step) == wanted
+    assert promql(mine, step) == promql(mine, context)
+    long = promql(
+        AnalysisMetric(name="m", builtin="errorRate", max=1),
+        replace(step, name="m" * 63 + ".x"),
+    )
     assert f'slmops_owner="{keys.label_value("m" * 63 + ".x")}"' in long
 
 

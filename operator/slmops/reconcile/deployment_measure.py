@@ -4,6 +4,7 @@ from collections.abc import Callable
 from datetime import datetime
 
 from slmops.api.deployment import AnalysisMetric, ModelDeploymentSpec, ModelDeploymentStatus, Verdict
+from slmops.api.times import parse
 from slmops.cluster.port import Object
 from slmops.remote.prometheus import Answer, Inconclusive, NoData, Unreachable, Value
 from slmops.rollout.queries import Context, promql
@@ -13,6 +14,10 @@ NO_PROMETHEUS = (
     "The operator knows no Prometheus: set prometheus.url, or prometheus.bundled.enabled, in the chart. "
     "The rollout holds until then."
 )
+
+# Of so many requests that minSamples asks for, Prometheus has to know of one. Not of all: what a router answered before
+# its first scrape, or since the last one, is in no increase.
+KNOWN = 2
 
 
 def measure(
@@ -28,28 +33,33 @@ def measure(
     analysis, candidate = spec.rollout.analysis, status.candidate
     assert analysis is not None
     assert candidate is not None
+    began = status.rollout.routed_at or status.rollout.entered_at
+    age = int((now - parse(began)).total_seconds()) if began else 0
     context = Context(
         namespace=obj["metadata"]["namespace"],
         name=obj["metadata"]["name"],
         revision=candidate.revision,
         stable=status.stable.revision if status.stable else "",
         window=window,
+        step=max(age, window),
+        least=analysis.min_samples // KNOWN,
     )
     answer: Answer = Unreachable(NO_PROMETHEUS)
     verdicts: list[Verdict] = []
     for number, metric in enumerate(analysis.metrics):
         if url and (number == 0 or not isinstance(answer, Unreachable)):
             answer = query(url, promql(metric, context), now)
-        verdicts.append(_verdict(metric, answer))
+        verdicts.append(_verdict(metric, answer, context.least if metric.builtin else 0))
     return tuple(verdicts)
 
 
-def _verdict(metric: AnalysisMetric, answer: Answer) -> Verdict:
+def _verdict(metric: AnalysisMetric, answer: Answer, least: int) -> Verdict:
     match answer:
         case Value():
             return judge(metric, answer.value)
         case NoData():
-            return Verdict(name=metric.name, verdict="NoData", message=answer.message[:512])
+            wanted = f" It has to have seen {least} answers of this step by the routers' metrics." if least else ""
+            return Verdict(name=metric.name, verdict="NoData", message=answer.message[:400] + wanted)
         case Inconclusive():
             return Verdict(name=metric.name, verdict="Inconclusive", message=answer.message[:512])
     return Verdict(name=metric.name, verdict="Unreachable", message=answer.message[:512])

@@ -15,6 +15,8 @@ class Context:
     revision: str
     stable: str
     window: int  # seconds
+    step: int  # seconds since the step began
+    least: int  # requests of the step of which Prometheus has to know; 0: it is not asked
 
 
 # Seen by the router: every answer of a revision's pods, also one that a client never saw because another revision
@@ -34,6 +36,12 @@ _LATENCY_P95 = (
     "histogram_quantile(0.95, sum by (le) (rate(vllm:e2e_request_latency_seconds_bucket{%(server)s}[%(window)ds])))"
 )
 _BUILTINS = {"errorRate": _ERROR_RATE, "latencyP95": _LATENCY_P95}
+# A Prometheus that lost its data in the middle of a step would judge it by the seconds since. Asked of the whole step,
+# in which the routers have counted minSamples: by those of a window, what has requests by day might wait all night.
+_KNOWN = (
+    "(%(query)s) and (sum(increase(haproxy_backend_http_responses_total"
+    '{%(router)s,code=~"2xx|3xx|4xx|5xx"}[%(step)ds])) >= %(least)d)'
+)
 
 
 def promql(metric: AnalysisMetric, context: Context) -> str:
@@ -41,11 +49,15 @@ def promql(metric: AnalysisMetric, context: Context) -> str:
     if metric.builtin is None:
         return _fill(metric.query or "", context)
     owner = f'namespace="{context.namespace}",slmops_owner="{label_value(context.name)}"'
-    return _BUILTINS[metric.builtin] % {
-        "router": f'{owner},proxy="{context.revision}"',
+    router = f'{owner},proxy="{context.revision}"'
+    query = _BUILTINS[metric.builtin] % {
+        "router": router,
         "server": f'{owner},slmops_revision="{context.revision}"',
         "window": context.window,
     }
+    if context.least == 0:
+        return query
+    return _KNOWN % {"query": query, "router": router, "step": context.step, "least": context.least}
 
 
 def _fill(query: str, context: Context) -> str:
