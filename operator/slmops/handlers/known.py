@@ -30,6 +30,7 @@ class Note:
     names: frozenset[Key] = frozenset()  # for our objects: those of ours that it names
     news: tuple[str, ...] = ()  # for our objects: what others that name it act upon
     phase: str = ""
+    unanswered: bool = False  # for ModelDeployments: a revision serves, but nobody answers
     asked: tuple[str, ...] = ()  # for our objects: what users can change
 
 
@@ -49,6 +50,7 @@ def note_of(event: Mapping[str, Any]) -> Note:
             names=frozenset(Key(kind, namespace, name) for kind, name in references(obj)),
             news=_news(status),
             phase=str(status.get("phase") or "Unknown"),
+            unanswered=_unanswered(obj.get("spec") or {}, status),
             asked=_asked(metadata),
         )
     owner = next(
@@ -118,6 +120,10 @@ class Known:
         """How many objects there are by kind and phase."""
         return Counter((note.key.kind, note.phase) for note in self._notes.values())
 
+    def unanswered(self) -> int:
+        """How many ModelDeployments there are whose revision serves, but nobody answers."""
+        return sum(note.unanswered for note in self._notes.values())
+
     def _keep(self, note: Note, before: Note | None) -> None:
         if before is not None:
             self._by_uid.pop(before.uid, None)
@@ -146,6 +152,13 @@ def _asked(metadata: Object) -> tuple[str, ...]:
         str(metadata.get("deletionTimestamp")),
         *(f"{name}={value}" for name, value in sorted(annotations.items()) if name.startswith(f"{GROUP}/")),
     )
+
+
+def _unanswered(spec: Object, status: Object) -> bool:
+    """Not of a first revision, which never answered: until it does its phase says how it gets on."""
+    said: Iterable[Object] = status.get("conditions") or []
+    silent = any(c.get("type") == AVAILABLE and c.get("status") != "True" for c in said)
+    return silent and bool(status.get("stable")) and spec.get("replicas") != 0
 
 
 def _news(status: Object) -> tuple[str, ...]:

@@ -127,3 +127,8 @@ class _Objects(Collector):
         for (kind, phase), number in sorted(self._known.phases().items()):
             family.add_metric([kind, phase], number)
         yield family
+        yield GaugeMetricFamily(
+            "slmops_deployments_unavailable",
+            "ModelDeployments with a stable revision, but no pod that answers.",
+            value=self._known.unanswered(),
+        )

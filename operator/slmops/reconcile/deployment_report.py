@@ -11,6 +11,7 @@ from slmops.rollout.phases import DRAINING, PREPARING, PROMOTING, ROLLED_BACK, R
 from slmops.rollout.seen import Decision, Problem, Seen
 
 HUMAN = ("Paused", "Approval")  # holds that only a person ends
+LATE = "ProgressDeadlineExceeded"  # of the first revision: nothing to go back to, so it goes on trying
 
 _PHASES = {PREPARING: "Progressing", STEP: "Canary"}
 
@@ -54,7 +55,10 @@ def _phase(facts: Facts, decision: Decision) -> str:
         return "Pending"
     if facts.spec.replicas == 0 and roll.phase in (STABLE, DRAINING, PREPARING):
         return "ScaledToZero"
-    if roll.hold and (roll.phase in (STEP, PROMOTING) or roll.hold.partition(": ")[0] in HUMAN):
+    reason = roll.hold.partition(": ")[0]
+    if reason == LATE:
+        return "Failed"
+    if roll.hold and (roll.phase in (STEP, PROMOTING) or reason in HUMAN):
         return "Holding"
     return _PHASES.get(roll.phase, roll.phase)
 
@@ -113,7 +117,7 @@ def _rolling(roll: RolloutStatus, decision: Decision) -> tuple[str, str, str]:
     if roll.phase == ROLLING_BACK:
         return "reconciling", "RollingBack", f"{roll.outcome} {roll.hold}".strip()
     reason, _, message = roll.hold.partition(": ")
-    if reason == "ProgressDeadlineExceeded":  # the first revision: nothing to go back to, so it goes on trying
+    if reason == LATE:
         return "stalled", reason, message
     if reason:
         return "reconciling", reason, message
