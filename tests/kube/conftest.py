@@ -18,6 +18,8 @@ import yaml
 from tests.kube.api import Access, Api, wait_for
 from tests.kube.proxy import Proxy
 
+from localkube.pki import Authority
+
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = itertools.count(1)
 
@@ -101,11 +103,12 @@ def free_ports(count: int) -> list[int]:
 class Operator:
     """The operator as a process of its own."""
 
-    def __init__(self, server: str, folder: Path, namespace: str = "", **settings: str) -> None:
+    def __init__(self, server: str, folder: Path, namespace: str = "", ca: Path | None = None, **settings: str) -> None:
         self.folder, self.log = folder, folder / f"operator-{next(NAMES)}.log"
+        trusted = {"certificate-authority": str(ca)} if ca else {}
         config = {
             "apiVersion": "v1", "kind": "Config", "current-context": "c",
-            "clusters": [{"name": "c", "cluster": {"server": server}}],
+            "clusters": [{"name": "c", "cluster": {"server": server, **trusted}}],
             "users": [{"name": "u", "user": {}}],
             "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
         }  # fmt: skip
@@ -227,8 +230,8 @@ class Outage:
 
 @pytest.fixture(scope="session")
 def outages(access: Access, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Outage]]:
-    """Two of them: one answers 503 to everything, one does not even take connections."""
-    cuts = {"ill": _ill, "away": Proxy.refuse}
+    """Three of them: one answers 503 to everything, one does not even take connections, one has a new CA."""
+    cuts = {"ill": _ill, "away": Proxy.refuse, "renewed": _renew}
     found = {name: _outage(access, tmp_path_factory.mktemp(name), name, cut) for name, cut in cuts.items()}
     yield found
     for outage in found.values():
@@ -242,10 +245,25 @@ def _ill(proxy: Proxy) -> None:
     proxy.error_in_watches(500)  # so that every watch has to be opened anew
 
 
+def _renew(proxy: Proxy) -> None:
+    """Another CA in the same file, as the kubelet does it in a pod, and a certificate of it."""
+    assert proxy.authority is not None
+    proxy.refuse()
+    _certify(proxy.authority.folder)
+    proxy.listen()
+
+
+def _certify(folder: Path) -> Authority:
+    authority = Authority.create(folder)
+    authority.server("proxy", "proxy", ["IP:127.0.0.1"])
+    return authority
+
+
 def _outage(access: Access, folder: Path, name: str, cut: Callable[[Proxy], None]) -> Outage:
-    proxy, api = Proxy(access).start(), Api(access, name)
+    authority = _certify(folder / "pki") if cut is _renew else None
+    proxy, api = Proxy(access, authority).start(), Api(access, name)
     api.ask("POST", "/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
-    operator = Operator(proxy.url, folder, name).until_ready()
+    operator = Operator(proxy.url, folder, name, authority.cert("ca") if authority else None).until_ready()
     spec = {"base": {"uri": "oci://r/base:1"}, "dataset": {"uri": "oci://r/data:1"}}
     api.create("FineTuneJob", "tune", spec=spec)
     wait_for("the Job", lambda: api.get("Job", "tune-finetune"))

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +12,20 @@ from aiohttp import web
 from multidict import CIMultiDict
 from tests.kube.api import Access
 
+from localkube.pki import Authority
+
 WRITES = {"POST", "PUT", "PATCH", "DELETE"}
 HOP = {"host", "connection", "transfer-encoding", "content-length", "content-encoding"}
 
 
 class Proxy:
-    """Plain HTTP in front, TLS with the admin's certificate behind. `start` to `close` it runs in a thread."""
+    """Plain HTTP in front, TLS with the admin's certificate behind. `start` to `close` it runs in a thread.
 
-    def __init__(self, access: Access) -> None:
-        self.access = access
+    With an `authority` it is TLS in front, too, by its certificate `proxy` at the time of listening.
+    """
+
+    def __init__(self, access: Access, authority: Authority | None = None) -> None:
+        self.access, self.authority = access, authority
         self.port = 0
         self.answer: int | None = None  # this status for everything, instead of asking the server
         self.silent = False  # no answer to anything; what is being answered, as watches are, goes on
@@ -36,7 +42,7 @@ class Proxy:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' * (self.authority is not None)}://127.0.0.1:{self.port}"
 
     def start(self) -> "Proxy":
         self._thread.start()
@@ -93,7 +99,11 @@ class Proxy:
         await self._open_site()
 
     async def _open_site(self) -> None:
-        self._site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
+        tls = None
+        if self.authority is not None:
+            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            tls.load_cert_chain(self.authority.cert("proxy"), self.authority.key("proxy"))
+        self._site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True, ssl_context=tls)
         await self._site.start()
         assert self._site._server is not None
         self.port = self._site._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]

@@ -5,8 +5,10 @@ from tests.kube.api import wait_for
 from tests.kube.conftest import Outage
 from tests.kube.kubelet import Kubelet
 from tests.kube.test_life import TUNE, until_job
+from tests.kube.test_writes import scraped
 
 AWAY_SECONDS = 60.0
+RENEWED_SECONDS = 80.0  # more than the watches' patience
 ILL_SECONDS = 120.0  # stock kopf bears 54
 
 pytestmark = pytest.mark.slow
@@ -28,6 +30,16 @@ def test_no_connection_for_a_minute(outages: dict[str, Outage]) -> None:
     assert outage.operator.healthy()  # to start it anew would not help
     outage.proxy.listen()
     recovers(outage)
+
+
+def test_a_new_ca_of_the_api_server(outages: dict[str, Outage]) -> None:
+    outage = outages["renewed"]
+    outage.last(RENEWED_SECONDS)
+    recovers(outage)
+    restarts = next(
+        line for line in scraped(outage.operator).splitlines() if line.startswith("slmops_watch_restarts_t")
+    )
+    assert float(restarts.split()[1]) >= 1
 
 
 def test_503_for_two_minutes(outages: dict[str, Outage]) -> None:

@@ -148,8 +148,10 @@ def test_rights_that_are_taken_away_and_given_back(
     granted.take()
     proxy.error_in_watches(410)
     wait_for("refusals", lambda: proxy.denied)
+    wait_for("readiness to tell", lambda: (said := operator.get("/readyz")) is not None and said.status_code == 503)
     assert operator.healthy()
     granted.give(rights(helm, api.namespace))
+    operator.until_ready()
     with Kubelet(api):
         api.until_phase("FineTuneJob", "tune", "Succeeded", 60)
     assert operator.process.pid == process

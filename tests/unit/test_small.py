@@ -1,10 +1,12 @@
 """Conditions, comparison, progress, settings, pods, logs: the small parts."""
 
 import asyncio
+import itertools
 import json
 import logging
 import socket
 import sys
+import threading
 from datetime import timedelta
 from typing import Any
 
@@ -19,11 +21,12 @@ from tests.unit.objects import NOW, Object, at, condition, exited, finetune, pod
 
 from slmops.api import keys
 from slmops.api.meta import Condition, Pod, Resources
+from slmops.cluster.kinds import OURS
 from slmops.cluster.kube import as_yaml
 from slmops.cluster.same import covers, merge_patch, stamped
-from slmops.handlers import probes
+from slmops.handlers import probes, watches
 from slmops.handlers.logs import JsonFormatter
-from slmops.handlers.watches import EndlessBackoffs
+from slmops.handlers.watches import Backoffs, InVainError
 from slmops.reconcile import conditions
 from slmops.reconcile.pods import failure_of, trouble_of
 from slmops.remote.progress import BODY_MAX, SILENT_SECONDS, ProgressReader
@@ -314,12 +317,47 @@ def test_logs_are_one_json_object_a_line() -> None:
     assert "ValueError" in found["trace"]
 
 
-def test_backoffs_never_end_and_stay_short() -> None:
-    delays = iter(EndlessBackoffs())
-    found = [next(delays) for _ in range(1000)]
+def test_backoffs_stay_short_and_end_the_watches_after_a_while() -> None:
+    found: list[float] = []
+    with pytest.raises(InVainError):
+        found.extend(iter(Backoffs(lambda: sum(found))))
+    assert 45 < sum(found) < watches.kopf.OperatorSettings().watching.inactivity_timeout - 5  # the time to connect
     assert max(found) <= 12
-    assert min(found[10:]) >= 8
-    assert not hasattr(EndlessBackoffs(), "__len__")  # kopf would count them
+    assert min(found[4:]) >= 8
+    assert not hasattr(Backoffs(), "__len__")  # kopf would count them
+
+
+def test_backoffs_tell_whether_a_call_is_tried_again() -> None:
+    backoffs = Backoffs()
+
+    def call(attempts: int) -> bool:
+        """As kopf does it: a delay is taken before each attempt."""
+        for attempt, _delay in enumerate(itertools.chain(backoffs, itertools.repeat(None)), start=1):
+            if attempt == attempts:
+                return backoffs.failing
+        raise AssertionError
+
+    for attempts, failing in ((1, False), (2, True), (5, True)):
+        assert (call(attempts), backoffs.failing) == (failing, False)
+
+
+def test_watches_list_everything_again_now_and_then_though_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was deaf without knowing it hears of what it missed; that is no restart, and it is ready all along."""
+    begun, restarted = threading.Semaphore(0), threading.Event()
+
+    async def spawn(*, ready_flag: threading.Event, **_: object) -> list[asyncio.Task[Any]]:
+        ready_flag.set()
+        begun.release()
+        return [asyncio.create_task(asyncio.Event().wait())]
+
+    monkeypatch.setattr(watches.kopf, "spawn_tasks", spawn)
+    monkeypatch.setattr(watches, "RELIST", 0.01)
+    found = watches.Watches(lambda _note: None, lambda: set(OURS), [], restarted.set)
+    found.start()
+    assert all(begun.acquire(timeout=5) for _ in range(3))
+    assert found.ready
+    assert not restarted.is_set()
+    found.stop()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
