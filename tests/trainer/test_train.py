@@ -269,20 +269,32 @@ def test_a_store_that_is_away_or_full_or_gets_other_credentials_ends_no_training
     def saving(folder: Path | None = None, patience: float | None = None) -> None:
         nonlocal tries
         tries += 1
-        if tries == 1:
+        if tries in (1, 4):
             save(folder, patience)
         else:
             raise RunFailure(reason, "the store has gone.", retryable=True)
+
+    told, report_to = [], ctx.report
+
+    def reporting(stage: str, step: int, total: int, message: str = "", percent: int | None = None) -> None:
+        told.append(message.rpartition(" | ")[0])
+        report_to(stage, step, total, message, percent)
 
     clock = iter(float(second) for second in range(0, 100_000, 100))
     training = recipe(checkpoint={"everySeconds": 100})
     with monkeypatch.context() as patch:
         patch.setattr(ctx.checkpoints, "save", saving)
+        patch.setattr(ctx, "report", reporting)
         patch.setattr("slmops_trainer.train.time.monotonic", lambda: next(clock))
         fit(ctx, tiny_model, training)
     assert tries == STEPS
+    first, second = (f"The last checkpoint is of step {step}: the store has gone." for step in (1, 4))
+    assert told[-STEPS:] == ["", "", first, first, "", second]
+    age = ctx.board.registry.get_sample_value("slmops_run_live", {"name": "checkpoint_age_seconds"})
+    assert age is not None
+    assert age >= 200  # two steps, at the least
     torn, report = fit(make_run(uid="torn", finetune=None), tiny_model, training)
-    assert report.resumed_at == 1
+    assert report.resumed_at == 4
     assert all(torch.equal(whole[name], torn[name]) for name in whole)
 
 

@@ -262,6 +262,22 @@ def test_the_sentence_for_out_of_memory_names_the_limit() -> None:
     assert plan.status["lastFailure"]["exitCode"] == 137
 
 
+def test_what_a_stopped_pod_could_not_save_is_told_once() -> None:
+    obj = finetune()
+    words = "Stopped after step 9000 of 10000; saved up to 100: no space left."
+    alive = pod(obj, state=RUNNING)
+    stopped = pod(obj, phase="Failed", state=said("Interrupted", words, 143))
+    nxt = pod(obj, phase="Pending", state=waiting("ContainerCreating"), name="p2")
+    other = pod(obj, state=RUNNING, name="p2")
+    first = after(obj, run(obj, job=job(obj), pods=(alive,)))
+    second = after(obj, run(first, job=job(obj), pods=(deleting(alive),)))
+    looks = (first, (stopped,)), (second, (stopped, nxt)), (second, (stopped, other)), (first, (stopped, other))
+    for before, pods in looks:
+        plan = run(before, job=job(obj), pods=pods)
+        assert [(event.reason, event.message) for event in plan.events] == [("Interrupted", words)]
+        assert not run(after(obj, plan), job=job(obj), pods=pods).events
+
+
 def test_success_keeps_the_result() -> None:
     obj = finetune()
     lineage = [{"kind": "model", "uri": "oci://r/base:1", "digest": "sha256:bb"}]

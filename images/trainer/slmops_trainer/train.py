@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PART = "training"  # the checkpoint's subfolder
 SMOOTHING = 0.9
 LOG_SECONDS = 15.0
+UNSAVED_MAX = 350  # characters of why there is no newer checkpoint, in the progress
 
 log = logging.getLogger("slmops")
 
@@ -117,7 +118,7 @@ class _Run:
             state.fingerprint(model, encoded, training, base), evaluation=state.rows_digest(evaluation)
         )
         self.resumed_at: int | None = None
-        self.stored = 0
+        self.stored, self.unsaved = 0, ""  # the step of the last checkpoint; why there is no newer one
         self.parameters = list(state.trainable(model).values())
         if not self.parameters:
             raise RunFailure("NothingToTrain", "The model has no trainable parameter.")
@@ -141,7 +142,7 @@ class _Run:
             log.info("Resumed at step %d of %d", saved.step, self.total)
         elif saved is not None:
             log.warning("Ignored a checkpoint of another recipe, another base or other data")
-        self.saved_at = self.logged_at = time.monotonic()
+        self.saved_at = self.logged_at = self.stored_at = time.monotonic()
         began = f"Training began, in {'bf16' if self.bf16 else 'fp32'}"
         self.ctx.report(self.stage, self.counters.step, self.total, began)
         self.maybe_evaluate()  # the last pod may have been stopped in the middle of it
@@ -222,11 +223,12 @@ class _Run:
         if not (stop or due or counters.done):
             return
         state.save(self.folder, self.model, self.optimizer, counters)
-        problem = self.ctx.keep()
+        self.unsaved = problem = self.ctx.keep()
         self.saved_at = time.monotonic()
         if not problem:
-            self.stored = counters.step
+            self.stored, self.stored_at = counters.step, self.saved_at
             log.info("Saved step %d of %d", counters.step, self.total)
+        self.ctx.live(checkpoint_age_seconds=self.saved_at - self.stored_at)
         if stop and problem:
             raise interrupted(
                 f"Stopped after step {counters.step} of {self.total}; saved up to {self.stored}: {problem}"
@@ -295,8 +297,12 @@ class _Run:
             tokens_per_second=speed,
             step=counters.step,
             tokens=counters.tokens,
+            checkpoint_age_seconds=time.monotonic() - self.stored_at,
         )
         message = f"loss {counters.loss:.4f}, learning rate {rate:.2e}, {speed:,.0f} tokens/s"
+        if self.unsaved:
+            last = f"The last checkpoint is of step {self.stored}" if self.stored else "There is no checkpoint yet"
+            message = f"{last}: {self.unsaved[:UNSAVED_MAX]} | {message}"
         self.ctx.report(self.stage, counters.step, self.total, message)
         if time.monotonic() - self.logged_at >= LOG_SECONDS:
             self.logged_at = time.monotonic()

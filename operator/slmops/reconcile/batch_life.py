@@ -181,7 +181,8 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
         message = f"Pod {pod['metadata']['name']} runs."
         status = going_on(p, "Running", "Running", message, progress=progress(p), **tried)
         # A change that is refused hides nothing of the run.
-        return plan(status, *news, apply=apply, requeue=_poll_running(p), keep_going=True)
+        return plan(status, *news, *_stopped(p, message), apply=apply, requeue=_poll_running(p), keep_going=True)
+    news = (*news, *_stopped(p, ""))
     if held(job, p.spec, suspended=_was_suspended(p, job)):
         queue = queue_of(job, p.spec)
         message = f"Waits in queue {queue} to be admitted." if queue else _HELD
@@ -241,6 +242,21 @@ def _last_failure(p: Pass) -> Failure | None:
         if found is not None and found.reason != INTERRUPTED:
             return found
     return p.status.last_failure
+
+
+def _stopped(p: Pass, message: str) -> tuple[Event, ...]:
+    """What a pod said at its end that was merely stopped: up to where it was saved, and why not beyond.
+
+    Told once, by the pass whose `message` is the first to speak of that pod no more.
+    """
+    known = conditions.find(p.status.conditions, conditions.READY)
+    last = next((pod for pod in reversed(p.seen.pods) if ended(pod)), None)
+    if last is None or known is None or known.reason not in ("Running", "PodTerminating") or known.message == message:
+        return ()
+    failure = failure_of(last)
+    if failure is None or failure.reason != INTERRUPTED:
+        return ()
+    return (Event(INTERRUPTED, failure.message, warning=True),)
 
 
 def _attempt_failed(failure: Failure) -> Event:
