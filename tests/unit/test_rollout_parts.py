@@ -149,11 +149,14 @@ def test_queries_are_filled_in():
     latency = promql(AnalysisMetric(name="m", builtin="latencyP95", max=1), context)
     assert '_seconds_bucket{namespace="ns",slmops_owner="shop",slmops_revision="bbb"}[60s]' in latency
     step = Context("ns", "shop", "bbb", "aaa", 60, step=1800, least=250)
-    known = (
-        'haproxy_backend_http_responses_total{namespace="ns",slmops_owner="shop",proxy="bbb",code=~"2xx|3xx|4xx|5xx"}'
-    )
+    seen = {
+        "errorRate": 'haproxy_backend_http_responses_total{namespace="ns",slmops_owner="shop",proxy="bbb",'
+        'code=~"2xx|3xx|4xx|5xx"}',
+        "latencyP95": 'vllm:e2e_request_latency_seconds_count{namespace="ns",slmops_owner="shop",'
+        'slmops_revision="bbb"}',
+    }
     for builtin, query in (("errorRate", errors), ("latencyP95", latency)):
-        wanted = f"({query}) and (sum(increase({known}[1800s])) >= 250)"
+        wanted = f"({query}) and (sum(increase({seen[builtin]}[1800s])) >= 250)"
         assert promql(AnalysisMetric(name="m", builtin=builtin, max=1), step) == wanted
     assert promql(mine, step) == promql(mine, context)
     long = promql(

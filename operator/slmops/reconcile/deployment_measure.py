@@ -58,7 +58,7 @@ def _verdict(metric: AnalysisMetric, answer: Answer, least: int) -> Verdict:
         case Value():
             return judge(metric, answer.value)
         case NoData():
-            wanted = f" It has to have seen {least} answers of this step by the routers' metrics." if least else ""
+            wanted = f" It has to have seen {least} answers of this step." if least else ""
             return Verdict(name=metric.name, verdict="NoData", message=answer.message[:400] + wanted)
         case Inconclusive():
             return Verdict(name=metric.name, verdict="Inconclusive", message=answer.message[:512])

@@ -35,13 +35,13 @@ _ERROR_RATE = (
 _LATENCY_P95 = (
     "histogram_quantile(0.95, sum by (le) (rate(vllm:e2e_request_latency_seconds_bucket{%(server)s}[%(window)ds])))"
 )
-_BUILTINS = {"errorRate": _ERROR_RATE, "latencyP95": _LATENCY_P95}
+_BUILTINS = {
+    "errorRate": (_ERROR_RATE, 'haproxy_backend_http_responses_total{%(router)s,code=~"2xx|3xx|4xx|5xx"}'),
+    "latencyP95": (_LATENCY_P95, "vllm:e2e_request_latency_seconds_count{%(server)s}"),
+}
 # A Prometheus that lost its data in the middle of a step would judge it by the seconds since. Asked of the whole step,
 # in which the routers have counted minSamples: by those of a window, what has requests by day might wait all night.
-_KNOWN = (
-    "(%(query)s) and (sum(increase(haproxy_backend_http_responses_total"
-    '{%(router)s,code=~"2xx|3xx|4xx|5xx"}[%(step)ds])) >= %(least)d)'
-)
+_KNOWN = "(%(query)s) and (sum(increase(%(answers)s[%(step)ds])) >= %(least)d)"
 
 
 def promql(metric: AnalysisMetric, context: Context) -> str:
@@ -49,15 +49,15 @@ def promql(metric: AnalysisMetric, context: Context) -> str:
     if metric.builtin is None:
         return _fill(metric.query or "", context)
     owner = f'namespace="{context.namespace}",slmops_owner="{label_value(context.name)}"'
-    router = f'{owner},proxy="{context.revision}"'
-    query = _BUILTINS[metric.builtin] % {
-        "router": router,
+    places = {
+        "router": f'{owner},proxy="{context.revision}"',
         "server": f'{owner},slmops_revision="{context.revision}"',
         "window": context.window,
     }
+    query, answers = (text % places for text in _BUILTINS[metric.builtin])
     if context.least == 0:
         return query
-    return _KNOWN % {"query": query, "router": router, "step": context.step, "least": context.least}
+    return _KNOWN % {"query": query, "answers": answers, "step": context.step, "least": context.least}
 
 
 def _fill(query: str, context: Context) -> str:
