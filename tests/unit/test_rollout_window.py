@@ -9,6 +9,8 @@ from tests.unit.rollout_world import ERRORS, START, RouterPod, World, analysis, 
 
 from slmops.api.deployment import ModelDeploymentStatus, RolloutStatus, Verdict
 from slmops.api.times import stamp
+from slmops.reconcile.deployment_measure import measure
+from slmops.remote.prometheus import Answer, NoData
 from slmops.rollout.machine import decide, measurement_window
 from slmops.rollout.seen import Router, Seen
 
@@ -49,6 +51,32 @@ def test_a_query_looks_back_to_the_last_answer_and_to_enough_requests(seconds, s
 def test_a_status_of_before_goes_on_from_its_last_measurement():
     asked, verdicts = stamp(START + timedelta(seconds=1190)), [Verdict(name="e", verdict="Pass", message="")]
     assert looks_back(1200, 1000, routed_at=stamp(START), measured_at=asked, verdicts=verdicts) == 60
+
+
+@pytest.mark.parametrize(
+    ("hours", "samples", "wanted"),
+    [
+        (0.5, 20, "[1800s])) >= 10)"),
+        (6, 20, "[21600s])) >= 10)"),
+        (12.5, 500, "[21600s])) >= 120)"),  # 40 an hour: of the last six hours it knows 240
+        (12.6, 20, "[21600s])) >= 4)"),
+        (500, 20, "[21600s])) >= 1)"),
+    ],
+)
+def test_no_more_is_asked_of_prometheus_than_it_may_still_know(hours, samples, wanted):
+    """It keeps six hours: of a candidate with fewer answers in these it never knew half of minSamples."""
+    asked: list[str] = []
+
+    def query(_url: str, promql: str, _time: object) -> Answer:
+        asked.append(promql)
+        return NoData("none")
+
+    said = ModelDeploymentStatus(candidate=revision("bbb"), rollout=RolloutStatus(routed_at=stamp(START)))
+    how = spec(steps=steps(10), analysis=analysis(min_samples=samples))
+    obj = {"metadata": {"namespace": "ns", "name": "chat"}}
+    (verdict,) = measure(obj, how, said, "http://p", START + timedelta(hours=hours), 60, query)
+    assert asked[0].endswith(wanted)
+    assert f"seen {wanted.strip(')').rpartition(' ')[2]} answers" in verdict.message
 
 
 def quiet(failing: Collection[int], minutes: int, failure_limit: int, most: float) -> World:

@@ -18,6 +18,9 @@ NO_PROMETHEUS = (
 # Of so many requests that minSamples asks for, Prometheus has to know of one. Not of all: what a router answered before
 # its first scrape, or since the last one, is in no increase.
 KNOWN = 2
+# Seconds. Of a longer step a Prometheus may have forgotten the begin: the bundled one keeps as much. What it may know
+# at the pace of the step is asked for, or a candidate with few requests would wait for ever.
+KEPT = 6 * 3600
 
 
 def measure(
@@ -35,14 +38,17 @@ def measure(
     assert candidate is not None
     began = status.rollout.routed_at or status.rollout.entered_at
     age = int((now - parse(began)).total_seconds()) if began else 0
+    least = analysis.min_samples // KNOWN
+    if age > KEPT and least:
+        least = max(1, least * KEPT // age)
     context = Context(
         namespace=obj["metadata"]["namespace"],
         name=obj["metadata"]["name"],
         revision=candidate.revision,
         stable=status.stable.revision if status.stable else "",
         window=window,
-        step=max(age, window),
-        least=analysis.min_samples // KNOWN,
+        step=min(max(age, window), KEPT),
+        least=least,
     )
     answer: Answer = Unreachable(NO_PROMETHEUS)
     verdicts: list[Verdict] = []

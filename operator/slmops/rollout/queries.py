@@ -15,8 +15,8 @@ class Context:
     revision: str
     stable: str
     window: int  # seconds
-    step: int  # seconds since the step began
-    least: int  # requests of the step of which Prometheus has to know; 0: it is not asked
+    step: int  # seconds since the step began, as far as Prometheus has to know of them
+    least: int  # requests of these seconds of which Prometheus has to know; 0: it is not asked
 
 
 # Seen by the router: every answer of a revision's pods, also one that a client never saw because another revision
