@@ -278,6 +278,21 @@ def test_what_a_stopped_pod_could_not_save_is_told_once() -> None:
         assert not run(after(obj, plan), job=job(obj), pods=pods).events
 
 
+def test_what_a_pod_could_not_save_that_the_user_stopped_is_told_once() -> None:
+    """Whoever suspended the run may drain the node now."""
+    words = "Stopped after step 9000 of 10000; saved up to 100: no space left."
+    asked, resumed = finetune(suspend=True), finetune()
+    alive, stopped = pod(asked, state=RUNNING), pod(asked, phase="Failed", state=said("Interrupted", words, 143))
+    first = after(asked, run(resumed, job=job(asked), pods=(alive,)))
+    saving = run(first, job=job(asked), pods=(alive,))
+    assert saving.events == ()
+    seen: dict[str, Any] = {"job": job(asked, spec={"suspend": True}), "pods": (stopped,)}
+    for obj in (asked, resumed):
+        plan = run(after(obj, saving), **seen)
+        assert [(event.reason, event.message) for event in plan.events] == [("Interrupted", words)]
+        assert [run(after(then, plan), **seen).events for then in (obj, resumed)] == [(), ()]
+
+
 def test_success_keeps_the_result() -> None:
     obj = finetune()
     lineage = [{"kind": "model", "uri": "oci://r/base:1", "digest": "sha256:bb"}]

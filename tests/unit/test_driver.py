@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from tests.unit.objects import ARTIFACT, NOW, RUNNING, at, finetune, of, ours, pod, succeeded
+from tests.unit.objects import ARTIFACT, NOW, RUNNING, at, finetune, of, ours, pod, said, succeeded, waiting
 
 from slmops.api.finetune import FineTuneJobSpec
 from slmops.api.meta import Progress
@@ -440,6 +440,58 @@ def test_a_run_whose_change_a_policy_refuses_runs_on_and_says_so(change: Object,
     driver.run(key)
     assert cluster.objects[key]["status"]["phase"] == then
     assert change.items() <= cluster.objects[job]["spec"].items()
+
+
+def test_a_run_whose_change_a_policy_refuses_says_how_its_pods_end_and_why_none_starts() -> None:
+    cluster = MemoryCluster()
+    driver = Driver(
+        cluster, Settings(store="oci://s"), reconcilers(lambda address: None), lambda routes: None, clock=lambda: NOW
+    )
+    key, job = key_of(cluster.put(finetune())), Key("Job", "ns", "tune-finetune")
+    driver.run(key)
+    uid = cluster.objects[job]["metadata"]["uid"]
+
+    def look(name: str, age: float, **status: Any) -> tuple[str, list[str]]:
+        """What two passes say of this pod, and by which Events."""
+        found = pod(cluster.objects[key], name=name, age=age, of=uid, **status)
+        cluster.put(found)
+        cluster.set_status(key_of(found), found["status"])
+        told = len(cluster.posted)
+        for _ in range(2):
+            cluster.refuse["Job"] = KYVERNO
+            driver.run(key)
+        ready = of(cluster.objects[key], "Ready")
+        assert ready is not None
+        assert (ready["reason"], "label team" in ready["message"]) == ("PolicyDenied", True)
+        return ready["message"], [event for _, event, _ in cluster.posted[told:]]
+
+    cluster.put(finetune(backoffLimit=9))
+    message, events = look("tune-a", 50, state=RUNNING)
+    assert (message.partition(". ")[0], events) == ("Pod tune-a runs", [])
+    assert look("tune-a", 50, phase="Failed", state=said("Interrupted", "saved up to 100", 143))[1] == ["Interrupted"]
+    assert look("tune-b", 30, phase="Failed", state=said("InternalError", "lost", 1))[1] == ["AttemptFailed"]
+    assert cluster.objects[key]["status"]["lastFailure"]["reason"] == "InternalError"
+    message, events = look("tune-c", 10, phase="Pending", state=waiting("ErrImagePull", "no such tag"))
+    assert ("no such tag" in message, events) == (True, ["ImagePullBackOff"])
+
+
+def test_a_resumption_that_a_policy_refuses_is_all_that_is_told() -> None:
+    """No pod starts."""
+    cluster = MemoryCluster()
+    driver = Driver(
+        cluster, Settings(store="oci://s"), reconcilers(lambda address: None), lambda routes: None, clock=lambda: NOW
+    )
+    key = key_of(cluster.put(finetune()))
+    driver.run(key)
+    cluster.put(finetune(suspend=True))
+    driver.run(key)
+    cluster.put(finetune())
+    cluster.refuse["Job"] = KYVERNO
+    driver.run(key)
+    ready = of(cluster.objects[key], "Ready")
+    assert ready is not None
+    assert (ready["reason"], "starts" in ready["message"]) == ("PolicyDenied", False)
+    assert cluster.objects[key]["status"]["phase"] == "Waiting"
 
 
 class Counting(MemoryCluster):

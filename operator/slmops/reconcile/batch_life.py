@@ -1,10 +1,11 @@
 """The life of a batch object, from waiting for its sources to its end: `decide`. Pure; see batch.py for the rules."""
 
 import re
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from slmops.api.meta import Failure
+from slmops.api.meta import Failure, Status
 from slmops.api.times import parse, stamp
 from slmops.build.job import held, queue_of, revised
 from slmops.cluster.port import Object
@@ -21,6 +22,7 @@ from slmops.reconcile.batch_end import (
     worth_again,
 )
 from slmops.reconcile.batch_pass import ANNOTATION_IMAGE, ANNOTATION_INPUTS, Pass, going_on, plan, progress
+from slmops.reconcile.conditions import cut
 from slmops.reconcile.pods import (
     INTERRUPTED,
     NO_IMAGE,
@@ -161,12 +163,12 @@ def _with_job(p: Pass, job: Object) -> Plan:
     if p.spec.suspend and queue_of(job, p.spec):
         return _suspended(p, delete=True)  # a queued Job's suspend is Kueue's; without the Job nothing is queued
     change = revised(job, p.spec, suspended=_was_suspended(p, job))
-    if p.spec.suspend:
-        return _suspended(p, apply=change)
-    return _on_its_way(p, job, change)
+    found = _suspended(p, apply=change) if p.spec.suspend else _on_its_way(p, job, change)
+    return replace(found, events=(*found.events, *_stopped(p, found)))
 
 
 def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
+    """Decide on a Job that is not over. A change that is refused hides nothing of the run."""
     apply = (change,) if change else ()
     failure = _last_failure(p)
     news = () if failure is None or failure == p.status.last_failure else (_attempt_failed(failure),)
@@ -176,17 +178,16 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
         message = f"Pod {pod['metadata']['name']} is being stopped; the next one goes on from its checkpoint."
         stuck = lost(pod, p.now) or Trouble("PodTerminating", message)
         status = going_on(p, "Pending", stuck.reason, stuck.message, **tried)
-        return plan(status, *news, *_first(p, stuck), apply=apply, requeue=POLL_STARTING)
+        return plan(status, *news, *_first(p, stuck), apply=apply, requeue=POLL_STARTING, keep_going=True)
     if pod is not None and running(pod):
         message = f"Pod {pod['metadata']['name']} runs."
         status = going_on(p, "Running", "Running", message, progress=progress(p), **tried)
-        # A change that is refused hides nothing of the run.
-        return plan(status, *news, *_stopped(p, message), apply=apply, requeue=_poll_running(p), keep_going=True)
-    news = (*news, *_stopped(p, ""))
+        return plan(status, *news, apply=apply, requeue=_poll_running(p), keep_going=True)
     if held(job, p.spec, suspended=_was_suspended(p, job)):
         queue = queue_of(job, p.spec)
         message = f"Waits in queue {queue} to be admitted." if queue else _HELD
-        return plan(going_on(p, "Queued", "Queued", message, **tried), *news, apply=apply)
+        return plan(going_on(p, "Queued", "Queued", message, **tried), *news, apply=apply, keep_going=True)
+    resumed = bool(job["spec"].get("suspend"))  # by the change: where that is refused, nothing else is to be told
     if pod is not None:
         trouble = trouble_of(pod) or told(pod, p.seen.events)
     else:
@@ -200,13 +201,13 @@ def _on_its_way(p: Pass, job: Object, change: Object | None) -> Plan:
         if trouble.reason == "ImagePullBackOff" and known and known.reason == trouble.reason:
             message = known.message  # the kubelet says two things in turns; the first one has the cause
         status = going_on(p, "Pending", trouble.reason, message, **tried)
-        return plan(status, *news, *_first(p, trouble), apply=apply, requeue=poll)
+        return plan(status, *news, *_first(p, trouble), apply=apply, requeue=poll, keep_going=not resumed)
     reason, message = "Starting", "The pod starts."
     if failure is not None:
         reason = "Retrying"
         message = f"Attempt {p.status.attempts + 1} of {p.spec.backoff_limit + 1} starts; before: {failure.message}"
     status = going_on(p, "Pending", reason, message, **tried)
-    return plan(status, *news, apply=apply, requeue=poll)
+    return plan(status, *news, apply=apply, requeue=poll, keep_going=not resumed)
 
 
 def _was_suspended(p: Pass, job: Object) -> bool:
@@ -232,6 +233,8 @@ def _first(p: Pass, trouble: Trouble) -> tuple[Event, ...]:
     known = conditions.find(p.status.conditions, conditions.READY)
     if trouble.reason == "PodTerminating" or (known and known.reason == trouble.reason):
         return ()
+    if known and known.message.startswith(cut(trouble.message)):  # with a change that was refused
+        return ()
     return (Event(trouble.reason, trouble.message, warning=True),)
 
 
@@ -244,14 +247,18 @@ def _last_failure(p: Pass) -> Failure | None:
     return p.status.last_failure
 
 
-def _stopped(p: Pass, message: str) -> tuple[Event, ...]:
+def _stopped(p: Pass, found: Plan) -> tuple[Event, ...]:
     """What a pod said at its end that was merely stopped: up to where it was saved, and why not beyond.
 
-    Told once, by the pass whose `message` is the first to speak of that pod no more.
+    Told once, by the first plan whose status speaks of that pod no more.
     """
     known = conditions.find(p.status.conditions, conditions.READY)
+    then = conditions.find(Status.model_validate(found.status).conditions, conditions.READY)
     last = next((pod for pod in reversed(p.seen.pods) if ended(pod)), None)
-    if last is None or known is None or known.reason not in ("Running", "PodTerminating") or known.message == message:
+    if last is None or known is None or then is None:
+        return ()
+    name = last["metadata"]["name"]
+    if name not in known.message or name in then.message:
         return ()
     failure = failure_of(last)
     if failure is None or failure.reason != INTERRUPTED:

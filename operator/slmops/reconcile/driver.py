@@ -16,7 +16,8 @@ Errors, and what becomes of them:
   anything else     a bug: goes up, is logged with its trace and backs off this object alone
 
 A plan that keeps going (Plan.keep_going) is carried out past what is refused, and its status is written: the outcome
-of the first refusal is then told in that status.
+of the first refusal is then told in that status. What was refused is tried again, at the latest when the plan wants the
+next pass: its status is not all that is to be done.
 """
 
 import logging
@@ -296,7 +297,8 @@ def _unanswered(obj: Object, status: Object, now: datetime) -> Object:
 def _told(obj: Object, status: Object, outcome: Retry | Terminal, now: datetime, *, reached: bool) -> Object:
     """The wanted status with a refusal in its conditions. A failure that it tells itself is the more important one.
 
-    That something is late is none by itself: what was refused may be why, and is told with it.
+    That something is late is none by itself: what was refused may be why, and is told with it. Of a run the message
+    says both, how it gets on first.
     """
     wanted = Status.model_validate(status).conditions
     failed = conditions.find(wanted, conditions.STALLED)
@@ -308,11 +310,12 @@ def _told(obj: Object, status: Object, outcome: Retry | Terminal, now: datetime,
     before = Status.model_validate(obj.get("status") or {}).conditions
     ours = (conditions.READY, conditions.RECONCILING, conditions.STALLED)
     generation = obj["metadata"].get("generation", 0)
+    goes = None if _serves(obj) else conditions.find(wanted, conditions.READY)
     mark = conditions.stalled if isinstance(outcome, Terminal) else conditions.reconciling
     marked = mark(
         [c for c in before if c.type in ours],  # for the times at which they changed
         outcome.reason,
-        outcome.message,
+        f"{goes.message} {outcome.message}" if goes else outcome.message,
         generation=generation,
         now=now,
         still_ready=reached and conditions.is_true(wanted, conditions.READY),
