@@ -121,7 +121,7 @@ class Known:
         return Counter((note.key.kind, note.phase) for note in self._notes.values())
 
     def unanswered(self) -> int:
-        """How many ModelDeployments there are whose revision serves, but nobody answers."""
+        """How many ModelDeployments there are that have a stable revision, but are not Available."""
         return sum(note.unanswered for note in self._notes.values())
 
     def _keep(self, note: Note, before: Note | None) -> None:

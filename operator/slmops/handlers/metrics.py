@@ -129,6 +129,6 @@ class _Objects(Collector):
         yield family
         yield GaugeMetricFamily(
             "slmops_deployments_unavailable",
-            "ModelDeployments with a stable revision, but no pod that answers.",
+            "ModelDeployments with a stable revision, but no ready pod of it, or no router.",
             value=self._known.unanswered(),
         )
