@@ -35,7 +35,8 @@ CHILDREN = ("Job", "Pod", "Deployment", "Service")
 SELECTOR = f"{LABEL_MANAGED_BY}={MANAGED_BY},{LABEL_OWNER_UID}"
 RESTART_FIRST, RESTART_MOST = 1.0, 10.0
 # Seconds for which a call is tried again before all begins anew. The last try has to end before kopf takes the call for
-# an idle watch and begins it from the first try: after 70.
+# an idle watch and begins it from the first try: after 70. So a watch whose first try is taken and never answered is
+# tried on for ever; RELIST finds that out, for lists have a limit of their own.
 PATIENCE = 45.0
 RELIST = 3600.0  # seconds after which all is listed again though nothing failed
 # Ours: kopf would ask for the user's name, and a container's numeric user has none. Without peers it says nothing.
