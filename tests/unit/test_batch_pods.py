@@ -63,7 +63,7 @@ def test_attempts_that_a_node_used_up_do_not_end_the_run(name: str) -> None:
 
 def test_a_pod_whose_injected_first_container_failed_is_no_fault_of_its_node() -> None:
     obj = finetune()
-    plan = run(obj, job=job(obj, **FAILED_JOB), pods=(pod(obj, phase="Failed"),))
+    plan = run(obj, job=job(obj, **{**FAILED_JOB, "failed": 1}), pods=(pod(obj, phase="Failed"),))
     assert (kstatus(plan), ready(plan)[1]) == ("Failed", "InternalError")
 
 

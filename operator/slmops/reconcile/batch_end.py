@@ -35,8 +35,9 @@ WORLD = frozenset(
 QUICK = (timedelta(seconds=30), timedelta(hours=1))  # the first delay of a retry, and the longest
 # What somebody has to mend: it does not pass by itself, nothing tells when it is mended, and each look costs a pod.
 SLOW = (timedelta(minutes=10), timedelta(hours=6))
-# A Job fails within seconds of its last pod, and the one before that is longer ago: the Job's controller waits between.
-AT_ONCE = timedelta(minutes=1)
+# A Job fails within seconds of its last pod, and the one before that is longer ago: the Job's controller waits between,
+# ten seconds at first.
+AT_ONCE = timedelta(seconds=9)
 GOT_ON = timedelta(minutes=30)  # a try that lasted so long found what the ones before it missed
 RECHECK_FAILED = 60.0  # seconds between two looks at a failed object's ConfigMaps
 LINEAGE_MAX = 64
