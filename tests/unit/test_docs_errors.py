@@ -81,8 +81,8 @@ def test_every_reason_has_a_row() -> None:
     assert given() - told() == set(), "add a row with the remedy to docs/errors.md"
 
 
-# Said by Kubernetes itself, and passed on as they are.
-PASSED_ON = {"SchedulingGated", "DeadlineExceeded", "FailedMount", "FailedAttachVolume",
+# Said by Kubernetes itself, and passed on as they are; BackoffLimitExceeded by older operators, whose objects are kept.
+PASSED_ON = {"SchedulingGated", "DeadlineExceeded", "BackoffLimitExceeded", "FailedMount", "FailedAttachVolume",
              "FailedCreatePodSandBox", "Unschedulable"}  # fmt: skip
 
 
