@@ -101,6 +101,13 @@ def silent_in_a_rollback() -> Kubernetes:
     return world
 
 
+def without_figures() -> Kubernetes:
+    world = rolling()
+    world.answers = [prometheus.NoData("none")]
+    world.passes(1, seconds=70)
+    return world
+
+
 def without_pods() -> Kubernetes:
     world = rolled_out()
     world.broken[world.status["stable"]["revision"]] = {"phase": "Pending"}
@@ -132,6 +139,7 @@ def rolled_out() -> Kubernetes:
     [
         (late_at_first, {"Failed"}),
         (silent_in_a_rollback, {"RollingBack"}),
+        (without_figures, {"Holding"}),
         (without_pods, {"slmops_deployments_unavailable"}),
         (scaled_to_zero, set()),
         (not_begun, set()),
