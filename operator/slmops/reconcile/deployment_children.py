@@ -20,25 +20,25 @@ def made(
     observed: Observed,
     decision: Decision,
     routes: Object,
-    records: dict[str, Object],
+    manifests: dict[str, Object],
 ) -> tuple[Object, ...]:
     """Make what is to be applied, with the router's records of all revisions in it."""
     settings = observed.settings
     token = router.token(settings.router_key, obj["metadata"]["uid"])
-    made: list[Object] = [
+    children: list[Object] = [
         router_parts.token_secret(obj, token),
-        router_parts.config_map(obj, routes, records, settings.router_key),
+        router_parts.config_map(obj, routes, manifests, settings.router_key),
         router_parts.service(obj),
         router_parts.deployment(obj, spec, token, settings),
     ]
     for revision, replicas in sorted(decision.replicas.items()):
-        if revision in records:
-            made += [serving.headless_service(obj, revision), serving.scaled(records[revision], replicas)]
+        if revision in manifests:
+            children += [serving.headless_service(obj, revision), serving.scaled(manifests[revision], replicas)]
     if spec.replicas > 1:
         first = decision.stable or decision.candidate
-        made.append(serving.disruption_budget(obj, keys.ROLE_SERVER, first.revision if first else ""))
-        made.append(serving.disruption_budget(obj, keys.ROLE_ROUTER))
-    return tuple(made)
+        children.append(serving.disruption_budget(obj, keys.ROLE_SERVER, first.revision if first else ""))
+        children.append(serving.disruption_budget(obj, keys.ROLE_ROUTER))
+    return tuple(children)
 
 
 def records(
@@ -46,28 +46,28 @@ def records(
     spec: ModelDeploymentSpec,
     observed: Observed,
     decision: Decision,
-    anew: Mapping[str, Object],
-    outdated: Collection[str],
+    built: Mapping[str, Object],
+    going: Collection[str],
 ) -> dict[str, Object]:
     """The manifest of each wanted revision: as recorded, else as it stands in the cluster, else built.
 
     The record of one that is not wanted is kept as long as its Service is there: nothing else tells of it. That of one
     whose Deployment goes is dropped, so that the next pass builds it; of one that somebody deleted it is still there.
     """
-    records = {revision: observed.records[revision] for revision in observed.strays}
+    found = {revision: observed.records[revision] for revision in observed.strays}
     wanted = observed.wanted
     for revision in decision.replicas:
-        if revision in outdated:
+        if revision in going:
             continue
-        if revision in anew:  # it has no Deployment, or one that is just like it
-            records[revision] = anew[revision]
+        if revision in built:  # it has no Deployment, or one that is just like it
+            found[revision] = built[revision]
         elif revision in observed.records:
-            records[revision] = observed.records[revision]
+            found[revision] = observed.records[revision]
         elif revision in observed.live:
-            records[revision] = serving.record_of(observed.live[revision])
+            found[revision] = serving.record_of(observed.live[revision])
         elif wanted.revision is not None and wanted.model is not None and revision == wanted.revision.revision:
-            records[revision] = serving.deployment(obj, spec, revision, wanted.model, observed.settings)
-    return records
+            found[revision] = serving.deployment(obj, spec, revision, wanted.model, observed.settings)
+    return found
 
 
 def anew(obj: Object, spec: ModelDeploymentSpec, observed: Observed, decision: Decision) -> dict[str, Object]:
@@ -91,13 +91,13 @@ def anew(obj: Object, spec: ModelDeploymentSpec, observed: Observed, decision: D
     return {name: serving.deployment(obj, spec, name, wanted.model, observed.settings)} if due else {}
 
 
-def outdated(observed: Observed, anew: Mapping[str, Object]) -> list[str]:
+def outdated(observed: Observed, built: Mapping[str, Object]) -> list[str]:
     """Revisions whose Deployment goes, so that the next pass makes it anew.
 
     It is not changed: a pod that waits for its image keeps the GPU that its successor would wait for. A record alone
     does not tell: one that was read back from the cluster says also what the API server added.
     """
-    return [name for name, manifest in anew.items()
+    return [name for name, manifest in built.items()
             if name in observed.live and observed.records.get(name) != manifest
             and not _is_made_of(observed.live[name], manifest)]  # fmt: skip
 
