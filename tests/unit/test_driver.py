@@ -443,9 +443,9 @@ def test_a_run_whose_change_a_policy_refuses_runs_on_and_says_so(change: Object,
 
 
 def test_a_run_whose_change_a_policy_refuses_says_how_its_pods_end_and_why_none_starts() -> None:
-    cluster = MemoryCluster()
+    cluster, moment = MemoryCluster(), NOW
     driver = Driver(
-        cluster, Settings(store="oci://s"), reconcilers(lambda address: None), lambda routes: None, clock=lambda: NOW
+        cluster, Settings(store="oci://s"), reconcilers(lambda address: None), lambda routes: None, clock=lambda: moment
     )
     key, job = key_of(cluster.put(finetune())), Key("Job", "ns", "tune-finetune")
     driver.run(key)
@@ -473,6 +473,9 @@ def test_a_run_whose_change_a_policy_refuses_says_how_its_pods_end_and_why_none_
     assert cluster.objects[key]["status"]["lastFailure"]["reason"] == "InternalError"
     message, events = look("tune-c", 10, phase="Pending", state=waiting("ErrImagePull", "no such tag"))
     assert ("no such tag" in message, events) == (True, ["ImagePullBackOff"])
+    moment += timedelta(hours=1)
+    cluster.refuse["Job"] = KYVERNO
+    assert driver.run(key) == 60.0
 
 
 def test_a_resumption_that_a_policy_refuses_is_all_that_is_told() -> None:

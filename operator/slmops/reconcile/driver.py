@@ -175,7 +175,8 @@ class Driver:
         self._tell(written, plan)
         match outcome:
             case Retry() as retry:
-                return retry.after if plan.requeue is None else min(plan.requeue, retry.after)
+                after = retry.after if _serves(obj) else conditions.patiently(retry.after, _stands(obj), now)
+                return after if plan.requeue is None else min(plan.requeue, after)
             case Terminal() as terminal:
                 self._post_once(obj, written, terminal)
                 return plan.requeue
