@@ -1,5 +1,6 @@
 """Evaluations that are not taken twice, and that end when the pod is asked to."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +44,20 @@ def test_a_base_is_measured_once_by_all_pods_but_anew_on_other_examples_and_when
     with pytest.raises(RunFailure) as caught:
         measure.once(second, loaded, held_out("1"), ASKED, "Before", "sha256:a")
     assert caught.value.reason == "Interrupted"
+
+
+def test_what_an_older_trainer_measured_is_measured_anew(
+    make_run: Callable[..., Context], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its words were others: no gate holds the number of one against that of the other."""
+    loaded, first = models.load(tiny_model, "tiny"), make_run()
+    values = measure.once(first, loaded, held_out("1"), ASKED, "Before", "sha256:a")
+    path = first.checkpoints.folder / measure.PART / "Before.json"
+    kept = json.loads(path.read_text())
+    assert kept.pop("scoring") == evaluate.SCORING
+    for version in ({}, {"scoring": evaluate.SCORING + 1}):  # the first ones said none; an upgrade may be taken back
+        path.write_text(json.dumps({**kept, **version, "metrics": {"tokenF1": -1.0, "perplexity": -1.0}}))
+        assert measure.once(first, loaded, held_out("1"), ASKED, "Before", "sha256:a") == values
 
 
 def test_every_score_is_taken_once_for_each_answer(

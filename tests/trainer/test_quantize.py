@@ -19,7 +19,7 @@ from tiny import chat, task
 from slmops.api.quantized import Gate, QuantizedModelSpec
 from slmops.api.run import Input, RunResult
 from slmops_artifacts import ArtifactError, Manifest, Parent, hub, read_manifest
-from slmops_trainer import context, generate, models, onnx_build, onnx_graph, quantize
+from slmops_trainer import context, evaluate, generate, models, onnx_build, onnx_graph, quantize
 from slmops_trainer.context import Context
 from slmops_trainer.data import Example, Examples, Message
 from slmops_trainer.failure import RunFailure
@@ -313,6 +313,41 @@ def test_a_store_that_is_away_in_the_end_costs_no_second_conversion(
     assert len(builds) == 1
     assert ctx.metrics["source_tokenF1"] == 1.0
     assert moved["source_tokenF1"] < 1.0
+
+
+def test_an_upgraded_trainer_takes_over_neither_a_score_nor_a_model_that_it_would_make_otherwise(
+    make_run: Callable[..., Context], lively: Path, gold: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gate = {"dataset": {"uri": gold}, "metric": "tokenF1", "maxDrop": 1.0, "maxTokens": 12}
+
+    def pod() -> Context:
+        ctx = make_run(model=lively, quantize=spec(precision="fp32", gate=gate).wire())
+        ctx.store_patience = 0.0
+        return ctx
+
+    def away(*_: Any, **__: Any) -> Any:
+        raise ArtifactError("SourceUnavailable", "The registry is away.")
+
+    slide, windows = onnx_graph.slide, onnx_graph.windows
+    with monkeypatch.context() as patch:
+        patch.setattr(context, "push", away)
+        patch.setattr(quantize, "FORM", quantize.FORM - 1)
+        patch.setattr(onnx_graph, "slide", lambda folder, wanted, uri: slide(folder, [7 for _ in wanted], uri))
+        with monkeypatch.context() as older:
+            older.setattr(evaluate, "SCORING", evaluate.SCORING - 1)
+            older.setitem(evaluate.SCORES, "tokenF1", lambda *_: -1.0)
+            with pytest.raises(RunFailure, match="registry is away"):
+                quantize.run(pod())
+        patch.setattr(onnx_build, "build", None)  # what was converted goes on to be taken over
+        ctx = pod()
+        with pytest.raises(RunFailure, match="registry is away"):
+            quantize.run(ctx)
+        assert ctx.metrics["source_tokenF1"] == 1.0
+        assert 0.0 <= ctx.metrics["tokenF1"] <= 1.0
+    metrics = quantize.run(pod()).metrics
+    assert (metrics["source_tokenF1"], metrics["tokenF1"]) == (1.0, 1.0)
+    nodes = [node for node in graph(tmp_path / "store/out").node if node.op_type == onnx_graph.ATTENTION]
+    assert [onnx_graph._window(node) for node in nodes] == windows(models.load(lively, "lively").model.config)
 
 
 def test_what_olive_cannot_convert_is_named(make_run: Callable[..., Context], tiny_model: Path, tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slmops_trainer import evaluate
+
 if TYPE_CHECKING:
     from slmops_trainer.context import Context
 
@@ -47,15 +49,19 @@ def keep(ctx: "Context", made: Path, origin: Mapping[str, Any]) -> Path:
 
 
 def measured(ctx: "Context", examples: str) -> dict[str, float]:
-    """What an earlier pod measured of the converted model on the examples with this digest; empty if nothing."""
+    """What an earlier pod measured of the converted model, as it is measured now, on the examples with this digest.
+
+    Empty if nothing.
+    """
     found = _read(ctx.checkpoints.folder / PART / MEASURED)
-    return dict(found["metrics"]) if found.get("examples") == examples else {}
+    same = found.get("examples") == examples and found.get("scoring") == evaluate.SCORING
+    return dict(found["metrics"]) if same else {}
 
 
 def note(ctx: "Context", examples: str, metrics: Mapping[str, float]) -> None:
     """Keep what was measured."""
     path = ctx.checkpoints.folder / PART / MEASURED
-    path.write_text(json.dumps({"examples": examples, "metrics": dict(metrics)}))
+    path.write_text(json.dumps({"examples": examples, "scoring": evaluate.SCORING, "metrics": dict(metrics)}))
     ctx.keep()
 
 

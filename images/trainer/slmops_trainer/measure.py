@@ -63,14 +63,14 @@ def kept(
 ) -> dict[str, float]:
     """What an earlier pod measured in `stage`, else what `take` gives.
 
-    Only of the same model, which `origin` identifies with how it is asked, and on the same examples is it the same: a
-    tag may have moved and a ConfigMap been edited since. The measurement goes into the checkpoint's folder; the next
-    save publishes it.
+    Only of the same model, which `origin` identifies with how it is asked, on the same examples and by the same scores
+    is it the same: a tag may have moved, a ConfigMap been edited and the trainer been upgraded since. The measurement
+    goes into the checkpoint's folder; the next save publishes it.
     """
     ctx.resume()
     path = ctx.checkpoints.folder / PART / f"{stage}.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    of = {"examples": examples.digest, "model": origin}
+    of = {"examples": examples.digest, "model": origin, "scoring": evaluate.SCORING}
     if {name: found.get(name) for name in of} != of:
         found = {**of, "metrics": take()}
         path.parent.mkdir(parents=True, exist_ok=True)

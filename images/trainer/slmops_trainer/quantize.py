@@ -41,6 +41,7 @@ PLAN = [
     Stage(BEFORE, 20), Stage(CHECKING, 5), Stage(AFTER, 20), Stage("Publishing", 5),
 ]  # fmt: skip
 PACKAGES = ("olive-ai", "onnx", "onnxruntime", "onnxruntime-genai")
+FORM = 2  # raise it when another folder is made of what Olive builds: a run then takes over none of an older trainer
 CONFIG = "genai_config.json"
 EPSILON = 1e-9  # that sums of floats may be off
 EXCERPT = 160  # characters of an answer in messages
@@ -62,7 +63,7 @@ def run(ctx: Context) -> RunResult:
     uri = ctx.spec.model.uri
     folder, source = models.fetch(ctx, "source", convertible.refuse)
     convertible.refuse(models.check(folder, uri), uri)
-    origin = {"source": source.digest, "olive": onnx_build.options(spec), "versions": _versions()}
+    origin = {"source": source.digest, "olive": onnx_build.options(spec), "versions": _versions(), "form": FORM}
     made, fresh = conversion.recall(ctx, origin), ctx.work / "onnx"
     if made is None:
         onnx_build.build(ctx, folder, fresh, onnx_build.options(spec), uri)
