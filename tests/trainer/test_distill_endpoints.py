@@ -217,6 +217,31 @@ def test_keys_in_a_url_are_never_told(
 
 
 @pytest.mark.parametrize(
+    ("query", "key"),
+    [("?k=s3cret/s3cret==", None), ("?a=1&k=s3cret%2Fs3cret%3D%3D#x", None), ("?a=1", "s3cret/s3cret==")],
+)
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("bad key s3cret/s3cret==, try 8", "bad key ***, try 8"),
+        ("bad key s3cret%2fs3cret%3d%3D", "bad key ***"),
+        ("bad key s3cret&#x2F;s3cret&equals;&#61;", "bad key ***"),
+        (r"bad key s3cret\/s3cret\u003d\u003D", "bad key ***"),
+        ("POST /x?k=s3cret/s3cret==&amp;a=1", "POST /x?"),
+        ("POST /x?a=1&amp;k=s3cret/s3cret==", "POST /x?"),
+        (r"POST /x?a=1\u0026k=s3cret%2Fs3cret%3D%3D", "POST /x?"),
+    ],
+)
+def test_a_key_is_masked_however_it_is_spelt(
+    pod: Callable[[], Context], query: str, key: str | None, said: str, told: str
+) -> None:
+    with FakeTeacher(upper, lambda *_: Fault(404, said)) as fake, pytest.raises(RunFailure) as caught:
+        ask(pod(), fake.url + query, TEXTS, key=key)
+    assert told in caught.value.message
+    assert "s3cret" not in caught.value.message
+
+
+@pytest.mark.parametrize(
     ("url", "shown"),
     [
         ("https://t:8443/a/v1", "https://t:8443/a/v1"),

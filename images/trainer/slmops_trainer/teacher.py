@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import parse_qsl, unquote
 
 import httpx
 
@@ -41,6 +42,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0  # seconds
 LONGEST_HINT = 600.0  # seconds of Retry-After that a pod, and its GPU, waits: twice, and the pod has ended
 REVISION = "x-slmops-revision"  # header of the answers of a ModelDeployment
 BODY_MAX = 16 << 20  # bytes of a response
+SECRET_MIN = 8  # characters of a query's value: shorter ones are parts of words and numbers
 log = logging.getLogger("slmops")
 
 
@@ -107,7 +109,7 @@ class Teacher:
         self._endpoint = endpoint
         head, mark, query = endpoint.url.partition("?")
         self._url = f"{head.rstrip('/')}/chat/completions{mark}{query}"
-        self._secrets = [text for text in (key, query) if text]
+        self._secrets = _secrets(key, query)
         self._at = shown(endpoint.url)
         self._timeout = timeout
         self._on_trouble = on_trouble
@@ -340,9 +342,29 @@ class Teacher:
 
     def _excerpt(self, raw: bytes) -> str:
         text = " ".join(raw[: 4 * EXCERPT].decode("utf-8", "replace").split())
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
+        text = self._secrets.sub("***", text)
         return repr(text[:EXCERPT]) if text else "an empty body"
+
+
+def _secrets(key: str | None, query: str) -> re.Pattern[str]:
+    """What an endpoint may quote and nobody else may read: the key, and the query with each of its longer values."""
+    sent = query.partition("#")[0]
+    values = [value for _, value in parse_qsl(sent) if len(value) >= SECRET_MIN]
+    longest_first = sorted(filter(None, (key, sent, unquote(sent), *values)), key=len, reverse=True)
+    return re.compile("|".join(map(_spelt, longest_first)) or "(?!)")
+
+
+def _spelt(text: str) -> str:
+    """A pattern of the text as it may stand in URLs, in JSON and in HTML."""
+
+    def one(char: str) -> str:
+        if char.isascii() and char.isalnum():
+            return char
+        percents = r"%\w\w" * len(char.encode())
+        escapes = r"\\u\w{4}" * (len(char.encode("utf-16-le")) // 2)
+        return rf"(?:\\?{re.escape(char)}|\+|{percents}|{escapes}|&#?\w+;)"
+
+    return "".join(map(one, text))
 
 
 def _credentials(url: str, key: str) -> dict[str, str]:
