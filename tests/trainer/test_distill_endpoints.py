@@ -248,11 +248,20 @@ def test_a_key_is_masked_however_it_is_spelt(
         ("https://t/v1?key=k&api-version=1#k", "https://t/v1"),
         ("https://t/v1#k", "https://t/v1"),
         ("https://u:p@t/v1?mail=a@b", "https://t/v1"),
-        ("https://u:p/p@p@t/v1", "https://t/v1"),
+        ("https://u:p@p@t/v1", "https://t/v1"),
+        ("https://t/@a/v1", "https://t/@a/v1"),
+        ("https://u:p@t/@a/v1", "https://t/@a/v1"),
     ],
 )
 def test_a_url_is_shown_without_what_may_be_a_key(url: str, shown: str) -> None:
     assert teacher.shown(url) == shown
+
+
+def test_a_password_that_ends_a_url_too_early_is_not_told(pod: Callable[[], Context]) -> None:
+    with pytest.raises(RunFailure, match="without user and password") as caught:
+        ask(pod(), "http://u:s3cret/s3cret@127.0.0.1/v1", TEXTS)
+    assert caught.value.reason == "BadSpec"
+    assert "s3cret" not in caught.value.message
 
 
 def test_a_teacher_is_told_by_the_digest_of_its_model_and_without_one_by_its_revision() -> None:

@@ -81,7 +81,7 @@ class Silent(Exception):  # noqa: N818  # a verdict, not an error
 
 def shown(url: str) -> str:
     """The URL without user, password and query, where gateways take keys: what may leave the pod."""
-    return re.sub("(?<=://).*@", "", re.split("[?#]", url, maxsplit=1)[0])
+    return re.sub("(?<=://)[^/]*@", "", re.split("[?#]", url, maxsplit=1)[0])
 
 
 class Teacher:
@@ -229,6 +229,9 @@ class Teacher:
             cut = isinstance(error, httpx.ReadError | httpx.RemoteProtocolError)
             return Trouble(f"{str(error) or type(error).__name__}"[:EXCERPT], own=cut)
         except (httpx.InvalidURL, UnicodeError) as error:
+            if "@" in self._endpoint.url:  # what the error takes for a port may be the password up to its first slash
+                remedy = "Give it without user and password, and a key with apiKeySecretRef."
+                raise RunFailure("BadSpec", f"The teacher's URL cannot be used. {remedy}") from error
             raise RunFailure("BadSpec", f"The teacher's URL {self._at} cannot be used: {error}.") from error
         return self._judge(response, bytes(raw))
 
