@@ -338,13 +338,16 @@ LONG = {"max_position_embeddings": 64, "eos_token_id": 7}
 )
 @pytest.mark.parametrize("form", ["ir", "gguf"])
 def test_other_forms_too_have_the_context_of_one_rotary_table(
-    tiny: Path, tmp_path: Path, told: dict[str, object], context: int, form: str
+    tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, told: dict[str, object], context: int, form: str
 ) -> None:
+    caplog.set_level("INFO")
     copy = shutil.copytree(tiny, tmp_path / "model")
     as_ir(copy, LONG | told)
     if form == "gguf":
         (copy / "openvino_model.xml").rename(copy / "model.gguf")
     assert model_folder.read(copy).context_length == context
+    why = f"tokens={context} from=64: longer texts need other rotary tables, which are not used here"
+    assert (why in caplog.text) == (context < 64)
 
 
 def test_shapes_are_found_by_gpt_2s_names_too(tiny: Path, tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def _lowered(folder: ModelFolder, limit: int | None) -> ModelFolder:
     if limit is None or limit >= folder.context_length:
         return folder
     log.info(
-        "Lowered the context tokens=%d from=%d: a longer call takes other rotary tables for all that it computes",
+        "Lowered the context tokens=%d from=%d: longer texts need other rotary tables, which are not used here",
         limit,
         folder.context_length,
     )
