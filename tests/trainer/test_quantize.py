@@ -4,7 +4,7 @@ import json
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -258,6 +258,34 @@ def test_only_gates_that_cannot_fail_are_warned_of(
     ctx.metrics[f"source_{metric}"] = score
     quantize._warn_of_blind_gate(ctx, models.load(tiny_model, "tiny"), gate, held_out)
     assert ("No result can fail the gate" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(("right", "told"), [(7, True), (8, False), (20, False)])
+def test_few_examples_are_asked_again_for_one_that_the_source_answers_wrongly(
+    make_run: Callable[..., Context],
+    tiny_model: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    right: int,
+    told: bool,
+) -> None:
+    asked: list[Example] = []
+
+    def answer_all(model: Any, tokenizer: Any, examples: Sequence[Example], *_: Any, **__: Any) -> list[str]:
+        asked.extend(examples)
+        return ["y"] * len(examples)
+
+    monkeypatch.setattr(generate, "generate", answer_all)
+    gate = Gate.model_validate({"dataset": {"uri": "pvc://x/y"}, "metric": "exactMatch", "maxDrop": 0.9})
+    parent = Parent(kind="dataset", uri="configmap://x/y", digest="sha256:" + "1" * 64)
+    items = tuple(Example((Message("user", "x"),), "y" if at < right else "z") for at in range(30))
+    ctx = make_run()
+    ctx.metrics["source_exactMatch"] = right / 30
+    held_out = Examples(items, "prompt-completion", "gold", parent)
+    quantize._warn_of_blind_gate(ctx, models.load(tiny_model, "tiny"), gate, held_out)
+    assert "No result can fail the gate" in caplog.text
+    assert ("answers 'y'; wanted is 'z'. Use examples" in caplog.text) == told
+    assert len(asked) == quantize.LOOKED_AT
 
 
 def test_penalties_in_a_models_config_are_not_measured_with(

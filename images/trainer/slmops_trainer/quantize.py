@@ -45,6 +45,7 @@ FORM = 2  # raise it when another folder is made of what Olive builds: a run the
 CONFIG = "genai_config.json"
 EPSILON = 1e-9  # that sums of floats may be off
 EXCERPT = 160  # characters of an answer in messages
+LOOKED_AT = 8  # examples, for one that the source answers wrongly
 PROBE = Example((Message("user", "Hello"),), None)
 
 log = logging.getLogger("slmops")
@@ -178,19 +179,28 @@ def _warn_of_blind_gate(ctx: Context, loaded: models.Loaded, gate: Gate | None, 
     score = ctx.metrics[f"source_{gate.metric}"]
     if score > gate.max_drop + EPSILON:
         return
-    for example in held_out.items:
-        [said] = generate.generate(
-            loaded.model, loaded.tokenizer, [example], gate.max_tokens, 1, stop_ids=loaded.stop_ids, check=ctx.check
-        )
-        if evaluate.SCORES[gate.metric](said, example.answer or "") < 1:
-            break
     log.warning(
-        "No result can fail the gate: %s of the source is %.4g on its %d examples, and maxDrop allows a loss of %g. To "
-        "line %d of %s the source answers %r; wanted is %r. Use examples of what the source answers, a larger "
-        "gate.maxTokens if it is cut off, or gate.metric: perplexity.",
-        gate.metric, score, len(held_out.items), gate.max_drop, example.line, held_out.source, said[:EXCERPT],
-        (example.answer or "")[:EXCERPT],
+        "No result can fail the gate: %s of the source is %.4g on its %d examples, and maxDrop allows a loss of %g. "
+        "%sUse examples of what the source answers, a larger gate.maxTokens if it is cut off, or gate.metric: "
+        "perplexity.",
+        gate.metric, score, len(held_out.items), gate.max_drop, _wrong_answer(ctx, loaded, gate, held_out),
     )  # fmt: skip
+
+
+def _wrong_answer(ctx: Context, loaded: models.Loaded, gate: Gate, held_out: Examples) -> str:
+    """What the source answers wrongly, in a sentence; empty if it gets the first examples right."""
+    asked = held_out.items[:LOOKED_AT]
+    answers = generate.generate(
+        loaded.model, loaded.tokenizer, asked, gate.max_tokens, LOOKED_AT, stop_ids=loaded.stop_ids, check=ctx.check
+    )
+    for example, said in zip(asked, answers, strict=True):
+        wanted = example.answer or ""
+        if evaluate.SCORES[gate.metric](said, wanted) < 1:
+            return (
+                f"To line {example.line} of {held_out.source} the source answers {said[:EXCERPT]!r}; wanted is "
+                f"{wanted[:EXCERPT]!r}. "
+            )
+    return ""
 
 
 def _measure_result(
