@@ -197,8 +197,8 @@ def _measure_teacher(
         # Thoughts need room before the answer, and many teachers think aside, unasked.
         longest = max(evaluation.max_tokens, settings.max_tokens)
         greedy = replace(terms, sampling=Sampling(0.0, 1.0, longest), min_success_ratio=0.0, budget=None)
-        shown = [synthetic.instructed(item, None, think=settings.chain_of_thought) for item in gold.items]
-        asked = questions.make(synthetic.wire(shown), 1, teacher, greedy.sampling, seed, ctx.check)
+        prompted = [synthetic.instructed(item, None, think=settings.chain_of_thought) for item in gold.items]
+        asked = questions.make(synthetic.wire(prompted), 1, teacher, greedy.sampling, seed, ctx.check)
         generation.ask_all(ctx, asked, greedy, store, TEACHER)
         replies = [store.get(question.key) for question in asked]
         texts = [_answer(reply.text, think=settings.chain_of_thought) if reply else "" for reply in replies]

@@ -142,10 +142,10 @@ def _generate(
     left_out = leaked | unfit
     asked = [example for index, example in enumerate(prompts.items) if index not in left_out]
     taught = [instructed(example, settings.system_prompt) for example in asked]
-    shown = wire([instructed(example, settings.system_prompt, think=settings.chain_of_thought) for example in asked])
+    prompted = [instructed(example, settings.system_prompt, think=settings.chain_of_thought) for example in asked]
     samples = settings.samples_per_prompt if settings.temperature else 1  # greedy answers to one prompt are equal
     teacher = answers.teacher_key(terms.endpoint)
-    wanted = questions.make(shown, samples, teacher, terms.sampling, spec.training.seed, ctx.check)
+    wanted = questions.make(wire(prompted), samples, teacher, terms.sampling, spec.training.seed, ctx.check)
     outcome = generation.ask_all(ctx, wanted, terms, store, GENERATING)
     ctx.report(FILTERING, 0, 1, f"{len(store)} answers")
     replies = [(store.get(question.key), taught[question.prompt]) for question in wanted]
