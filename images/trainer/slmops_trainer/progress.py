@@ -116,6 +116,8 @@ class Board:
 class _Server(ThreadingHTTPServer):
     """A courtesy of the run, which no client may end by the files and threads of many connections.
 
+    Where there are too many, the oldest ends: who holds many can so keep nobody else away.
+
     Keeps quiet about clients that hang up: a busy pod answers late, and its log is for people.
     """
 
@@ -127,10 +129,9 @@ class _Server(ThreadingHTTPServer):
         super().__init__(*arguments)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer, or hang up at once where too many are being answered."""
-        if len(self._since) >= CONNECTIONS:
-            self.shutdown_request(request)
-            return
+        """Answer in a thread of its own."""
+        for oldest in list(self._since)[: max(0, len(self._since) - CONNECTIONS + 1)]:
+            self._end(oldest)
         self._since[request] = time.monotonic()
         super().process_request(request, client_address)
 
@@ -140,13 +141,17 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        """Break off, twice a second, what takes too long: its thread closes it then."""
+        """Break off, twice a second, what takes too long."""
         before = time.monotonic() - CONNECTION_SECONDS
         for request, since in self._since.copy().items():
             if since < before:
-                self._since.pop(request, None)
-                with suppress(OSError):  # closed meanwhile
-                    request.shutdown(socket.SHUT_RDWR)
+                self._end(request)
+
+    def _end(self, request: socket.socket) -> None:
+        """Make its thread close it."""
+        self._since.pop(request, None)
+        with suppress(OSError):  # closed meanwhile
+            request.shutdown(socket.SHUT_RDWR)
 
     def server_bind(self) -> None:
         """One socket for both families."""
