@@ -33,7 +33,7 @@ class Settings:
     threads: int = 0
     slots: int = 0
     max_model_len: int = 0
-    prefill_chunk: int = 256
+    prefill_chunk: int = 128
     speculate: int = 0
     max_queue: int = 64
     max_queue_tokens: int = 0
@@ -169,7 +169,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
     option("threads", "0", _whole, "threads of one model step; 0: from the CPU limit, measured for small models")
     option("slots", "0", _whole, "answers generated at the same time; 0: up to 8, as the memory limit allows")
     option("max-model-len", "0", _whole, "prompt + answer, in tokens; 0: the model's context length")
-    option("prefill-chunk", "256", _whole, "prompt tokens per step, so that running answers keep moving")
+    option("prefill-chunk", "128", _whole, "prompt tokens per step, so that running answers keep moving")
     option("speculate", "0", _guesses, "tokens of an answer guessed ahead where its text repeats itself; 0: none")
     option("max-queue", "64", _whole, "requests that may wait for a slot; the next one gets 503")
     option(

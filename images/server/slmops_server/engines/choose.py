@@ -31,7 +31,7 @@ class EngineOptions:
     threads: int = 0
     slots: int = 0
     max_model_len: int = 0
-    prefill_chunk: int = 256
+    prefill_chunk: int = 128
     guesses: int = 0
     adapters: Sequence[tuple[str, str]] = ()  # names and folders; the engine does not start without them
     loaded: Sequence[tuple[str, str]] | None = None  # while the server ran; None: none may be
