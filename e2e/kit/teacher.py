@@ -1,6 +1,7 @@
 """The scripted teacher of e2e/scenarios/fake_teacher.py as a Service in a scenario's namespace."""
 
 import json
+import uuid
 
 from kit import pods
 from kit.kubectl import ROOT, Kubectl, wait_for
@@ -14,6 +15,8 @@ class Teacher:
     def __init__(self, kube: Kubectl, image: str, *mode: str, name: str = "teacher") -> None:
         """Applied, and ready. `image` has Python; `mode`: the script's arguments."""
         self.kube, self.name = kube, name
+        # What the same teacher answered an earlier object is not asked again, and the registry outlives a run of tests.
+        self._model = f"any-{uuid.uuid4().hex[:8]}"
         files = {"configMap": {"name": name}}
         made = pods.spec(image, ["python3", "/files/fake_teacher.py", *mode], mounts={"/files": files})
         kube.apply(pods.config_map(name, {"fake_teacher.py": SCRIPT.read_text(encoding="utf-8")}))
@@ -23,7 +26,7 @@ class Teacher:
     @property
     def endpoint(self) -> dict[str, str]:
         """For spec.teacher.endpoint."""
-        return {"url": f"http://{self.name}.{self.kube.namespace}.svc:8000/v1", "model": "any"}
+        return {"url": f"http://{self.name}.{self.kube.namespace}.svc:8000/v1", "model": self._model}
 
     def asked(self, path: str = "asked") -> dict[str, int]:
         """How often each question was answered."""
