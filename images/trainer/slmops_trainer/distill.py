@@ -30,7 +30,7 @@ from slmops_trainer.context import Context, read_secret
 from slmops_trainer.data import Examples
 from slmops_trainer.failure import RunFailure, from_artifact
 from slmops_trainer.progress import Stage
-from slmops_trainer.teacher import Sampling, shown
+from slmops_trainer.teacher import Sampling, recorded
 from slmops_trainer.train import TrainReport, train
 
 TEACHER, BEFORE, TRAINING, AFTER = "Evaluating teacher", "Evaluating base", "Training", "Evaluating"
@@ -111,7 +111,7 @@ def run(ctx: Context) -> RunResult:
     )
     recipe = {
         **spec.wire(),
-        "teacher": {"url": shown(terms.endpoint.url), "model": terms.endpoint.model, "name": terms.endpoint.name},
+        "teacher": recorded(terms.endpoint),
         "evaluationDigest": gold.digest if gold else None,
     }
     title = f"A student of {terms.endpoint.name or terms.endpoint.model}, distilled for {spec.task_type}."

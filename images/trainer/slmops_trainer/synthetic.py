@@ -19,7 +19,7 @@ from slmops_trainer import answers, data, encoding, filters, generation, publish
 from slmops_trainer.data import Example, Examples, Message
 from slmops_trainer.failure import RunFailure
 from slmops_trainer.models import Loaded
-from slmops_trainer.teacher import Sampling, shown
+from slmops_trainer.teacher import Sampling, recorded
 
 if TYPE_CHECKING:
     from slmops_trainer.context import Context
@@ -195,7 +195,7 @@ def _manifest(
         parents=parents,
         lineage=dedupe((*parents, *line)),
         recipe={
-            "teacher": {"url": shown(teacher.url), "model": teacher.model, "name": teacher.name},
+            "teacher": recorded(teacher),
             "data": spec.data.wire(),
         },
         seed=spec.training.seed,

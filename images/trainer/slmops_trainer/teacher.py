@@ -84,6 +84,11 @@ def shown(url: str) -> str:
     return re.sub("(?<=://)[^/]*@", "", re.split("[?#]", url, maxsplit=1)[0])
 
 
+def recorded(endpoint: TeacherEndpoint) -> dict[str, str]:
+    """What an artifact tells of the teacher that it comes from."""
+    return {"url": shown(endpoint.url), "model": endpoint.model, "name": endpoint.name}
+
+
 class Teacher:
     """A client for one endpoint; an async context manager.
 

@@ -30,7 +30,7 @@ class Note:
     names: frozenset[Key] = frozenset()  # for our objects: those of ours that it names
     news: tuple[str, ...] = ()  # for our objects: what others that name it act upon
     phase: str = ""
-    unanswered: bool = False  # for ModelDeployments: a revision serves, but nobody answers
+    unanswered: bool = False  # for ModelDeployments: it has a stable revision, but is not Available
     asked: tuple[str, ...] = ()  # for our objects: what users can change
 
 

@@ -253,15 +253,12 @@ def _stopped(p: Pass, found: Plan) -> tuple[Event, ...]:
     Told once, by the first plan whose status speaks of that pod no more.
     """
     known = conditions.find(p.status.conditions, conditions.READY)
-    then = conditions.find(Status.model_validate(found.status).conditions, conditions.READY)
     last = next((pod for pod in reversed(p.seen.pods) if ended(pod)), None)
-    if last is None or known is None or then is None:
+    if last is None or known is None or last["metadata"]["name"] not in known.message:
         return ()
-    name = last["metadata"]["name"]
-    if name not in known.message or name in then.message:
-        return ()
+    then = conditions.find(Status.model_validate(found.status).conditions, conditions.READY)
     failure = failure_of(last)
-    if failure is None or failure.reason != INTERRUPTED:
+    if then is None or last["metadata"]["name"] in then.message or failure is None or failure.reason != INTERRUPTED:
         return ()
     return (Event(INTERRUPTED, failure.message, warning=True),)
 
