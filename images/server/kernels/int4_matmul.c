@@ -1,0 +1,110 @@
+/* Int4MatMul(A float [.., K], B uint8 [N, blocks, block / 2], scales float [N * blocks]) -> float [.., N]
+ *
+ * Attributes K, N, block_size. B and scales are constant and as MatMulNBits has them: 4 bits, no zero points.
+ */
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "int4.h"
+#include "operators.h"
+
+enum { PARTS = 32, INLINE_ROWS = 16, ROWS_OF_PART = 8 };
+
+typedef struct {
+  const Int4 *matrix;
+  const float *x;
+  float *y;
+  Rounded rounded;
+  int64_t rows, parts;
+} Product;
+
+static void round_part(void *data, size_t part) {
+  const Product *p = data;
+  const int64_t first = (int64_t)part * ROWS_OF_PART, left = p->rows - first;
+  int4_round(p->matrix, p->x, first, left < ROWS_OF_PART ? left : ROWS_OF_PART, p->rounded);
+}
+
+static void multiply_part(void *data, size_t part) {
+  const Product *p = data;
+  const int64_t groups = p->matrix->groups, at = (int64_t)part;
+  int4_multiply(p->matrix, groups * at / p->parts, groups * (at + 1) / p->parts, p->rounded, p->rows, p->y);
+}
+
+static OrtStatus *multiply(void *kernel, OrtKernelContext *context) {
+  const Int4 *matrix = kernel;
+  Shape shape;
+  Product p = {.matrix = matrix};
+  TRY(input(context, 0, (const void **)&p.x, &shape));
+  if (shape.count == 0 || shape.sizes[shape.count - 1] != matrix->k) return refused("Int4MatMul: A is not [.., K]");
+  p.rows = elements(shape) / matrix->k;
+  shape.sizes[shape.count - 1] = matrix->n;
+  TRY(output(context, shape, &p.y));
+  if (p.rows == 0) return NULL;
+  void *scratch = thread_buffer(0, int4_rounded_bytes(matrix, p.rows));
+  if (!scratch) return CreateStatus(ORT_FAIL, "Int4MatMul: no memory");
+  p.rounded = int4_rounded(matrix, p.rows, scratch);
+  p.parts = matrix->groups < PARTS ? matrix->groups : PARTS;
+  if (p.rows < INLINE_ROWS)
+    int4_round(matrix, p.x, 0, p.rows, p.rounded);
+  else
+    TRY(KernelContext_ParallelFor(context, round_part, (size_t)((p.rows + ROWS_OF_PART - 1) / ROWS_OF_PART), 0, &p));
+  return KernelContext_ParallelFor(context, multiply_part, (size_t)p.parts, 0, &p);
+}
+
+/* What was copied need not stay in memory: of a mapped file its pages are dropped, of anything else nothing happens. */
+static void give_back(const void *data, size_t bytes) {
+  const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+  const uintptr_t first = ((uintptr_t)data + page - 1) / page * page, end = ((uintptr_t)data + bytes) / page * page;
+  if (first < end) madvise((void *)first, end - first, MADV_PAGEOUT);
+}
+
+static OrtStatus *constant(const OrtKernelInfo *info, size_t at, void **data) {
+  int is_constant = 0;
+  const OrtValue *value;
+  TRY(KernelInfoGetConstantInput_tensor(info, at, &is_constant, &value));
+  if (!is_constant) return refused("Int4MatMul: B and scales are to be constant");
+  return GetTensorMutableData((OrtValue *)value, data);
+}
+
+static OrtStatus *create(const OrtCustomOp *op, const OrtApi *given, const OrtKernelInfo *info, void **kernel) {
+  (void)op, (void)given;
+  Int4 matrix = {0};
+  void *weights, *scales;
+  TRY(KernelInfoGetAttribute_int64(info, "K", &matrix.k));
+  TRY(KernelInfoGetAttribute_int64(info, "N", &matrix.n));
+  TRY(KernelInfoGetAttribute_int64(info, "block_size", &matrix.block));
+  if (matrix.k < 1 || matrix.n < 1 || matrix.block < LANES || matrix.block % LANES)
+    return refused("Int4MatMul: K, N or block_size");
+  TRY(constant(info, 1, &weights));
+  TRY(constant(info, 2, &scales));
+  Int4 *made = malloc(sizeof *made);
+  if (!made || !int4_pack(&matrix, weights, scales)) {
+    free(made);
+    return CreateStatus(ORT_FAIL, "Int4MatMul: no memory");
+  }
+  give_back(weights, (size_t)(matrix.n * matrix.blocks * matrix.block / 2));
+  *made = matrix;
+  *kernel = made;
+  return NULL;
+}
+
+static void destroy(void *kernel) {
+  int4_free(kernel);
+  free(kernel);
+}
+
+static const char *name(const OrtCustomOp *op) { return (void)op, "Int4MatMul"; }
+static int type(const OrtCustomOp *op, size_t at) { return (void)op, at == 1 ? ORT_UINT8 : ORT_FLOAT; }
+static size_t inputs(const OrtCustomOp *op) { return (void)op, 3; }
+
+const OrtCustomOp int4_matmul = {
+    OP_COMMON,
+    .GetName = name,
+    .GetInputType = type,
+    .GetInputTypeCount = inputs,
+    .GetInputCharacteristic = op_zero,
+    .CreateKernelV2 = create,
+    .KernelComputeV2 = multiply,
+    .KernelDestroy = destroy,
+};
