@@ -11,7 +11,7 @@ import onnxruntime as ort  # type: ignore[import-untyped]  # it ships no types
 import pytest
 
 from slmops_server import model_folder
-from slmops_server.engines import graph
+from slmops_server.engines import graph, protobuf
 from slmops_server.engines.ort import OrtForward, _model, _session
 
 TOKENS = [5, 300, 41, 17, 99, 256, 3, 77]
@@ -97,10 +97,10 @@ def test_weights_within_a_graph_are_copied_once_and_read_never_before(tiny: Path
     """A pod's memory has room for the model, not for copies of it."""
     model = (tiny / "model.onnx").read_bytes()
     weights = bytes(16 << 20)
-    tensor = graph._message(graph.INITIALIZER, graph._message(9, weights))
+    tensor = protobuf.message(graph.INITIALIZER, protobuf.message(9, weights))
     file = tmp_path / "model.onnx"
-    old = next(value for number, value, _ in graph._fields(memoryview(model)) if number == graph.GRAPH)
-    file.write_bytes(graph._message(graph.GRAPH, tensor + bytes(old)))  # type: ignore[arg-type]
+    old = next(value for number, value, _ in protobuf.fields(memoryview(model)) if number == graph.GRAPH)
+    file.write_bytes(protobuf.message(graph.GRAPH, tensor + bytes(old)))  # type: ignore[arg-type]
     size = file.stat().st_size
     tracemalloc.start()
     assert graph.item_bytes(graph.read(file), "past_key_values.1.value") == 4
@@ -120,18 +120,18 @@ def test_an_empty_file_is_no_graph(tmp_path: Path) -> None:
 
 def node(kind: str, inputs: list[str], outputs: list[str], attribute: bytes = b"") -> bytes:
     """A field of a graph: a NodeProto."""
-    names = [graph._message(graph.NODE_INPUT, name.encode()) for name in inputs]
-    names += [graph._message(graph.NODE_OUTPUT, name.encode()) for name in outputs]
-    more = [graph._message(graph.NODE_ATTRIBUTE, attribute)] if attribute else []
-    return graph._message(graph.NODE, b"".join([*names, graph._message(graph.NODE_OP, kind.encode()), *more]))
+    names = [protobuf.message(graph.NODE_INPUT, name.encode()) for name in inputs]
+    names += [protobuf.message(graph.NODE_OUTPUT, name.encode()) for name in outputs]
+    more = [protobuf.message(graph.NODE_ATTRIBUTE, attribute)] if attribute else []
+    return protobuf.message(graph.NODE, b"".join([*names, protobuf.message(graph.NODE_OP, kind.encode()), *more]))
 
 
 def longrope(limit: int, form: str, attention: str = "GroupQueryAttention") -> bytes:
     """As the builder writes it: the constant as a node of its own, or as an initializer after a pass of Olive."""
-    raw = graph._number(2, graph.INT64) + graph._message(9, limit.to_bytes(8, "little"))
-    packed = graph._number(2, graph.INT64) + graph._message(7, graph._encoded(limit))
-    tensor = graph._message(8, b"limit") + (packed if form == "packed" else raw)
-    branch = graph._message(1, b"then_branch") + graph._message(6, node("Constant", [], ["cos_cache_large"]))
+    raw = protobuf.number_field(2, graph.INT64) + protobuf.message(9, limit.to_bytes(8, "little"))
+    packed = protobuf.number_field(2, graph.INT64) + protobuf.message(7, protobuf.encoded(limit))
+    tensor = protobuf.message(8, b"limit") + (packed if form == "packed" else raw)
+    branch = protobuf.message(1, b"then_branch") + protobuf.message(6, node("Constant", [], ["cos_cache_large"]))
     parts = [
         node("Shape", ["attention_mask"], ["shape"]),
         node("Gather", ["shape", "one"], ["length"]),
@@ -140,10 +140,10 @@ def longrope(limit: int, form: str, attention: str = "GroupQueryAttention") -> b
         node(attention, ["qkv", "", "", "past", "past", "seqlens", "total", "cos_cache", "sin_cache"], ["out"]),
     ]
     if form == "node":
-        parts.insert(0, node("Constant", [], ["limit"], graph._message(1, b"value") + graph._message(5, tensor)))
+        parts.insert(0, node("Constant", [], ["limit"], protobuf.message(1, b"value") + protobuf.message(5, tensor)))
     else:
-        parts.append(graph._message(graph.INITIALIZER, tensor))
-    return graph._message(graph.GRAPH, b"".join(parts))
+        parts.append(protobuf.message(graph.INITIALIZER, tensor))
+    return protobuf.message(graph.GRAPH, b"".join(parts))
 
 
 @pytest.mark.parametrize("form", ["node", "raw", "packed"])

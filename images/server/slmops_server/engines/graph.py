@@ -3,16 +3,14 @@
 The output head is a large part of a small model with a large vocabulary, and its result for a prompt is a copy of the
 vocabulary for each token, of which one row is needed. A new input `logits_from` (int64, [1]) says where to begin.
 
-The file is changed on the level of protobuf's wire format (messages of onnx.proto3), because that is one node to read
-and two to write; the onnx package would be ten times the size of this server for it.
-
 A file may hold weights too, so nothing is copied before the changed model is put together: a file is mapped, parts are
 views of it, and weights are passed over without being read.
 """
 
 import mmap
-from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from slmops_server.engines import protobuf
 
 FROM = "logits_from"
 HIDDEN = "slmops/hidden_from"
@@ -40,11 +38,11 @@ def read(path: Path) -> memoryview:
 
 def logits_from(model: bytes | memoryview, logits: str) -> bytes | None:
     """The changed model, or None where its output head is not of a known form. ValueError when the file is damaged."""
-    fields = list(_fields(memoryview(model)))
+    fields = list(protobuf.fields(memoryview(model)))
     graph = next((value for number, value, _ in fields if number == GRAPH and isinstance(value, memoryview)), None)
     if graph is None:
         return None
-    parts = list(_fields(graph))
+    parts = list(protobuf.fields(graph))
     nodes = {index: _node(value) for index, (number, value, _) in enumerate(parts) if number == NODE}
     made_by = {name: index for index, node in nodes.items() for name in node[NODE_OUTPUT]}
     at = made_by.get(logits)
@@ -58,20 +56,20 @@ def logits_from(model: bytes | memoryview, logits: str) -> bytes | None:
         return None
     head = _renamed(parts[at][1], hidden)
     new: list[bytes | memoryview] = [head if index == at else raw for index, (_, _, raw) in enumerate(parts)]
-    new += [_message(NODE, _slice(hidden)), _message(INPUT, _input())]
-    new += [_message(INITIALIZER, _int64(END, (1 << 63) - 1)), _message(INITIALIZER, _int64(AXIS, 1))]
+    new += [protobuf.message(NODE, _slice(hidden)), protobuf.message(INPUT, _input())]
+    new += [protobuf.message(INITIALIZER, _int64(END, (1 << 63) - 1)), protobuf.message(INITIALIZER, _int64(AXIS, 1))]
     whole: list[bytes | memoryview] = []
     for number, _, raw in fields:
-        whole += [_head(GRAPH, sum(map(len, new))), *new] if number == GRAPH else [raw]
+        whole += [protobuf.head(GRAPH, sum(map(len, new))), *new] if number == GRAPH else [raw]
     return b"".join(whole)
 
 
 def item_bytes(model: bytes | memoryview, name: str) -> int | None:
     """Bytes of one number of that input, None where the graph does not tell. ValueError when the file is damaged."""
-    for value in _all(_all([memoryview(model)], GRAPH), INPUT):
-        if any(bytes(found) == name.encode() for found in _all([value], 1)):
-            for tensor in _all(_all([value], 2), 1):
-                kind = next((part for number, part, _ in _fields(tensor) if number == 1), None)
+    for value in protobuf.every(protobuf.every([memoryview(model)], GRAPH), INPUT):
+        if any(bytes(found) == name.encode() for found in protobuf.every([value], 1)):
+            for tensor in protobuf.every(protobuf.every([value], 2), 1):
+                kind = next((part for number, part, _ in protobuf.fields(tensor) if number == 1), None)
                 return BYTES.get(kind) if isinstance(kind, int) else None
     return None
 
@@ -82,20 +80,24 @@ def rotary_switch(model: bytes | memoryview) -> int | None:
     The builder's form of longrope (Phi-3.5, Phi-4-mini): If(Greater(length of the mask, constant)) before attention.
     None where the tables are always the same.
     """
-    parts = list(_all([memoryview(model)], GRAPH))
-    nodes = [(_node(value), value) for value in _all(parts, NODE)]
+    parts = list(protobuf.every([memoryview(model)], GRAPH))
+    nodes = [(_node(value), value) for value in protobuf.every(parts, NODE)]
     made = {(node[NODE_OP][0], name): node[NODE_INPUT] for node, _ in nodes for name in node[NODE_OUTPUT]}
     tables = {name for node, _ in nodes if node[NODE_OP][0] in ROTARY for name in node[NODE_INPUT]}
     conditions = {made["If", name][0] for name in tables if ("If", name) in made}
     limits = {made["Greater", name][-1] for name in conditions if ("Greater", name) in made}
     constants = [
-        *((bytes(name).decode(), one) for one in _all(parts, INITIALIZER) for name in _all([one], TENSOR_NAME)),
+        *(
+            (bytes(name).decode(), one)
+            for one in protobuf.every(parts, INITIALIZER)
+            for name in protobuf.every([one], TENSOR_NAME)
+        ),
         *(
             (name, tensor)
             for node, value in nodes
             if node[NODE_OP][0] == "Constant"
             for name in node[NODE_OUTPUT]
-            for tensor in _all(_all([value], NODE_ATTRIBUTE), ATTRIBUTE_TENSOR)
+            for tensor in protobuf.every(protobuf.every([value], NODE_ATTRIBUTE), ATTRIBUTE_TENSOR)
         ),
     ]
     values = [_whole_number(tensor) for name, tensor in constants if name in limits]
@@ -104,49 +106,46 @@ def rotary_switch(model: bytes | memoryview) -> int | None:
 
 def _whole_number(tensor: memoryview) -> int:
     """The number of a TensorProto that holds one int64, 0 of any other."""
-    for number, value, _ in _fields(tensor):
+    for number, value, _ in protobuf.fields(tensor):
         if number == TENSOR_RAW and isinstance(value, memoryview) and len(value) == INT64_BYTES:
             return int.from_bytes(value, "little", signed=True)
         if number == TENSOR_INT64:
-            return value if isinstance(value, int) else _varint(value, 0)[0]
+            return value if isinstance(value, int) else protobuf.varint(value, 0)[0]
     return 0
-
-
-def _all(messages: Iterable[memoryview], field: int) -> Iterator[memoryview]:
-    """The messages that these hold in one field."""
-    for message in messages:
-        for number, value, _ in _fields(message):
-            if number == field and isinstance(value, memoryview):
-                yield value
 
 
 def _slice(hidden: str) -> bytes:
     """Slice(hidden, logits_from, end, axis) -> hidden_from."""
-    inputs = b"".join(_message(NODE_INPUT, name.encode()) for name in (hidden, FROM, END, AXIS))
+    inputs = b"".join(protobuf.message(NODE_INPUT, name.encode()) for name in (hidden, FROM, END, AXIS))
     return (
         inputs
-        + _message(NODE_OUTPUT, HIDDEN.encode())
-        + _message(NODE_NAME, HIDDEN.encode())
-        + _message(NODE_OP, b"Slice")
+        + protobuf.message(NODE_OUTPUT, HIDDEN.encode())
+        + protobuf.message(NODE_NAME, HIDDEN.encode())
+        + protobuf.message(NODE_OP, b"Slice")
     )
 
 
 def _int64(name: str, value: int) -> bytes:
     """TensorProto of shape [1]: dims = 1, data_type = 2, name = 8, raw_data = 9."""
-    return _number(1, 1) + _number(2, INT64) + _message(8, name.encode()) + _message(9, value.to_bytes(8, "little"))
+    return (
+        protobuf.number_field(1, 1)
+        + protobuf.number_field(2, INT64)
+        + protobuf.message(8, name.encode())
+        + protobuf.message(9, value.to_bytes(8, "little"))
+    )
 
 
 def _input() -> bytes:
     """ValueInfoProto: name = 1, type = 2 {tensor_type = 1 {elem_type = 1, shape = 2 {dim = 1 {dim_value = 1}}}}."""
-    tensor = _number(1, INT64) + _message(2, _message(1, _number(1, 1)))
-    return _message(1, FROM.encode()) + _message(2, _message(1, tensor))
+    tensor = protobuf.number_field(1, INT64) + protobuf.message(2, protobuf.message(1, protobuf.number_field(1, 1)))
+    return protobuf.message(1, FROM.encode()) + protobuf.message(2, protobuf.message(1, tensor))
 
 
 def _node(data: int | memoryview) -> dict[int, list[str]]:
     """A NodeProto's inputs, outputs, name and operator."""
     found: dict[int, list[str]] = {NODE_INPUT: [], NODE_OUTPUT: [], NODE_NAME: [], NODE_OP: []}
     assert isinstance(data, memoryview)
-    for number, value, _ in _fields(data):
+    for number, value, _ in protobuf.fields(data):
         if number in found and isinstance(value, memoryview):
             found[number].append(bytes(value).decode())
     for number in (NODE_INPUT, NODE_OP):  # constants have no inputs; damaged nodes may have no operator
@@ -157,62 +156,8 @@ def _node(data: int | memoryview) -> dict[int, list[str]]:
 def _renamed(data: int | memoryview, hidden: str) -> bytes:
     """The head as a field of the graph, reading from the sliced states."""
     assert isinstance(data, memoryview)
-    old, new = (_message(NODE_INPUT, name.encode()) for name in (hidden, HIDDEN))
-    node = b"".join(new if number == NODE_INPUT and bytes(raw) == old else raw for number, _, raw in _fields(data))
-    return _message(NODE, node)
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview, memoryview]]:
-    """(field number, value, the field as it was written) of a message."""
-    at = 0
-    while at < len(data):
-        begin = at
-        tag, at = _varint(data, at)
-        number, kind = tag >> 3, tag & 7
-        value: int | memoryview
-        if kind == 0:
-            value, at = _varint(data, at)
-        else:
-            size = {1: 8, 5: 4}.get(kind, 0)
-            if kind == 2:
-                size, at = _varint(data, at)
-            value = data[at : at + size]
-            at += size
-            if kind not in (1, 2, 5) or at > len(data):
-                raise ValueError(f"the ONNX file is damaged at byte {begin}")
-        yield number, value, data[begin:at]
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        if at >= len(data):
-            raise ValueError(f"the ONNX file ends within a number at byte {at}")
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        shift += 7
-        if byte < 128:
-            return value, at
-
-
-def _encoded(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _number(field: int, value: int) -> bytes:
-    return _encoded(field << 3) + _encoded(value)
-
-
-def _message(field: int, data: bytes) -> bytes:
-    return _head(field, len(data)) + data
-
-
-def _head(field: int, size: int) -> bytes:
-    """What stands before a message of `size` bytes."""
-    return _encoded(field << 3 | 2) + _encoded(size)
+    old, new = (protobuf.message(NODE_INPUT, name.encode()) for name in (hidden, HIDDEN))
+    node = b"".join(
+        new if number == NODE_INPUT and bytes(raw) == old else raw for number, _, raw in protobuf.fields(data)
+    )
+    return protobuf.message(NODE, node)

@@ -102,6 +102,12 @@ class OpenvinoForward:
         past = [max(length, 0) for length in lengths]
         return self._run(slots, [[token] for token in tokens], past, rows)
 
+    def advance(
+        self, slots: Sequence[int], tokens: Sequence[int], lengths: Sequence[int], _adapter: Adapter = BASE
+    ) -> Logits:
+        """See Mixing."""
+        return self._run(slots, [[token] for token in tokens], lengths, range(len(tokens)))
+
     def mix(
         self,
         slot: int,

@@ -20,9 +20,11 @@ import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]  # it ships no types
 from numpy.typing import NDArray
 
-from slmops_server.engines import adapters, graph, timing
+from slmops_server.engines import adapters, graph, kernels, ragged_graph, timing
 from slmops_server.engines.adapters import BASE, Adapter
 from slmops_server.engines.base import EngineRefusedError
+from slmops_server.engines.ragged import RaggedForward
+from slmops_server.engines.ragged_graph import UnsuitedError
 from slmops_server.engines.sampler import Logits
 from slmops_server.engines.schedule import SMALLEST_CHUNK
 from slmops_server.engines.slots import IDLE
@@ -47,8 +49,10 @@ _Decode = tuple[ort.IOBinding, NDArray[np.int64], NDArray[np.int64], Logits]
 _Rows = tuple[weakref.ref[Adapter], int, int]  # the adapter, which is not kept alive, first row and number of rows
 
 
-def _session(folder: ModelFolder, model: str | bytes, threads: int) -> ort.InferenceSession:
+def _session(folder: ModelFolder, model: str | bytes, threads: int, library: str = "") -> ort.InferenceSession:
     options = ort.SessionOptions()
+    if library:
+        options.register_custom_ops_library(library)
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
@@ -254,6 +258,10 @@ class OrtForward:
             for seconds, row in zip(times, first, strict=True)
         ]
 
+    def notes(self) -> dict[str, str]:
+        """The measurements, as EngineInfo tells them."""
+        return timing.notes(self.decode_seconds, self.prefill_seconds)
+
 
 def _recent(
     kept: dict[_Rows, Made], first: int, rows: int, adapter: Adapter, make: Callable[[int, int, Adapter], Made]
@@ -269,7 +277,7 @@ def _recent(
 
 def load(
     folder: ModelFolder, slots: int, max_len: int, chunk: int, threads: int, limit: int
-) -> tuple[OrtForward, int, dict[str, str]]:
+) -> tuple[RaggedForward | OrtForward, int, dict[str, str]]:
     """A warmed model, its thread count and the measurements behind the choices.
 
     threads 0: all of `limit`, or one where a small model is measured to be as fast on one.
@@ -282,9 +290,7 @@ def load(
     counts = [threads] if threads else [limit]
     if not threads and limit > 1 and folder.model_bytes <= SMALL:
         counts = [1, limit]
-    model = _model(folder)
-    tried = [OrtForward(folder, _session(folder, model, n), slots, max_len, chunk) for n in counts]
-    notes = {}
+    tried, notes = _tried(folder, slots, max_len, chunk, counts)
     best = 0
     if len(tried) > 1:
         times: list[list[float]] = [[] for _ in tried]
@@ -292,11 +298,27 @@ def load(
             for forward, seen in zip(tried, times, strict=True):
                 seen.extend(forward.time_decode(1, 9))
         best = 1 if _pays(*times) else 0
-        notes = {f"step_ms_{n}_threads": f"{_median(t) * 1e3:.3f}" for n, t in zip(counts, times, strict=True)}
+        notes |= {f"step_ms_{n}_threads": f"{_median(t) * 1e3:.3f}" for n, t in zip(counts, times, strict=True)}
     forward = tried[best]
     forward.measure()
-    notes |= timing.notes(forward.decode_seconds, forward.prefill_seconds)
-    return forward, counts[best], notes
+    return forward, counts[best], notes | forward.notes()
+
+
+def _tried(
+    folder: ModelFolder, slots: int, max_len: int, chunk: int, counts: Sequence[int]
+) -> tuple[Sequence[RaggedForward | OrtForward], dict[str, str]]:
+    """The model, loaded for each of these numbers of threads, and why with onnxruntime's own operators if so."""
+    library, reason = kernels.library(), "they are not installed, or not for this CPU"
+    if library and folder.share_buffer:
+        try:
+            changed = ragged_graph.ragged(graph.read(folder.graph), folder)
+            sessions = [_session(folder, changed, n, library) for n in counts]
+            return [RaggedForward(folder, session, slots, max_len, chunk) for session in sessions], {}
+        except (UnsuitedError, ValueError) as error:  # of a damaged file onnxruntime tells more
+            reason = str(error)
+    model = _model(folder)
+    made = [OrtForward(folder, _session(folder, model, n), slots, max_len, chunk) for n in counts]
+    return made, {"without_kernels": reason}
 
 
 def _median(times: list[float]) -> float:

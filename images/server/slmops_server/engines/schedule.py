@@ -49,14 +49,16 @@ class Pace:
         self._sizes = sorted(sizes)
         self._seconds = dict(measured)
 
-    def chunk(self, left: int, budget: float) -> int:
+    def chunk(self, left: int, budget: float, beside: int = 0) -> int:
         """Tokens of the next chunk of a prompt of which `left` are left: the most that fit into `budget` seconds.
+
+        `beside`: tokens of other rows in the same call, of which each takes as long as one of the prompt.
 
         The int4 kernel works on blocks of TILE tokens and rounds a lone token in the last block differently. An answer
         must not depend on how its prompt was cut, so no chunk has one and none is left for the next (a prompt of one
         token aside).
         """
-        fitting = [size for size in self._sizes if self._expected(size) <= budget]
+        fitting = [size for size in self._sizes if self._expected(size) * (size + beside) / size <= budget]
         size = min(left, fitting[-1] if fitting else self._sizes[0])
         if left - size == 1:
             size -= 1
@@ -64,8 +66,9 @@ class Pace:
             size -= 2
         return size
 
-    def note(self, size: int, seconds: float) -> None:
-        """A chunk of `size` tokens took that long. Longer ones take no more for each token: they are tried again."""
+    def note(self, size: int, seconds: float, beside: int = 0) -> None:
+        """A chunk took that long, see chunk. Longer ones take no more for each token: they are tried again."""
+        seconds *= size / (size + beside)
         if size in self._sizes:
             known = self._seconds
             known[size] = known.get(size, seconds) * (1 - WEIGHT) + seconds * WEIGHT

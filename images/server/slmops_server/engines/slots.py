@@ -62,9 +62,14 @@ class Forward(Protocol):
 
 @runtime_checkable
 class Mixing(Protocol):
-    """What a Forward may do besides: a chunk of a prompt and a token of other rows in one call."""
+    """What a Forward may do besides: calls for rows that need not be adjacent, and a chunk of a prompt among them."""
 
     mixes: int  # rows that such a call may advance
+
+    def advance(
+        self, slots: Sequence[int], tokens: Sequence[int], lengths: Sequence[int], adapter: Adapter, /
+    ) -> Logits:
+        """As decode, for any rows."""
 
     def mix(
         self,
@@ -201,6 +206,9 @@ class SlotEngine:
         if any(active):
             begin, expected = self._clock(), 0.0
             for adapter, wanted in self._grouped(active).items():
+                if self._mixing:
+                    expected += self._advance(self._mixing, wanted, adapter, tokens)
+                    continue
                 seconds, calls = cover(wanted, self._seconds(adapter))
                 expected += seconds
                 for first, count in calls:
@@ -235,7 +243,9 @@ class SlotEngine:
         self._prefilling.append(row)
 
     def _cost_with(self, slot: int, adapter: Adapter) -> float:
-        """Seconds of the calls for the rows of that adapter if that slot ran too."""
+        """Seconds of the calls for the rows of that adapter if that slot ran too, as far as they depend on the slot."""
+        if self._mixing:
+            return 0.0
         rows = self._grouped([True] * len(self._rows)).get(adapter, [False] * self._forward.rows)
         wanted = [active or number == slot for number, active in enumerate(rows)]
         return round(cover(wanted, self._seconds(adapter))[0], 9)
@@ -268,8 +278,8 @@ class SlotEngine:
         """One chunk of a prompt and one token of each running answer, in one call."""
         self._start(row)
         prompt = row.job.prompt
-        step = self._slower * cover([other in riders for other in self._rows], self._seconds(row.job.adapter))[0]
-        size = self._pace.chunk(len(prompt) - row.length, (PATIENCE + 1) * step * len(self._prefilling))
+        step = self._slower * self._forward.decode_seconds[len(riders) - 1]
+        size = self._pace.chunk(len(prompt) - row.length, (PATIENCE + 1) * step * len(self._prefilling), len(riders))
         begin = self._clock()
         logits, others = forward.mix(
             row.slot,
@@ -280,7 +290,7 @@ class SlotEngine:
             [rider.length for rider in riders],
             row.job.adapter,
         )
-        self._pace.note(size, self._clock() - begin)
+        self._pace.note(size, self._clock() - begin, len(riders))
         self._prefilled(row, size, logits, tokens)
         for rider, rider_logits in zip(riders, others, strict=True):
             rider.length += 1
@@ -355,6 +365,21 @@ class SlotEngine:
         self.drafted.calls += 1
         self.drafted.tokens += len(guessed)
         self.drafted.accepted += accepted
+
+    def _advance(self, forward: Mixing, wanted: list[bool], adapter: Adapter, tokens: list[Token]) -> float:
+        """Calls for these rows, wherever they are; seconds that they were expected to take."""
+        rows = [row for row, moves in zip(self._rows, wanted, strict=False) if row is not None and moves]
+        expected = 0.0
+        for at in range(0, len(rows), forward.mixes):
+            part = rows[at : at + forward.mixes]
+            logits = forward.advance(
+                [row.slot for row in part], [row.last for row in part], [row.length for row in part], adapter
+            )
+            expected += self._forward.decode_seconds[len(part) - 1]
+            for row, row_logits in zip(part, logits, strict=True):
+                row.length += 1
+                self._sample(row, row_logits, tokens)
+        return expected
 
     def _decode(self, first: int, wanted: list[bool], adapter: Adapter, tokens: list[Token]) -> None:
         """One call for these rows. Those that are not wanted are idle in it: free, moved already, of other adapters."""

@@ -1,0 +1,187 @@
+"""Plain onnxruntime with operators of our own (images/server/kernels): tokens of any rows in one call.
+
+A token's logits are bit for bit what they are alone, whatever else a call computes and however its prompt was cut:
+that is how these operators are made. onnxruntime's own products of floats may round a lone token differently, so where
+that is seen at load, and with adapters, whose products are such ones, a lone token has an idle one for company.
+"""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import onnxruntime as ort  # type: ignore[import-untyped]  # it ships no types
+from numpy.typing import NDArray
+
+from slmops_server.engines import adapters, ragged_graph, timing
+from slmops_server.engines.adapters import BASE, Adapter
+from slmops_server.engines.ragged_graph import UnsuitedError
+from slmops_server.engines.sampler import Logits
+from slmops_server.engines.schedule import SMALLEST_CHUNK
+from slmops_server.engines.slots import IDLE
+from slmops_server.model_folder import ModelFolder
+
+LANES = 16  # tokens; a row's length is a multiple of it
+LOGITS_BYTES = 64 << 20  # of a call in which all logits are wanted
+MAX_ROWS = 16  # in one call; beyond, a row costs as much as in a call of its own
+MEASURED_CHUNKS = (4, 32)  # tokens
+MOST_BOUND = 48  # bindings kept: half a KB for each input, of which an adapter has hundreds
+TYPES: dict[str, type[np.floating]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # of adapters
+
+
+class RaggedForward:
+    """A session over a graph of ragged_graph, and its rows of cache. UnsuitedError when they do not fit together."""
+
+    keeps = True
+
+    def __init__(
+        self, folder: ModelFolder, session: ort.InferenceSession, slots: int, max_len: int, chunk: int
+    ) -> None:
+        self.vocab, self.rows, self.mixes = folder.vocab_size, slots, min(slots, MAX_ROWS)
+        self.decode_seconds: Sequence[float] = ()
+        self.prefill_seconds: Mapping[int, float] = {}
+        self._session, self._max_len = session, max_len
+        self._ids, self._logits = folder.inputs["input_ids"], folder.outputs["logits"]
+        self._positions = folder.inputs.get("position_ids", "position_ids")
+        kinds = {i.name: i.type for i in session.get_inputs()}
+        self._names = [
+            folder.inputs[f"past_{part}_names"] % layer for layer in range(folder.layers) for part in ("key", "value")
+        ]
+        expected = {*self._names, self._ids, ragged_graph.CALLS, ragged_graph.AT}
+        self._has_positions = self._positions in kinds
+        if set(kinds) - {self._positions} != expected:
+            raise UnsuitedError(f"it has other inputs: {', '.join(sorted(set(kinds) ^ expected))}")
+        floats = {kinds[self._names[0]], next(o.type for o in session.get_outputs() if o.name == self._logits)}
+        if floats != {"tensor(float)"}:
+            raise UnsuitedError("its cache or logits are not of float32")
+        length = -(-max_len // LANES) * LANES
+        # zeros is lazy: the machine pays for a row only when it is first used
+        self._cache = np.zeros((len(self._names), slots + 1, folder.kv_heads, length, folder.head_size), np.float32)
+        self.lone = False  # whether a lone token is what it is in company
+        chunk = max(SMALLEST_CHUNK, min(chunk, max_len))
+        self.chunk, self.scored = chunk, max(SMALLEST_CHUNK, min(chunk, LOGITS_BYTES // (4 * self.vocab)))
+        self._out = np.empty((self.mixes + 1, self.vocab), np.float32)
+        optional = {i.name: (i.type, i.shape) for i in session.get_overridable_initializers()}
+        self.lora = adapters.inputs(
+            {name: (TYPES[kind], shape) for name, (kind, shape) in optional.items() if kind in TYPES}
+        )
+        self._bound: dict[weakref.ref[Adapter], ort.IOBinding] = {}
+
+    def prefill(self, slot: int, tokens: Sequence[int], past: int, adapter: Adapter = BASE) -> Logits:
+        """See Forward."""
+        logits: Logits = self._run([(slot, past, len(tokens))], tokens, [len(tokens) - 1], adapter)[0]
+        return logits
+
+    def score(self, slot: int, tokens: Sequence[int], past: int, adapter: Adapter = BASE) -> Logits:
+        """See Forward."""
+        return self._run([(slot, past, len(tokens))], tokens, range(len(tokens)), adapter)
+
+    def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int], adapter: Adapter = BASE) -> Logits:
+        """See Forward."""
+        slots = [slot for slot, length in enumerate(lengths, first) if length != IDLE]
+        out = np.zeros((len(tokens), self.vocab), np.float32)
+        moved = [slot - first for slot in slots]
+        out[moved] = self.advance(slots, [tokens[at] for at in moved], [lengths[at] for at in moved], adapter)
+        return out
+
+    def advance(
+        self, slots: Sequence[int], tokens: Sequence[int], lengths: Sequence[int], adapter: Adapter = BASE
+    ) -> Logits:
+        """See Mixing."""
+        calls = [(slot, length, 1) for slot, length in zip(slots, lengths, strict=True)]
+        return self._run(calls, tokens, range(len(tokens)), adapter)
+
+    def mix(
+        self,
+        slot: int,
+        chunk: Sequence[int],
+        past: int,
+        slots: Sequence[int],
+        tokens: Sequence[int],
+        lengths: Sequence[int],
+        adapter: Adapter = BASE,
+    ) -> tuple[Logits, Logits]:
+        """See Mixing."""
+        calls = [(slot, past, len(chunk)), *((one, length, 1) for one, length in zip(slots, lengths, strict=True))]
+        logits = self._run(calls, [*chunk, *tokens], range(len(chunk) - 1, len(chunk) + len(tokens)), adapter)
+        return logits[0], logits[1:]
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """See Forward. Whole blocks, because in the keys' tokens lie side by side in blocks of LANES."""
+        whole = -(-count // LANES) * LANES
+        self._cache[:, target, :, :whole] = self._cache[:, source, :, :whole]
+
+    def release(self, slot: int) -> None:
+        """Nothing to do: the row's content may be taken over by the next prompt."""
+
+    def _run(
+        self, calls: Sequence[tuple[int, int, int]], tokens: Sequence[int], at: Sequence[int], adapter: Adapter
+    ) -> Logits:
+        """Append tokens to rows, (row, tokens in it, tokens of this call) each; logits of the tokens `at`, [at, vocab].
+
+        They are valid until the next call.
+        """
+        if len(tokens) == 1 and not (self.lone and adapter is BASE):
+            calls, tokens = [*calls, (self.rows, 0, 1)], [*tokens, 0]
+        binding = self._binding(adapter)
+        given = {
+            self._ids: np.array([tokens], np.int64),
+            ragged_graph.CALLS: np.array(calls, np.int64),
+            ragged_graph.AT: np.array(at, np.int64),
+        }
+        if self._has_positions:
+            positions = np.concatenate([np.arange(past, past + count) for _, past, count in calls])
+            given[self._positions] = positions.astype(np.int64)[None]
+        for name, array in given.items():
+            _bind(binding, name, array)
+        if len(at) > len(self._out):
+            self._out = np.empty((len(at), self.vocab), np.float32)
+        out = self._out[: len(at)]
+        binding.bind_output(self._logits, "cpu", 0, np.float32, (1, *out.shape), out.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        return out
+
+    def _binding(self, adapter: Adapter) -> ort.IOBinding:
+        """What is the same in every call, the cache and the adapter, is bound once; the last used ones are kept."""
+        key = weakref.ref(adapter)
+        binding = self._bound.pop(key, None)
+        if binding is None:
+            binding = self._session.io_binding()
+            for name, array in zip(self._names, self._cache, strict=True):
+                _bind(binding, name, array)
+            for name, tensor in adapter.tensors.items():
+                _bind(binding, name, tensor)
+        self._bound[key] = binding
+        if len(self._bound) > MOST_BOUND:
+            del self._bound[next(iter(self._bound))]
+        return binding
+
+    def time_decode(self, rows: int, steps: int) -> list[float]:
+        """Seconds of `steps` decode steps of `rows` rows, sorted."""
+        length = min(max(MEASURED_CHUNKS), self._max_len - 1)
+        numbers = range(rows)
+        return sorted(timing.seconds(lambda: self.advance(numbers, [0] * rows, [length] * rows)) for _ in range(steps))
+
+    def measure(self) -> None:
+        """Fill in decode_seconds and prefill_seconds; the rows' content is lost."""
+        tokens = [(7 * index + 1) % self.vocab for index in range(max(MEASURED_CHUNKS))]
+        sizes = [size for size in MEASURED_CHUNKS if size <= self.chunk and size < self._max_len]
+        self.prefill(0, tokens[: min(SMALLEST_CHUNK, self._max_len - 1)], 0)  # the first call pays for buffers
+        self.prefill_seconds = {size: timing.seconds(partial(self.prefill, 0, tokens[:size], 0)) for size in sizes}
+        self._look_for_lone(max(sizes, default=1))
+        self.decode_seconds = [self.time_decode(rows, 2)[0] for rows in range(1, self.mixes + 1)]
+
+    def notes(self) -> dict[str, str]:
+        """The measurements, as EngineInfo tells them."""
+        lone = {} if self.lone else {"lone_rows": "in company"}
+        return timing.notes(self.decode_seconds, self.prefill_seconds) | lone
+
+    def _look_for_lone(self, length: int) -> None:
+        token = partial(self.advance, [0], [1], [length])
+        pair = token().copy()
+        self.lone = True
+        self.lone = np.array_equal(token(), pair, equal_nan=True)
+
+
+def _bind(binding: ort.IOBinding, name: str, array: NDArray[np.generic]) -> None:
+    binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

@@ -1,0 +1,261 @@
+"""A decoder's ONNX graph, changed to the operators of images/server/kernels, in which rows need not be of one length.
+
+The tokens of a call lie one behind the other, [1, tokens], whatever rows of the cache they belong to: all operators but
+attention take each token by itself, and attention is told by a new input `calls` (int64, [sequences, 3]: row, tokens
+in it before, tokens of this call). `logits_at` (int64, [n]) are the tokens whose logits are wanted. The caches are
+inputs that are written in place; the mask is gone.
+"""
+
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from slmops_server.engines import protobuf
+from slmops_server.engines.graph import (
+    BEHIND_HEADS,
+    GRAPH,
+    HEADS,
+    INITIALIZER,
+    INPUT,
+    INT64,
+    NODE,
+    NODE_ATTRIBUTE,
+    NODE_INPUT,
+    NODE_NAME,
+    NODE_OP,
+    NODE_OUTPUT,
+    TENSOR_NAME,
+)
+from slmops_server.model_folder import ModelFolder
+
+CALLS, AT = "slmops/calls", "slmops/logits_at"
+WORDS_OF_CALL = 3
+HIDDEN = "slmops/hidden_at"
+DOMAIN = b"slmops"
+OPSET, NODE_DOMAIN, OUTPUT = 8, 7, 12  # field numbers of onnx.proto3, beside those of graph.py
+ATTRIBUTE_NAME, ATTRIBUTE_FLOAT, ATTRIBUTE_INT, ATTRIBUTE_TEXT, ATTRIBUTE_TYPE = 1, 2, 3, 4, 20
+TENSOR_TYPE, FLOAT, A_FLOAT, AN_INT = 2, 1, 1, 2
+LANES, LARGEST_HEAD = 16, 512  # of kernels/attention.c
+ACCURACY = 4  # activations rounded to 8 bits
+PRODUCT_INPUTS, ATTENTION_INPUTS = 3, 9  # what is behind them is empty, or the node is of another kind
+# These take each token by itself, or numbers that belong to no token.
+ALONE = {
+    *("Add", "Cast", "Concat", "Constant", "Div", "FastGelu", "Gather", "GatherBlockQuantized", "Gelu", "Identity"),
+    *("LayerNormalization", "MatMul", "Mul", "Neg", "Pow", "QuickGelu", "ReduceMean", "Relu", "Reshape"),
+    *("RotaryEmbedding", "Shape", "Sigmoid", "SimplifiedLayerNormalization", "SkipLayerNormalization"),
+    *("SkipSimplifiedLayerNormalization", "Slice", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Unsqueeze"),
+}
+
+
+class UnsuitedError(Exception):
+    """The graph is of another form; the message says of which."""
+
+
+@dataclass(frozen=True)
+class _Node:
+    body: memoryview
+    raw: memoryview  # with the head of a field of the graph
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    texts: dict[int, str] = field(default_factory=dict)  # name, operator, domain
+    attributes: dict[str, int | float | bytes] = field(default_factory=dict)
+
+    @property
+    def op(self) -> str:
+        return self.texts.get(NODE_OP, "")
+
+
+def ragged(model: bytes | memoryview, folder: ModelFolder) -> bytes:
+    """The changed model. UnsuitedError where it would not compute the same; ValueError when the file is damaged."""
+    whole = list(protobuf.fields(memoryview(model)))
+    graph = next((value for number, value, _ in whole if number == GRAPH and isinstance(value, memoryview)), None)
+    if graph is None:
+        raise UnsuitedError("it has no graph")
+    parts = list(protobuf.fields(graph))
+    floats = {name for name, kind in _constants(protobuf.every([graph], INITIALIZER)) if kind == FLOAT}
+    made: dict[str, _Node] = {}
+    for number, value, raw in parts:
+        if number == NODE and isinstance(value, memoryview):
+            node = _node(value, raw)
+            made.update(dict.fromkeys((name for name in node.outputs if name), node))
+    logits = folder.outputs["logits"]
+    head = _head(made, logits)
+    nodes, needed = [], {logits}
+    for node in _before(made, logits):
+        inputs, new = _changed(node, head, folder, floats)
+        nodes.append(new)
+        needed |= {*inputs}
+    mask = folder.inputs["attention_mask"]
+    if mask in needed:
+        raise UnsuitedError("more than its attention reads the mask")
+    kept = [raw for number, value, raw in parts if number != NODE and not _is_gone(number, value, needed, logits)]
+    new_parts: list[bytes | memoryview] = [
+        *kept,
+        *nodes,
+        _gather(head.inputs[0]),
+        _input(CALLS, (-1, WORDS_OF_CALL)),
+        _input(AT, (-1,)),
+    ]
+    opset = protobuf.message(OPSET, protobuf.message(1, DOMAIN) + protobuf.number_field(2, 1))
+    out: list[bytes | memoryview] = [opset]
+    for number, _, raw in whole:
+        out += [protobuf.head(GRAPH, sum(map(len, new_parts))), *new_parts] if number == GRAPH else [raw]
+    return b"".join(out)
+
+
+def _is_gone(number: int, value: int | memoryview, needed: set[str], logits: str) -> bool:
+    """Inputs that nothing reads any more, and all outputs but the logits; constants without a reader do no harm."""
+    if number not in (INPUT, OUTPUT) or not isinstance(value, memoryview):
+        return False
+    name = bytes(next(protobuf.every([value], 1), b"")).decode()
+    return name not in needed if number == INPUT else name != logits
+
+
+def _before(made: Mapping[str, _Node], logits: str) -> list[_Node]:
+    """The nodes that the logits are made by; of attention's mask nothing is read any more."""
+    found: dict[int, _Node] = {}
+    waiting = [logits]
+    while waiting:
+        node = made.get(waiting.pop())
+        if node is not None and id(node) not in found:
+            found[id(node)] = node
+            read = node.inputs if node.op != "GroupQueryAttention" else [*node.inputs[:5], *node.inputs[7:]]
+            waiting += read
+    return list(found.values())
+
+
+def _head(made: Mapping[str, _Node], logits: str) -> _Node:
+    node = made.get(logits)
+    for _ in BEHIND_HEADS:  # at most one of each: a damaged graph may be a circle
+        if node is not None and node.op in BEHIND_HEADS and node.inputs:
+            node = made.get(node.inputs[0])
+    if node is None or node.op not in HEADS or not node.inputs or node.inputs[0] not in made:
+        raise UnsuitedError(f"its output head is {node.op if node else 'missing'}")
+    return node
+
+
+def _changed(node: _Node, head: _Node, folder: ModelFolder, floats: set[str]) -> tuple[list[str], bytes]:
+    """What the node reads, and itself as a field of the graph."""
+    inputs = [HIDDEN, *node.inputs[1:]] if node is head else node.inputs
+    if node.op == "MatMulNBits":
+        return inputs, _product(node, inputs, floats)
+    if node.op == "GroupQueryAttention":
+        inputs, told = _attention(node, folder, floats)
+        return inputs, _new(node, "RowAttention", inputs, told)
+    if node.op not in ALONE:
+        raise UnsuitedError(f"it has the operator {node.op}")
+    if node is not head:
+        return inputs, bytes(node.raw)
+    rest = b"".join(raw for number, _, raw in protobuf.fields(node.body) if number != NODE_INPUT)
+    return inputs, protobuf.message(NODE, _texts(NODE_INPUT, inputs) + rest)
+
+
+def _product(node: _Node, inputs: list[str], floats: set[str]) -> bytes:
+    told = dict(node.attributes)
+    k, n, block = (told.pop(name, 0) for name in ("K", "N", "block_size"))
+    if told.pop("bits", 4) != 4 or not isinstance(block, int) or block % LANES or block < LANES:
+        raise UnsuitedError("its weights are not of 4 bits in blocks of a multiple of 16")
+    if told.pop("accuracy_level", 0) != ACCURACY:
+        raise UnsuitedError("its products do not ask for accuracy level 4")
+    if any(inputs[PRODUCT_INPUTS:]) or len(inputs) < PRODUCT_INPUTS or not _neutral(told):
+        raise UnsuitedError("its products have zero points, an order of their own or a bias")
+    if inputs[2] not in floats:
+        raise UnsuitedError("its products are not of float32")
+    return _new(node, "Int4MatMul", inputs[:PRODUCT_INPUTS], {"K": k, "N": n, "block_size": block})
+
+
+def _attention(node: _Node, folder: ModelFolder, floats: set[str]) -> tuple[list[str], dict[str, int | float | bytes]]:
+    """Inputs and attributes of a RowAttention in place of a GroupQueryAttention."""
+    told, size = dict(node.attributes), folder.head_size
+    if size % LANES or size > LARGEST_HEAD:
+        raise UnsuitedError(f"its heads have {size} numbers")
+    counts = {name: told.pop(name, 0) for name in ("num_heads", "kv_num_heads")}
+    scale, window = told.pop("scale", 0.0), told.pop("local_window_size", -1)
+    tables = node.inputs[7:ATTENTION_INPUTS] if told.pop("do_rotary", 0) else []
+    if any(node.inputs[ATTENTION_INPUTS:]) or len(node.inputs) < ATTENTION_INPUTS - 2 or not _neutral(told):
+        raise UnsuitedError("its attention is more than a plain one")
+    if any(name not in floats for name in tables):
+        raise UnsuitedError("its rotary tables change with the length, or are not of float32")
+    numbers = {**counts, "local_window_size": window, "scale": float(scale) or size**-0.5}
+    return [*node.inputs[:5], CALLS, *tables], numbers
+
+
+def _neutral(attributes: Mapping[str, int | float | bytes]) -> bool:
+    """Whether attributes that are not known here ask for nothing: 0, -1 and NONE are onnxruntime's words for that."""
+    return all(value in (0, -1, 0.0, b"", b"NONE") for value in attributes.values())
+
+
+def _new(node: _Node, op: str, inputs: list[str], numbers: Mapping[str, int | float | bytes]) -> bytes:
+    attributes = b"".join(protobuf.message(NODE_ATTRIBUTE, _attribute(name, value)) for name, value in numbers.items())
+    named = protobuf.message(NODE_NAME, node.texts.get(NODE_NAME, "").encode()) + protobuf.message(NODE_OP, op.encode())
+    ends = _texts(NODE_INPUT, inputs) + _texts(NODE_OUTPUT, node.outputs[:1])
+    return protobuf.message(NODE, ends + named + attributes + protobuf.message(NODE_DOMAIN, DOMAIN))
+
+
+def _attribute(name: str, value: int | float | bytes) -> bytes:
+    begin = protobuf.message(ATTRIBUTE_NAME, name.encode())
+    if isinstance(value, float):
+        number = protobuf.encoded(ATTRIBUTE_FLOAT << 3 | 5) + struct.pack("<f", value)
+        return begin + number + protobuf.number_field(ATTRIBUTE_TYPE, A_FLOAT)
+    assert isinstance(value, int)
+    number = protobuf.number_field(ATTRIBUTE_INT, value & (1 << 64) - 1)
+    return begin + number + protobuf.number_field(ATTRIBUTE_TYPE, AN_INT)
+
+
+def _texts(number: int, texts: Iterable[str]) -> bytes:
+    return b"".join(protobuf.message(number, text.encode()) for text in texts)
+
+
+def _gather(hidden: str) -> bytes:
+    """Gather(hidden, logits_at) over the tokens -> hidden_at."""
+    ends = _texts(NODE_INPUT, [hidden, AT]) + _texts(NODE_OUTPUT, [HIDDEN])
+    named = protobuf.message(NODE_NAME, HIDDEN.encode()) + protobuf.message(NODE_OP, b"Gather")
+    return protobuf.message(NODE, ends + named + protobuf.message(NODE_ATTRIBUTE, _attribute("axis", 1)))
+
+
+def _input(name: str, shape: Iterable[int]) -> bytes:
+    """ValueInfoProto of int64, -1 for any number; see graph.py."""
+    axes = (protobuf.message(1, protobuf.number_field(1, size) if size >= 0 else b"") for size in shape)
+    tensor = protobuf.number_field(1, INT64) + protobuf.message(2, b"".join(axes))
+    return protobuf.message(
+        INPUT, protobuf.message(1, name.encode()) + protobuf.message(2, protobuf.message(1, tensor))
+    )
+
+
+def _constants(tensors: Iterable[memoryview]) -> Iterable[tuple[str, int]]:
+    """Names and types of TensorProtos."""
+    for tensor in tensors:
+        name = next(protobuf.every([tensor], TENSOR_NAME), memoryview(b""))
+        kind = next((value for number, value, _ in protobuf.fields(tensor) if number == TENSOR_TYPE), 0)
+        yield bytes(name).decode(), kind if isinstance(kind, int) else 0
+
+
+def _node(data: memoryview, raw: memoryview) -> _Node:
+    node = _Node(data, raw)
+    for number, value, _ in protobuf.fields(data):
+        if not isinstance(value, memoryview):
+            continue
+        if number == NODE_ATTRIBUTE:
+            name, told = _value(value)
+            node.attributes[name] = told
+        elif number in (NODE_INPUT, NODE_OUTPUT):
+            (node.inputs if number == NODE_INPUT else node.outputs).append(bytes(value).decode())
+        elif number in (NODE_NAME, NODE_OP, NODE_DOMAIN):
+            node.texts[number] = bytes(value).decode()
+    return node
+
+
+def _value(attribute: memoryview) -> tuple[str, int | float | bytes]:
+    """Name and value of an AttributeProto; of other kinds than numbers and texts what nobody takes for neutral."""
+    name, value = "", b"another kind"
+    found: int | float | bytes | None = None
+    for number, part, _ in protobuf.fields(attribute):
+        if number == ATTRIBUTE_NAME and isinstance(part, memoryview):
+            name = bytes(part).decode()
+        elif number == ATTRIBUTE_INT and isinstance(part, int):
+            found = part - (1 << 64) if part >> 63 else part
+        elif number == ATTRIBUTE_FLOAT and isinstance(part, memoryview):
+            found = float(struct.unpack("<f", part)[0])
+        elif number == ATTRIBUTE_TEXT and isinstance(part, memoryview):
+            found = bytes(part)
+    return name, value if found is None else found
