@@ -54,7 +54,7 @@ lint: venv ## ruff, import-linter
 
 types: venv ## mypy --strict
 	@$(VENV)/bin/mypy $(addprefix -p ,slmops slmops_artifacts slmops_server slmops_router slmops_trainer localkube kit demo)
-	@$(VENV)/bin/mypy images/registry/keeper.py
+	@$(VENV)/bin/mypy images/registry/keeper.py images/server/kernels/build.py
 
 unit: venv ## pure tests, milliseconds each
 	@$(PY) -m pytest -q tests/unit
