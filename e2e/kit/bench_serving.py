@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from kit.kubectl import LOCAL, KubectlError, TimedOut
-from kit.serving_models import SHAPE, make
+from kit.serving_models import SHAPE, kernels, make
 from kit.serving_servers import KINDS, Request, Server
 from localkube.say import Failure
 
@@ -225,6 +225,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         models = {form: make(form, args.block) for form in dict.fromkeys(KINDS[name].form for name in args.servers)}
+        kernels()
         for name in args.servers:
             KINDS[name].program()
     except (KubectlError, TimedOut) as error:

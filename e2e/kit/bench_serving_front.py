@@ -20,9 +20,9 @@ from pathlib import Path
 from statistics import median, quantiles
 
 from kit.bench_serving import Measured, prompt, round_of
-from kit.kubectl import LOCAL, ROOT, KubectlError, TimedOut
+from kit.kubectl import LOCAL, KubectlError, TimedOut
 from kit.serving_models import SHAPE, make, python
-from kit.serving_servers import KINDS, Request, Server
+from kit.serving_servers import KINDS, Request, Server, environment
 
 PROMPT, ANSWER = 16, 48  # tokens
 
@@ -34,7 +34,7 @@ class Bare:
         script = Path(__file__).with_name("serving_bare.py")
         self._process = subprocess.Popen(
             [str(interpreter), str(script), engine, str(model), str(threads), str(slots)],
-            env={**os.environ, "PYTHONPATH": str(ROOT / "images/server"), "ORT_DISABLE_TELEMETRY": "1"},
+            env=environment(),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         if self._line() != "ready":

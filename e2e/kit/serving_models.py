@@ -1,4 +1,4 @@
-"""The benchmark's model in every form that a server reads, and the Python packages that the servers run on.
+"""The benchmark's model in every form that a server reads, and what the servers run on.
 
 All is made once and kept below .local: the weights by the trainer image on the local node, from one seed. Forms: `onnx`
 (onnxruntime-genai's builder), `ir` (OpenVINO's, by optimum-intel). Both int4, symmetric, in blocks of the same size.
@@ -15,12 +15,14 @@ from pathlib import Path
 from kit import pods
 from kit.chart import local_images
 from kit.kubectl import LOCAL, ROOT, Kubectl, Object
+from localkube import packages, shell
 
 SHAPE = {
     "vocab": 32000, "hidden": 896, "layers": 24, "heads": 14, "kv-heads": 2, "inter": 4864, "context": 1024,
     "std": 0.02,
 }  # fmt: skip
 NAMESPACE = "slmops-bench"
+KERNELS = ROOT / "images/server/kernels"
 IMAGE_PYTHON = "3.13"  # the trainer image's
 
 
@@ -28,6 +30,11 @@ def python() -> Path:
     """The interpreter of a virtual environment with the server's packages and those of its peers."""
     folder = kept("bench", "bench.txt", _make_venv)
     return folder / "bin" / "python"
+
+
+def kernels() -> Path:
+    """The folder with the operators that slmops-server loads, which its image has too. Raises Failure."""
+    return _once("kernels", sorted(path for path in KERNELS.iterdir() if path.is_file()), _compile)
 
 
 def make(form: str, block: int) -> Path:
@@ -53,9 +60,9 @@ def _source() -> Path:
 def _ir(block: int) -> Path:
     folder = LOCAL / f"bench-ir-{block}"
     if not (folder / "openvino_model.xml").exists():
-        packages = kept("export", "export.txt", _make_packages)
+        modules = kept("export", "export.txt", _make_packages)
         command = ["python", "-m", "slmops_trainer.export_ir", "/source", "/out", "--block-size", str(block)]
-        reads = {"/source": _source(), "/packages": packages}
+        reads = {"/source": _source(), "/packages": modules}
         _run("make-ir", command, folder, reads, {"PYTHONPATH": "/packages:/opt/slmops"})
     return folder
 
@@ -106,13 +113,24 @@ def _host(folder: Path) -> Object:
 def kept(name: str, requirements: str, make_it: Callable[[Path, Path], None]) -> Path:
     """A folder made once for each state of a requirements file."""
     file = ROOT / "requirements" / requirements
-    folder = LOCAL / f"{name}-{hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
+    return _once(name, [file], lambda folder: make_it(folder, file))
+
+
+def _once(name: str, files: Sequence[Path], make_it: Callable[[Path], None]) -> Path:
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+    folder = LOCAL / f"{name}-{digest.hexdigest()[:12]}"
     done = folder / "done"
     if not done.exists():
         shutil.rmtree(folder, ignore_errors=True)
-        make_it(folder, file)
+        make_it(folder)
         done.touch()
     return folder
+
+
+def _compile(folder: Path) -> None:
+    packages.ensure({"gcc": "gcc", "libc6-dev": "/usr/include/stdio.h"})
+    folder.mkdir(parents=True)
+    shell.run(sys.executable, KERNELS / "build.py", folder / "slmops_kernels.so")
 
 
 def _make_venv(folder: Path, requirements: Path) -> None:

@@ -84,6 +84,12 @@ KINDS = {
 }
 
 
+def environment() -> dict[str, str]:
+    """Of a process that runs the server's code of this clone, with its operators as in the image. Raises Failure."""
+    folders = [ROOT / "images/server", serving_models.kernels()]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), "ORT_DISABLE_TELEMETRY": "1"}
+
+
 @dataclass(frozen=True)
 class Request:
     """What one request asks for: an answer of exactly `tokens` tokens."""
@@ -96,7 +102,7 @@ class Server:
     """One server, ready. SystemExit when it does not start."""
 
     def __init__(self, kind: Kind, model: Path, threads: int, slots: int) -> None:
-        env = {**os.environ, "PYTHONPATH": str(ROOT / "images/server"), "ORT_DISABLE_TELEMETRY": "1"}
+        env = environment()
         self._kind, self.port = kind, free_port()
         command = kind.command(Start(kind.program(), model, self.port, threads, slots))
         started = time.monotonic()

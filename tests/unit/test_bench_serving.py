@@ -1,14 +1,16 @@
 """The serving benchmark's arithmetic."""
 
 import argparse
+import shutil
+import sysconfig
 from pathlib import Path
 
 import pytest
 
-from kit import asking, bench_serving_front
+from kit import asking, bench_serving_front, serving_models
 from kit.bench_serving import LEAST, Measured, known, quantile, requests
 from kit.bench_serving_memory import slope
-from kit.serving_servers import KINDS, Start
+from kit.serving_servers import KINDS, Start, environment
 
 
 @pytest.mark.parametrize(("share", "value"), [(0.0, 1.0), (0.5, 3.0), (0.95, 4.0), (1.0, 4.0)])
@@ -64,6 +66,31 @@ def test_every_server_gets_the_same_threads_and_slots_and_its_own_port(name: str
     command = KINDS[name].command(Start(Path("/p"), tmp_path, 8123, 21, 37))
     assert {"8123", "21", "37"} <= set(command)
     assert {str(tmp_path), str(tmp_path / "model.gguf")} & set(command)
+
+
+@pytest.mark.skipif(
+    sysconfig.get_platform() != "linux-x86_64" or not shutil.which("cc"), reason="needs a C compiler for x86-64"
+)
+def test_the_operators_are_compiled_once_for_each_state_of_their_sources(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    shutil.copy(serving_models.KERNELS / "build.py", sources)
+    header = sources / "a.h"
+    header.write_text("int answer(void);\n")
+    sources.joinpath("a.c").write_text('#include "a.h"\nint answer(void) { return 42; }\n')
+    monkeypatch.setattr(serving_models, "KERNELS", sources)
+    monkeypatch.setattr(serving_models, "LOCAL", tmp_path)
+    monkeypatch.setattr(serving_models.packages, "ensure", lambda _: None)
+
+    def compiled() -> Path:
+        return Path(environment()["PYTHONPATH"].split(":")[-1]) / "slmops_kernels.so"
+
+    first, made = compiled(), compiled().stat().st_mtime_ns
+    assert (compiled(), first.stat().st_mtime_ns) == (first, made)
+    header.write_text("int answer(void); // the same\n")
+    assert compiled() != first
 
 
 def test_the_cost_of_the_front_is_that_of_pairs_of_the_same_requests() -> None:
