@@ -2,7 +2,7 @@
 
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import pytest
 import random_decoder
 
 from slmops_server import model_folder
-from slmops_server.engines import choose, slots
+from slmops_server.engines import choose, kernels, slots
 from slmops_server.engines.adapters import BASE
 from slmops_server.engines.base import Engine, EngineRefusedError, Job, Sampling, Token
 from slmops_server.engines.sampler import Logits, scores
@@ -26,6 +26,8 @@ KEEPING = [
     "onnxruntime",
     "onnxruntime int4 adapters",
     "onnxruntime fp32 adapters",
+    "onnxruntime without kernels",
+    "onnxruntime int4 adapters without kernels",
     "openvino",
     "openvino over IR",
     "llamacpp",
@@ -41,16 +43,20 @@ def load(path: Path, engine: str = "onnxruntime", ends: Sequence[int] = (), **mo
 
 
 @pytest.fixture(scope="module", params=[*KEEPING, "genai"])
-def start(request: pytest.FixtureRequest, tiny: Path, gguf: Callable[..., Path]) -> Load:
+def start(request: pytest.FixtureRequest, tiny: Path, gguf: Callable[..., Path]) -> Iterator[Load]:
     """Loads the engine that the test is run for."""
     name, _, over = request.param.partition(" ")
-    if name == "llamacpp":
-        return partial(load, gguf("qwen2", "f16" if over else "q4_0"), name)
-    if "adapters" in over:
-        data = tiny.parent / "tiny-lora"
-        named = [(adapter, str(data / adapter)) for adapter in ADAPTERS if adapter]
-        return partial(load, data / over.split()[0], name, adapters=named)
-    return partial(load, tiny.parent / "tiny-ir" if over else tiny, name)
+    with pytest.MonkeyPatch.context() as patch:
+        if "without kernels" in over:  # as on a CPU that they are not for
+            patch.setattr(kernels, "library", str)
+        if name == "llamacpp":
+            yield partial(load, gguf("qwen2", "f16" if over else "q4_0"), name)
+        elif "adapters" in over:
+            data = tiny.parent / "tiny-lora"
+            named = [(adapter, str(data / adapter)) for adapter in ADAPTERS if adapter]
+            yield partial(load, data / over.split()[0], name, adapters=named)
+        else:
+            yield partial(load, tiny.parent / "tiny-ir" if "IR" in over else tiny, name)
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +300,19 @@ def test_every_logit_is_the_same_in_any_company_and_after_any_past(
     for one in jobs:
         run(single, mixed(single, [one]))
         alone[one.id] = list(Recorder.seen[one.id])
+    turns = [
+        replace(
+            one,
+            id=300 + one.id,  # 300: so that it has the same adapter
+            prompt=[*one.prompt, *run(single, mixed(single, [one]))[one.id], 5, 6],
+            sampling=replace(one.sampling, seed=300 + one.id),
+        )
+        for one in jobs[::2]
+    ]
+    for one in turns:
+        run(single, mixed(single, [one]))
+        alone[one.id] = list(Recorder.seen[one.id])
+    jobs += turns
     waiting, cached = mixed(engine, jobs), 0
     while waiting or engine.busy:
         while waiting and draw.random() < 0.3:
@@ -314,6 +333,15 @@ def test_a_prompt_that_begins_like_an_ended_one_continues_from_there(engine: Eng
     assert first(engine, job(2, [*begin, 7, 8, 9], 5)).cached == 101  # two tokens are always computed
     assert first(engine, job(3, [*begin, 10, 11], 5)).cached == 100
     assert first(engine, job(4, [12, *begin], 5)).cached == 0
+
+
+@by_engines_that_keep_rows
+def test_the_next_turn_continues_behind_the_answer_where_it_is_computed_like_a_prompt(engine: Engine) -> None:
+    turn = [19, 410, 35, 251, 16] * 9
+    answer = run(engine, [job(1, turn, 30)])[1]
+    uniform = engine.info.name == "onnxruntime" and "without_kernels" not in engine.info.notes
+    after = first(engine, job(2, [*turn, *answer, 5, 6, 7], 5))
+    assert after.cached == len(turn) + (29 if uniform else 0)  # the last one was never computed
 
 
 @by_engines_that_keep_rows

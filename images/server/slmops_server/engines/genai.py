@@ -30,6 +30,7 @@ class GenaiForward:
 
     decode_seconds: Sequence[float] = (1.0,)  # one row a call: nothing to choose from
     keeps = False
+    uniform = False
 
     def __init__(self, folder: ModelFolder, slots: int, max_len: int, threads: int, chunk: int) -> None:
         if og is None:

@@ -15,10 +15,10 @@ import numpy as np
 from slmops_server.engines import llama_library, timing
 from slmops_server.engines.adapters import BASE, Adapter
 from slmops_server.engines.base import EngineRefusedError
+from slmops_server.engines.forward import IDLE
 from slmops_server.engines.llama_library import Batch, Library
 from slmops_server.engines.sampler import Logits
 from slmops_server.engines.schedule import SMALLEST_CHUNK
-from slmops_server.engines.slots import IDLE
 from slmops_server.model_folder import ModelFolder
 
 KV_BYTES = 2  # of an item of the cache
@@ -38,6 +38,7 @@ class LlamacppForward:
     """A loaded model with its rows of cache. EngineRefusedError when it cannot be computed."""
 
     keeps = True
+    uniform = False
 
     def __init__(
         self, folder: ModelFolder, slots: int, max_len: int, chunk: int, threads: int, guesses: int = 0

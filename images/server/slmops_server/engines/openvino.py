@@ -23,9 +23,9 @@ except ImportError:  # it is an extra
 from slmops_server.engines import timing
 from slmops_server.engines.adapters import BASE, Adapter
 from slmops_server.engines.base import EngineRefusedError
+from slmops_server.engines.forward import IDLE
 from slmops_server.engines.sampler import Logits
 from slmops_server.engines.schedule import SMALLEST_CHUNK
-from slmops_server.engines.slots import IDLE
 from slmops_server.model_folder import ModelFolder
 
 BLOCK = 32  # tokens; the CPU plugin's
@@ -43,6 +43,7 @@ class OpenvinoForward:
     """A compiled model with its rows of cache. EngineRefusedError when it cannot be computed."""
 
     keeps = True
+    uniform = False
     mixes = MAX_ROWS
 
     def __init__(self, folder: ModelFolder, slots: int, max_len: int, chunk: int, threads: int) -> None:

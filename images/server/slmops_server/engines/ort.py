@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from slmops_server.engines import adapters, graph, kernels, ragged_graph, timing
 from slmops_server.engines.adapters import BASE, Adapter
 from slmops_server.engines.base import EngineRefusedError
+from slmops_server.engines.forward import IDLE
 from slmops_server.engines.ragged import RaggedForward
 from slmops_server.engines.ragged_graph import UnsuitedError
 from slmops_server.engines.sampler import Logits
 from slmops_server.engines.schedule import SMALLEST_CHUNK
-from slmops_server.engines.slots import IDLE
 from slmops_server.model_folder import ModelFolder
 
 TYPES: dict[str, type[np.floating]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -78,6 +78,7 @@ class OrtForward:
     """One session, its rows of KV cache. EngineRefusedError when the graph is not of the expected form."""
 
     keeps = True
+    uniform = False
 
     def __init__(
         self, folder: ModelFolder, session: ort.InferenceSession, slots: int, max_len: int, chunk: int

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from slmops_server.engines import adapters, ragged_graph, timing
 from slmops_server.engines.adapters import BASE, Adapter
+from slmops_server.engines.forward import IDLE
 from slmops_server.engines.ragged_graph import UnsuitedError
 from slmops_server.engines.sampler import Logits
 from slmops_server.engines.schedule import SMALLEST_CHUNK
-from slmops_server.engines.slots import IDLE
 from slmops_server.model_folder import ModelFolder
 
 LANES = 16  # tokens; a row's length is a multiple of it
@@ -33,6 +33,7 @@ class RaggedForward:
     """A session over a graph of ragged_graph, and its rows of cache. UnsuitedError when they do not fit together."""
 
     keeps = True
+    uniform = True
 
     def __init__(
         self, folder: ModelFolder, session: ort.InferenceSession, slots: int, max_len: int, chunk: int

@@ -4,89 +4,31 @@ Each running answer owns a slot (a row of the cache). A step prefills one chunk 
 every decoding row by a token. The chunk is as long as the running answers can bear, so that they keep moving.
 Rows of different adapters cannot share a call: each adapter's rows are advanced by calls of their own.
 
-A row keeps its prompt's cache after its answer has ended; a later prompt that begins alike continues from there. Only
-the prompt's part is taken over: a token that was computed as part of an answer is rounded differently from the same
-token in a prompt, and an answer must not depend on what ran before it.
+A row keeps its cache after its answer has ended; a later prompt that begins alike continues from there. The answer's
+part is taken over too, as the next turn of a conversation has it, where a token of an answer is computed as one of a
+prompt is: an answer must not depend on what ran before it.
 """
 
 import math
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol, cast, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 from slmops_server.engines.adapters import BASE, Adapter, Shelf
 from slmops_server.engines.base import Drafted, EngineInfo, EngineRefusedError, Job, Scores, Token
 from slmops_server.engines.drafts import Drafts
+from slmops_server.engines.forward import IDLE, Forward, Mixing
 from slmops_server.engines.sampler import Logits, Sampler, scores
 from slmops_server.engines.schedule import WEIGHT, Pace, common, cover
 
 PATIENCE = 2.0  # a chunk may take this many times as long as a step of the running answers, for each prompt that waits
-IDLE = -1
 RECOMPUTED = 2  # tokens of a prompt that are never taken from the cache: the last one's logits, and a lone one differs
 
 
-class Forward(Protocol):
-    """A loaded model with `rows` rows of KV cache, each `max_len` tokens long. Logits are valid until the next call.
-
-    `adapter`: what the tokens of a call are computed with, BASE where the engine knows no others.
-    """
-
-    vocab: int
-    rows: int
-    chunk: int  # prompt tokens that one prefill call may hold
-    scored: int  # prompt tokens that one score call may hold
-    decode_seconds: Sequence[float]  # time of a decode call for 1, 2, ... rows; inf where rows would not be exact
-    prefill_seconds: Mapping[int, float]  # time of a prefill call by number of tokens, as far as measured
-    keeps: bool  # whether a row's content outlives its answer and can be copied
-
-    def prefill(self, slot: int, tokens: Sequence[int], past: int, adapter: Adapter, /) -> Logits:
-        """Append tokens to a row that holds `past` tokens; logits of the last one, shape [vocab]."""
-
-    def score(self, slot: int, tokens: Sequence[int], past: int, adapter: Adapter, /) -> Logits:
-        """As prefill, with the logits after every token: shape [tokens, vocab]."""
-
-    def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int], adapter: Adapter, /) -> Logits:
-        """One token for each of the rows first, first+1, ...; lengths before it; logits [rows, vocab].
-
-        A row of length IDLE only keeps company: what it holds stays, its logits mean nothing.
-        """
-
-    def copy(self, source: int, target: int, count: int) -> None:
-        """The first `count` tokens of a row become those of another."""
-
-    def release(self, slot: int) -> None:
-        """The row's answer has ended."""
-
-
-@runtime_checkable
-class Mixing(Protocol):
-    """What a Forward may do besides: calls for rows that need not be adjacent, and a chunk of a prompt among them."""
-
-    mixes: int  # rows that such a call may advance
-
-    def advance(
-        self, slots: Sequence[int], tokens: Sequence[int], lengths: Sequence[int], adapter: Adapter, /
-    ) -> Logits:
-        """As decode, for any rows."""
-
-    def mix(
-        self,
-        slot: int,
-        chunk: Sequence[int],
-        past: int,
-        slots: Sequence[int],
-        tokens: Sequence[int],
-        lengths: Sequence[int],
-        adapter: Adapter,
-        /,
-    ) -> tuple[Logits, Logits]:
-        """As prefill, and one token for each of `slots` as in decode; logits of both, [vocab] and [slots, vocab]."""
-
-
 class _Kept(NamedTuple):
-    """What a row's cache holds: tokens of a prompt, and the adapter that they were computed with."""
+    """What may be taken over of a row's cache: tokens, and the adapter that they were computed with."""
 
     tokens: list[int]
     adapter: "weakref.ref[Adapter]"  # none that has lost its name and its jobs is kept alive
@@ -157,8 +99,9 @@ class SlotEngine:
         self._score_pace = Pace(forward.scored, forward.prefill_seconds)  # scores take longer, as it learns
         self._step_seconds = 0.0  # moving average of a step's decode calls
         self._slower = 1.0  # moving average of how many times as long they take as measured at start: longer rows do
-        for adapter in (BASE,) if adapters is None else (BASE, Adapter({})):
-            self._check_cover(self._seconds(adapter))
+        if self._mixing is None:
+            for adapter in (BASE,) if adapters is None else (BASE, Adapter({})):
+                self._check_cover(self._seconds(adapter))
 
     def _check_cover(self, seconds: Sequence[float]) -> None:
         """What advances all rows advances any of them. Pairs are always exact: an odd number of rows is refused."""
@@ -293,7 +236,7 @@ class SlotEngine:
         self._pace.note(size, self._clock() - begin, len(riders))
         self._prefilled(row, size, logits, tokens)
         for rider, rider_logits in zip(riders, others, strict=True):
-            rider.length += 1
+            self._moved(rider, rider.last)
             self._sample(rider, rider_logits, tokens)
 
     def _riders(self, row: _Row, most: int) -> list[_Row]:
@@ -355,8 +298,8 @@ class SlotEngine:
     def _verify(self, row: _Row, drafts: Drafts, guessed: list[int], tokens: list[Token]) -> None:
         after = self._forward.score(row.slot, [row.last, *guessed], row.length, row.job.adapter)
         made = row.made
-        for guess, logits in zip([*guessed, -1], after, strict=True):
-            row.length += 1
+        for token, guess, logits in zip([row.last, *guessed], [*guessed, -1], after, strict=True):
+            self._moved(row, token)
             self._sample(row, logits, tokens)
             if row.last != guess or self._rows[row.slot] is not row:
                 break
@@ -377,7 +320,7 @@ class SlotEngine:
             )
             expected += self._forward.decode_seconds[len(part) - 1]
             for row, row_logits in zip(part, logits, strict=True):
-                row.length += 1
+                self._moved(row, row.last)
                 self._sample(row, row_logits, tokens)
         return expected
 
@@ -389,8 +332,14 @@ class SlotEngine:
         logits = self._forward.decode(first, newest, lengths, adapter)
         for row, row_logits in zip(running, logits, strict=True):
             if row is not None:
-                row.length += 1
+                self._moved(row, row.last)
                 self._sample(row, row_logits, tokens)
+
+    def _moved(self, row: _Row, token: int) -> None:
+        """A token of the answer is in the cache."""
+        row.length += 1
+        if self._forward.uniform:
+            self._kept[row.slot].tokens.append(token)
 
     def _sample(self, row: _Row, logits: Logits, tokens: list[Token]) -> None:
         cached = 0 if row.made else row.cached
