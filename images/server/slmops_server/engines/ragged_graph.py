@@ -34,7 +34,7 @@ HIDDEN = "slmops/hidden_at"
 DOMAIN = b"slmops"
 OPSET, NODE_DOMAIN, OUTPUT = 8, 7, 12  # field numbers of onnx.proto3, beside those of graph.py
 ATTRIBUTE_NAME, ATTRIBUTE_FLOAT, ATTRIBUTE_INT, ATTRIBUTE_TEXT, ATTRIBUTE_TYPE = 1, 2, 3, 4, 20
-TENSOR_TYPE, FLOAT, A_FLOAT, AN_INT = 2, 1, 1, 2
+TENSOR_TYPE, FLOAT, A_FLOAT, AN_INT, FLOAT_BYTES = 2, 1, 1, 2, 4
 LANES, LARGEST_HEAD = 16, 512  # of kernels/attention.c
 ACCURACY = 4  # activations rounded to 8 bits
 PRODUCT_INPUTS, ATTENTION_INPUTS = 3, 9  # what is behind them is empty, or the node is of another kind
@@ -152,8 +152,8 @@ def _changed(node: _Node, head: _Node, folder: ModelFolder, floats: set[str]) ->
 
 def _product(node: _Node, inputs: list[str], floats: set[str]) -> bytes:
     told = dict(node.attributes)
-    k, n, block = (told.pop(name, 0) for name in ("K", "N", "block_size"))
-    if told.pop("bits", 4) != 4 or not isinstance(block, int) or block % LANES or block < LANES:
+    sizes = {name: _whole(told, name) for name in ("K", "N", "block_size")}
+    if told.pop("bits", 4) != 4 or sizes["block_size"] % LANES or sizes["block_size"] < LANES:
         raise UnsuitedError("its weights are not of 4 bits in blocks of a multiple of 16")
     if told.pop("accuracy_level", 0) != ACCURACY:
         raise UnsuitedError("its products do not ask for accuracy level 4")
@@ -161,23 +161,32 @@ def _product(node: _Node, inputs: list[str], floats: set[str]) -> bytes:
         raise UnsuitedError("its products have zero points, an order of their own or a bias")
     if inputs[2] not in floats:
         raise UnsuitedError("its products are not of float32")
-    return _new(node, "Int4MatMul", inputs[:PRODUCT_INPUTS], {"K": k, "N": n, "block_size": block})
+    return _new(node, "Int4MatMul", inputs[:PRODUCT_INPUTS], sizes)
 
 
-def _attention(node: _Node, folder: ModelFolder, floats: set[str]) -> tuple[list[str], dict[str, int | float | bytes]]:
+def _attention(node: _Node, folder: ModelFolder, floats: set[str]) -> tuple[list[str], dict[str, int | float]]:
     """Inputs and attributes of a RowAttention in place of a GroupQueryAttention."""
     told, size = dict(node.attributes), folder.head_size
     if size % LANES or size > LARGEST_HEAD:
         raise UnsuitedError(f"its heads have {size} numbers")
-    counts = {name: told.pop(name, 0) for name in ("num_heads", "kv_num_heads")}
-    scale, window = told.pop("scale", 0.0), told.pop("local_window_size", -1)
+    numbers: dict[str, int | float] = {name: _whole(told, name) for name in ("num_heads", "kv_num_heads")}
+    numbers["local_window_size"] = _whole(told, "local_window_size", -1)
+    scale = told.pop("scale", 0.0)
     tables = node.inputs[7:ATTENTION_INPUTS] if told.pop("do_rotary", 0) else []
     if any(node.inputs[ATTENTION_INPUTS:]) or len(node.inputs) < ATTENTION_INPUTS - 2 or not _neutral(told):
         raise UnsuitedError("its attention is more than a plain one")
     if any(name not in floats for name in tables):
         raise UnsuitedError("its rotary tables change with the length, or are not of float32")
-    numbers = {**counts, "local_window_size": window, "scale": float(scale) or size**-0.5}
+    numbers["scale"] = scale if isinstance(scale, float) and scale else size**-0.5
     return [*node.inputs[:5], CALLS, *tables], numbers
+
+
+def _whole(attributes: dict[str, int | float | bytes], name: str, default: int = 0) -> int:
+    """An attribute that has to be a whole number, taken out."""
+    value = attributes.pop(name, default)
+    if not isinstance(value, int):
+        raise UnsuitedError(f"{name} is no whole number")
+    return value
 
 
 def _neutral(attributes: Mapping[str, int | float | bytes]) -> bool:
@@ -185,19 +194,18 @@ def _neutral(attributes: Mapping[str, int | float | bytes]) -> bool:
     return all(value in (0, -1, 0.0, b"", b"NONE") for value in attributes.values())
 
 
-def _new(node: _Node, op: str, inputs: list[str], numbers: Mapping[str, int | float | bytes]) -> bytes:
+def _new(node: _Node, op: str, inputs: list[str], numbers: Mapping[str, int | float]) -> bytes:
     attributes = b"".join(protobuf.message(NODE_ATTRIBUTE, _attribute(name, value)) for name, value in numbers.items())
     named = protobuf.message(NODE_NAME, node.texts.get(NODE_NAME, "").encode()) + protobuf.message(NODE_OP, op.encode())
     ends = _texts(NODE_INPUT, inputs) + _texts(NODE_OUTPUT, node.outputs[:1])
     return protobuf.message(NODE, ends + named + attributes + protobuf.message(NODE_DOMAIN, DOMAIN))
 
 
-def _attribute(name: str, value: int | float | bytes) -> bytes:
+def _attribute(name: str, value: int | float) -> bytes:
     begin = protobuf.message(ATTRIBUTE_NAME, name.encode())
     if isinstance(value, float):
         number = protobuf.encoded(ATTRIBUTE_FLOAT << 3 | 5) + struct.pack("<f", value)
         return begin + number + protobuf.number_field(ATTRIBUTE_TYPE, A_FLOAT)
-    assert isinstance(value, int)
     number = protobuf.number_field(ATTRIBUTE_INT, value & (1 << 64) - 1)
     return begin + number + protobuf.number_field(ATTRIBUTE_TYPE, AN_INT)
 
@@ -254,7 +262,7 @@ def _value(attribute: memoryview) -> tuple[str, int | float | bytes]:
             name = bytes(part).decode()
         elif number == ATTRIBUTE_INT and isinstance(part, int):
             found = part - (1 << 64) if part >> 63 else part
-        elif number == ATTRIBUTE_FLOAT and isinstance(part, memoryview):
+        elif number == ATTRIBUTE_FLOAT and isinstance(part, memoryview) and len(part) == FLOAT_BYTES:
             found = float(struct.unpack("<f", part)[0])
         elif number == ATTRIBUTE_TEXT and isinstance(part, memoryview):
             found = bytes(part)
