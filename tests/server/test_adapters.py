@@ -16,7 +16,7 @@ import onnxruntime as ort
 import pytest
 
 from slmops_server import model_folder
-from slmops_server.engines import adapters, choose
+from slmops_server.engines import adapters, choose, kernels
 from slmops_server.engines.adapters import BASE, BadAdapterError, Shelf, Tensors
 from slmops_server.engines.base import Engine, EngineRefusedError, Job, Sampling
 
@@ -126,8 +126,9 @@ def test_adapters_fit_into_the_memory_that_is_left(data: Path) -> None:
     shelf.load("again", data / "all")
 
 
-def test_all_decode_calls_share_one_buffer_of_logits(data: Path) -> None:
+def test_all_decode_calls_share_one_buffer_of_logits(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many rows there are, and adapters: nobody counts more of them against the memory limit."""
+    monkeypatch.setattr(kernels, "library", str)  # with the server's operators there is but one binding an adapter
     engine = load(data, slots=8, adapters=[*((name, str(data / name)) for name in NAMES), ("again", str(data / "all"))])
     forward = engine._forward  # type: ignore[attr-defined]
     seen = []
@@ -272,8 +273,13 @@ def test_the_memory_of_an_adapter_is_told_to_the_byte(data: Path, tmp_path: Path
         Shelf(wanted, made.bytes - 1).load("half", half)
 
 
-def test_what_was_bound_for_one_adapter_makes_room_for_the_next(data: Path) -> None:
+@pytest.mark.parametrize("own", [True, False], ids=["with kernels", "without"])
+def test_what_was_bound_for_one_adapter_makes_room_for_the_next(
+    data: Path, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Half a KB for each input of each group of rows: without an end it is more than the adapters themselves."""
+    if not own:
+        monkeypatch.setattr(kernels, "library", str)
     forward = load(data, slots=8)._forward  # type: ignore[attr-defined]
 
     def resident() -> int:
@@ -282,7 +288,10 @@ def test_what_was_bound_for_one_adapter_makes_room_for_the_next(data: Path) -> N
     def decode_all(adapter: adapters.Adapter) -> None:
         for rows in range(1, 9):
             for first in range(9 - rows):
-                forward.decode(first, [5] * rows, [0] * rows, adapter)
+                if hasattr(forward, "advance"):
+                    forward.advance(range(first, first + rows), [5] * rows, [0] * rows, adapter)
+                else:
+                    forward.decode(first, [5] * rows, [0] * rows, adapter)
 
     many = [adapters.Adapter({one.name: zero(one, 1) for one in forward.lora.values()}) for _ in range(25)]
     for adapter in many[:5]:

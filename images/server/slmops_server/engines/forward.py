@@ -19,7 +19,7 @@ class Forward(Protocol):
     rows: int
     chunk: int  # prompt tokens that one prefill call may hold
     scored: int  # prompt tokens that one score call may hold
-    decode_seconds: Sequence[float]  # time of a decode call for 1, 2, ... rows; inf where rows would not be exact
+    decode_seconds: Sequence[float]  # time of a call for a token of 1, 2, ... rows; inf where rows would not be exact
     prefill_seconds: Mapping[int, float]  # time of a prefill call by number of tokens, as far as measured
     keeps: bool  # whether a row's content outlives its answer and can be copied
     uniform: bool  # whether a token is computed the same in an answer and in a prompt, to the last bit
@@ -30,12 +30,6 @@ class Forward(Protocol):
     def score(self, slot: int, tokens: Sequence[int], past: int, adapter: Adapter, /) -> Logits:
         """As prefill, with the logits after every token: shape [tokens, vocab]."""
 
-    def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int], adapter: Adapter, /) -> Logits:
-        """One token for each of the rows first, first+1, ...; lengths before it; logits [rows, vocab].
-
-        A row of length IDLE only keeps company: what it holds stays, its logits mean nothing.
-        """
-
     def copy(self, source: int, target: int, count: int) -> None:
         """The first `count` tokens of a row become those of another."""
 
@@ -43,16 +37,26 @@ class Forward(Protocol):
         """The row's answer has ended."""
 
 
+class Adjacent(Forward, Protocol):
+    """Answers advance in calls for rows that lie side by side."""
+
+    def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int], adapter: Adapter, /) -> Logits:
+        """One token for each of the rows first, first+1, ...; lengths before it; logits [rows, vocab].
+
+        A row of length IDLE only keeps company: what it holds stays, its logits mean nothing.
+        """
+
+
 @runtime_checkable
-class Mixing(Protocol):
-    """What a Forward may do besides: calls for rows that need not be adjacent, and a chunk of a prompt among them."""
+class Mixing(Forward, Protocol):
+    """Answers advance in calls for any rows, and beside a chunk of a prompt."""
 
     mixes: int  # rows that such a call may advance
 
     def advance(
         self, slots: Sequence[int], tokens: Sequence[int], lengths: Sequence[int], adapter: Adapter, /
     ) -> Logits:
-        """As decode, for any rows."""
+        """One token for each of these rows; lengths before it; logits [rows, vocab]."""
 
     def mix(
         self,
@@ -65,4 +69,4 @@ class Mixing(Protocol):
         adapter: Adapter,
         /,
     ) -> tuple[Logits, Logits]:
-        """As prefill, and one token for each of `slots` as in decode; logits of both, [vocab] and [slots, vocab]."""
+        """As prefill, and one token for each of `slots` as in advance; logits of both, [vocab] and [slots, vocab]."""

@@ -23,7 +23,6 @@ except ImportError:  # it is an extra
 from slmops_server.engines import timing
 from slmops_server.engines.adapters import BASE, Adapter
 from slmops_server.engines.base import EngineRefusedError
-from slmops_server.engines.forward import IDLE
 from slmops_server.engines.sampler import Logits
 from slmops_server.engines.schedule import SMALLEST_CHUNK
 from slmops_server.model_folder import ModelFolder
@@ -83,7 +82,7 @@ class OpenvinoForward:
 
     def _add_cache(self, name: str, block: list[int]) -> None:
         # zeros is lazy: the machine pays for a row only when it is first used
-        array = np.zeros((self.rows * self._blocks + 1, *block), np.float16)  # the last one: for idle rows
+        array = np.zeros((self.rows * self._blocks, *block), np.float16)
         self._caches.append(array)
         self._request.set_tensor(name, ov.Tensor(array, shared_memory=True))
 
@@ -95,13 +94,6 @@ class OpenvinoForward:
     def score(self, slot: int, tokens: Sequence[int], past: int, _adapter: Adapter = BASE) -> Logits:
         """See Forward."""
         return self._run([slot], [tokens], [past], range(len(tokens)))
-
-    def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int], _adapter: Adapter = BASE) -> Logits:
-        """See Forward."""
-        rows = range(len(tokens))
-        slots = [self.rows if length == IDLE else first + row for row, length in zip(rows, lengths, strict=True)]
-        past = [max(length, 0) for length in lengths]
-        return self._run(slots, [[token] for token in tokens], past, rows)
 
     def advance(
         self, slots: Sequence[int], tokens: Sequence[int], lengths: Sequence[int], _adapter: Adapter = BASE
@@ -137,10 +129,7 @@ class OpenvinoForward:
     def _run(
         self, slots: Sequence[int], tokens: Sequence[Sequence[int]], past: Sequence[int], at: Sequence[int]
     ) -> Logits:
-        """Append tokens to rows; logits of the tokens with the indices `at`, counted over all rows: [at, vocab].
-
-        The slot behind the last one is one block, which all idle rows write: what is in it means nothing.
-        """
+        """Append tokens to rows; logits of the tokens with the indices `at`, counted over all rows: [at, vocab]."""
         ends = [before + len(new) for before, new in zip(past, tokens, strict=True)]
         used = [-(-end // BLOCK) for end in ends]
         ranges = [
@@ -175,7 +164,7 @@ class OpenvinoForward:
         for row in range(1, self.rows):
             self.copy(0, row, length)
         calls = [
-            partial(self.decode, 0, tokens[:count], [length] * count)
+            partial(self.advance, range(count), tokens[:count], [length] * count)
             for count in range(1, min(self.rows, MAX_ROWS) + 1)
         ]
         self.decode_seconds = [timing.best(call) for call in calls]

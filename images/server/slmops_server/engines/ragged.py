@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from slmops_server.engines import adapters, ragged_graph, timing
 from slmops_server.engines.adapters import BASE, Adapter
-from slmops_server.engines.forward import IDLE
 from slmops_server.engines.ragged_graph import UnsuitedError
 from slmops_server.engines.sampler import Logits
 from slmops_server.engines.schedule import SMALLEST_CHUNK
@@ -25,7 +24,7 @@ LANES = 16  # tokens; a row's length is a multiple of it
 LOGITS_BYTES = 64 << 20  # of a call in which all logits are wanted
 MAX_ROWS = 16  # in one call; beyond, a row costs as much as in a call of its own
 MEASURED_CHUNKS = (4, 32)  # tokens
-MOST_BOUND = 48  # bindings kept: half a KB for each input, of which an adapter has hundreds
+MOST_BOUND = 8  # bindings kept: half a KB for each input, of which an adapter has hundreds
 TYPES: dict[str, type[np.floating]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # of adapters
 
 
@@ -76,14 +75,6 @@ class RaggedForward:
     def score(self, slot: int, tokens: Sequence[int], past: int, adapter: Adapter = BASE) -> Logits:
         """See Forward."""
         return self._run([(slot, past, len(tokens))], tokens, range(len(tokens)), adapter)
-
-    def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int], adapter: Adapter = BASE) -> Logits:
-        """See Forward."""
-        slots = [slot for slot, length in enumerate(lengths, first) if length != IDLE]
-        out = np.zeros((len(tokens), self.vocab), np.float32)
-        moved = [slot - first for slot in slots]
-        out[moved] = self.advance(slots, [tokens[at] for at in moved], [lengths[at] for at in moved], adapter)
-        return out
 
     def advance(
         self, slots: Sequence[int], tokens: Sequence[int], lengths: Sequence[int], adapter: Adapter = BASE

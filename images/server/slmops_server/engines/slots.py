@@ -19,7 +19,7 @@ from typing import NamedTuple, cast
 from slmops_server.engines.adapters import BASE, Adapter, Shelf
 from slmops_server.engines.base import Drafted, EngineInfo, EngineRefusedError, Job, Scores, Token
 from slmops_server.engines.drafts import Drafts
-from slmops_server.engines.forward import IDLE, Forward, Mixing
+from slmops_server.engines.forward import IDLE, Adjacent, Mixing
 from slmops_server.engines.sampler import Logits, Sampler, scores
 from slmops_server.engines.schedule import WEIGHT, Pace, common, cover
 
@@ -72,7 +72,7 @@ class SlotEngine:
 
     def __init__(
         self,
-        forward: Forward,
+        forward: Adjacent | Mixing,
         info: EngineInfo,
         eos: frozenset[int],
         guesses: int = 0,
@@ -89,6 +89,7 @@ class SlotEngine:
         self.adapters = adapters or Shelf({}, 0)
         self._forward, self._eos, self._clock = forward, eos, clock
         self._mixing = forward if isinstance(forward, Mixing) else None
+        self._adjacent = None if isinstance(forward, Mixing) else forward
         self._waiting: deque[Job] = deque()
         self._prefilling: deque[_Row] = deque()
         self._rows: list[_Row | None] = [None] * info.slots
@@ -99,7 +100,7 @@ class SlotEngine:
         self._score_pace = Pace(forward.scored, forward.prefill_seconds)  # scores take longer, as it learns
         self._step_seconds = 0.0  # moving average of a step's decode calls
         self._slower = 1.0  # moving average of how many times as long they take as measured at start: longer rows do
-        if self._mixing is None:
+        if self._adjacent:
             for adapter in (BASE,) if adapters is None else (BASE, Adapter({})):
                 self._check_cover(self._seconds(adapter))
 
@@ -151,11 +152,11 @@ class SlotEngine:
             for adapter, wanted in self._grouped(active).items():
                 if self._mixing:
                     expected += self._advance(self._mixing, wanted, adapter, tokens)
-                    continue
-                seconds, calls = cover(wanted, self._seconds(adapter))
-                expected += seconds
-                for first, count in calls:
-                    self._decode(first, wanted[first : first + count], adapter, tokens)
+                if self._adjacent:
+                    seconds, calls = cover(wanted, self._seconds(adapter))
+                    expected += seconds
+                    for first, count in calls:
+                        self._decode(self._adjacent, first, wanted[first : first + count], adapter, tokens)
             took = self._clock() - begin
             self._step_seconds += (took - self._step_seconds) * (WEIGHT if self._step_seconds else 1.0)
             self._slower += (took / expected - self._slower) * WEIGHT
@@ -324,12 +325,12 @@ class SlotEngine:
                 self._sample(row, row_logits, tokens)
         return expected
 
-    def _decode(self, first: int, wanted: list[bool], adapter: Adapter, tokens: list[Token]) -> None:
+    def _decode(self, forward: Adjacent, first: int, wanted: list[bool], adapter: Adapter, tokens: list[Token]) -> None:
         """One call for these rows. Those that are not wanted are idle in it: free, moved already, of other adapters."""
         running = [self._rows[slot] if moves else None for slot, moves in enumerate(wanted, first)]
         lengths = [IDLE if row is None else row.length for row in running]
         newest = [0 if row is None else row.last for row in running]
-        logits = self._forward.decode(first, newest, lengths, adapter)
+        logits = forward.decode(first, newest, lengths, adapter)
         for row, row_logits in zip(running, logits, strict=True):
             if row is not None:
                 self._moved(row, row.last)
