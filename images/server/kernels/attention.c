@@ -125,16 +125,17 @@ INLINE void read_queries(const Heads *h, Cache cache, Place at, int64_t kv_head,
   if (block <= at.position)
     scores(cache.keys + begin + block * h->size, h->size, queries, count, scale, scratch + block - from, stride, 1);
   for (int q = 0; q < count; q++) sums[q] = weights(scratch + q * stride, from, first, at.position);
-  const float *values = cache.values + begin + from * h->size;
-  const int64_t positions = at.position - from + 1;
+  const float *values = cache.values + begin + first * h->size;
+  const float *weighing = scratch + first - from;
+  const int64_t positions = at.position - first + 1;
   int64_t d = 0;
   for (; d + 4 * LANES <= h->size; d += 4 * LANES)
-    mixed(values + d, h->size, scratch, stride, positions, count, 4, sums, out + d);
+    mixed(values + d, h->size, weighing, stride, positions, count, 4, sums, out + d);
   if (d + 2 * LANES <= h->size) {
-    mixed(values + d, h->size, scratch, stride, positions, count, 2, sums, out + d);
+    mixed(values + d, h->size, weighing, stride, positions, count, 2, sums, out + d);
     d += 2 * LANES;
   }
-  if (d < h->size) mixed(values + d, h->size, scratch, stride, positions, count, 1, sums, out + d);
+  if (d < h->size) mixed(values + d, h->size, weighing, stride, positions, count, 1, sums, out + d);
 }
 
 AVX512 void attention_read(const Heads *h, Cache cache, Place at, int64_t kv_head, const float *queries, Tables tables,

@@ -7,6 +7,7 @@
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
 #define INLINE static inline __attribute__((always_inline)) VNNI
 enum { ALIGNED = 64, TILE = 8 };
+static const float SMALLEST = 1e-36f; /* of a block that is not taken for zeros: 127 / SMALLEST is a number */
 typedef int32_t __attribute__((may_alias)) Four; /* four values of a row */
 
 int int4_usable(void) {
@@ -17,7 +18,6 @@ int int4_usable(void) {
 static size_t aligned(size_t bytes) { return (bytes + ALIGNED - 1) / ALIGNED * ALIGNED; }
 
 int int4_pack(Int4 *m, const uint8_t *weights, const float *scales) {
-  m->blocks = (m->k + m->block - 1) / m->block;
   m->groups = (m->n + LANES - 1) / LANES;
   const int64_t bytes = m->blocks * m->block / 2; /* of a column */
   m->weights = aligned_alloc(ALIGNED, aligned((size_t)(m->groups * LANES * bytes)));
@@ -61,7 +61,7 @@ Rounded int4_rounded(const Int4 *m, int64_t rows, void *buffer) {
 
 VNNI void int4_round(const Int4 *m, const float *x, int64_t first, int64_t rows, Rounded to) {
   const __m512i order = _mm512_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
-  const __m512i positive = _mm512_set1_epi32(0x7fffffff);
+  const __m512i positive = _mm512_set1_epi32(0x7fffffff), least = _mm512_set1_epi32(-127);
   for (int64_t row = first; row < first + rows; row++) {
     for (int64_t block = 0; block < m->blocks; block++) {
       const float *from = x + row * m->k + block * m->block;
@@ -73,14 +73,15 @@ VNNI void int4_round(const Int4 *m, const float *x, int64_t first, int64_t rows,
         most = _mm512_max_epi32(most, _mm512_and_si512(bits, positive));
       }
       const float largest = _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(most))));
-      const __m512 inverse = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
+      const __m512 inverse = _mm512_set1_ps(largest > SMALLEST ? 127.0f / largest : 0.0f);
       int8_t *values = to.values + (row * m->blocks + block) * m->block;
       __m512i sum = _mm512_setzero_si512();
       for (int64_t at = 0; at < m->block; at += LANES) {
         const int64_t left = size - at;
         const __mmask16 within = left >= LANES ? 0xffff : left > 0 ? (__mmask16)((1u << left) - 1) : 0;
         const __m512 part = _mm512_mul_ps(_mm512_maskz_loadu_ps(within, from + at), inverse);
-        const __m512i whole = _mm512_permutexvar_epi32(order, _mm512_cvtps_epi32(part));
+        const __m512i ordered = _mm512_permutexvar_epi32(order, _mm512_cvtps_epi32(part));
+        const __m512i whole = _mm512_max_epi32(ordered, least); /* NaN and infinity are the least integer */
         sum = _mm512_add_epi32(sum, whole);
         _mm_storeu_si128((__m128i *)(values + at), _mm512_cvtsepi32_epi8(whole));
       }

@@ -26,7 +26,7 @@ typedef struct {
 enum { LANES = 16, ROW_BLOCK = 128 };
 
 int int4_usable(void);
-/* `weights` [n][blocks][block / 2] and `scales` [n][blocks] as MatMulNBits has them. 0 when there is no memory. */
+/* Of a matrix whose sizes are set; `weights` [n][blocks][block / 2] and `scales` [n][blocks] as MatMulNBits has them. 0 when there is no memory. */
 int int4_pack(Int4 *matrix, const uint8_t *weights, const float *scales);
 void int4_free(Int4 *matrix);
 /* Bytes that `rows` rows of `x` need when rounded, and pointers into such a buffer, which begins at a multiple of 64. */

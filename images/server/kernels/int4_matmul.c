@@ -59,25 +59,30 @@ static void give_back(const void *data, size_t bytes) {
   if (first < end) madvise((void *)first, end - first, MADV_PAGEOUT);
 }
 
-static OrtStatus *constant(const OrtKernelInfo *info, size_t at, void **data) {
+static OrtStatus *constant(const OrtKernelInfo *info, size_t at, const void **data, Shape *shape) {
   int is_constant = 0;
   const OrtValue *value;
   TRY(KernelInfoGetConstantInput_tensor(info, at, &is_constant, &value));
   if (!is_constant) return refused("Int4MatMul: B and scales are to be constant");
-  return GetTensorMutableData((OrtValue *)value, data);
+  return tensor(value, data, shape);
 }
 
 static OrtStatus *create(const OrtCustomOp *op, const OrtApi *given, const OrtKernelInfo *info, void **kernel) {
   (void)op, (void)given;
   Int4 matrix = {0};
-  void *weights, *scales;
+  const void *weights, *scales;
+  Shape of_weights, of_scales;
   TRY(KernelInfoGetAttribute_int64(info, "K", &matrix.k));
   TRY(KernelInfoGetAttribute_int64(info, "N", &matrix.n));
   TRY(KernelInfoGetAttribute_int64(info, "block_size", &matrix.block));
   if (matrix.k < 1 || matrix.n < 1 || matrix.block < LANES || matrix.block % LANES)
     return refused("Int4MatMul: K, N or block_size");
-  TRY(constant(info, 1, &weights));
-  TRY(constant(info, 2, &scales));
+  TRY(constant(info, 1, &weights, &of_weights));
+  TRY(constant(info, 2, &scales, &of_scales));
+  matrix.blocks = (matrix.k - 1) / matrix.block + 1;
+  if (of_weights.count != 3 || of_weights.sizes[0] != matrix.n || of_weights.sizes[1] != matrix.blocks ||
+      of_weights.sizes[2] != matrix.block / 2 || elements(of_scales) != matrix.n * matrix.blocks)
+    return refused("Int4MatMul: B is not [N, blocks, block / 2], or scales are not [N * blocks]");
   Int4 *made = malloc(sizeof *made);
   if (!made || !int4_pack(&matrix, weights, scales)) {
     free(made);

@@ -10,9 +10,9 @@ const OrtApi *api;
 void *thread_buffer(int use, size_t bytes) {
   static _Thread_local void *kept[2];
   static _Thread_local size_t size[2];
-  if (bytes > size[use]) {
+  if (!kept[use] || bytes > size[use]) {
     free(kept[use]);
-    kept[use] = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    kept[use] = aligned_alloc(64, (bytes / 64 + 1) * 64);
     size[use] = kept[use] ? bytes : 0;
   }
   return kept[use];
@@ -26,12 +26,8 @@ int64_t elements(Shape shape) {
   return product;
 }
 
-OrtStatus *input(const OrtKernelContext *context, size_t at, const void **data, Shape *shape) {
-  const OrtValue *value = NULL;
+OrtStatus *tensor(const OrtValue *value, const void **data, Shape *shape) {
   OrtShape *told;
-  *data = NULL;
-  TRY(KernelContext_GetInput(context, at, &value));
-  if (!value) return NULL;
   TRY(GetTensorTypeAndShape(value, &told));
   OrtStatus *failed = GetDimensionsCount(told, &shape->count);
   if (!failed && shape->count > MOST_DIMENSIONS) failed = refused("slmops: an input has too many dimensions");
@@ -39,6 +35,13 @@ OrtStatus *input(const OrtKernelContext *context, size_t at, const void **data, 
   ReleaseTensorTypeAndShapeInfo(told);
   TRY(failed);
   return GetTensorMutableData((OrtValue *)value, (void **)data);
+}
+
+OrtStatus *input(const OrtKernelContext *context, size_t at, const void **data, Shape *shape) {
+  const OrtValue *value = NULL;
+  *data = NULL;
+  TRY(KernelContext_GetInput(context, at, &value));
+  return value ? tensor(value, data, shape) : NULL;
 }
 
 OrtStatus *output(OrtKernelContext *context, Shape shape, float **data) {

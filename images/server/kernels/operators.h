@@ -21,6 +21,7 @@ extern const OrtCustomOp int4_matmul, row_attention;
 void *thread_buffer(int use, size_t bytes);
 /* An input's data and shape; *data is NULL where an optional one is absent. */
 OrtStatus *input(const OrtKernelContext *context, size_t at, const void **data, Shape *shape);
+OrtStatus *tensor(const OrtValue *value, const void **data, Shape *shape);
 OrtStatus *output(OrtKernelContext *context, Shape shape, float **data);
 OrtStatus *refused(const char *why);
 int64_t elements(Shape shape);

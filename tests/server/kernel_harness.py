@@ -1,0 +1,56 @@
+"""Sessions of one operator of our own, whose models are written here: the onnx package is not in the server's image."""
+
+import ctypes
+import importlib.util
+import struct
+
+import numpy as np
+import onnxruntime as ort  # type: ignore[import-untyped]  # it ships no types
+
+from slmops_server.engines.graph import _message, _number
+
+Array = np.ndarray
+SPEC = importlib.util.find_spec("slmops_kernels")
+LIBRARY = SPEC.origin if SPEC and SPEC.origin else ""
+USABLE = bool(LIBRARY) and bool(ctypes.CDLL(LIBRARY).slmops_usable())
+TYPES = {np.dtype(np.float32): 1, np.dtype(np.uint8): 2, np.dtype(np.int64): 7}
+State = ort.capi.onnxruntime_pybind11_state
+Refused = (State.InvalidArgument, State.RuntimeException, RuntimeError)
+
+
+def node_model(op: str, inputs: dict[str, type | Array | None], attributes: dict[str, float]) -> bytes:
+    """A model of one node; an input is of a type, or constant, or absent."""
+    node = b"".join(_message(1, b"" if given is None else name.encode()) for name, given in inputs.items())
+    node += _message(2, b"out") + _message(4, op.encode()) + _message(7, b"slmops")
+    for name, value in attributes.items():
+        kind = 1 if isinstance(value, float) else 2
+        coded = b"\x15" + struct.pack("<f", value) if kind == 1 else _number(3, int(value) & (1 << 64) - 1)
+        node += _message(5, _message(1, name.encode()) + coded + _number(20, kind))
+    graph = _message(1, node) + _message(2, b"graph") + value_info(12, "out", np.float32)
+    for name, given in inputs.items():
+        if isinstance(given, np.ndarray):
+            dims = b"".join(_number(1, size) for size in given.shape)
+            head = dims + _number(2, TYPES[given.dtype]) + _message(8, name.encode())
+            graph += _message(5, head + _message(9, given.tobytes()))
+        elif given:
+            graph += value_info(11, name, given)
+    versions = [_message(1, domain) + _number(2, version) for domain, version in [(b"", 17), (b"slmops", 1)]]
+    return _number(1, 8) + _message(7, graph) + b"".join(_message(8, one) for one in versions)
+
+
+def value_info(place: int, name: str, of: type) -> bytes:
+    return _message(place, _message(1, name.encode()) + _message(2, _message(1, _number(1, TYPES[np.dtype(of)]))))
+
+
+def session(model: bytes, threads: int = 1) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    options.register_custom_ops_library(LIBRARY)
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def same(one: Array, other: Array) -> bool:
+    """Bit for bit; one NaN is as good as another."""
+    bits = [np.where(np.isnan(array), np.float32(np.nan), array).view(np.int32) for array in (one, other)]
+    return one.shape == other.shape and bool((bits[0] == bits[1]).all())
