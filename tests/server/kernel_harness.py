@@ -12,7 +12,7 @@ from slmops_server.engines.graph import _message, _number
 Array = np.ndarray
 SPEC = importlib.util.find_spec("slmops_kernels")
 LIBRARY = SPEC.origin if SPEC and SPEC.origin else ""
-USABLE = bool(LIBRARY) and bool(ctypes.CDLL(LIBRARY).slmops_usable())
+ISAS = ["avx512", "avxvnni", "avx2"]
 TYPES = {np.dtype(np.float32): 1, np.dtype(np.uint8): 2, np.dtype(np.int64): 7}
 State = ort.capi.onnxruntime_pybind11_state
 Refused = (State.InvalidArgument, State.RuntimeException, RuntimeError)
@@ -40,6 +40,11 @@ def node_model(op: str, inputs: dict[str, type | Array | None], attributes: dict
 
 def value_info(place: int, name: str, of: type) -> bytes:
     return _message(place, _message(1, name.encode()) + _message(2, _message(1, _number(1, TYPES[np.dtype(of)]))))
+
+
+def pretend(isa: str | None) -> bool:
+    """Let the operators take the kernels of an instruction set, or the best; whether this CPU has it."""
+    return bool(LIBRARY) and bool(ctypes.CDLL(LIBRARY).slmops_pretend(isa and isa.encode()))
 
 
 def session(model: bytes, threads: int = 1) -> ort.InferenceSession:

@@ -1,14 +1,21 @@
 """The operators of our own for onnxruntime against what they are defined to be, computed in float64."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
 import pytest
-from kernel_harness import USABLE, Array, Refused, node_model, same, session
+from kernel_harness import ISAS, Array, Refused, node_model, pretend, same, session
 
-pytestmark = pytest.mark.skipif(not USABLE, reason="the library is missing, or this CPU lacks what it needs")
+
+@pytest.fixture(params=ISAS, autouse=True)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test runs with the kernels of each instruction set."""
+    if not pretend(request.param):
+        pytest.skip("the library is missing, or this CPU lacks what it needs")
+    yield request.param
+    pretend(None)
 
 
 # Int4MatMul
@@ -150,6 +157,15 @@ def test_threads_and_sessions_give_the_same_bits() -> None:
         assert same(of.run(x, threads=1), of.run(x, threads=2))
 
 
+@pytest.mark.parametrize(("k", "n", "block"), SHAPES)
+def test_products_are_the_same_on_every_cpu(k: int, n: int, block: int, isa: str) -> None:
+    made, x = session(Matrix(k, n, block).model()), rows(27, k)
+    x[3, 0], x[5, -1], x[7], x[8] = np.inf, np.nan, 0, x[8] * np.float32(1e-37)
+    got = made.run(None, {"a": x})[0]
+    pretend(None)
+    assert same(got, made.run(None, {"a": x})[0])
+
+
 @pytest.mark.parametrize("shape", [(4, 319), (4, 321), (320, 1), ()])
 def test_rows_of_another_length_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(Refused, match=r"Int4MatMul: A is not \[\.\., K\]"):
@@ -277,6 +293,18 @@ def test_attention_is_what_it_is_defined_to_be(form: dict[str, int], packed: boo
     ):
         tokens = layer.tokens(sum(count for _, _, count in calls), seed=len(calls))
         np.testing.assert_allclose(layer.run(tokens, calls), layer.expected(tokens, calls), atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_attention_is_the_same_on_every_cpu(form: dict[str, int], isa: str) -> None:
+    mine, best = Layer(**form), Layer(**form)
+    for calls in ([(1, 0, 20), (0, 0, 1)], [(2, 0, 1), (1, 20, 1), (0, 1, 33)], [(1, 21, 75)]):
+        tokens = mine.tokens(sum(count for _, _, count in calls), seed=len(calls), size=3.0)
+        pretend(isa)
+        got = mine.run(tokens, calls)
+        pretend(None)
+        assert same(got, best.run(tokens, calls))
+        assert same(mine.whole, best.whole)
 
 
 def test_scores_of_any_size() -> None:

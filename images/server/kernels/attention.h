@@ -1,4 +1,4 @@
-/* Attention of tokens of any number of sequences over their cached keys and values, for CPUs with AVX-512.
+/* Attention of tokens of any number of sequences over their cached keys and values.
  *
  * A token's result is computed by the same operations in the same order whatever else a call holds, so it is bit for bit
  * what it is alone, however a prompt is cut.
@@ -28,15 +28,9 @@ typedef struct {
   const float *cosines, *sines;
 } Tables;
 
-enum { ATTENTION_MOST_SIZE = 512 };
+enum { ATTENTION_MOST_SIZE = 512, ATTENTION_QUERIES = 7 /* most that are computed together */ };
 
-int attention_usable(void);
-/* Put a token's key and value of one head, [size], into the cache, the key turned. */
-void attention_keep(const Heads *heads, Cache cache, Place at, int64_t kv_head, const float *key, const float *value,
-                    Tables tables);
-/* Floats that attention_read needs beside. */
-size_t attention_scratch(const Heads *heads, Cache cache);
-/* What a token sees through the queries that share the head `kv_head`; `queries`, not turned, and `out` are
- * [heads][size]. */
-void attention_read(const Heads *heads, Cache cache, Place at, int64_t kv_head, const float *queries, Tables tables,
-                    float *out, float *scratch);
+/* Floats that a token's reading needs beside. */
+static inline size_t attention_scratch(const Heads *heads, Cache cache) {
+  return (size_t)(ATTENTION_QUERIES * cache.length + heads->heads / heads->kv_heads * heads->size);
+}

@@ -1,4 +1,4 @@
-/* Products of float activations and 4-bit weights, for CPUs with AVX-512 VNNI.
+/* Products of float activations and 4-bit weights.
  *
  * A number of the result is computed by the same operations in the same order however many rows a call has, so a row is
  * bit for bit what it is alone. Activations are rounded to 8 bits, with a scale for each row and block, as in
@@ -11,9 +11,9 @@
 typedef struct {
   int64_t k, n, block; /* y[m, n] = x[m, k] w[k, n]; weights of a column share a scale for each `block` of k */
   int64_t blocks;      /* of a column */
-  int64_t groups;      /* of LANES columns, the last one filled up with zeros */
-  uint8_t *weights;    /* [groups][blocks][block / 8][LANES][4]: low nibbles are k 0, 2, 4, 6 of eight, high ones 1, 3, 5, 7 */
-  float *scales;       /* [groups][blocks][LANES] */
+  int64_t groups;      /* of INT4_GROUP columns, the last one filled up with zeros */
+  uint8_t *weights;    /* [groups][blocks][block / 8][INT4_GROUP][4]: low nibbles are k 0, 2, 4, 6 of eight, high ones 1, 3, 5, 7 */
+  float *scales;       /* [groups][blocks][INT4_GROUP] */
 } Int4;
 
 /* Rows as the product takes them. */
@@ -23,15 +23,13 @@ typedef struct {
   int32_t *zeros; /* [rows][blocks]: what the weights' zero point, 8, adds to each product, negated */
 } Rounded;
 
-enum { LANES = 16, ROW_BLOCK = 128 };
+enum { INT4_GROUP = 16, ROW_BLOCK = 128 };
+typedef int32_t __attribute__((may_alias)) FourBytes; /* of a rounded row */
 
-int int4_usable(void);
-/* Of a matrix whose sizes are set; `weights` [n][blocks][block / 2] and `scales` [n][blocks] as MatMulNBits has them. 0 when there is no memory. */
+/* Fill the matrix, whose sizes are set, from `weights` [n][blocks][block / 2] and `scales` [n][blocks] as MatMulNBits has
+ * them. 0 when there is no memory. */
 int int4_pack(Int4 *matrix, const uint8_t *weights, const float *scales);
 void int4_free(Int4 *matrix);
-/* Bytes that `rows` rows of `x` need when rounded, and pointers into such a buffer, which begins at a multiple of 64. */
+/* Bytes that `rows` rows need when rounded, and pointers into such a buffer, which begins at a multiple of 64. */
 size_t int4_rounded_bytes(const Int4 *matrix, int64_t rows);
 Rounded int4_rounded(const Int4 *matrix, int64_t rows, void *buffer);
-void int4_round(const Int4 *matrix, const float *x, int64_t first, int64_t rows, Rounded to);
-/* y[rows, n] of the columns of groups first .. end - 1. */
-void int4_multiply(const Int4 *matrix, int64_t first, int64_t end, Rounded x, int64_t rows, float *y);

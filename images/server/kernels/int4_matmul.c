@@ -6,7 +6,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "int4.h"
+#include "kernels.h"
 #include "operators.h"
 
 enum { PARTS = 32, INLINE_ROWS = 16, ROWS_OF_PART = 8 };
@@ -22,13 +22,13 @@ typedef struct {
 static void round_part(void *data, size_t part) {
   const Product *p = data;
   const int64_t first = (int64_t)part * ROWS_OF_PART, left = p->rows - first;
-  int4_round(p->matrix, p->x, first, left < ROWS_OF_PART ? left : ROWS_OF_PART, p->rounded);
+  kernels->round(p->matrix, p->x, first, left < ROWS_OF_PART ? left : ROWS_OF_PART, p->rounded);
 }
 
 static void multiply_part(void *data, size_t part) {
   const Product *p = data;
   const int64_t groups = p->matrix->groups, at = (int64_t)part;
-  int4_multiply(p->matrix, groups * at / p->parts, groups * (at + 1) / p->parts, p->rounded, p->rows, p->y);
+  kernels->multiply(p->matrix, groups * at / p->parts, groups * (at + 1) / p->parts, p->rounded, p->rows, p->y);
 }
 
 static OrtStatus *multiply(void *kernel, OrtKernelContext *context) {
@@ -46,7 +46,7 @@ static OrtStatus *multiply(void *kernel, OrtKernelContext *context) {
   p.rounded = int4_rounded(matrix, p.rows, scratch);
   p.parts = matrix->groups < PARTS ? matrix->groups : PARTS;
   if (p.rows < INLINE_ROWS)
-    int4_round(matrix, p.x, 0, p.rows, p.rounded);
+    kernels->round(matrix, p.x, 0, p.rows, p.rounded);
   else
     TRY(KernelContext_ParallelFor(context, round_part, (size_t)((p.rows + ROWS_OF_PART - 1) / ROWS_OF_PART), 0, &p));
   return KernelContext_ParallelFor(context, multiply_part, (size_t)p.parts, 0, &p);
@@ -75,7 +75,7 @@ static OrtStatus *create(const OrtCustomOp *op, const OrtApi *given, const OrtKe
   TRY(KernelInfoGetAttribute_int64(info, "K", &matrix.k));
   TRY(KernelInfoGetAttribute_int64(info, "N", &matrix.n));
   TRY(KernelInfoGetAttribute_int64(info, "block_size", &matrix.block));
-  if (matrix.k < 1 || matrix.n < 1 || matrix.block < LANES || matrix.block % LANES)
+  if (matrix.k < 1 || matrix.n < 1 || matrix.block < 16 || matrix.block % 16)
     return refused("Int4MatMul: K, N or block_size");
   TRY(constant(info, 1, &weights, &of_weights));
   TRY(constant(info, 2, &scales, &of_scales));

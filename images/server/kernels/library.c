@@ -1,8 +1,7 @@
 /* The library of operators: what onnxruntime calls when it is registered. */
 #include <stdlib.h>
 
-#include "attention.h"
-#include "int4.h"
+#include "kernels.h"
 #include "operators.h"
 
 const OrtApi *api;
@@ -58,12 +57,10 @@ int op_first_version(const OrtCustomOp *op) { return (void)op, 1; }
 int op_last_version(const OrtCustomOp *op) { return (void)op, 0x7fffffff; }
 size_t op_no_pairs(int **from, int **to) { return (void)from, (void)to, 0; }
 
-/* Whether this CPU has what the operators need. */
-int slmops_usable(void) { return int4_usable() && attention_usable(); }
-
 OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
   OrtCustomOpDomain *domain;
   api = base->GetApi(ORT_ABI_VERSION);
+  if (!kernels) return CreateStatus(ORT_FAIL, "slmops: this CPU lacks AVX2 or FMA");
   TRY(CreateCustomOpDomain("slmops", &domain));
   TRY(CustomOpDomain_Add(domain, &int4_matmul));
   TRY(CustomOpDomain_Add(domain, &row_attention));

@@ -8,7 +8,7 @@
  */
 #include <stdlib.h>
 
-#include "attention.h"
+#include "kernels.h"
 #include "operators.h"
 
 enum { QUERY, KEY, VALUE, KEYS, VALUES, CALLS, COSINES, SINES, INPUTS, WORDS_OF_CALL = 3 };
@@ -31,7 +31,7 @@ typedef struct {
 
 static void keep(const Attention *a, int64_t token, int64_t kv_head) {
   const int64_t at = token * a->kv_step + kv_head * a->heads.size;
-  attention_keep(&a->heads, a->cache, a->tokens[token].place, kv_head, a->key + at, a->value + at, a->tables);
+  kernels->keep(&a->heads, a->cache, a->tokens[token].place, kv_head, a->key + at, a->value + at, a->tables);
 }
 
 static void keep_part(void *data, size_t token) {
@@ -49,8 +49,8 @@ static void read_part(void *data, size_t part) {
     return;
   }
   if (a->tokens[token].alone) keep(a, token, head);
-  attention_read(&a->heads, a->cache, a->tokens[token].place, head, a->query + token * a->query_step, a->tables,
-                 a->out + token * a->heads.heads * a->heads.size, scratch);
+  kernels->read(&a->heads, a->cache, a->tokens[token].place, head, a->query + token * a->query_step, a->tables,
+                a->out + token * a->heads.heads * a->heads.size, scratch);
 }
 
 /* The tokens of the calls; how many, or -1 where a call is out of bounds. */

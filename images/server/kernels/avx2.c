@@ -1,0 +1,12 @@
+/* For CPUs with AVX2 and FMA. */
+#define TARGET __attribute__((target("avx2,fma")))
+#define INLINE static inline __attribute__((always_inline)) TARGET
+enum { INT4_TILE = 4, QUERIES = 4, SCORE_VECTORS = 2, VALUE_VECTORS = 2 };
+
+#include "vector256.h"
+#include "int4_dots_avx2.h"
+#include "int4_kernels.h"
+#include "attention_kernels.h"
+#include "kernels.h"
+
+const Kernels avx2_kernels = {round_rows, multiply_rows, keep_token, read_token};
