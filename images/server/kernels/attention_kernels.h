@@ -142,7 +142,9 @@ static TARGET void read_token(const Heads *h, Cache cache, Place at, int64_t kv_
     const float *of = turned + head * size;
     float *to = out + head * size;
 #define CASE(n) \
-  case n: read_queries(h, cache, at, kv_head, of, n <= QUERIES ? n : 1, to, scratch); break;
+  case n: \
+    if (n <= QUERIES) read_queries(h, cache, at, kv_head, of, n, to, scratch); \
+    break;
     switch (count) {
       CASE(7) CASE(6) CASE(5) CASE(4) CASE(3) CASE(2) CASE(1)
     }

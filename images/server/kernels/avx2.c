@@ -1,7 +1,7 @@
 /* For CPUs with AVX2 and FMA. */
 #define TARGET __attribute__((target("avx2,fma")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
-enum { INT4_TILE = 4, QUERIES = 4, SCORE_VECTORS = 2, VALUE_VECTORS = 2 };
+enum { INT4_TILE = 4, INT4_VECTORS = 2, QUERIES = 4, SCORE_VECTORS = 2, VALUE_VECTORS = 2 };
 
 #include "vector256.h"
 #include "int4_dots_avx2.h"

@@ -2,7 +2,7 @@
 #define TARGET __attribute__((target("avx2,fma,avxvnni")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
 #define DOT _mm256_dpbusd_avx_epi32
-enum { INT4_TILE = 4, QUERIES = 4, SCORE_VECTORS = 2, VALUE_VECTORS = 2 };
+enum { INT4_TILE = 4, INT4_VECTORS = 2, QUERIES = 4, SCORE_VECTORS = 2, VALUE_VECTORS = 2 };
 
 #include "vector256.h"
 #include "int4_dots_vnni.h"

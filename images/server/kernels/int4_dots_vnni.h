@@ -2,20 +2,35 @@
 #pragma once
 #include "int4.h"
 
-/* Add to `products`, for each of `rows` rows, `size` of its values times WIDTH columns. What lies `ahead` of the weights
- * is fetched meanwhile. */
-INLINE void dots(Ints *products, const uint8_t *weights, int64_t ahead, const int8_t *values, int64_t step, int64_t size,
-                 const int rows) {
-  Ints more[INT4_TILE]; /* a second sum of each row, because a product waits for the one before in its sum */
-  for (int r = 0; r < rows; r++) more[r] = int_zeros();
+/* Add to products[vector][row] `size` of the row's values times the columns of a vector; groups of columns lie `apart`. */
+INLINE void dots(Ints products[][INT4_TILE], const uint8_t *weights, int64_t apart, const int8_t *values, int64_t step,
+                 int64_t size, const int rows, const int vectors) {
+  /* A product waits for the one before in its sum; but registers are few. */
+  const int chains = rows * vectors < (WIDTH == LANES ? 8 : 4) ? 2 : 1;
+  Ints sums[2][INT4_VECTORS][INT4_TILE];
+  for (int chain = 0; chain < chains; chain++)
+    for (int v = 0; v < vectors; v++)
+      for (int r = 0; r < rows; r++) sums[chain][v][r] = int_zeros();
   for (int64_t at = 0; at < size; at += 8, weights += 4 * LANES) {
-    _mm_prefetch((const char *)weights + ahead, _MM_HINT_T0);
-    const Ints pairs = load_bytes(weights), even = low_nibbles(pairs), odd = high_nibbles(pairs);
+    Ints even[INT4_VECTORS], odd[INT4_VECTORS];
+    for (int v = 0; v < vectors; v++) {
+      const uint8_t *from = weights + v * WIDTH / LANES * apart + v * WIDTH % LANES * 4;
+      if (v * WIDTH % LANES == 0) _mm_prefetch((const char *)from + INT4_AHEAD, _MM_HINT_T0);
+      const Ints pairs = load_bytes(from);
+      even[v] = low_nibbles(pairs);
+      odd[v] = high_nibbles(pairs);
+    }
     for (int r = 0; r < rows; r++) {
       const FourBytes *four = (const FourBytes *)(values + r * step + at);
-      products[r] = DOT(products[r], even, int_spread(four[0]));
-      more[r] = DOT(more[r], odd, int_spread(four[1]));
+      const Ints first = int_spread(four[0]), second = int_spread(four[1]);
+      for (int v = 0; v < vectors; v++) {
+        sums[0][v][r] = DOT(sums[0][v][r], even[v], first);
+        sums[chains - 1][v][r] = DOT(sums[chains - 1][v][r], odd[v], second);
+        for (int chain = 0; chain < chains; chain++) IN_REGISTER(sums[chain][v][r]);
+      }
     }
   }
-  for (int r = 0; r < rows; r++) products[r] = int_add(products[r], more[r]);
+  for (int chain = 0; chain < chains; chain++)
+    for (int v = 0; v < vectors; v++)
+      for (int r = 0; r < rows; r++) products[v][r] = int_add(products[v][r], sums[chain][v][r]);
 }

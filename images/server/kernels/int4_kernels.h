@@ -25,45 +25,54 @@ static TARGET void round_rows(const Int4 *m, const float *x, int64_t first, int6
   }
 }
 
-/* `rows` rows by one group of columns. */
-INLINE void tile(const Int4 *m, int64_t group, Rounded x, int64_t row, const int rows, float *y) {
-  const int64_t blocks = m->blocks, width = blocks * m->block, bytes = width / 2 * LANES, column = group * LANES;
-  const uint8_t *weights = m->weights + group * bytes;
+/* `rows` rows by the columns of `vectors` vectors. */
+INLINE void tile(const Int4 *m, int64_t group, Rounded x, int64_t row, const int rows, const int vectors, float *y) {
+  const int64_t blocks = m->blocks, width = blocks * m->block, apart = width / 2 * LANES;
+  const uint8_t *weights = m->weights + group * apart;
   const float *scales = m->scales + group * blocks * LANES;
-  Floats sums[LANES / WIDTH][INT4_TILE];
-  for (int part = 0; part < LANES / WIDTH; part++)
-    for (int r = 0; r < rows; r++) sums[part][r] = zeros();
+  Floats sums[INT4_VECTORS][INT4_TILE];
+  for (int v = 0; v < vectors; v++)
+    for (int r = 0; r < rows; r++) sums[v][r] = zeros();
   for (int64_t block = 0; block < blocks; block++) {
-    const int8_t *values = x.values + row * width + block * m->block;
-    for (int part = 0; part < LANES / WIDTH; part++) {
-      Ints products[INT4_TILE];
-      for (int r = 0; r < rows; r++) products[r] = int_spread(x.zeros[(row + r) * blocks + block]);
-      dots(products, weights + block * m->block / 2 * LANES + part * 4 * WIDTH, bytes, values, width, m->block, rows);
-      const Floats scale = load(scales + block * LANES + part * WIDTH);
+    Ints products[INT4_VECTORS][INT4_TILE];
+    for (int v = 0; v < vectors; v++)
+      for (int r = 0; r < rows; r++) products[v][r] = int_spread(x.zeros[(row + r) * blocks + block]);
+    dots(products, weights + block * m->block / 2 * LANES, apart, x.values + row * width + block * m->block, width,
+         m->block, rows, vectors);
+    for (int v = 0; v < vectors; v++) {
+      const Floats scale = load(scales + (v * WIDTH / LANES * blocks + block) * LANES + v * WIDTH % LANES);
       for (int r = 0; r < rows; r++) {
         const Floats both = multiply(scale, spread(x.scales[(row + r) * blocks + block]));
-        sums[part][r] = multiply_add(to_floats(products[r]), both, sums[part][r]);
+        sums[v][r] = multiply_add(to_floats(products[v][r]), both, sums[v][r]);
       }
     }
   }
-  for (int part = 0; part < LANES / WIDTH; part++) {
-    const int64_t at = column + part * WIDTH;
-    for (int r = 0; r < rows; r++) store_first(y + (row + r) * m->n + at, sums[part][r], m->n - at);
+  for (int v = 0; v < vectors; v++) {
+    const int64_t column = group * LANES + v * WIDTH;
+    for (int r = 0; r < rows; r++) store_first(y + (row + r) * m->n + column, sums[v][r], m->n - column);
   }
 }
 
+INLINE void tiles(const Int4 *m, int64_t group, Rounded x, int64_t from, int64_t to, const int vectors, float *y) {
+  int64_t row = from;
+  for (; row + INT4_TILE <= to; row += INT4_TILE) tile(m, group, x, row, INT4_TILE, vectors, y);
+#define CASE(n) \
+  case n: \
+    if (n < INT4_TILE) tile(m, group, x, row, n, vectors, y); \
+    break;
+  switch (to - row) {
+    CASE(7) CASE(6) CASE(5) CASE(4) CASE(3) CASE(2) CASE(1)
+  }
+#undef CASE
+}
+
 static TARGET void multiply_rows(const Int4 *m, int64_t first, int64_t end, Rounded x, int64_t rows, float *y) {
+  enum { GROUPS = INT4_VECTORS * WIDTH / LANES }; /* with many rows at once, so that values are loaded less often */
   for (int64_t from = 0; from < rows; from += ROW_BLOCK) {
     const int64_t to = rows - from < ROW_BLOCK ? rows : from + ROW_BLOCK;
-    for (int64_t group = first; group < end; group++) {
-      int64_t row = from;
-      for (; row + INT4_TILE <= to; row += INT4_TILE) tile(m, group, x, row, INT4_TILE, y);
-#define CASE(n) \
-  case n: tile(m, group, x, row, n < INT4_TILE ? n : 1, y); break;
-      switch (to - row) {
-        CASE(7) CASE(6) CASE(5) CASE(4) CASE(3) CASE(2) CASE(1)
-      }
-#undef CASE
-    }
+    int64_t group = first;
+    if (GROUPS > 1 && to - from >= INT4_TILE)
+      for (; group + GROUPS <= end; group += GROUPS) tiles(m, group, x, from, to, INT4_VECTORS, y);
+    for (; group < end; group++) tiles(m, group, x, from, to, LANES / WIDTH, y);
   }
 }

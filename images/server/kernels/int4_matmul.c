@@ -27,8 +27,9 @@ static void round_part(void *data, size_t part) {
 
 static void multiply_part(void *data, size_t part) {
   const Product *p = data;
-  const int64_t groups = p->matrix->groups, at = (int64_t)part;
-  kernels->multiply(p->matrix, groups * at / p->parts, groups * (at + 1) / p->parts, p->rounded, p->rows, p->y);
+  const int64_t groups = p->matrix->groups, pairs = (groups + 1) / 2, at = (int64_t)part;
+  const int64_t first = pairs * at / p->parts * 2, end = pairs * (at + 1) / p->parts * 2;
+  kernels->multiply(p->matrix, first, end < groups ? end : groups, p->rounded, p->rows, p->y);
 }
 
 static OrtStatus *multiply(void *kernel, OrtKernelContext *context) {
@@ -44,7 +45,8 @@ static OrtStatus *multiply(void *kernel, OrtKernelContext *context) {
   void *scratch = thread_buffer(0, int4_rounded_bytes(matrix, p.rows));
   if (!scratch) return CreateStatus(ORT_FAIL, "Int4MatMul: no memory");
   p.rounded = int4_rounded(matrix, p.rows, scratch);
-  p.parts = matrix->groups < PARTS ? matrix->groups : PARTS;
+  const int64_t pairs = (matrix->groups + 1) / 2; /* of groups, which are multiplied together */
+  p.parts = pairs < PARTS ? pairs : PARTS;
   if (p.rows < INLINE_ROWS)
     kernels->round(matrix, p.x, 0, p.rows, p.rounded);
   else

@@ -14,6 +14,8 @@ INLINE Ints first_lanes(int64_t count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(most), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
+#define IN_REGISTER(x) __asm__("" : "+x"(x))
+
 INLINE Floats zeros(void) { return _mm256_setzero_ps(); }
 INLINE Floats spread(float x) { return _mm256_set1_ps(x); }
 INLINE Floats load(const float *from) { return _mm256_loadu_ps(from); }

@@ -13,6 +13,10 @@ INLINE __mmask16 first_lanes(int64_t count) {
   return count >= WIDTH ? 0xffff : count > 0 ? (__mmask16)((1u << count) - 1) : 0;
 }
 
+/* What is summed up in a loop stays in a register and in order: else compilers may sum up at the end, for which there are
+ * not enough of them, or keep copies in memory. */
+#define IN_REGISTER(x) __asm__("" : "+v"(x))
+
 INLINE Floats zeros(void) { return _mm512_setzero_ps(); }
 INLINE Floats spread(float x) { return _mm512_set1_ps(x); }
 INLINE Floats load(const float *from) { return _mm512_loadu_ps(from); }
