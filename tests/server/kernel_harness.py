@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]  # it ships no types
 
-from slmops_server.engines.graph import _message, _number
+from slmops_server.engines.protobuf import message, number_field
 
 Array = np.ndarray
 SPEC = importlib.util.find_spec("slmops_kernels")
@@ -20,26 +20,26 @@ Refused = (State.InvalidArgument, State.RuntimeException, RuntimeError)
 
 def node_model(op: str, inputs: dict[str, type | Array | None], attributes: dict[str, float]) -> bytes:
     """A model of one node; an input is of a type, or constant, or absent."""
-    node = b"".join(_message(1, b"" if given is None else name.encode()) for name, given in inputs.items())
-    node += _message(2, b"out") + _message(4, op.encode()) + _message(7, b"slmops")
+    node = b"".join(message(1, b"" if given is None else name.encode()) for name, given in inputs.items())
+    node += message(2, b"out") + message(4, op.encode()) + message(7, b"slmops")
     for name, value in attributes.items():
         kind = 1 if isinstance(value, float) else 2
-        coded = b"\x15" + struct.pack("<f", value) if kind == 1 else _number(3, int(value) & (1 << 64) - 1)
-        node += _message(5, _message(1, name.encode()) + coded + _number(20, kind))
-    graph = _message(1, node) + _message(2, b"graph") + value_info(12, "out", np.float32)
+        coded = b"\x15" + struct.pack("<f", value) if kind == 1 else number_field(3, int(value) & (1 << 64) - 1)
+        node += message(5, message(1, name.encode()) + coded + number_field(20, kind))
+    graph = message(1, node) + message(2, b"graph") + value_info(12, "out", np.float32)
     for name, given in inputs.items():
         if isinstance(given, np.ndarray):
-            dims = b"".join(_number(1, size) for size in given.shape)
-            head = dims + _number(2, TYPES[given.dtype]) + _message(8, name.encode())
-            graph += _message(5, head + _message(9, given.tobytes()))
+            dims = b"".join(number_field(1, size) for size in given.shape)
+            head = dims + number_field(2, TYPES[given.dtype]) + message(8, name.encode())
+            graph += message(5, head + message(9, given.tobytes()))
         elif given:
             graph += value_info(11, name, given)
-    versions = [_message(1, domain) + _number(2, version) for domain, version in [(b"", 17), (b"slmops", 1)]]
-    return _number(1, 8) + _message(7, graph) + b"".join(_message(8, one) for one in versions)
+    versions = [message(1, domain) + number_field(2, version) for domain, version in [(b"", 17), (b"slmops", 1)]]
+    return number_field(1, 8) + message(7, graph) + b"".join(message(8, one) for one in versions)
 
 
 def value_info(place: int, name: str, of: type) -> bytes:
-    return _message(place, _message(1, name.encode()) + _message(2, _message(1, _number(1, TYPES[np.dtype(of)]))))
+    return message(place, message(1, name.encode()) + message(2, message(1, number_field(1, TYPES[np.dtype(of)]))))
 
 
 def pretend(isa: str | None) -> bool:
