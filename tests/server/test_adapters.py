@@ -289,7 +289,7 @@ def test_what_was_bound_for_one_adapter_makes_room_for_the_next(
         for rows in range(1, 9):
             for first in range(9 - rows):
                 if hasattr(forward, "advance"):
-                    forward.advance(range(first, first + rows), [5] * rows, [0] * rows, adapter)
+                    forward.advance(range(first, first + rows), [[5]] * rows, [0] * rows, adapter)
                 else:
                     forward.decode(first, [5] * rows, [0] * rows, adapter)
 

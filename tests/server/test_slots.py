@@ -57,7 +57,7 @@ class Mixing(Timed):
         chunk: Sequence[int],
         past: int,
         slots: Sequence[int],
-        tokens: Sequence[int],
+        tokens: Sequence[Sequence[int]],
         lengths: Sequence[int],
         adapter: Adapter,
     ) -> tuple[Logits, Logits]:
@@ -65,9 +65,11 @@ class Mixing(Timed):
         self.now += 0.013 + 0.005 * len(chunk) + self.decode_seconds[max(len(slots), 2) - 1] / 10 + self.extra
         return np.zeros(self.vocab, np.float32), np.zeros((len(slots), self.vocab), np.float32)
 
-    def advance(self, slots: Sequence[int], tokens: Sequence[int], lengths: Sequence[int], adapter: Adapter) -> Logits:
+    def advance(
+        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], lengths: Sequence[int], adapter: Adapter
+    ) -> Logits:
         self.now += self.extra
-        return self.decode(0, tokens, lengths, adapter)
+        return self.decode(0, [token for row in tokens for token in row], lengths, adapter)
 
 
 def engine(made: type[Timed] = Timed) -> tuple[Timed, SlotEngine]:
@@ -243,4 +245,51 @@ def test_a_row_that_was_moved_by_guesses_is_idle_in_the_calls_of_its_neighbours(
         forward.moved.clear()
         slots.step()
         assert len(forward.moved) == len(set(forward.moved))
+    assert slots.drafted.accepted > 50
+
+
+class Together(Mixing):
+    """Notes the tokens of each row in each call."""
+
+    mixes = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[list[int]] = []
+        self.likely = np.array([4, 4, *[0] * 6], np.float32)  # two tokens: guesses are right now and then
+
+    def advance(
+        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], lengths: Sequence[int], adapter: Adapter
+    ) -> Logits:
+        self.calls.append([len(row) for row in tokens])
+        return self.likely[None].repeat(sum(map(len, tokens)), 0)
+
+    def mix(
+        self,
+        slot: int,
+        chunk: Sequence[int],
+        past: int,
+        slots: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        adapter: Adapter,
+    ) -> tuple[Logits, Logits]:
+        return self.likely, self.advance(slots, tokens, lengths, adapter)
+
+
+def test_guesses_share_the_calls_of_all_and_their_scores_stay_within_bounds() -> None:
+    forward = Together()
+    forward.scored = 12
+    slots = SlotEngine(forward, EngineInfo("together", 8, 1024, 2, {}), frozenset(), guesses=3)
+    made = dict.fromkeys(range(8), 0)
+    for number in made:
+        sampling = Sampling(temperature=1.0, seed=number)
+        slots.submit(Job(number, [1, 2] * 4, 200, sampling, ignore_eos=True))
+    while slots.busy:
+        forward.calls.clear()
+        for token in slots.step():
+            made[token.job] += 1
+        assert len(forward.calls) <= 1
+        assert all(sum(call) <= 12 for call in forward.calls)
+    assert set(made.values()) == {200}
     assert slots.drafted.accepted > 50

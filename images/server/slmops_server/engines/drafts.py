@@ -8,7 +8,7 @@ call and keeps those that it would have chosen itself.
 from collections.abc import Sequence
 
 SIZES = (3, 2)  # tokens of an n-gram, the surest first
-COST = 0.25  # steps by which a guess makes its call longer, at most (measured, AVX2: one to eight guesses)
+COST = 0.25  # steps by which a guess makes a call of its own longer, at most (measured, AVX2: one to eight guesses)
 SAVED = 4.0  # most steps saved that count for worse times
 REST = 16  # tokens without guesses after they did not pay
 
@@ -16,7 +16,8 @@ REST = 16  # tokens without guesses after they did not pay
 class Drafts:
     """The guesses for one answer, at most `most` tokens at a time.
 
-    They depend on nothing but the answer's own text, so an answer is the same in any company.
+    Where a call over guesses rounds otherwise than one without, they may depend on nothing but the answer's own text,
+    so that an answer is the same in any company: there `cost` is always the same.
     """
 
     def __init__(self, prompt: Sequence[int], most: int) -> None:
@@ -50,8 +51,8 @@ class Drafts:
             guessed.append(guessed[len(guessed) - len(text)])
         return guessed
 
-    def learn(self, guessed: int, accepted: int) -> None:
-        """So many tokens were guessed, and so many of them were right."""
-        self._saved = min(self._saved + accepted - guessed * COST, SAVED)
+    def learn(self, guessed: int, accepted: int, cost: float = COST) -> None:
+        """So many tokens were guessed, and so many of them were right. cost: of a guess, in tokens."""
+        self._saved = min(self._saved + accepted - guessed * cost, SAVED)
         if self._saved < 0:
             self._saved, self._rest = 0.0, REST

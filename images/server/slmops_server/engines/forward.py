@@ -54,9 +54,9 @@ class Mixing(Forward, Protocol):
     mixes: int  # rows that such a call may advance
 
     def advance(
-        self, slots: Sequence[int], tokens: Sequence[int], lengths: Sequence[int], adapter: Adapter, /
+        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], lengths: Sequence[int], adapter: Adapter, /
     ) -> Logits:
-        """One token for each of these rows; lengths before it; logits [rows, vocab]."""
+        """A token or more for each of these rows; lengths before; the logits after each token, [tokens, vocab]."""
 
     def mix(
         self,
@@ -64,9 +64,9 @@ class Mixing(Forward, Protocol):
         chunk: Sequence[int],
         past: int,
         slots: Sequence[int],
-        tokens: Sequence[int],
+        tokens: Sequence[Sequence[int]],
         lengths: Sequence[int],
         adapter: Adapter,
         /,
     ) -> tuple[Logits, Logits]:
-        """As prefill, and one token for each of `slots` as in advance; logits of both, [vocab] and [slots, vocab]."""
+        """As prefill, and tokens of `slots` as in advance; logits of both, [vocab] and [tokens, vocab]."""

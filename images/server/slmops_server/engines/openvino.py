@@ -96,10 +96,10 @@ class OpenvinoForward:
         return self._run([slot], [tokens], [past], range(len(tokens)))
 
     def advance(
-        self, slots: Sequence[int], tokens: Sequence[int], lengths: Sequence[int], _adapter: Adapter = BASE
+        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], lengths: Sequence[int], _adapter: Adapter = BASE
     ) -> Logits:
         """See Mixing."""
-        return self._run(slots, [[token] for token in tokens], lengths, range(len(tokens)))
+        return self._run(slots, tokens, lengths, range(sum(map(len, tokens))))
 
     def mix(
         self,
@@ -107,13 +107,13 @@ class OpenvinoForward:
         chunk: Sequence[int],
         past: int,
         slots: Sequence[int],
-        tokens: Sequence[int],
+        tokens: Sequence[Sequence[int]],
         lengths: Sequence[int],
         _adapter: Adapter = BASE,
     ) -> tuple[Logits, Logits]:
         """See Mixing. The rows cost next to nothing: most of a call is unpacking the weights."""
-        at = range(len(chunk) - 1, len(chunk) + len(slots))
-        logits = self._run([slot, *slots], [chunk, *([token] for token in tokens)], [past, *lengths], at)
+        at = range(len(chunk) - 1, len(chunk) + sum(map(len, tokens)))
+        logits = self._run([slot, *slots], [chunk, *tokens], [past, *lengths], at)
         return logits[0], logits[1:]
 
     def copy(self, source: int, target: int, count: int) -> None:
@@ -164,7 +164,7 @@ class OpenvinoForward:
         for row in range(1, self.rows):
             self.copy(0, row, length)
         calls = [
-            partial(self.advance, range(count), tokens[:count], [length] * count)
+            partial(self.advance, range(count), [[token] for token in tokens[:count]], [length] * count)
             for count in range(1, min(self.rows, MAX_ROWS) + 1)
         ]
         self.decode_seconds = [timing.best(call) for call in calls]

@@ -77,11 +77,12 @@ class RaggedForward:
         return self._run([(slot, past, len(tokens))], tokens, range(len(tokens)), adapter)
 
     def advance(
-        self, slots: Sequence[int], tokens: Sequence[int], lengths: Sequence[int], adapter: Adapter = BASE
+        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], lengths: Sequence[int], adapter: Adapter = BASE
     ) -> Logits:
         """See Mixing."""
-        calls = [(slot, length, 1) for slot, length in zip(slots, lengths, strict=True)]
-        return self._run(calls, tokens, range(len(tokens)), adapter)
+        calls = [(slot, length, len(new)) for slot, length, new in zip(slots, lengths, tokens, strict=True)]
+        flat = [token for new in tokens for token in new]
+        return self._run(calls, flat, range(len(flat)), adapter)
 
     def mix(
         self,
@@ -89,13 +90,14 @@ class RaggedForward:
         chunk: Sequence[int],
         past: int,
         slots: Sequence[int],
-        tokens: Sequence[int],
+        tokens: Sequence[Sequence[int]],
         lengths: Sequence[int],
         adapter: Adapter = BASE,
     ) -> tuple[Logits, Logits]:
         """See Mixing."""
-        calls = [(slot, past, len(chunk)), *((one, length, 1) for one, length in zip(slots, lengths, strict=True))]
-        logits = self._run(calls, [*chunk, *tokens], range(len(chunk) - 1, len(chunk) + len(tokens)), adapter)
+        calls = [(one, length, len(new)) for one, length, new in zip(slots, lengths, tokens, strict=True)]
+        flat = [*chunk, *(token for new in tokens for token in new)]
+        logits = self._run([(slot, past, len(chunk)), *calls], flat, range(len(chunk) - 1, len(flat)), adapter)
         return logits[0], logits[1:]
 
     def copy(self, source: int, target: int, count: int) -> None:
@@ -152,7 +154,9 @@ class RaggedForward:
         """Seconds of `steps` decode steps of `rows` rows, sorted."""
         length = min(max(MEASURED_CHUNKS), self._max_len - 1)
         numbers = range(rows)
-        return sorted(timing.seconds(lambda: self.advance(numbers, [0] * rows, [length] * rows)) for _ in range(steps))
+        return sorted(
+            timing.seconds(lambda: self.advance(numbers, [[0]] * rows, [length] * rows)) for _ in range(steps)
+        )
 
     def measure(self) -> None:
         """Fill in decode_seconds and prefill_seconds; the rows' content is lost."""
@@ -169,7 +173,7 @@ class RaggedForward:
         return timing.notes(self.decode_seconds, self.prefill_seconds) | lone
 
     def _look_for_lone(self, length: int) -> None:
-        token = partial(self.advance, [0], [1], [length])
+        token = partial(self.advance, [0], [[1]], [length])
         pair = token().copy()
         self.lone = True
         self.lone = np.array_equal(token(), pair, equal_nan=True)

@@ -18,10 +18,10 @@ from typing import NamedTuple, cast
 
 from slmops_server.engines.adapters import BASE, Adapter, Shelf
 from slmops_server.engines.base import Drafted, EngineInfo, EngineRefusedError, Job, Scores, Token
-from slmops_server.engines.drafts import Drafts
+from slmops_server.engines.drafts import COST, Drafts
 from slmops_server.engines.forward import IDLE, Adjacent, Mixing
 from slmops_server.engines.sampler import Logits, Sampler, scores
-from slmops_server.engines.schedule import WEIGHT, Pace, common, cover
+from slmops_server.engines.schedule import SMALLEST_CHUNK, WEIGHT, Pace, common, cover
 
 PATIENCE = 2.0  # a chunk may take this many times as long as a step of the running answers, for each prompt that waits
 RECOMPUTED = 2  # tokens of a prompt that are never taken from the cache: the last one's logits, and a lone one differs
@@ -145,7 +145,7 @@ class SlotEngine:
                 self._mix(self._mixing, row, riders, tokens)
                 return tokens
             self._prefill(row, tokens)
-        guessed = self._guess(tokens) if self._guesses else ()
+        guessed = self._guess(tokens) if self._adjacent and self._guesses else ()
         active = [row is not None and row.last >= 0 and row not in guessed for row in self._rows]
         if any(active):
             begin, expected = self._clock(), 0.0
@@ -219,31 +219,31 @@ class SlotEngine:
         self._prefilled(row, size, logits, tokens)
 
     def _mix(self, forward: Mixing, row: _Row, riders: list[_Row], tokens: list[Token]) -> None:
-        """One chunk of a prompt and one token of each running answer, in one call."""
+        """One chunk of a prompt, and the next tokens of each running answer, in one call."""
         self._start(row)
         prompt = row.job.prompt
         step = self._slower * self._forward.decode_seconds[len(riders) - 1]
-        size = self._pace.chunk(len(prompt) - row.length, (PATIENCE + 1) * step * len(self._prefilling), len(riders))
+        ahead = self._ahead(riders)
+        beside = sum(map(len, ahead))
+        size = self._pace.chunk(len(prompt) - row.length, (PATIENCE + 1) * step * len(self._prefilling), beside)
         begin = self._clock()
         logits, others = forward.mix(
             row.slot,
             prompt[row.length : row.length + size],
             row.length,
             [rider.slot for rider in riders],
-            [rider.last for rider in riders],
+            ahead,
             [rider.length for rider in riders],
             row.job.adapter,
         )
-        self._pace.note(size, self._clock() - begin, len(riders))
+        self._pace.note(size, self._clock() - begin, beside)
         self._prefilled(row, size, logits, tokens)
-        for rider, rider_logits in zip(riders, others, strict=True):
-            self._moved(rider, rider.last)
-            self._sample(rider, rider_logits, tokens)
+        self._take(riders, ahead, others, tokens)
 
     def _riders(self, row: _Row, most: int) -> list[_Row]:
         """The running answers, where one call may advance all of them beside a chunk of this row's prompt."""
         running = [other for other in self._rows if other is not None and other.last >= 0]
-        fit = len(running) <= most and row.prompt_scores is None and not self._guesses
+        fit = len(running) <= most and row.prompt_scores is None
         return running if fit and all(other.job.adapter is row.job.adapter for other in running) else []
 
     def _start(self, row: _Row) -> None:
@@ -292,23 +292,50 @@ class SlotEngine:
                 continue
             guessed = row.drafts.guess(row.job.max_tokens - row.made - 1)
             if guessed:
-                self._verify(row, row.drafts, guessed, tokens)
+                self._verify(row, guessed, tokens)
                 moved.append(row)
         return moved
 
-    def _verify(self, row: _Row, drafts: Drafts, guessed: list[int], tokens: list[Token]) -> None:
-        after = self._forward.score(row.slot, [row.last, *guessed], row.length, row.job.adapter)
-        made = row.made
-        for token, guess, logits in zip([row.last, *guessed], [*guessed, -1], after, strict=True):
-            self._moved(row, token)
-            self._sample(row, logits, tokens)
-            if row.last != guess or self._rows[row.slot] is not row:
-                break
-        accepted = max(0, row.made - made - 1)
-        drafts.learn(len(guessed), accepted)
-        self.drafted.calls += 1
-        self.drafted.tokens += len(guessed)
-        self.drafted.accepted += accepted
+    def _verify(self, row: _Row, guessed: list[int], tokens: list[Token]) -> None:
+        ahead = [row.last, *guessed]
+        after = self._forward.score(row.slot, ahead, row.length, row.job.adapter)
+        self._take([row], [ahead], after, tokens)
+
+    def _ahead(self, rows: list[_Row]) -> list[list[int]]:
+        """For each row its newest token and what is guessed to follow, as many as a call's scores have room for."""
+        found, room = [], self._forward.scored - len(rows)
+        for row in rows:
+            most = min(room, row.job.max_tokens - row.made - 1)
+            guessed = row.drafts.guess(most) if row.drafts is not None and most > 0 else []
+            room -= len(guessed)
+            found.append([row.last, *guessed])
+        return found
+
+    def _take(self, rows: list[_Row], ahead: list[list[int]], logits: Logits, tokens: list[Token]) -> None:
+        """The answers go on by a token, and by those that were guessed as the model would have chosen them."""
+        at = 0
+        for row, computed in zip(rows, ahead, strict=True):
+            made = row.made
+            for token, guess, after in zip(computed, [*computed[1:], -1], logits[at:], strict=False):
+                self._moved(row, token)
+                self._sample(row, after, tokens)
+                if row.last != guess or self._rows[row.slot] is not row:
+                    break
+            at += len(computed)
+            guessed, accepted = len(computed) - 1, max(0, row.made - made - 1)
+            if row.drafts is not None and guessed:
+                row.drafts.learn(guessed, accepted, self._guess_cost(len(rows)))
+                self.drafted.calls += 1
+                self.drafted.tokens += guessed
+                self.drafted.accepted += accepted
+
+    def _guess_cost(self, rows: int) -> float:
+        """What a guess adds to the call for so many rows, in tokens that the call would have made without it."""
+        seconds, chunk = self._forward.decode_seconds, self._forward.prefill_seconds.get(SMALLEST_CHUNK)
+        if not self._mixing or chunk is None:
+            return COST
+        more = max(0.0, chunk - seconds[0]) / (SMALLEST_CHUNK - 1)
+        return min(1.0, rows * more / seconds[rows - 1])
 
     def _advance(self, forward: Mixing, wanted: list[bool], adapter: Adapter, tokens: list[Token]) -> float:
         """Calls for these rows, wherever they are; seconds that they were expected to take."""
@@ -316,13 +343,10 @@ class SlotEngine:
         expected = 0.0
         for at in range(0, len(rows), forward.mixes):
             part = rows[at : at + forward.mixes]
-            logits = forward.advance(
-                [row.slot for row in part], [row.last for row in part], [row.length for row in part], adapter
-            )
+            ahead = self._ahead(part)
+            logits = forward.advance([row.slot for row in part], ahead, [row.length for row in part], adapter)
             expected += self._forward.decode_seconds[len(part) - 1]
-            for row, row_logits in zip(part, logits, strict=True):
-                self._moved(row, row.last)
-                self._sample(row, row_logits, tokens)
+            self._take(part, ahead, logits, tokens)
         return expected
 
     def _decode(self, forward: Adjacent, first: int, wanted: list[bool], adapter: Adapter, tokens: list[Token]) -> None:
