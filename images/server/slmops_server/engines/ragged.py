@@ -24,6 +24,7 @@ LANES = 16  # tokens; a row's length is a multiple of it
 LOGITS_BYTES = 64 << 20  # of a call in which all logits are wanted
 MAX_ROWS = 16  # in one call; beyond, a row costs as much as in a call of its own
 MEASURED_CHUNKS = (4, 32)  # tokens
+MEASURED_ROWS = (1, 2, 4, 8)  # and as many as a call may have; between them the time grows evenly
 MOST_BOUND = 8  # bindings kept: half a KB for each input, of which an adapter has hundreds
 TYPES: dict[str, type[np.floating]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # of adapters
 
@@ -165,7 +166,9 @@ class RaggedForward:
         self.prefill(0, tokens[: min(SMALLEST_CHUNK, self._max_len - 1)], 0)  # the first call pays for buffers
         self.prefill_seconds = {size: timing.seconds(partial(self.prefill, 0, tokens[:size], 0)) for size in sizes}
         self._look_for_lone(max(sizes, default=1))
-        self.decode_seconds = [self.time_decode(rows, 2)[0] for rows in range(1, self.mixes + 1)]
+        counts = sorted({*(rows for rows in MEASURED_ROWS if rows < self.mixes), self.mixes})
+        seconds = [self.time_decode(rows, 2)[0] for rows in counts]
+        self.decode_seconds = [float(np.interp(rows, counts, seconds)) for rows in range(1, self.mixes + 1)]
 
     def notes(self) -> dict[str, str]:
         """The measurements, as EngineInfo tells them."""
