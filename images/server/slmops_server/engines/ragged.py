@@ -22,7 +22,7 @@ from slmops_server.model_folder import ModelFolder
 
 LANES = 16  # tokens; a row's length is a multiple of it
 LOGITS_BYTES = 64 << 20  # of a call in which all logits are wanted
-MAX_ROWS = 16  # in one call; beyond, a row costs as much as in a call of its own
+MAX_ROWS = 32  # in one call; beyond, a row costs as much as in a call of its own
 MEASURED_CHUNKS = (4, 32)  # tokens
 MEASURED_ROWS = (1, 2, 4, 8)  # and as many as a call may have; between them the time grows evenly
 MOST_BOUND = 8  # bindings kept: half a KB for each input, of which an adapter has hundreds
