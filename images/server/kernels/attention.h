@@ -28,7 +28,11 @@ typedef struct {
   const float *cosines, *sines;
 } Tables;
 
-enum { ATTENTION_MOST_SIZE = 512, ATTENTION_QUERIES = 7 /* most that are computed together */ };
+enum {
+  ATTENTION_MOST_SIZE = 512,
+  ATTENTION_QUERIES = 7, /* most that are computed together */
+  ATTENTION_AHEAD = 64,  /* positions whose keys and values are fetched beforehand */
+};
 
 /* Floats that a token's reading needs beside. */
 static inline size_t attention_scratch(const Heads *heads, Cache cache) {

@@ -42,14 +42,16 @@ INLINE Floats exponential(Floats x) {
   return times_power(y, n);
 }
 
-/* Scores of `count` queries and `vectors` times WIDTH positions. */
-INLINE void scores(const float *keys, int64_t size, const float *queries, const int count, Floats scale, float *to,
-                   int64_t stride, const int vectors) {
+/* Scores of `count` queries and `vectors` times WIDTH positions. As much as their keys take is fetched from `ahead`. */
+INLINE void scores(const float *keys, const float *ahead, int64_t size, const float *queries, const int count,
+                   Floats scale, float *to, int64_t stride, const int vectors) {
   Floats sums[SCORE_VECTORS][QUERIES];
   for (int v = 0; v < vectors; v++)
     for (int q = 0; q < count; q++) sums[v][q] = zeros();
   for (int64_t d = 0; d < size; d++) {
     Floats key[SCORE_VECTORS];
+    for (int block = 0; block < vectors * WIDTH / LANES; block++)
+      _mm_prefetch((const char *)(ahead + (block * size + d) * LANES), _MM_HINT_T0);
     for (int v = 0; v < vectors; v++) key[v] = load(keys + (v * WIDTH / LANES * size + d) * LANES + v * WIDTH % LANES);
     for (int q = 0; q < count; q++) {
       const Floats query = spread(queries[q * size + d]);
@@ -92,6 +94,9 @@ INLINE void mixed(const float *values, int64_t size, const float *of, int64_t st
     for (int p = 0; p < parts; p++) all[q][p] = zeros();
   for (int64_t position = 0; position < positions; position++) {
     Floats value[VALUE_VECTORS];
+    const int64_t later = position + ATTENTION_AHEAD;
+    const float *ahead = values + (later < positions ? later : positions - 1) * size;
+    for (int p = 0; p < parts; p += LANES / WIDTH) _mm_prefetch((const char *)(ahead + p * WIDTH), _MM_HINT_T0);
     for (int p = 0; p < parts; p++) value[p] = load(values + position * size + p * WIDTH);
     for (int q = 0; q < count; q++) {
       const Floats weight = spread(of[q * stride + position]);
@@ -111,17 +116,25 @@ INLINE void read_queries(const Heads *h, Cache cache, Place at, int64_t kv_head,
   const int64_t from = first / LANES * LANES, end = at.position / LANES * LANES + LANES, stride = cache.length;
   const Floats scale = spread(h->scale);
   float sums[QUERIES];
+  const float *keys = cache.keys + begin, *values = cache.values + begin;
   int64_t block = from;
-  for (; block + SCORE_VECTORS * WIDTH <= end; block += SCORE_VECTORS * WIDTH)
-    scores(cache.keys + begin + block * h->size, h->size, queries, count, scale, scratch + block - from, stride,
-           SCORE_VECTORS);
-  if (block < end)
-    scores(cache.keys + begin + block * h->size, h->size, queries, count, scale, scratch + block - from, stride,
-           LANES / WIDTH);
+  while (block < end) {
+    const int64_t later = block + ATTENTION_AHEAD;
+    const float *of = keys + block * h->size;
+    const float *ahead = later < end ? keys + later * h->size : values + (from + later - end) * h->size;
+    if (block + SCORE_VECTORS * WIDTH <= end) {
+      scores(of, ahead, h->size, queries, count, scale, scratch + block - from, stride, SCORE_VECTORS);
+      block += SCORE_VECTORS * WIDTH;
+    } else {
+      scores(of, ahead, h->size, queries, count, scale, scratch + block - from, stride, LANES / WIDTH);
+      block += LANES;
+    }
+  }
   for (int q = 0; q < count; q++)
     sums[q] = weights(scratch + q * stride, first - from, at.position + 1 - from);
-  const float *values = cache.values + begin + first * h->size, *weighing = scratch + first - from;
+  const float *weighing = scratch + first - from;
   const int64_t positions = at.position + 1 - first;
+  values += first * h->size;
   int64_t d = 0;
   for (; d + VALUE_VECTORS * WIDTH <= h->size; d += VALUE_VECTORS * WIDTH)
     mixed(values + d, h->size, weighing, stride, positions, count, VALUE_VECTORS, sums, out + d);

@@ -23,7 +23,11 @@ typedef struct {
   int32_t *zeros; /* [rows][blocks]: what the weights' zero point, 8, adds to each product, negated */
 } Rounded;
 
-enum { INT4_GROUP = 16, ROW_BLOCK = 128, INT4_AHEAD = 16384 /* bytes of weights that are fetched beforehand */ };
+enum {
+  INT4_GROUP = 16,
+  INT4_ROWS = 128,    /* of a call, after which the columns begin again */
+  INT4_AHEAD = 16384, /* bytes of weights that are fetched beforehand */
+};
 typedef int32_t __attribute__((may_alias)) FourBytes; /* of a rounded row */
 
 /* Fill the matrix, whose sizes are set, from `weights` [n][blocks][block / 2] and `scales` [n][blocks] as MatMulNBits has

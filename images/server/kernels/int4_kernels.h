@@ -40,7 +40,9 @@ INLINE void tile(const Int4 *m, int64_t group, Rounded x, int64_t row, const int
     dots(products, weights + block * m->block / 2 * LANES, apart, x.values + row * width + block * m->block, width,
          m->block, rows, vectors);
     for (int v = 0; v < vectors; v++) {
-      const Floats scale = load(scales + (v * WIDTH / LANES * blocks + block) * LANES + v * WIDTH % LANES);
+      const float *from = scales + (v * WIDTH / LANES * blocks + block) * LANES + v * WIDTH % LANES;
+      if (v * WIDTH % LANES == 0) _mm_prefetch((const char *)from + INT4_AHEAD * 8 / m->block, _MM_HINT_T0);
+      const Floats scale = load(from);
       for (int r = 0; r < rows; r++) {
         const Floats both = multiply(scale, spread(x.scales[(row + r) * blocks + block]));
         sums[v][r] = multiply_add(to_floats(products[v][r]), both, sums[v][r]);
@@ -68,8 +70,8 @@ INLINE void tiles(const Int4 *m, int64_t group, Rounded x, int64_t from, int64_t
 
 static TARGET void multiply_rows(const Int4 *m, int64_t first, int64_t end, Rounded x, int64_t rows, float *y) {
   enum { GROUPS = INT4_VECTORS * WIDTH / LANES }; /* with many rows at once, so that values are loaded less often */
-  for (int64_t from = 0; from < rows; from += ROW_BLOCK) {
-    const int64_t to = rows - from < ROW_BLOCK ? rows : from + ROW_BLOCK;
+  for (int64_t from = 0; from < rows; from += INT4_ROWS) {
+    const int64_t to = rows - from < INT4_ROWS ? rows : from + INT4_ROWS;
     int64_t group = first;
     if (GROUPS > 1 && to - from >= INT4_TILE)
       for (; group + GROUPS <= end; group += GROUPS) tiles(m, group, x, from, to, INT4_VECTORS, y);

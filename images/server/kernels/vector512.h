@@ -33,8 +33,12 @@ INLINE Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); } /* b wh
 INLINE Floats nearest(Floats x) { return _mm512_roundscale_ps(x, 0); }
 INLINE Floats times_power(Floats x, Floats n) { return _mm512_scalef_ps(x, n); } /* x 2^n, n whole and at least -126 */
 /* Of 16 lanes, LANES / WIDTH vectors; in the same order for every width. */
-INLINE float largest_lane(const Floats *x) { return fold_largest(_mm256_max_ps(_mm512_castps512_ps256(*x), _mm512_extractf32x8_ps(*x, 1))); }
-INLINE float all_lanes(const Floats *x) { return fold_sum(_mm256_add_ps(_mm512_castps512_ps256(*x), _mm512_extractf32x8_ps(*x, 1))); }
+INLINE float largest_lane(const Floats *x) {
+  return fold_largest(_mm256_max_ps(_mm512_castps512_ps256(*x), _mm512_extractf32x8_ps(*x, 1)));
+}
+INLINE float all_lanes(const Floats *x) {
+  return fold_sum(_mm256_add_ps(_mm512_castps512_ps256(*x), _mm512_extractf32x8_ps(*x, 1)));
+}
 
 INLINE Ints int_zeros(void) { return _mm512_setzero_si512(); }
 INLINE Ints int_spread(int32_t x) { return _mm512_set1_epi32(x); }
