@@ -25,7 +25,7 @@ typedef struct {
 
 enum {
   INT4_GROUP = 16,
-  INT4_ROWS = 128,    /* of a call, after which the columns begin again */
+  INT4_ROWS = 32,     /* that are multiplied by all columns before others are, because they fit in the cache */
   INT4_AHEAD = 16384, /* bytes of weights that are fetched beforehand */
 };
 typedef int32_t __attribute__((may_alias)) FourBytes; /* of a rounded row */

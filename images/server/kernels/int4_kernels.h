@@ -69,11 +69,11 @@ INLINE void tiles(const Int4 *m, int64_t group, Rounded x, int64_t from, int64_t
 }
 
 static TARGET void multiply_rows(const Int4 *m, int64_t first, int64_t end, Rounded x, int64_t rows, float *y) {
-  enum { GROUPS = INT4_VECTORS * WIDTH / LANES }; /* with many rows at once, so that values are loaded less often */
+  enum { GROUPS = INT4_VECTORS * WIDTH / LANES }; /* at once, so that values of many rows are loaded less often */
   for (int64_t from = 0; from < rows; from += INT4_ROWS) {
     const int64_t to = rows - from < INT4_ROWS ? rows : from + INT4_ROWS;
     int64_t group = first;
-    if (GROUPS > 1 && to - from >= INT4_TILE)
+    if (GROUPS > 1 && to - from == INT4_ROWS)
       for (; group + GROUPS <= end; group += GROUPS) tiles(m, group, x, from, to, INT4_VECTORS, y);
     for (; group < end; group++) tiles(m, group, x, from, to, LANES / WIDTH, y);
   }
