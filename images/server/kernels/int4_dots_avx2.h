@@ -7,9 +7,9 @@ INLINE void dots_of(Ints products[][INT4_TILE], const uint8_t *weights, const in
   Ints sums[INT4_VECTORS][INT4_TILE];
   for (int v = 0; v < vectors; v++)
     for (int r = 0; r < rows; r++) sums[v][r] = int_zeros();
+  fetch(weights + INT4_AHEAD);
   for (int at = 0; at < size; at += 8, weights += 4 * LANES) {
     Ints even[INT4_VECTORS], odd[INT4_VECTORS];
-    _mm_prefetch((const char *)weights + INT4_AHEAD, _MM_HINT_T0);
     for (int v = 0; v < vectors; v++) {
       const Ints pairs = load_bytes(weights + v * 4 * WIDTH);
       even[v] = low_nibbles(pairs);

@@ -15,7 +15,7 @@ INLINE void dots(Ints products[][INT4_TILE], const uint8_t *weights, int64_t apa
     Ints even[INT4_VECTORS], odd[INT4_VECTORS];
     for (int v = 0; v < vectors; v++) {
       const uint8_t *from = weights + v * WIDTH / LANES * apart + v * WIDTH % LANES * 4;
-      if (v * WIDTH % LANES == 0) _mm_prefetch((const char *)from + INT4_AHEAD, _MM_HINT_T0);
+      if (at % 32 == 0 && v * WIDTH % LANES == 0) fetch(from + INT4_AHEAD);
       const Ints pairs = load_bytes(from);
       even[v] = low_nibbles(pairs);
       odd[v] = high_nibbles(pairs);

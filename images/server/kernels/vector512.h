@@ -3,7 +3,7 @@
 #include <immintrin.h>
 #include <stdint.h>
 
-#include "fold.h"
+#include "vector.h"
 
 enum { WIDTH = 16, LANES = 16 };
 typedef __m512 Floats;
