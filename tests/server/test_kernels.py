@@ -103,13 +103,13 @@ def test_products_are_those_of_the_rounded_rows(k: int, n: int, block: int, coun
     assert (np.abs(got - exact) <= (half_steps * 1.0001) @ np.abs(of.weights()) + 1e-6 * room).all()
 
 
-@pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-36, 1e-30, 1e20, 3e36])
+@pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-35, 1e-30, 1e20, 3e36])
 def test_tiny_and_huge_rows(size: float) -> None:
     of = matrix()
     x = (rows(9, of.k).clip(-9, 9) * size).astype(np.float32)
     got, exact = of.run(x), x.astype(np.float64) @ of.weights()
     most = np.abs(x.astype(np.float64)).max(axis=1, keepdims=True) * np.abs(of.weights()).sum(axis=0)
-    assert (np.abs(got - exact) <= (most / 127 if size > 1e-36 else most + 1e-44)).all()  # the tiniest become zeros
+    assert (np.abs(got - exact) <= most / 127).all() if size > 1e-36 else not got.any()  # the tiniest become zeros
 
 
 def test_the_largest_steps_do_not_overflow() -> None:
