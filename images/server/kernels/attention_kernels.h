@@ -138,6 +138,8 @@ INLINE void read_queries(const Heads *h, Cache cache, Place at, int64_t kv_head,
   int64_t d = 0;
   for (; d + VALUE_VECTORS * WIDTH <= h->size; d += VALUE_VECTORS * WIDTH)
     mixed(values + d, h->size, weighing, stride, positions, count, VALUE_VECTORS, sums, out + d);
+  for (; VALUE_VECTORS > 2 && d + 2 * WIDTH <= h->size; d += 2 * WIDTH)
+    mixed(values + d, h->size, weighing, stride, positions, count, 2, sums, out + d);
   for (; d < h->size; d += WIDTH)
     mixed(values + d, h->size, weighing, stride, positions, count, 1, sums, out + d);
 }
