@@ -3,9 +3,11 @@
 import ctypes
 import importlib.util
 import struct
+from collections.abc import Iterator
 
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]  # it ships no types
+import pytest
 
 from slmops_server.engines.protobuf import message, number_field
 
@@ -59,3 +61,12 @@ def same(one: Array, other: Array) -> bool:
     """Bit for bit; one NaN is as good as another."""
     bits = [np.where(np.isnan(array), np.float32(np.nan), array).view(np.int32) for array in (one, other)]
     return one.shape == other.shape and bool((bits[0] == bits[1]).all())
+
+
+@pytest.fixture(params=ISAS, autouse=True)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test runs with the kernels of each instruction set."""
+    if not pretend(request.param):
+        pytest.skip("the library is missing, or this CPU lacks what it needs")
+    yield request.param
+    pretend(None)
