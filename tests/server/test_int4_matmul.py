@@ -18,17 +18,24 @@ class Matrix:
     n: int
     block: int
     spread: float = 1.0
+    zero_points: bool = False
 
     def __post_init__(self) -> None:
         draw = np.random.default_rng(self.k * 1000 + self.n)
         self.blocks = -(-self.k // self.block)
         self.nibbles = draw.integers(0, 16, (self.n, self.blocks * self.block), np.uint8)
         self.scales = (self.spread * draw.uniform(0.001, 0.02, (self.n, self.blocks))).astype(np.float32)
+        self.zeros = np.full((self.n, self.blocks + self.blocks % 2), 8, np.uint8)
+        if self.zero_points:
+            self.zeros[:, : self.blocks] = draw.integers(0, 16, (self.n, self.blocks), np.uint8)
         self.bytes = (self.nibbles[:, ::2] | self.nibbles[:, 1::2] << 4).reshape(self.n, self.blocks, self.block // 2)
 
     def model(self, not_constant: dict[str, type] | None = None, **changed: int) -> bytes:
         inputs = {"a": np.float32, "b": self.bytes, "scales": self.scales.reshape(-1)} | (not_constant or {})
-        return node_model("Int4MatMul", inputs, {"K": self.k, "N": self.n, "block_size": self.block} | changed)
+        if self.zero_points:
+            inputs["zeros"] = self.zeros[:, ::2] | self.zeros[:, 1::2] << 4
+        sizes = {"K": self.k, "N": self.n, "block_size": self.block, "zero_points": int(self.zero_points)}
+        return node_model("Int4MatMul", inputs, sizes | changed)
 
     def run(self, x: Array, threads: int = 1) -> Array:
         made = session(self.model(), threads)
@@ -36,7 +43,8 @@ class Matrix:
 
     def weights(self) -> Array:
         """[K, N]."""
-        whole = (self.nibbles.astype(np.float64) - 8) * np.repeat(self.scales.astype(np.float64), self.block, axis=1)
+        zeros, scales = (np.repeat(of[:, : self.blocks], self.block, axis=1) for of in (self.zeros, self.scales))
+        whole = (self.nibbles.astype(np.float64) - zeros) * scales.astype(np.float64)
         return whole[:, : self.k].T
 
     def by_block(self, x: Array) -> Array:
@@ -82,8 +90,9 @@ SHAPES = [
 
 @pytest.mark.parametrize(("k", "n", "block"), SHAPES)
 @pytest.mark.parametrize("count", [1, 3, 19, 37])
-def test_products_are_those_of_the_rounded_rows(k: int, n: int, block: int, count: int) -> None:
-    of, x = Matrix(k, n, block), rows(count, k)
+@pytest.mark.parametrize("zero_points", [False, True], ids=["symmetric", "zero points"])
+def test_products_are_those_of_the_rounded_rows(k: int, n: int, block: int, count: int, zero_points: bool) -> None:
+    of, x = Matrix(k, n, block, zero_points=zero_points), rows(count, k)
     got, rounded = of.run(x), of.rounded(x)
     room = np.abs(rounded) @ np.abs(of.weights())
     assert (np.abs(got - rounded @ of.weights()) <= 1e-6 * room).all()
@@ -147,8 +156,9 @@ def test_threads_and_sessions_give_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize(("k", "n", "block"), SHAPES)
-def test_products_are_the_same_on_every_cpu(k: int, n: int, block: int, isa: str) -> None:
-    made, x = session(Matrix(k, n, block).model()), rows(37, k)
+@pytest.mark.parametrize("zero_points", [False, True], ids=["symmetric", "zero points"])
+def test_products_are_the_same_on_every_cpu(k: int, n: int, block: int, zero_points: bool, isa: str) -> None:
+    made, x = session(Matrix(k, n, block, zero_points=zero_points).model()), rows(37, k)
     x[3, 0], x[5, -1], x[7], x[8] = np.inf, np.nan, 0, x[8] * np.float32(1e-37)
     got = made.run(None, {"a": x})[0]
     pretend(None)
@@ -173,7 +183,14 @@ def test_sizes_that_are_not_those_of_the_weights_are_refused(changed: dict[str, 
         session(matrix().model(**changed))
 
 
+def test_zero_points_of_another_number_are_refused() -> None:
+    of = Matrix(96, 20, 32, zero_points=True)
+    of.zeros = of.zeros[:, :2]
+    with pytest.raises(Refused, match="Int4MatMul: zeros are not"):
+        session(of.model())
+
+
 @pytest.mark.parametrize("name", [{"b": np.uint8}, {"scales": np.float32}], ids=str)
 def test_weights_that_are_not_constant_are_refused(name: dict[str, type]) -> None:
-    with pytest.raises(Refused, match="Int4MatMul: B and scales are to be constant"):
+    with pytest.raises(Refused, match="Int4MatMul: B, scales and zeros are to be constant"):
         session(matrix().model(name))

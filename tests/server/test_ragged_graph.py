@@ -2,7 +2,8 @@
 
 import contextlib
 import random
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,13 +136,13 @@ def operator(name: str) -> Change:
     return change
 
 
-def first_inputs(model: bytes, op: str) -> Sequence[str]:
-    return next(
-        [bytes(name).decode() for name in protobuf.every([node], graph.NODE_INPUT)]
+def first_node(model: bytes, op: str) -> ragged_graph._Node:
+    nodes = [
+        ragged_graph._node(node, node)
         for whole in protobuf.every([memoryview(model)], graph.GRAPH)
         for node in protobuf.every([whole], graph.NODE)
-        if [bytes(name).decode() for name in protobuf.every([node], graph.NODE_OP)] == [op]
-    )
+    ]
+    return next(node for node in nodes if node.op == op)
 
 
 @pytest.mark.parametrize(
@@ -150,8 +151,9 @@ def first_inputs(model: bytes, op: str) -> Sequence[str]:
         ("MatMulNBits", number("bits", 8), "not of 4 bits"),
         ("MatMulNBits", number("block_size", 24), "blocks of a multiple of 16"),
         ("MatMulNBits", number("accuracy_level", 1), "accuracy level 4"),
-        ("MatMulNBits", more_inputs("zeros"), "zero points"),
-        ("MatMulNBits", number("something_new", 3), "zero points, an order of their own or a bias"),
+        ("MatMulNBits", more_inputs("zeros"), "zero points not of 4 bits"),
+        ("MatMulNBits", more_inputs("", "order"), "an order of their own or a bias"),
+        ("MatMulNBits", number("something_new", 3), "an order of their own or a bias"),
         ("MatMulNBits", number("K", 3.0), "K is no whole number"),
         ("GroupQueryAttention", number("softcap", 30.0), "more than a plain one"),
         ("GroupQueryAttention", number("rotary_interleaved", 1), "more than a plain one"),
@@ -167,6 +169,23 @@ def test_other_graphs_are_left_to_onnxruntimes_own_operators(
     model = folder.graph.read_bytes()
     with pytest.raises(UnsuitedError, match=why):
         ragged_graph.ragged(changed(model, op, change), folder)
+
+
+@needs_kernels
+def test_zero_points_that_are_all_in_the_middle_change_nothing(folder: ModelFolder, tmp_path: Path) -> None:
+    model = changed(folder.graph.read_bytes(), "MatMulNBits", more_inputs("zeros"))
+    node = first_node(model, "MatMulNBits")
+    sizes = {name: int(value) for name, value in node.attributes.items()}
+    count = sizes["N"] * -(-sizes["K"] // sizes["block_size"] // 2)
+    tensor = protobuf.number_field(1, count) + protobuf.number_field(2, 2)
+    tensor += protobuf.message(8, b"zeros") + protobuf.message(9, b"\x88" * count)
+    shutil.copytree(folder.path, tmp_path, dirs_exist_ok=True)
+    with_zeros = replace(folder, path=tmp_path, graph=tmp_path / folder.graph.name)
+    whole = b"".join(bytes(part) for part in protobuf.every([memoryview(model)], graph.GRAPH))
+    whole += protobuf.message(graph.INITIALIZER, tensor)
+    rest = b"".join(bytes(raw) for part, _, raw in protobuf.fields(memoryview(model)) if part != graph.GRAPH)
+    with_zeros.graph.write_bytes(rest + protobuf.message(graph.GRAPH, whole))
+    np.testing.assert_array_equal(forward(with_zeros).prefill(0, TOKENS, 0), forward(folder).prefill(0, TOKENS, 0))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +205,7 @@ def test_what_asks_for_nothing_and_windows_are_taken(folder: ModelFolder, op: st
 
 def test_rotary_tables_that_are_no_constants_are_left_alone(folder: ModelFolder) -> None:
     model = folder.graph.read_bytes()
-    *before, _, _ = first_inputs(model, "GroupQueryAttention")[:9]
+    *before, _, _ = first_node(model, "GroupQueryAttention").inputs[:9]
     with pytest.raises(UnsuitedError, match="rotary tables"):
         ragged_graph.ragged(changed(model, "GroupQueryAttention", inputs(*before, "made", "too")), folder)
 

@@ -7,12 +7,13 @@ enum { ALIGNED = 64, LANES = INT4_GROUP };
 
 static size_t aligned(size_t bytes) { return (bytes + ALIGNED - 1) / ALIGNED * ALIGNED; }
 
-int int4_pack(Int4 *m, const uint8_t *weights, const float *scales) {
+int int4_pack(Int4 *m, const uint8_t *weights, const float *scales, const uint8_t *zeros) {
   m->groups = (m->n + LANES - 1) / LANES;
   const int64_t bytes = m->blocks * m->block / 2; /* of a column */
   m->weights = aligned_alloc(ALIGNED, aligned((size_t)(m->groups * LANES * bytes)));
   m->scales = aligned_alloc(ALIGNED, aligned((size_t)(m->groups * LANES * m->blocks) * sizeof(float)));
-  if (!m->weights || !m->scales) {
+  m->zeros = zeros ? calloc((size_t)(m->groups * LANES), (size_t)m->blocks) : NULL;
+  if (!m->weights || !m->scales || (zeros && !m->zeros)) {
     int4_free(m);
     return 0;
   }
@@ -27,6 +28,10 @@ int int4_pack(Int4 *m, const uint8_t *weights, const float *scales) {
     }
     for (int64_t at = 0; at < bytes; at += 4) memcpy(to + at * LANES, weights + column * bytes + at, 4);
     for (int64_t block = 0; block < m->blocks; block++) scale[block * LANES] = scales[column * m->blocks + block];
+    for (int64_t block = 0; zeros && block < m->blocks; block++) {
+      const uint8_t two = zeros[column * ((m->blocks + 1) / 2) + block / 2];
+      m->zeros[(group * m->blocks + block) * LANES + lane] = block % 2 ? two >> 4 : two & 15;
+    }
   }
   return 1;
 }
@@ -34,7 +39,8 @@ int int4_pack(Int4 *m, const uint8_t *weights, const float *scales) {
 void int4_free(Int4 *m) {
   free(m->weights);
   free(m->scales);
-  m->weights = NULL;
+  free(m->zeros);
+  m->weights = m->zeros = NULL;
   m->scales = NULL;
 }
 

@@ -37,6 +37,11 @@ INLINE void tile(const Int4 *m, int64_t group, Rounded x, int64_t row, const int
     Ints products[INT4_VECTORS][INT4_TILE];
     for (int v = 0; v < vectors; v++)
       for (int r = 0; r < rows; r++) products[v][r] = int_spread(x.zeros[(row + r) * blocks + block]);
+    for (int v = 0; m->zeros && v < vectors; v++) {
+      const int64_t at = ((group + v * WIDTH / LANES) * blocks + block) * LANES + v * WIDTH % LANES;
+      const Ints zero = bytes_as_ints(m->zeros + at);
+      for (int r = 0; r < rows; r++) products[v][r] = int_eighth(int_multiply(products[v][r], zero));
+    }
     dots(products, weights + block * m->block / 2 * LANES, apart, x.values + row * width + block * m->block, width,
          m->block, rows, vectors);
     for (int v = 0; v < vectors; v++) {

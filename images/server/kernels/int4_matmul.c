@@ -1,6 +1,8 @@
-/* Int4MatMul(A float [.., K], B uint8 [N, blocks, block / 2], scales float [N * blocks]) -> float [.., N]
+/* Int4MatMul(A float [.., K], B uint8 [N, blocks, block / 2], scales float [N, blocks], zeros uint8 [N, blocks / 2
+ * rounded up]) -> float [.., N]
  *
- * Attributes K, N, block_size. B and scales are constant and as MatMulNBits has them: 4 bits, no zero points.
+ * Attributes K, N, block_size, and zero_points: 1 where there are zeros, else all are 8. B, scales and zeros are constant
+ * and as MatMulNBits has them with 4 bits.
  */
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -65,18 +67,20 @@ static OrtStatus *constant(const OrtKernelInfo *info, size_t at, const void **da
   int is_constant = 0;
   const OrtValue *value;
   TRY(KernelInfoGetConstantInput_tensor(info, at, &is_constant, &value));
-  if (!is_constant) return refused("Int4MatMul: B and scales are to be constant");
+  if (!is_constant) return refused("Int4MatMul: B, scales and zeros are to be constant");
   return tensor(value, data, shape);
 }
 
 static OrtStatus *create(const OrtCustomOp *op, const OrtApi *given, const OrtKernelInfo *info, void **kernel) {
   (void)op, (void)given;
   Int4 matrix = {0};
-  const void *weights, *scales;
-  Shape of_weights, of_scales;
+  const void *weights, *scales, *zeros = NULL;
+  Shape of_weights, of_scales, of_zeros;
+  int64_t has_zeros = 0;
   TRY(KernelInfoGetAttribute_int64(info, "K", &matrix.k));
   TRY(KernelInfoGetAttribute_int64(info, "N", &matrix.n));
   TRY(KernelInfoGetAttribute_int64(info, "block_size", &matrix.block));
+  TRY(KernelInfoGetAttribute_int64(info, "zero_points", &has_zeros));
   if (matrix.k < 1 || matrix.n < 1 || matrix.block < 16 || matrix.block % 16)
     return refused("Int4MatMul: K, N or block_size");
   TRY(constant(info, 1, &weights, &of_weights));
@@ -85,8 +89,11 @@ static OrtStatus *create(const OrtCustomOp *op, const OrtApi *given, const OrtKe
   if (of_weights.count != 3 || of_weights.sizes[0] != matrix.n || of_weights.sizes[1] != matrix.blocks ||
       of_weights.sizes[2] != matrix.block / 2 || elements(of_scales) != matrix.n * matrix.blocks)
     return refused("Int4MatMul: B is not [N, blocks, block / 2], or scales are not [N * blocks]");
+  if (has_zeros) TRY(constant(info, 3, &zeros, &of_zeros));
+  if (has_zeros && elements(of_zeros) != matrix.n * ((matrix.blocks + 1) / 2))
+    return refused("Int4MatMul: zeros are not [N, blocks / 2 rounded up]");
   Int4 *made = malloc(sizeof *made);
-  if (!made || !int4_pack(&matrix, weights, scales)) {
+  if (!made || !int4_pack(&matrix, weights, scales, zeros)) {
     free(made);
     return CreateStatus(ORT_FAIL, "Int4MatMul: no memory");
   }
@@ -102,15 +109,16 @@ static void destroy(void *kernel) {
 }
 
 static const char *name(const OrtCustomOp *op) { return (void)op, "Int4MatMul"; }
-static int type(const OrtCustomOp *op, size_t at) { return (void)op, at == 1 ? ORT_UINT8 : ORT_FLOAT; }
-static size_t inputs(const OrtCustomOp *op) { return (void)op, 3; }
+static int type(const OrtCustomOp *op, size_t at) { return (void)op, at == 1 || at == 3 ? ORT_UINT8 : ORT_FLOAT; }
+static size_t inputs(const OrtCustomOp *op) { return (void)op, 4; }
+static int optional(const OrtCustomOp *op, size_t at) { return (void)op, at == 3; }
 
 const OrtCustomOp int4_matmul = {
     OP_COMMON,
     .GetName = name,
     .GetInputType = type,
     .GetInputTypeCount = inputs,
-    .GetInputCharacteristic = op_zero,
+    .GetInputCharacteristic = optional,
     .CreateKernelV2 = create,
     .KernelComputeV2 = multiply,
     .KernelDestroy = destroy,

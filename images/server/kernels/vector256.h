@@ -40,6 +40,9 @@ INLINE Ints int_zeros(void) { return _mm256_setzero_si256(); }
 INLINE Ints int_spread(int32_t x) { return _mm256_set1_epi32(x); }
 INLINE Ints load_bytes(const uint8_t *from) { return _mm256_load_si256((const __m256i *)from); }
 INLINE Ints int_add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+INLINE Ints int_multiply(Ints a, Ints b) { return _mm256_mullo_epi32(a, b); }
+INLINE Ints int_eighth(Ints x) { return _mm256_srai_epi32(x, 3); }
+INLINE Ints bytes_as_ints(const uint8_t *from) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from)); }
 INLINE Ints int_larger(Ints a, Ints b) { return _mm256_max_epi32(a, b); }
 INLINE int32_t int_largest_lane(Ints x) {
   __m128i four = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));

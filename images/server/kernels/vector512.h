@@ -44,6 +44,9 @@ INLINE Ints int_zeros(void) { return _mm512_setzero_si512(); }
 INLINE Ints int_spread(int32_t x) { return _mm512_set1_epi32(x); }
 INLINE Ints load_bytes(const uint8_t *from) { return _mm512_load_si512(from); }
 INLINE Ints int_add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+INLINE Ints int_multiply(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
+INLINE Ints int_eighth(Ints x) { return _mm512_srai_epi32(x, 3); }
+INLINE Ints bytes_as_ints(const uint8_t *from) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from)); }
 INLINE Ints int_larger(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
 INLINE int32_t int_largest_lane(Ints x) { return _mm512_reduce_max_epi32(x); }
 INLINE int32_t int_all_lanes(Ints x) { return _mm512_reduce_add_epi32(x); }

@@ -34,10 +34,10 @@ HIDDEN = "slmops/hidden_at"
 DOMAIN = b"slmops"
 OPSET, NODE_DOMAIN, OUTPUT = 8, 7, 12  # field numbers of onnx.proto3, beside those of graph.py
 ATTRIBUTE_NAME, ATTRIBUTE_FLOAT, ATTRIBUTE_INT, ATTRIBUTE_TEXT, ATTRIBUTE_TYPE = 1, 2, 3, 4, 20
-TENSOR_TYPE, FLOAT, A_FLOAT, AN_INT, FLOAT_BYTES = 2, 1, 1, 2, 4
+TENSOR_TYPE, FLOAT, BYTE, A_FLOAT, AN_INT, FLOAT_BYTES = 2, 1, 2, 1, 2, 4
 LANES, LARGEST_HEAD = 16, 512  # of kernels/attention.c
 ACCURACY = 4  # activations rounded to 8 bits
-PRODUCT_INPUTS, ATTENTION_INPUTS = 3, 9  # what is behind them is empty, or the node is of another kind
+PRODUCT_INPUTS, ATTENTION_INPUTS = 4, 9  # what is behind them is empty, or the node is of another kind
 # These take each token by itself, or numbers that belong to no token.
 ALONE = {
     *("Add", "Cast", "Concat", "Constant", "Div", "FastGelu", "Gather", "GatherBlockQuantized", "Gelu", "Identity"),
@@ -72,7 +72,7 @@ def ragged(model: bytes | memoryview, folder: ModelFolder) -> bytes:
     if graph is None:
         raise UnsuitedError("it has no graph")
     parts = list(protobuf.fields(graph))
-    floats = {name for name, kind in _constants(protobuf.every([graph], INITIALIZER)) if kind == FLOAT}
+    constants = dict(_constants(protobuf.every([graph], INITIALIZER)))
     made: dict[str, _Node] = {}
     for number, value, raw in parts:
         if number == NODE and isinstance(value, memoryview):
@@ -82,7 +82,7 @@ def ragged(model: bytes | memoryview, folder: ModelFolder) -> bytes:
     head = _head(made, logits)
     nodes, needed = [], {logits}
     for node in _before(made, logits):
-        inputs, new = _changed(node, head, folder, floats)
+        inputs, new = _changed(node, head, folder, constants)
         nodes.append(new)
         needed |= {*inputs}
     mask = folder.inputs["attention_mask"]
@@ -134,13 +134,13 @@ def _head(made: Mapping[str, _Node], logits: str) -> _Node:
     return node
 
 
-def _changed(node: _Node, head: _Node, folder: ModelFolder, floats: set[str]) -> tuple[list[str], bytes]:
+def _changed(node: _Node, head: _Node, folder: ModelFolder, constants: Mapping[str, int]) -> tuple[list[str], bytes]:
     """What the node reads, and itself as a field of the graph."""
     inputs = [HIDDEN, *node.inputs[1:]] if node is head else node.inputs
     if node.op == "MatMulNBits":
-        return inputs, _product(node, inputs, floats)
+        return inputs, _product(node, inputs, constants)
     if node.op == "GroupQueryAttention":
-        inputs, told = _attention(node, folder, floats)
+        inputs, told = _attention(node, folder, constants)
         return inputs, _new(node, "RowAttention", inputs, told)
     if node.op not in ALONE:
         raise UnsuitedError(f"it has the operator {node.op}")
@@ -150,21 +150,24 @@ def _changed(node: _Node, head: _Node, folder: ModelFolder, floats: set[str]) ->
     return inputs, protobuf.message(NODE, _texts(NODE_INPUT, inputs) + rest)
 
 
-def _product(node: _Node, inputs: list[str], floats: set[str]) -> bytes:
+def _product(node: _Node, inputs: list[str], constants: Mapping[str, int]) -> bytes:
     told = dict(node.attributes)
     sizes = {name: _whole(told, name) for name in ("K", "N", "block_size")}
     if told.pop("bits", 4) != 4 or sizes["block_size"] % LANES or sizes["block_size"] < LANES:
         raise UnsuitedError("its weights are not of 4 bits in blocks of a multiple of 16")
     if told.pop("accuracy_level", 0) != ACCURACY:
         raise UnsuitedError("its products do not ask for accuracy level 4")
-    if any(inputs[PRODUCT_INPUTS:]) or len(inputs) < PRODUCT_INPUTS or not _neutral(told):
-        raise UnsuitedError("its products have zero points, an order of their own or a bias")
-    if inputs[2] not in floats:
-        raise UnsuitedError("its products are not of float32")
-    return _new(node, "Int4MatMul", inputs[:PRODUCT_INPUTS], sizes)
+    if any(inputs[PRODUCT_INPUTS:]) or len(inputs) < PRODUCT_INPUTS - 1 or not _neutral(told):
+        raise UnsuitedError("its products have an order of their own or a bias")
+    zeros = [name for name in inputs[PRODUCT_INPUTS - 1 : PRODUCT_INPUTS] if name]
+    if constants.get(inputs[2]) != FLOAT or any(constants.get(name) != BYTE for name in zeros):
+        raise UnsuitedError("its products are not of float32, or their zero points not of 4 bits")
+    return _new(node, "Int4MatMul", [*inputs[: PRODUCT_INPUTS - 1], *zeros], {**sizes, "zero_points": len(zeros)})
 
 
-def _attention(node: _Node, folder: ModelFolder, floats: set[str]) -> tuple[list[str], dict[str, int | float]]:
+def _attention(
+    node: _Node, folder: ModelFolder, constants: Mapping[str, int]
+) -> tuple[list[str], dict[str, int | float]]:
     """Inputs and attributes of a RowAttention in place of a GroupQueryAttention."""
     told, size = dict(node.attributes), folder.head_size
     if size % LANES or size > LARGEST_HEAD:
@@ -175,7 +178,7 @@ def _attention(node: _Node, folder: ModelFolder, floats: set[str]) -> tuple[list
     tables = node.inputs[7:ATTENTION_INPUTS] if told.pop("do_rotary", 0) else []
     if any(node.inputs[ATTENTION_INPUTS:]) or len(node.inputs) < ATTENTION_INPUTS - 2 or not _neutral(told):
         raise UnsuitedError("its attention is more than a plain one")
-    if any(name not in floats for name in tables):
+    if any(constants.get(name) != FLOAT for name in tables):
         raise UnsuitedError("its rotary tables change with the length, or are not of float32")
     numbers["scale"] = scale if isinstance(scale, float) and scale else size**-0.5
     return [*node.inputs[:5], CALLS, *tables], numbers
