@@ -190,6 +190,12 @@ def test_zero_points_of_another_number_are_refused() -> None:
         session(of.model())
 
 
+def test_blocks_whose_products_need_not_fit_into_32_bits_are_refused() -> None:
+    of = Matrix(1 << 21, 1, 1 << 21)
+    with pytest.raises(Refused, match="Int4MatMul: K, N or block_size"):
+        of.run(np.ones((1, 1 << 21), np.float32))
+
+
 @pytest.mark.parametrize("name", [{"b": np.uint8}, {"scales": np.float32}], ids=str)
 def test_weights_that_are_not_constant_are_refused(name: dict[str, type]) -> None:
     with pytest.raises(Refused, match="Int4MatMul: B, scales and zeros are to be constant"):

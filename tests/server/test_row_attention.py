@@ -224,6 +224,15 @@ def test_positions_behind_the_tables_are_refused() -> None:
         layer.run(layer.tokens(1), [(0, 40, 1)])
 
 
+def test_tables_of_no_positions_are_not_taken_for_none() -> None:
+    layer, empty = Layer(), np.ones((0, 16), np.float32)
+    inputs = dict(zip("qkvKVncs", [*[np.float32] * 5, np.int64, empty, empty], strict=True))
+    numbers = {"num_heads": 4, "kv_num_heads": 2, "local_window_size": -1, "scale": layer.scale}
+    layer.session, layer.tables = session(node_model("RowAttention", inputs, numbers)), []
+    with pytest.raises(Refused, match="RowAttention: calls"):
+        layer.run(layer.tokens(3), [(0, 0, 3)])
+
+
 WRONG = [
     {"q": np.ones((3, 127), np.float32)},
     {"k": np.ones((3, 63), np.float32)},
@@ -243,6 +252,13 @@ def test_shapes_that_do_not_fit_are_refused(changed: dict[str, Array]) -> None:
     with pytest.raises(Refused, match="RowAttention: "):
         layer.run(layer.tokens(3), [(0, 0, 3)], **changed)
     assert np.isnan(layer.whole).all()
+
+
+@pytest.mark.parametrize("heads", [(0, 1), (1, 0), (-2, 1), (3, 2), (2, 3), ((1 << 60) + 4, 2), (1 << 60, 1 << 60)])
+def test_numbers_of_heads_that_cannot_be_are_refused(heads: tuple[int, int]) -> None:
+    """Of the two last a token's size is a small number to 64 bits."""
+    with pytest.raises(Refused, match="RowAttention: num_heads, kv_num_heads"):
+        Layer(heads=heads[0], kv_heads=heads[1])
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])

@@ -11,7 +11,7 @@
 #include "kernels.h"
 #include "operators.h"
 
-enum { PARTS = 32, INLINE_ROWS = 16, ROWS_OF_PART = 8 };
+enum { PARTS = 32, INLINE_ROWS = 16, ROWS_OF_PART = 8, MOST_BLOCK = 1 << 16 /* whose products fit into 32 bits */ };
 
 typedef struct {
   const Int4 *matrix;
@@ -81,7 +81,7 @@ static OrtStatus *create(const OrtCustomOp *op, const OrtApi *given, const OrtKe
   TRY(KernelInfoGetAttribute_int64(info, "N", &matrix.n));
   TRY(KernelInfoGetAttribute_int64(info, "block_size", &matrix.block));
   TRY(KernelInfoGetAttribute_int64(info, "zero_points", &has_zeros));
-  if (matrix.k < 1 || matrix.n < 1 || matrix.block < 16 || matrix.block % 16)
+  if (matrix.k < 1 || matrix.n < 1 || matrix.block < 16 || matrix.block > MOST_BLOCK || matrix.block % 16)
     return refused("Int4MatMul: K, N or block_size");
   TRY(constant(info, 1, &weights, &of_weights));
   TRY(constant(info, 2, &scales, &of_scales));

@@ -40,7 +40,10 @@ OrtStatus *input(const OrtKernelContext *context, size_t at, const void **data, 
   const OrtValue *value = NULL;
   *data = NULL;
   TRY(KernelContext_GetInput(context, at, &value));
-  return value ? tensor(value, data, shape) : NULL;
+  if (!value) return NULL;
+  TRY(tensor(value, data, shape));
+  if (!*data) *data = ""; /* it is there, without elements */
+  return NULL;
 }
 
 OrtStatus *output(OrtKernelContext *context, Shape shape, float **data) {

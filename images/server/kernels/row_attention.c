@@ -11,7 +11,7 @@
 #include "kernels.h"
 #include "operators.h"
 
-enum { QUERY, KEY, VALUE, KEYS, VALUES, CALLS, COSINES, SINES, INPUTS, WORDS_OF_CALL = 3 };
+enum { QUERY, KEY, VALUE, KEYS, VALUES, CALLS, COSINES, SINES, INPUTS, WORDS_OF_CALL = 3, MOST_HEADS = 1 << 16 };
 
 typedef struct {
   Place place;
@@ -121,7 +121,7 @@ static OrtStatus *create(const OrtCustomOp *op, const OrtApi *given, const OrtKe
   TRY(KernelInfoGetAttribute_int64(info, "kv_num_heads", &heads.kv_heads));
   TRY(KernelInfoGetAttribute_int64(info, "local_window_size", &heads.window));
   TRY(KernelInfoGetAttribute_float(info, "scale", &heads.scale));
-  if (heads.heads < 1 || heads.kv_heads < 1 || heads.heads % heads.kv_heads)
+  if (heads.heads < 1 || heads.heads > MOST_HEADS || heads.kv_heads < 1 || heads.heads % heads.kv_heads)
     return refused("RowAttention: num_heads, kv_num_heads");
   Heads *made = malloc(sizeof *made);
   if (!made) return CreateStatus(ORT_FAIL, "RowAttention: no memory");
