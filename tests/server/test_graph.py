@@ -1,6 +1,7 @@
 """What is read of a model's graph, and the one change to it: what it computes, and what damaged files do to it."""
 
 import contextlib
+import json
 import random
 import shutil
 import tracemalloc
@@ -69,6 +70,7 @@ def test_no_damage_gets_past_a_value_error(tiny: Path, seed: int) -> None:
         model[draw.randrange(len(model))] = draw.randrange(256)
     with contextlib.suppress(ValueError):
         graph.rotary_switch(bytes(model))
+        graph.rotary_positions(bytes(model))
     try:
         changed = graph.logits_from(bytes(model), "logits")
     except ValueError:
@@ -164,3 +166,27 @@ def test_no_context_goes_beyond_the_first_rotary_table(tiny: Path, tmp_path: Pat
     copy = shutil.copytree(tiny, tmp_path / "model")
     (copy / "model.onnx").write_bytes(longrope(limit, "node"))
     assert model_folder.read(copy).context_length == served
+
+
+@pytest.mark.parametrize(("told", "served"), [(512, 512), (511, 511), (1024, 512)])
+def test_no_context_goes_beyond_the_end_of_the_rotary_tables(
+    tiny: Path, tmp_path: Path, told: int, served: int
+) -> None:
+    """Else an answer that came to their end would bring the engine down."""
+    copy = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((copy / "genai_config.json").read_text())
+    config["model"]["context_length"] = told
+    (copy / "genai_config.json").write_text(json.dumps(config))
+    assert model_folder.read(copy).context_length == served
+
+
+def test_the_tables_of_a_rotation_of_its_own_count_too() -> None:
+    def table(name: str, *shape: int) -> bytes:
+        dims = b"".join(protobuf.number_field(1, size) for size in shape)
+        return protobuf.message(graph.INITIALIZER, dims + protobuf.message(8, name.encode()))
+
+    rotation = node("RotaryEmbedding", ["query", "positions", "cosines", "sines"], ["turned"])
+    parts = [rotation, table("positions", 7, 7), table("cosines", 96, 8), table("other", 3, 8)]
+    assert graph.rotary_positions(protobuf.message(graph.GRAPH, b"".join([*parts, table("sines", 95, 8)]))) == 95
+    assert graph.rotary_positions(protobuf.message(graph.GRAPH, rotation + table("sines", 95))) is None
+    assert graph.rotary_positions(b"") is None

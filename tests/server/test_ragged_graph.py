@@ -158,6 +158,7 @@ def first_node(model: bytes, op: str) -> ragged_graph._Node:
         ("GroupQueryAttention", number("softcap", 30.0), "more than a plain one"),
         ("GroupQueryAttention", number("rotary_interleaved", 1), "more than a plain one"),
         ("GroupQueryAttention", number("smooth_softmax", 1), "more than a plain one"),
+        ("GroupQueryAttention", number("local_window_size", 0), "more than a plain one"),
         ("GroupQueryAttention", more_inputs("positions"), "more than a plain one"),
         ("SkipSimplifiedLayerNormalization", operator("DynamicQuantizeLinear"), "the operator DynamicQuantizeLinear"),
         ("MatMulNBits", inputs("attention_mask", "b", "model.layers.0.input_layernorm.weight"), "reads the mask"),
@@ -186,6 +187,45 @@ def test_zero_points_that_are_all_in_the_middle_change_nothing(folder: ModelFold
     rest = b"".join(bytes(raw) for part, _, raw in protobuf.fields(memoryview(model)) if part != graph.GRAPH)
     with_zeros.graph.write_bytes(rest + protobuf.message(graph.GRAPH, whole))
     np.testing.assert_array_equal(forward(with_zeros).prefill(0, TOKENS, 0), forward(folder).prefill(0, TOKENS, 0))
+
+
+@pytest.mark.parametrize("cache", ["past_key_values.1.key", "past_key_values.0.value", "made"])
+def test_caches_that_attention_does_not_read_as_they_come_are_left_alone(folder: ModelFolder, cache: str) -> None:
+    """What is written into a copy of a cache, or into one that others use, is lost."""
+    model = folder.graph.read_bytes()
+    given = list(first_node(model, "GroupQueryAttention").inputs)
+    given[3] = cache
+    with pytest.raises(UnsuitedError, match="each layer's cache"):
+        ragged_graph.ragged(changed(model, "GroupQueryAttention", inputs(*given)), folder)
+
+
+@needs_kernels
+@pytest.mark.parametrize("when", ["loaded", "run"])
+def test_what_fails_with_the_own_operators_is_computed_by_onnxruntimes(
+    tiny: Path, tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(tiny, tmp_path / "model")
+    if when == "loaded":  # a name that the changed graph uses is taken
+        weight = protobuf.number_field(1, 0) + protobuf.number_field(2, 1)
+        taken = protobuf.message(graph.INITIALIZER, weight + protobuf.message(8, ragged_graph.HIDDEN.encode()))
+        fields = list(protobuf.fields(memoryview((copy / "model.onnx").read_bytes())))
+        new = [
+            protobuf.message(number, bytes(value) + taken)
+            if isinstance(value, memoryview) and number == graph.GRAPH
+            else raw
+            for number, value, raw in fields
+        ]
+        (copy / "model.onnx").write_bytes(b"".join(new))
+    else:
+
+        def refuse(*_: object) -> None:
+            raise RuntimeError("Error in execution: slmops/hidden_at\nand more")
+
+        monkeypatch.setattr(RaggedForward, "prefill", refuse)
+    forward, _, notes = ort.load(model_folder.read(copy), 2, 60, 32, 1, 1)
+    assert isinstance(forward, ort.OrtForward)
+    assert "slmops/hidden_at" in notes["without_kernels"]
+    assert "\n" not in notes["without_kernels"]
 
 
 @pytest.mark.parametrize(

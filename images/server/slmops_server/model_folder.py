@@ -167,17 +167,18 @@ def _providers(decoder: dict[str, Any]) -> tuple[str, ...]:
 def _within_one_table(folder: ModelFolder) -> ModelFolder:
     """With the context in which the graph computes a token the same, whatever comes after it or runs beside it."""
     try:
-        limit = onnx_graph.rotary_switch(onnx_graph.read(folder.graph))
+        graph = onnx_graph.read(folder.graph)
+        limits = [onnx_graph.rotary_switch(graph), onnx_graph.rotary_positions(graph)]
     except (OSError, ValueError):  # the engine tells what is wrong with it
         return folder
-    return _lowered(folder, limit)
+    return _lowered(folder, min((limit for limit in limits if limit is not None), default=None))
 
 
 def _lowered(folder: ModelFolder, limit: int | None) -> ModelFolder:
     if limit is None or limit >= folder.context_length:
         return folder
     log.info(
-        "Lowered the context tokens=%d from=%d: longer texts need other rotary tables, which are not used here",
+        "Lowered the context tokens=%d from=%d: longer texts need rotary tables that are not used here, or not there",
         limit,
         folder.context_length,
     )

@@ -17,14 +17,14 @@ HIDDEN = "slmops/hidden_from"
 END, AXIS = "slmops/end", "slmops/axis"
 HEADS = {"MatMul", "MatMulNBits"}
 BEHIND_HEADS = {"Cast", "Mul", "Div", "Tanh"}  # scaled and capped logits
-ROTARY = {"GroupQueryAttention", "RotaryEmbedding"}
+ROTARY = {"GroupQueryAttention": slice(7, 9), "RotaryEmbedding": slice(2, 4)}  # and which inputs are the tables
 
 # field numbers of onnx.proto3
 GRAPH = 7
 NODE, INITIALIZER, INPUT = 1, 5, 11
 NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_OP, NODE_ATTRIBUTE = 1, 2, 3, 4, 5
 ATTRIBUTE_TENSOR = 5
-TENSOR_INT64, TENSOR_NAME, TENSOR_RAW = 7, 8, 9
+TENSOR_DIMS, TENSOR_INT64, TENSOR_NAME, TENSOR_RAW = 1, 7, 8, 9
 INT64 = 7
 INT64_BYTES = 8
 BYTES = {1: 4, 10: 2, 16: 2}  # float, float16, bfloat16
@@ -102,6 +102,20 @@ def rotary_switch(model: bytes | memoryview) -> int | None:
     ]
     values = [_whole_number(tensor) for name, tensor in constants if name in limits]
     return min((value for value in values if value > 0), default=None)
+
+
+def rotary_positions(model: bytes | memoryview) -> int | None:
+    """Tokens for which the rotary tables have numbers. None where they are no constants. ValueError as above."""
+    parts = list(protobuf.every([memoryview(model)], GRAPH))
+    nodes = [_node(value) for value in protobuf.every(parts, NODE)]
+    tables = {name for node in nodes for name in node[NODE_INPUT][ROTARY.get(node[NODE_OP][0], slice(0))]}
+    lengths = []
+    for tensor in protobuf.every(parts, INITIALIZER):
+        if any(bytes(name).decode() in tables for name in protobuf.every([tensor], TENSOR_NAME)):
+            match [size for number, size, _ in protobuf.fields(tensor) if number == TENSOR_DIMS]:
+                case [int(positions), _] if positions:
+                    lengths.append(positions)
+    return min(lengths, default=None)
 
 
 def _whole_number(tensor: memoryview) -> int:

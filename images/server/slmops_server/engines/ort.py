@@ -309,17 +309,29 @@ def _tried(
     folder: ModelFolder, slots: int, max_len: int, chunk: int, counts: Sequence[int]
 ) -> tuple[Sequence[RaggedForward | OrtForward], dict[str, str]]:
     """The model, loaded for each of these numbers of threads, and why with onnxruntime's own operators if so."""
-    library, reason = kernels.library(), "they are not installed, or not for this CPU"
-    if library and folder.share_buffer:
-        try:
-            changed = ragged_graph.ragged(graph.read(folder.graph), folder)
-            sessions = [_session(folder, changed, n, library) for n in counts]
-            return [RaggedForward(folder, session, slots, max_len, chunk) for session in sessions], {}
-        except (UnsuitedError, ValueError) as error:  # of a damaged file onnxruntime tells more
-            reason = str(error)
+    try:
+        return _ragged(folder, slots, max_len, chunk, counts), {}
+    except Exception as error:  # noqa: BLE001 - onnxruntime raises nothing finer; what is wrong with both it tells below
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
     model = _model(folder)
     made = [OrtForward(folder, _session(folder, model, n), slots, max_len, chunk) for n in counts]
     return made, {"without_kernels": reason}
+
+
+def _ragged(
+    folder: ModelFolder, slots: int, max_len: int, chunk: int, counts: Sequence[int]
+) -> Sequence[RaggedForward]:
+    """The model with the server's own operators, which have computed a prompt: sizes that do not fit show there."""
+    library = kernels.library()
+    if not library:
+        raise UnsuitedError("they are not installed, or not for this CPU")
+    if not folder.share_buffer:
+        raise UnsuitedError("the graph has no shared past/present buffer")
+    changed = ragged_graph.ragged(graph.read(folder.graph), folder)
+    made = [RaggedForward(folder, _session(folder, changed, n, library), slots, max_len, chunk) for n in counts]
+    for forward in made:
+        forward.prefill(0, [0, 0], 0)
+    return made
 
 
 def _median(times: list[float]) -> float:

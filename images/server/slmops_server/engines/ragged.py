@@ -45,9 +45,7 @@ class RaggedForward:
         self._ids, self._logits = folder.inputs["input_ids"], folder.outputs["logits"]
         self._positions = folder.inputs.get("position_ids", "position_ids")
         kinds = {i.name: i.type for i in session.get_inputs()}
-        self._names = [
-            folder.inputs[f"past_{part}_names"] % layer for layer in range(folder.layers) for part in ("key", "value")
-        ]
+        self._names = ragged_graph.cache_names(folder)
         expected = {*self._names, self._ids, ragged_graph.CALLS, ragged_graph.AT}
         self._has_positions = self._positions in kinds
         if set(kinds) - {self._positions} != expected:

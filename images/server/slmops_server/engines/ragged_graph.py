@@ -35,7 +35,7 @@ DOMAIN = b"slmops"
 OPSET, NODE_DOMAIN, OUTPUT = 8, 7, 12  # field numbers of onnx.proto3, beside those of graph.py
 ATTRIBUTE_NAME, ATTRIBUTE_FLOAT, ATTRIBUTE_INT, ATTRIBUTE_TEXT, ATTRIBUTE_TYPE = 1, 2, 3, 4, 20
 TENSOR_TYPE, FLOAT, BYTE, A_FLOAT, AN_INT, FLOAT_BYTES = 2, 1, 2, 1, 2, 4
-LANES, LARGEST_HEAD = 16, 512  # of kernels/attention.c
+LANES, LARGEST_HEAD = 16, 512  # of kernels/attention.h
 ACCURACY = 4  # activations rounded to 8 bits
 PRODUCT_INPUTS, ATTENTION_INPUTS = 4, 9  # what is behind them is empty, or the node is of another kind
 # These take each token by itself, or numbers that belong to no token.
@@ -80,11 +80,14 @@ def ragged(model: bytes | memoryview, folder: ModelFolder) -> bytes:
             made.update(dict.fromkeys((name for name in node.outputs if name), node))
     logits = folder.outputs["logits"]
     head = _head(made, logits)
-    nodes, needed = [], {logits}
+    nodes, needed, caches = [], {logits}, []
     for node in _before(made, logits):
         inputs, new = _changed(node, head, folder, constants)
         nodes.append(new)
         needed |= {*inputs}
+        caches += inputs[3:5] if node.op == "GroupQueryAttention" else []
+    if sorted(caches) != sorted(cache_names(folder)):
+        raise UnsuitedError("its attention does not read each layer's cache as it comes")
     mask = folder.inputs["attention_mask"]
     if mask in needed:
         raise UnsuitedError("more than its attention reads the mask")
@@ -101,6 +104,12 @@ def ragged(model: bytes | memoryview, folder: ModelFolder) -> bytes:
     for number, _, raw in whole:
         out += [protobuf.head(GRAPH, sum(map(len, new_parts))), *new_parts] if number == GRAPH else [raw]
     return b"".join(out)
+
+
+def cache_names(folder: ModelFolder) -> list[str]:
+    """The inputs that hold the caches: of each layer keys and values."""
+    parts = [folder.inputs[f"past_{part}_names"] for part in ("key", "value")]
+    return [name % layer for layer in range(folder.layers) for name in parts]
 
 
 def _is_gone(number: int, value: int | memoryview, needed: set[str], logits: str) -> bool:
@@ -176,7 +185,8 @@ def _attention(
     numbers["local_window_size"] = _whole(told, "local_window_size", -1)
     scale = told.pop("scale", 0.0)
     tables = node.inputs[7:ATTENTION_INPUTS] if told.pop("do_rotary", 0) else []
-    if any(node.inputs[ATTENTION_INPUTS:]) or len(node.inputs) < ATTENTION_INPUTS - 2 or not _neutral(told):
+    plain = len(node.inputs) >= ATTENTION_INPUTS - 2 and not any(node.inputs[ATTENTION_INPUTS:]) and _neutral(told)
+    if not plain or not numbers["local_window_size"]:
         raise UnsuitedError("its attention is more than a plain one")
     if any(constants.get(name) != FLOAT for name in tables):
         raise UnsuitedError("its rotary tables change with the length, or are not of float32")
