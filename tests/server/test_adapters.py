@@ -206,6 +206,22 @@ def test_all_matrices_of_an_adapter_are_of_one_rank(data: Path, tmp_path: Path) 
     assert got[1] == got[2]
 
 
+def test_an_adapter_of_rank_one_does_not_depend_on_how_a_prompt_is_cut(data: Path, tmp_path: Path) -> None:
+    engine = load(data)
+    one = rewritten(
+        data / "all" / "weights.onnx_adapter",
+        tmp_path / "one",
+        lambda t: t.update({name: v[:, :1] if ".lora_A." in name else v[:1] for name, v in t.items()}),
+    )
+    engine.adapters.load("one", one)
+    forward, adapter = engine._forward, engine.adapters.get("one")  # type: ignore[attr-defined]
+    prompt = list(range(3, 40))
+    whole = forward.prefill(0, prompt, 0, adapter).copy()
+    for cut in range(2, 35):
+        forward.prefill(1, prompt[:cut], 0, adapter)
+        assert np.array_equal(forward.prefill(1, prompt[cut:], cut, adapter), whole), cut
+
+
 def test_an_adapter_in_half_precision_is_taken(data: Path, tmp_path: Path) -> None:
     engine = load(data)
     half = rewritten(

@@ -21,6 +21,7 @@ SUFFIX = ".onnx_adapter"
 # (attn.q_proj.lora_A.MatMul.weight): layer, module and side are the same.
 NAMES = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.+\.)?([^.]+)\.lora_([AB])(?:\.MatMul)?\.weight$")
 RANK_AXIS = {"A": 1, "B": 0}
+LEAST_RANK = 2  # onnxruntime's product with a matrix of one column rounds a row by how many there are
 
 Tensors = dict[str, NDArray[np.generic]]
 Place = tuple[int, str, str]  # layer, module, "A" or "B"
@@ -126,7 +127,7 @@ ITEM_BYTES = {"tensor(float)": 4, "tensor(float16)": 2, "tensor(double)": 8, "te
 
 
 def arrange(tensors: Tensors, wanted: Mapping[Place, Input]) -> tuple[dict[Place, str], int]:
-    """The tensor for each place by its name, and the largest rank. BadAdapterError when the graph cannot take them."""
+    """The tensor for each place by its name, and the rank for all. BadAdapterError when the graph cannot take them."""
     found: dict[Place, str] = {}
     ranks: dict[tuple[int, str], int] = {}
     sides: Counter[tuple[int, str]] = Counter()
@@ -164,7 +165,7 @@ def arrange(tensors: Tensors, wanted: Mapping[Place, Input]) -> tuple[dict[Place
         raise BadAdapterError(f"layer {half[0]} {half[1]} has only one of lora_A and lora_B")
     if not found:
         raise BadAdapterError("it holds no weights at all")
-    return found, max(ranks.values())
+    return found, max(LEAST_RANK, *ranks.values())
 
 
 def size(found: Collection[Place], wanted: Mapping[Place, Input], rank: int) -> int:
