@@ -25,6 +25,7 @@ ADAPTERS = ("", "all", "few")
 KEEPING = [
     "onnxruntime",
     "onnxruntime int4 adapters",
+    "onnxruntime int4 adapters in two threads",
     "onnxruntime fp32 adapters",
     "onnxruntime without kernels",
     "onnxruntime int4 adapters without kernels",
@@ -39,7 +40,7 @@ by_engines_that_keep_rows = pytest.mark.parametrize("start", KEEPING, indirect=T
 def load(path: Path, engine: str = "onnxruntime", ends: Sequence[int] = (), **more: object) -> Engine:
     folder = model_folder.read(path)
     folder = replace(folder, eos_ids=frozenset(ends) or folder.eos_ids)
-    return choose.load(folder, choose.EngineOptions(engine=engine, threads=1, **more))  # type: ignore[arg-type]
+    return choose.load(folder, choose.EngineOptions(**{"engine": engine, "threads": 1, **more}))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module", params=[*KEEPING, "genai"])
@@ -54,7 +55,7 @@ def start(request: pytest.FixtureRequest, tiny: Path, gguf: Callable[..., Path])
         elif "adapters" in over:
             data = tiny.parent / "tiny-lora"
             named = [(adapter, str(data / adapter)) for adapter in ADAPTERS if adapter]
-            yield partial(load, data / over.split()[0], name, adapters=named)
+            yield partial(load, data / over.split()[0], name, adapters=named, threads=1 + ("threads" in over))
         else:
             yield partial(load, tiny.parent / "tiny-ir" if "IR" in over else tiny, name)
 

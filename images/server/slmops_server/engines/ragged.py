@@ -3,6 +3,8 @@
 A token's logits are bit for bit what they are alone, whatever else a call computes and however its prompt was cut:
 that is how these operators are made. onnxruntime's own products of floats may round a lone token differently, so where
 that is seen at load, and with adapters, whose products are such ones, a lone token has an idle one for company.
+Adapters of a rank above 16 are not exact in several threads: MLAS cuts a product with weights that are no constants by
+columns or rows, as they come, and sums up in blocks that depend on the columns of a part.
 """
 
 import weakref

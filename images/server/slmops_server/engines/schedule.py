@@ -54,9 +54,9 @@ class Pace:
 
         `beside`: tokens of other rows in the same call, of which each takes as long as one of the prompt.
 
-        The int4 kernel works on blocks of TILE tokens and rounds a lone token in the last block differently. An answer
-        must not depend on how its prompt was cut, so no chunk has one and none is left for the next (a prompt of one
-        token aside).
+        onnxruntime's int4 kernel works on blocks of TILE tokens and rounds a lone token in the last block differently.
+        An answer must not depend on how its prompt was cut, so no chunk has one and none is left for the next (a prompt
+        of one token aside).
         """
         fitting = [size for size in self._sizes if self._expected(size) * (size + beside) / size <= budget]
         size = min(left, fitting[-1] if fitting else self._sizes[0])

@@ -1,7 +1,8 @@
 """A slot scheduler: continuous batching over anything that computes logits for rows of a KV cache.
 
-Each running answer owns a slot (a row of the cache). A step prefills one chunk of one waiting prompt, then advances
-every decoding row by a token. The chunk is as long as the running answers can bear, so that they keep moving.
+Each running answer owns a slot (a row of the cache). A step prefills one chunk of one waiting prompt and advances every
+decoding row by a token, in one call where the Forward mixes them, else in one after the other. The chunk is as long as
+the running answers can bear, so that they keep moving.
 Rows of different adapters cannot share a call: each adapter's rows are advanced by calls of their own.
 
 A row keeps its cache after its answer has ended; a later prompt that begins alike continues from there. The answer's
