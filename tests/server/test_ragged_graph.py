@@ -243,11 +243,13 @@ def test_what_asks_for_nothing_and_windows_are_taken(folder: ModelFolder, op: st
     assert ragged_graph.ragged(changed(model, op, change), folder)
 
 
-def test_rotary_tables_that_are_no_constants_are_left_alone(folder: ModelFolder) -> None:
+def test_rotary_tables_that_are_no_constants_or_missing_are_left_alone(folder: ModelFolder) -> None:
     model = folder.graph.read_bytes()
     *before, _, _ = first_node(model, "GroupQueryAttention").inputs[:9]
     with pytest.raises(UnsuitedError, match="rotary tables"):
         ragged_graph.ragged(changed(model, "GroupQueryAttention", inputs(*before, "made", "too")), folder)
+    with pytest.raises(UnsuitedError, match="rotary tables"):
+        ragged_graph.ragged(changed(model, "GroupQueryAttention", inputs(*before)), folder)
 
 
 def test_heads_of_other_sizes_and_heads_that_are_none_are_left_alone(folder: ModelFolder) -> None:

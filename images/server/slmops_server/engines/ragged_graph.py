@@ -184,12 +184,13 @@ def _attention(
     numbers: dict[str, int | float] = {name: _whole(told, name) for name in ("num_heads", "kv_num_heads")}
     numbers["local_window_size"] = _whole(told, "local_window_size", -1)
     scale = told.pop("scale", 0.0)
-    tables = node.inputs[7:ATTENTION_INPUTS] if told.pop("do_rotary", 0) else []
+    turned = told.pop("do_rotary", 0)
+    tables = node.inputs[7:ATTENTION_INPUTS] if turned else []
     plain = len(node.inputs) >= ATTENTION_INPUTS - 2 and not any(node.inputs[ATTENTION_INPUTS:]) and _neutral(told)
     if not plain or not numbers["local_window_size"]:
         raise UnsuitedError("its attention is more than a plain one")
-    if any(constants.get(name) != FLOAT for name in tables):
-        raise UnsuitedError("its rotary tables change with the length, or are not of float32")
+    if any(constants.get(name) != FLOAT for name in tables) or (turned and not tables):
+        raise UnsuitedError("its rotary tables are missing, change with the length, or are not of float32")
     numbers["scale"] = scale if isinstance(scale, float) and scale else size**-0.5
     return [*node.inputs[:5], CALLS, *tables], numbers
 
