@@ -98,6 +98,7 @@ static OrtStatus *create(const OrtCustomOp *op, const OrtApi *given, const OrtKe
     return CreateStatus(ORT_FAIL, "Int4MatMul: no memory");
   }
   give_back(weights, (size_t)(matrix.n * matrix.blocks * matrix.block / 2));
+  give_back(scales, (size_t)(matrix.n * matrix.blocks) * sizeof(float));
   *made = matrix;
   *kernel = made;
   return NULL;
