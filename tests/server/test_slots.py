@@ -277,6 +277,13 @@ class Together(Mixing):
         return self.likely, self.advance(slots, tokens, lengths, adapter)
 
 
+def test_a_guess_costs_more_beside_many_answers_which_all_wait_for_it() -> None:
+    _, slots = engine(Together)
+    costs = [slots._guess_cost(rows) for rows in (1, 2, 4, 8)]
+    assert costs == sorted(costs)
+    assert costs[0] < 0.3 < 0.7 < costs[-1] <= 1
+
+
 def test_guesses_share_the_calls_of_all_and_their_scores_stay_within_bounds() -> None:
     forward = Together()
     forward.scored = 12

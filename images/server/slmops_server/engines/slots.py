@@ -22,7 +22,7 @@ from slmops_server.engines.base import Drafted, EngineInfo, EngineRefusedError, 
 from slmops_server.engines.drafts import COST, Drafts
 from slmops_server.engines.forward import IDLE, Adjacent, Mixing
 from slmops_server.engines.sampler import Logits, Sampler, scores
-from slmops_server.engines.schedule import SMALLEST_CHUNK, WEIGHT, Pace, common, cover
+from slmops_server.engines.schedule import WEIGHT, Pace, common, cover
 
 PATIENCE = 2.0  # a chunk may take this many times as long as a step of the running answers, for each prompt that waits
 RECOMPUTED = 2  # tokens of a prompt that are never taken from the cache: the last one's logits, and a lone one differs
@@ -332,11 +332,12 @@ class SlotEngine:
 
     def _guess_cost(self, rows: int) -> float:
         """What a guess adds to the call for so many rows, in tokens that the call would have made without it."""
-        seconds, chunk = self._forward.decode_seconds, self._forward.prefill_seconds.get(SMALLEST_CHUNK)
-        if not self._mixing or chunk is None:
+        step = self._forward.decode_seconds[rows - 1]
+        size, chunk = max(self._forward.prefill_seconds.items(), default=(0, 0.0))
+        if not self._mixing or size <= rows:
             return COST
-        more = max(0.0, chunk - seconds[0]) / (SMALLEST_CHUNK - 1)
-        return min(1.0, rows * more / seconds[rows - 1])
+        more = max(0.0, chunk - step) / (size - rows)  # seconds for a token more
+        return min(1.0, rows * more / step)
 
     def _advance(self, forward: Mixing, wanted: list[bool], adapter: Adapter, tokens: list[Token]) -> float:
         """Calls for these rows, wherever they are; seconds that they were expected to take."""
