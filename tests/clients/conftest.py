@@ -21,12 +21,12 @@ def programs() -> Path:
     requirements = ROOT / "requirements" / "clients.txt"
     folder = ROOT / ".local" / f"clients-{hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]}"
     done = folder / "done"
-    if not done.exists():
+    if not done.exists() or done.read_text() != str(folder):  # the scripts in it name the folder: a moved clone's fail
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
         subprocess.run([*pip, "--require-hashes", "--no-deps", "-r", str(requirements)], check=True)
-        done.touch()
+        done.write_text(str(folder))
     return folder / "bin"
 
 
