@@ -304,8 +304,8 @@ def test_what_was_bound_for_one_adapter_makes_room_for_the_next(
     def decode_all(adapter: adapters.Adapter) -> None:
         for rows in range(1, 9):
             for first in range(9 - rows):
-                if hasattr(forward, "advance"):
-                    forward.advance(range(first, first + rows), [[5]] * rows, [0] * rows, adapter)
+                if hasattr(forward, "compute"):
+                    forward.compute(range(first, first + rows), [[5]] * rows, [0] * rows, range(rows), adapter)
                 else:
                     forward.decode(first, [5] * rows, [0] * rows, adapter)
 

@@ -45,11 +45,11 @@ def test_calls_hold_any_rows_and_chunks_beside_each_other(folder: ModelFolder) -
     own.prefill(2, [7, *TOKENS[:5]], 0)
     own.prefill(0, [5], 0)
     own.prefill(3, [8, *TOKENS[:7]], 0)
-    chunk, others = own.mix(2, TOKENS[5:], 6, [3, 0], [[TOKENS[7]], [TOKENS[0]]], [8, 1])
-    for got, wanted in ((chunk, alone[2][8]), (others[0], alone[3][8]), (others[1], alone[0][1])):
+    logits = own.compute([2, 3, 0], [TOKENS[5:], [TOKENS[7]], [TOKENS[0]]], [6, 8, 1], [2, 3, 4])
+    for got, wanted in zip(logits, (alone[2][8], alone[3][8], alone[0][1]), strict=True):
         np.testing.assert_array_equal(got, wanted)
-    again = own.advance([3], [[11]], [9])[0].copy()
-    np.testing.assert_array_equal(own.advance([1, 3], [[4, 6], [11]], [9, 9])[2], again)
+    again = own.compute([3], [[11]], [9], [0])[0].copy()
+    np.testing.assert_array_equal(own.compute([1, 3], [[4, 6], [11]], [9, 9], [0, 1, 2])[2], again)
 
 
 @needs_kernels
@@ -67,7 +67,7 @@ def test_a_call_beyond_a_rows_end_fails_instead_of_writing_there(folder: ModelFo
     with pytest.raises(Exception, match="RowAttention: calls"):
         own.prefill(0, TOKENS, 57)
     with pytest.raises(Exception, match="RowAttention: calls"):
-        own.advance([5], [[3]], [0])
+        own.compute([5], [[3]], [0], [0])
 
 
 Change = Callable[[memoryview], bytes]

@@ -51,25 +51,28 @@ class Mixing(Timed):
         super().__init__()
         self.mixed: list[tuple[int, int]] = []
 
-    def mix(
+    def compute(
         self,
-        slot: int,
-        chunk: Sequence[int],
-        past: int,
         slots: Sequence[int],
         tokens: Sequence[Sequence[int]],
         lengths: Sequence[int],
+        at: Sequence[int],
         adapter: Adapter,
-    ) -> tuple[Logits, Logits]:
-        self.mixed.append((len(chunk), len(slots)))
-        self.now += 0.013 + 0.005 * len(chunk) + self.decode_seconds[max(len(slots), 2) - 1] / 10 + self.extra
-        return np.zeros(self.vocab, np.float32), np.zeros((len(slots), self.vocab), np.float32)
-
-    def advance(
-        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], lengths: Sequence[int], adapter: Adapter
     ) -> Logits:
+        answers = riders(tokens, at)
         self.now += self.extra
-        return self.decode(0, [token for row in tokens for token in row], lengths, adapter)
+        if len(answers) < len(tokens):
+            chunk, rows = len(tokens[0]), len(answers)
+            self.mixed.append((chunk, rows))
+            self.now += 0.013 + 0.005 * chunk + self.decode_seconds[max(rows, 2) - 1] / 10
+        else:
+            self.now += self.decode_seconds[sum(map(len, tokens)) - 1]
+        return np.zeros((len(at), self.vocab), np.float32)
+
+
+def riders(tokens: Sequence[Sequence[int]], at: Sequence[int]) -> Sequence[Sequence[int]]:
+    """The tokens of the answers in a call: of a prompt's chunk, which then comes first, only the last one is scored."""
+    return tokens[1:] if len(at) < sum(map(len, tokens)) else tokens
 
 
 def engine(made: type[Timed] = Timed) -> tuple[Timed, SlotEngine]:
@@ -258,23 +261,16 @@ class Together(Mixing):
         self.calls: list[list[int]] = []
         self.likely = np.array([4, 4, *[0] * 6], np.float32)  # two tokens: guesses are right now and then
 
-    def advance(
-        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], lengths: Sequence[int], adapter: Adapter
-    ) -> Logits:
-        self.calls.append([len(row) for row in tokens])
-        return self.likely[None].repeat(sum(map(len, tokens)), 0)
-
-    def mix(
+    def compute(
         self,
-        slot: int,
-        chunk: Sequence[int],
-        past: int,
         slots: Sequence[int],
         tokens: Sequence[Sequence[int]],
         lengths: Sequence[int],
+        at: Sequence[int],
         adapter: Adapter,
-    ) -> tuple[Logits, Logits]:
-        return self.likely, self.advance(slots, tokens, lengths, adapter)
+    ) -> Logits:
+        self.calls.append([len(row) for row in riders(tokens, at)])
+        return self.likely[None].repeat(len(at), 0)
 
 
 def test_a_guess_costs_more_beside_many_answers_which_all_wait_for_it() -> None:

@@ -49,24 +49,20 @@ class Adjacent(Forward, Protocol):
 
 @runtime_checkable
 class Mixing(Forward, Protocol):
-    """Answers advance in calls for any rows, and beside a chunk of a prompt."""
+    """Answers advance in calls for any rows, a prompt's chunk among them."""
 
-    mixes: int  # rows that such a call may advance
+    mixes: int  # answers that such a call may advance
 
-    def advance(
-        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], lengths: Sequence[int], adapter: Adapter, /
-    ) -> Logits:
-        """A token or more for each of these rows; lengths before; the logits after each token, [tokens, vocab]."""
-
-    def mix(
+    def compute(
         self,
-        slot: int,
-        chunk: Sequence[int],
-        past: int,
         slots: Sequence[int],
         tokens: Sequence[Sequence[int]],
         lengths: Sequence[int],
+        at: Sequence[int],
         adapter: Adapter,
         /,
-    ) -> tuple[Logits, Logits]:
-        """As prefill, and tokens of `slots` as in advance; logits of both, [vocab] and [tokens, vocab]."""
+    ) -> Logits:
+        """Append tokens to each of these rows, which hold so many before.
+
+        The logits after the tokens with the indices `at`, counted over all rows: shape [at, vocab].
+        """

@@ -86,35 +86,14 @@ class OpenvinoForward:
         self._caches.append(array)
         self._request.set_tensor(name, ov.Tensor(array, shared_memory=True))
 
-    def prefill(self, slot: int, tokens: Sequence[int], past: int, _adapter: Adapter = BASE) -> Logits:
+    def prefill(self, slot: int, tokens: Sequence[int], past: int, adapter: Adapter = BASE) -> Logits:
         """See Forward."""
-        logits: Logits = self._run([slot], [tokens], [past], [len(tokens) - 1])[0]
+        logits: Logits = self.compute([slot], [tokens], [past], [len(tokens) - 1], adapter)[0]
         return logits
 
-    def score(self, slot: int, tokens: Sequence[int], past: int, _adapter: Adapter = BASE) -> Logits:
+    def score(self, slot: int, tokens: Sequence[int], past: int, adapter: Adapter = BASE) -> Logits:
         """See Forward."""
-        return self._run([slot], [tokens], [past], range(len(tokens)))
-
-    def advance(
-        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], lengths: Sequence[int], _adapter: Adapter = BASE
-    ) -> Logits:
-        """See Mixing."""
-        return self._run(slots, tokens, lengths, range(sum(map(len, tokens))))
-
-    def mix(
-        self,
-        slot: int,
-        chunk: Sequence[int],
-        past: int,
-        slots: Sequence[int],
-        tokens: Sequence[Sequence[int]],
-        lengths: Sequence[int],
-        _adapter: Adapter = BASE,
-    ) -> tuple[Logits, Logits]:
-        """See Mixing. The rows cost next to nothing: most of a call is unpacking the weights."""
-        at = range(len(chunk) - 1, len(chunk) + sum(map(len, tokens)))
-        logits = self._run([slot, *slots], [chunk, *tokens], [past, *lengths], at)
-        return logits[0], logits[1:]
+        return self.compute([slot], [tokens], [past], range(len(tokens)), adapter)
 
     def copy(self, source: int, target: int, count: int) -> None:
         """See Forward."""
@@ -126,10 +105,15 @@ class OpenvinoForward:
     def release(self, slot: int) -> None:
         """Nothing to do: the row's content may be taken over by the next prompt."""
 
-    def _run(
-        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], past: Sequence[int], at: Sequence[int]
+    def compute(
+        self,
+        slots: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        past: Sequence[int],
+        at: Sequence[int],
+        _adapter: Adapter = BASE,
     ) -> Logits:
-        """Append tokens to rows; logits of the tokens with the indices `at`, counted over all rows: [at, vocab]."""
+        """See Mixing. Beside a chunk answers cost next to nothing: most of a call is unpacking the weights."""
         ends = [before + len(new) for before, new in zip(past, tokens, strict=True)]
         used = [-(-end // BLOCK) for end in ends]
         ranges = [
@@ -164,7 +148,7 @@ class OpenvinoForward:
         for row in range(1, self.rows):
             self.copy(0, row, length)
         calls = [
-            partial(self.advance, range(count), [[token] for token in tokens[:count]], [length] * count)
+            partial(self.compute, range(count), [[token] for token in tokens[:count]], [length] * count, range(count))
             for count in range(1, min(self.rows, MAX_ROWS) + 1)
         ]
         self.decode_seconds = [timing.best(call) for call in calls]

@@ -70,36 +70,12 @@ class RaggedForward:
 
     def prefill(self, slot: int, tokens: Sequence[int], past: int, adapter: Adapter = BASE) -> Logits:
         """See Forward."""
-        logits: Logits = self._run([(slot, past, len(tokens))], tokens, [len(tokens) - 1], adapter)[0]
+        logits: Logits = self.compute([slot], [tokens], [past], [len(tokens) - 1], adapter)[0]
         return logits
 
     def score(self, slot: int, tokens: Sequence[int], past: int, adapter: Adapter = BASE) -> Logits:
         """See Forward."""
-        return self._run([(slot, past, len(tokens))], tokens, range(len(tokens)), adapter)
-
-    def advance(
-        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], lengths: Sequence[int], adapter: Adapter = BASE
-    ) -> Logits:
-        """See Mixing."""
-        calls = [(slot, length, len(new)) for slot, length, new in zip(slots, lengths, tokens, strict=True)]
-        flat = [token for new in tokens for token in new]
-        return self._run(calls, flat, range(len(flat)), adapter)
-
-    def mix(
-        self,
-        slot: int,
-        chunk: Sequence[int],
-        past: int,
-        slots: Sequence[int],
-        tokens: Sequence[Sequence[int]],
-        lengths: Sequence[int],
-        adapter: Adapter = BASE,
-    ) -> tuple[Logits, Logits]:
-        """See Mixing."""
-        calls = [(one, length, len(new)) for one, length, new in zip(slots, lengths, tokens, strict=True)]
-        flat = [*chunk, *(token for new in tokens for token in new)]
-        logits = self._run([(slot, past, len(chunk)), *calls], flat, range(len(chunk) - 1, len(flat)), adapter)
-        return logits[0], logits[1:]
+        return self.compute([slot], [tokens], [past], range(len(tokens)), adapter)
 
     def copy(self, source: int, target: int, count: int) -> None:
         """See Forward. Whole blocks, because in the keys' tokens lie side by side in blocks of LANES."""
@@ -109,18 +85,23 @@ class RaggedForward:
     def release(self, slot: int) -> None:
         """Nothing to do: the row's content may be taken over by the next prompt."""
 
-    def _run(
-        self, calls: Sequence[tuple[int, int, int]], tokens: Sequence[int], at: Sequence[int], adapter: Adapter
+    def compute(
+        self,
+        slots: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        at: Sequence[int],
+        adapter: Adapter = BASE,
     ) -> Logits:
-        """Append tokens to rows, (row, tokens in it, tokens of this call) each; logits of the tokens `at`, [at, vocab].
-
-        They are valid until the next call.
-        """
-        if len(tokens) == 1 and not (self.lone and adapter is BASE):
-            calls, tokens = [*calls, (self.rows, 0, 1)], [*tokens, 0]
+        """See Mixing."""
+        calls = [(slot, length, len(new)) for slot, length, new in zip(slots, lengths, tokens, strict=True)]
+        flat = [token for new in tokens for token in new]
+        if len(flat) == 1 and not (self.lone and adapter is BASE):
+            calls.append((self.rows, 0, 1))
+            flat.append(0)
         binding = self._binding(adapter)
         given = {
-            self._ids: np.array([tokens], np.int64),
+            self._ids: np.array([flat], np.int64),
             ragged_graph.CALLS: np.array(calls, np.int64),
             ragged_graph.AT: np.array(at, np.int64),
         }
@@ -154,10 +135,8 @@ class RaggedForward:
     def time_decode(self, rows: int, steps: int) -> list[float]:
         """Seconds of `steps` decode steps of `rows` rows, sorted."""
         length = min(max(MEASURED_CHUNKS), self._max_len - 1)
-        numbers = range(rows)
-        return sorted(
-            timing.seconds(lambda: self.advance(numbers, [[0]] * rows, [length] * rows)) for _ in range(steps)
-        )
+        step = partial(self.compute, range(rows), [[0]] * rows, [length] * rows, range(rows))
+        return sorted(timing.seconds(step) for _ in range(steps))
 
     def measure(self) -> None:
         """Fill in decode_seconds and prefill_seconds; the rows' content is lost."""
@@ -176,7 +155,7 @@ class RaggedForward:
         return timing.notes(self.decode_seconds, self.prefill_seconds) | lone
 
     def _look_for_lone(self, length: int) -> None:
-        token = partial(self.advance, [0], [[1]], [length])
+        token = partial(self.compute, [0], [[1]], [length], [0])
         pair = token().copy()
         self.lone = True
         self.lone = np.array_equal(token(), pair, equal_nan=True)

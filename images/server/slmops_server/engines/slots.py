@@ -228,18 +228,16 @@ class SlotEngine:
         beside = sum(map(len, ahead))
         size = self._pace.chunk(len(prompt) - row.length, (PATIENCE + 1) * step * len(self._prefilling), beside)
         begin = self._clock()
-        logits, others = forward.mix(
-            row.slot,
-            prompt[row.length : row.length + size],
-            row.length,
-            [rider.slot for rider in riders],
-            ahead,
-            [rider.length for rider in riders],
+        logits = forward.compute(
+            [one.slot for one in (row, *riders)],
+            [prompt[row.length : row.length + size], *ahead],
+            [one.length for one in (row, *riders)],
+            range(size - 1, size + beside),
             row.job.adapter,
         )
         self._pace.note(size, self._clock() - begin, beside)
-        self._prefilled(row, size, logits, tokens)
-        self._take(riders, ahead, others, tokens)
+        self._prefilled(row, size, logits[0], tokens)
+        self._take(riders, ahead, logits[1:], tokens)
 
     def _riders(self, row: _Row, most: int) -> list[_Row]:
         """The running answers, where one call may advance all of them beside a chunk of this row's prompt."""
@@ -346,7 +344,8 @@ class SlotEngine:
         for at in range(0, len(rows), forward.mixes):
             part = rows[at : at + forward.mixes]
             ahead = self._ahead(part)
-            logits = forward.advance([row.slot for row in part], ahead, [row.length for row in part], adapter)
+            slots, lengths = [row.slot for row in part], [row.length for row in part]
+            logits = forward.compute(slots, ahead, lengths, range(sum(map(len, ahead))), adapter)
             expected += self._forward.decode_seconds[len(part) - 1]
             self._take(part, ahead, logits, tokens)
         return expected
