@@ -136,13 +136,9 @@ def operator(name: str) -> Change:
     return change
 
 
-def first_node(model: bytes, op: str) -> ragged_graph._Node:
-    nodes = [
-        ragged_graph._node(node, node)
-        for whole in protobuf.every([memoryview(model)], graph.GRAPH)
-        for node in protobuf.every([whole], graph.NODE)
-    ]
-    return next(node for node in nodes if node.op == op)
+def first_node(model: bytes, op: str) -> graph.Node:
+    parts = protobuf.every([memoryview(model)], graph.GRAPH)
+    return next(node for node in map(graph.node, protobuf.every(parts, graph.NODE)) if node.op == op)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +172,7 @@ def test_other_graphs_are_left_to_onnxruntimes_own_operators(
 def test_zero_points_that_are_all_in_the_middle_change_nothing(folder: ModelFolder, tmp_path: Path) -> None:
     model = changed(folder.graph.read_bytes(), "MatMulNBits", more_inputs("zeros"))
     node = first_node(model, "MatMulNBits")
-    sizes = {name: int(value) for name, value in node.attributes.items()}
+    sizes = {name: int(value) for name, value in ragged_graph._told(node).items()}
     count = sizes["N"] * -(-sizes["K"] // sizes["block_size"] // 2)
     tensor = protobuf.number_field(1, count) + protobuf.number_field(2, 2)
     tensor += protobuf.message(8, b"zeros") + protobuf.message(9, b"\x88" * count)

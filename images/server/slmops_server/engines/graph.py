@@ -8,6 +8,8 @@ views of it, and weights are passed over without being read.
 """
 
 import mmap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from slmops_server.engines import protobuf
@@ -22,12 +24,34 @@ ROTARY = {"GroupQueryAttention": slice(7, 9), "RotaryEmbedding": slice(2, 4)}  #
 # field numbers of onnx.proto3
 GRAPH = 7
 NODE, INITIALIZER, INPUT = 1, 5, 11
-NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_OP, NODE_ATTRIBUTE = 1, 2, 3, 4, 5
+NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_OP, NODE_ATTRIBUTE, NODE_DOMAIN = 1, 2, 3, 4, 5, 7
 ATTRIBUTE_TENSOR = 5
 TENSOR_DIMS, TENSOR_INT64, TENSOR_NAME, TENSOR_RAW = 1, 7, 8, 9
 INT64 = 7
 INT64_BYTES = 8
 BYTES = {1: 4, 10: 2, 16: 2}  # float, float16, bfloat16
+
+Field = tuple[int, int | memoryview, memoryview]  # as protobuf.fields has them
+
+
+@dataclass(frozen=True)
+class Node:
+    """A NodeProto's body, inputs, outputs, name and operator. A damaged one may have no operator."""
+
+    body: memoryview
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    texts: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def op(self) -> str:
+        """The operator's name."""
+        return self.texts.get(NODE_OP, "")
+
+    @property
+    def name(self) -> str:
+        """The node's own name."""
+        return self.texts.get(NODE_NAME, "")
 
 
 def read(path: Path) -> memoryview:
@@ -39,29 +63,51 @@ def read(path: Path) -> memoryview:
 def logits_from(model: bytes | memoryview, logits: str) -> bytes | None:
     """The changed model, or None where its output head is not of a known form. ValueError when the file is damaged."""
     fields = list(protobuf.fields(memoryview(model)))
-    graph = next((value for number, value, _ in fields if number == GRAPH and isinstance(value, memoryview)), None)
-    if graph is None:
+    parts = parts_of(fields)
+    found = head(made_by(parts), logits)
+    if found is None:
         return None
-    parts = list(protobuf.fields(graph))
-    nodes = {index: _node(value) for index, (number, value, _) in enumerate(parts) if number == NODE}
-    made_by = {name: index for index, node in nodes.items() for name in node[NODE_OUTPUT]}
-    at = made_by.get(logits)
+    hidden = found.inputs[0]
+    new = message_of(found, [HIDDEN if name == hidden else name for name in found.inputs])
+    return whole(
+        fields,
+        [
+            *(new if value is found.body else raw for _, value, raw in parts),
+            new_node("Slice", [hidden, FROM, END, AXIS], [HIDDEN], HIDDEN),
+            int64_input(FROM, (1,)),
+            protobuf.message(INITIALIZER, _int64(END, (1 << 63) - 1)),
+            protobuf.message(INITIALIZER, _int64(AXIS, 1)),
+        ],
+    )
+
+
+def parts_of(model: Iterable[Field]) -> list[Field]:
+    """The fields of a model's graph, none where it has no graph."""
+    graph = next((value for number, value, _ in model if number == GRAPH and isinstance(value, memoryview)), None)
+    return [] if graph is None else list(protobuf.fields(graph))
+
+
+def whole(model: Iterable[Field], parts: Sequence[bytes | memoryview]) -> bytes:
+    """The model with these fields for its graph's."""
+    out: list[bytes | memoryview] = []
+    for number, _, raw in model:
+        out += [protobuf.head(GRAPH, sum(map(len, parts))), *parts] if number == GRAPH else [raw]
+    return b"".join(out)
+
+
+def made_by(parts: Iterable[Field]) -> dict[str, Node]:
+    """The node that makes each value."""
+    nodes = (node(value) for number, value, _ in parts if number == NODE and isinstance(value, memoryview))
+    return {name: one for one in nodes for name in one.outputs if name}
+
+
+def head(made: Mapping[str, Node], logits: str) -> Node | None:
+    """The product that makes the logits, of states that a node makes; None where they are made in another way."""
+    found = made.get(logits)
     for _ in BEHIND_HEADS:  # at most one of each: a damaged graph may be a circle
-        if at is not None and nodes[at][NODE_OP][0] in BEHIND_HEADS:
-            at = made_by.get(nodes[at][NODE_INPUT][0])
-    if at is None or nodes[at][NODE_OP][0] not in HEADS:
-        return None
-    hidden = nodes[at][NODE_INPUT][0]
-    if hidden not in made_by:
-        return None
-    head = _renamed(parts[at][1], hidden)
-    new: list[bytes | memoryview] = [head if index == at else raw for index, (_, _, raw) in enumerate(parts)]
-    new += [protobuf.message(NODE, _slice(hidden)), protobuf.message(INPUT, _input())]
-    new += [protobuf.message(INITIALIZER, _int64(END, (1 << 63) - 1)), protobuf.message(INITIALIZER, _int64(AXIS, 1))]
-    whole: list[bytes | memoryview] = []
-    for number, _, raw in fields:
-        whole += [protobuf.head(GRAPH, sum(map(len, new))), *new] if number == GRAPH else [raw]
-    return b"".join(whole)
+        if found is not None and found.op in BEHIND_HEADS:
+            found = made.get(found.inputs[0])
+    return found if found is not None and found.op in HEADS and found.inputs[0] in made else None
 
 
 def item_bytes(model: bytes | memoryview, name: str) -> int | None:
@@ -81,9 +127,9 @@ def rotary_switch(model: bytes | memoryview) -> int | None:
     None where the tables are always the same.
     """
     parts = list(protobuf.every([memoryview(model)], GRAPH))
-    nodes = [(_node(value), value) for value in protobuf.every(parts, NODE)]
-    made = {(node[NODE_OP][0], name): node[NODE_INPUT] for node, _ in nodes for name in node[NODE_OUTPUT]}
-    tables = {name for node, _ in nodes if node[NODE_OP][0] in ROTARY for name in node[NODE_INPUT]}
+    nodes = [node(value) for value in protobuf.every(parts, NODE)]
+    made = {(one.op, name): one.inputs for one in nodes for name in one.outputs}
+    tables = {name for one in nodes if one.op in ROTARY for name in one.inputs}
     conditions = {made["If", name][0] for name in tables if ("If", name) in made}
     limits = {made["Greater", name][-1] for name in conditions if ("Greater", name) in made}
     constants = [
@@ -94,10 +140,10 @@ def rotary_switch(model: bytes | memoryview) -> int | None:
         ),
         *(
             (name, tensor)
-            for node, value in nodes
-            if node[NODE_OP][0] == "Constant"
-            for name in node[NODE_OUTPUT]
-            for tensor in protobuf.every(protobuf.every([value], NODE_ATTRIBUTE), ATTRIBUTE_TENSOR)
+            for one in nodes
+            if one.op == "Constant"
+            for name in one.outputs
+            for tensor in protobuf.every(protobuf.every([one.body], NODE_ATTRIBUTE), ATTRIBUTE_TENSOR)
         ),
     ]
     values = [_whole_number(tensor) for name, tensor in constants if name in limits]
@@ -107,8 +153,8 @@ def rotary_switch(model: bytes | memoryview) -> int | None:
 def rotary_positions(model: bytes | memoryview) -> int | None:
     """Tokens for which the rotary tables have numbers. None where they are no constants. ValueError as above."""
     parts = list(protobuf.every([memoryview(model)], GRAPH))
-    nodes = [_node(value) for value in protobuf.every(parts, NODE)]
-    tables = {name for node in nodes for name in node[NODE_INPUT][ROTARY.get(node[NODE_OP][0], slice(0))]}
+    nodes = [node(value) for value in protobuf.every(parts, NODE)]
+    tables = {name for one in nodes for name in one.inputs[ROTARY.get(one.op, slice(0))]}
     lengths = []
     for tensor in protobuf.every(parts, INITIALIZER):
         if any(bytes(name).decode() in tables for name in protobuf.every([tensor], TENSOR_NAME)):
@@ -128,17 +174,6 @@ def _whole_number(tensor: memoryview) -> int:
     return 0
 
 
-def _slice(hidden: str) -> bytes:
-    """Slice(hidden, logits_from, end, axis) -> hidden_from."""
-    inputs = b"".join(protobuf.message(NODE_INPUT, name.encode()) for name in (hidden, FROM, END, AXIS))
-    return (
-        inputs
-        + protobuf.message(NODE_OUTPUT, HIDDEN.encode())
-        + protobuf.message(NODE_NAME, HIDDEN.encode())
-        + protobuf.message(NODE_OP, b"Slice")
-    )
-
-
 def _int64(name: str, value: int) -> bytes:
     """TensorProto of shape [1]: dims = 1, data_type = 2, name = 8, raw_data = 9."""
     return (
@@ -149,29 +184,46 @@ def _int64(name: str, value: int) -> bytes:
     )
 
 
-def _input() -> bytes:
-    """ValueInfoProto: name = 1, type = 2 {tensor_type = 1 {elem_type = 1, shape = 2 {dim = 1 {dim_value = 1}}}}."""
-    tensor = protobuf.number_field(1, INT64) + protobuf.message(2, protobuf.message(1, protobuf.number_field(1, 1)))
-    return protobuf.message(1, FROM.encode()) + protobuf.message(2, protobuf.message(1, tensor))
+def int64_input(name: str, shape: Iterable[int]) -> bytes:
+    """An input of the graph, -1 for any number.
+
+    ValueInfoProto: name = 1, type = 2 {tensor_type = 1 {elem_type = 1, shape = 2 {dim = 1 {dim_value = 1}}}}.
+    """
+    axes = (protobuf.message(1, protobuf.number_field(1, size) if size >= 0 else b"") for size in shape)
+    tensor = protobuf.number_field(1, INT64) + protobuf.message(2, b"".join(axes))
+    kind = protobuf.message(2, protobuf.message(1, tensor))
+    return protobuf.message(INPUT, protobuf.message(1, name.encode()) + kind)
 
 
-def _node(data: int | memoryview) -> dict[int, list[str]]:
-    """A NodeProto's inputs, outputs, name and operator."""
-    found: dict[int, list[str]] = {NODE_INPUT: [], NODE_OUTPUT: [], NODE_NAME: [], NODE_OP: []}
-    assert isinstance(data, memoryview)
-    for number, value, _ in protobuf.fields(data):
-        if number in found and isinstance(value, memoryview):
-            found[number].append(bytes(value).decode())
-    for number in (NODE_INPUT, NODE_OP):  # constants have no inputs; damaged nodes may have no operator
-        found[number] = found[number] or [""]
+def node(body: memoryview) -> Node:
+    """A NodeProto. ValueError when it is damaged."""
+    found = Node(body)
+    for number, value, _ in protobuf.fields(body):
+        if not isinstance(value, memoryview):
+            continue
+        if number in (NODE_INPUT, NODE_OUTPUT):
+            (found.inputs if number == NODE_INPUT else found.outputs).append(bytes(value).decode())
+        elif number in (NODE_NAME, NODE_OP):
+            found.texts[number] = bytes(value).decode()
+    if not found.inputs:  # constants have none
+        found.inputs.append("")
     return found
 
 
-def _renamed(data: int | memoryview, hidden: str) -> bytes:
-    """The head as a field of the graph, reading from the sliced states."""
-    assert isinstance(data, memoryview)
-    old, new = (protobuf.message(NODE_INPUT, name.encode()) for name in (hidden, HIDDEN))
-    node = b"".join(
-        new if number == NODE_INPUT and bytes(raw) == old else raw for number, _, raw in protobuf.fields(data)
-    )
-    return protobuf.message(NODE, node)
+def message_of(of: Node, inputs: Iterable[str]) -> bytes:
+    """The node as a field of the graph, with other inputs."""
+    rest = b"".join(raw for number, _, raw in protobuf.fields(of.body) if number != NODE_INPUT)
+    return protobuf.message(NODE, _texts(NODE_INPUT, inputs) + rest)
+
+
+def new_node(
+    op: str, inputs: Iterable[str], outputs: Iterable[str], name: str, domain: bytes = b"", attributes: bytes = b""
+) -> bytes:
+    """A node as a field of the graph; `attributes` as fields of it."""
+    named = protobuf.message(NODE_NAME, name.encode()) + protobuf.message(NODE_OP, op.encode())
+    ends = _texts(NODE_INPUT, inputs) + _texts(NODE_OUTPUT, outputs)
+    return protobuf.message(NODE, ends + named + attributes + protobuf.message(NODE_DOMAIN, domain))
+
+
+def _texts(number: int, texts: Iterable[str]) -> bytes:
+    return b"".join(protobuf.message(number, text.encode()) for text in texts)

@@ -8,31 +8,16 @@ inputs that are written in place; the mask is gone.
 
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
-from slmops_server.engines import protobuf
-from slmops_server.engines.graph import (
-    BEHIND_HEADS,
-    GRAPH,
-    HEADS,
-    INITIALIZER,
-    INPUT,
-    INT64,
-    NODE,
-    NODE_ATTRIBUTE,
-    NODE_INPUT,
-    NODE_NAME,
-    NODE_OP,
-    NODE_OUTPUT,
-    TENSOR_NAME,
-)
+from slmops_server.engines import graph, protobuf
+from slmops_server.engines.graph import INITIALIZER, INPUT, NODE, NODE_ATTRIBUTE, TENSOR_NAME, Node
 from slmops_server.model_folder import ModelFolder
 
 CALLS, AT = "slmops/calls", "slmops/logits_at"
 WORDS_OF_CALL = 3
 HIDDEN = "slmops/hidden_at"
 DOMAIN = b"slmops"
-OPSET, NODE_DOMAIN, OUTPUT = 8, 7, 12  # field numbers of onnx.proto3, beside those of graph.py
+OPSET, OUTPUT = 8, 12  # field numbers of onnx.proto3, beside those of graph.py
 ATTRIBUTE_NAME, ATTRIBUTE_FLOAT, ATTRIBUTE_INT, ATTRIBUTE_TEXT, ATTRIBUTE_TYPE = 1, 2, 3, 4, 20
 TENSOR_TYPE, FLOAT, BYTE, A_FLOAT, AN_INT, FLOAT_BYTES = 2, 1, 2, 1, 2, 4
 LANES, LARGEST_HEAD = 16, 512  # of kernels/attention.h
@@ -51,35 +36,19 @@ class UnsuitedError(Exception):
     """The graph is of another form; the message says of which."""
 
 
-@dataclass(frozen=True)
-class _Node:
-    body: memoryview
-    raw: memoryview  # with the head of a field of the graph
-    inputs: list[str] = field(default_factory=list)
-    outputs: list[str] = field(default_factory=list)
-    texts: dict[int, str] = field(default_factory=dict)  # name, operator, domain
-    attributes: dict[str, int | float | bytes] = field(default_factory=dict)
-
-    @property
-    def op(self) -> str:
-        return self.texts.get(NODE_OP, "")
-
-
 def ragged(model: bytes | memoryview, folder: ModelFolder) -> bytes:
     """The changed model. UnsuitedError where it would not compute the same; ValueError when the file is damaged."""
-    whole = list(protobuf.fields(memoryview(model)))
-    graph = next((value for number, value, _ in whole if number == GRAPH and isinstance(value, memoryview)), None)
-    if graph is None:
+    fields = list(protobuf.fields(memoryview(model)))
+    parts = graph.parts_of(fields)
+    if not parts:
         raise UnsuitedError("it has no graph")
-    parts = list(protobuf.fields(graph))
-    constants = dict(_constants(protobuf.every([graph], INITIALIZER)))
-    made: dict[str, _Node] = {}
-    for number, value, raw in parts:
-        if number == NODE and isinstance(value, memoryview):
-            node = _node(value, raw)
-            made.update(dict.fromkeys((name for name in node.outputs if name), node))
+    tensors = (value for number, value, _ in parts if number == INITIALIZER and isinstance(value, memoryview))
+    constants = dict(_constants(tensors))
+    made = graph.made_by(parts)
     logits = folder.outputs["logits"]
-    head = _head(made, logits)
+    head = graph.head(made, logits)
+    if head is None:
+        raise UnsuitedError(f"its output head is {made[logits].op if logits in made else 'missing'}")
     nodes, needed, caches = [], {logits}, []
     for node in _before(made, logits):
         inputs, new = _changed(node, head, folder, constants)
@@ -92,18 +61,10 @@ def ragged(model: bytes | memoryview, folder: ModelFolder) -> bytes:
     if mask in needed:
         raise UnsuitedError("more than its attention reads the mask")
     kept = [raw for number, value, raw in parts if number != NODE and not _is_gone(number, value, needed, logits)]
-    new_parts: list[bytes | memoryview] = [
-        *kept,
-        *nodes,
-        _gather(head.inputs[0]),
-        _input(CALLS, (-1, WORDS_OF_CALL)),
-        _input(AT, (-1,)),
-    ]
     opset = protobuf.message(OPSET, protobuf.message(1, DOMAIN) + protobuf.number_field(2, 1))
-    out: list[bytes | memoryview] = [opset]
-    for number, _, raw in whole:
-        out += [protobuf.head(GRAPH, sum(map(len, new_parts))), *new_parts] if number == GRAPH else [raw]
-    return b"".join(out)
+    gather = graph.new_node("Gather", [head.inputs[0], AT], [HIDDEN], HIDDEN, attributes=_attributes({"axis": 1}))
+    told = [graph.int64_input(CALLS, (-1, WORDS_OF_CALL)), graph.int64_input(AT, (-1,))]
+    return opset + graph.whole(fields, [*kept, *nodes, gather, *told])
 
 
 def cache_names(folder: ModelFolder) -> list[str]:
@@ -120,9 +81,9 @@ def _is_gone(number: int, value: int | memoryview, needed: set[str], logits: str
     return name not in needed if number == INPUT else name != logits
 
 
-def _before(made: Mapping[str, _Node], logits: str) -> list[_Node]:
+def _before(made: Mapping[str, Node], logits: str) -> list[Node]:
     """The nodes that the logits are made by; of attention's mask nothing is read any more."""
-    found: dict[int, _Node] = {}
+    found: dict[int, Node] = {}
     waiting = [logits]
     while waiting:
         node = made.get(waiting.pop())
@@ -133,17 +94,7 @@ def _before(made: Mapping[str, _Node], logits: str) -> list[_Node]:
     return list(found.values())
 
 
-def _head(made: Mapping[str, _Node], logits: str) -> _Node:
-    node = made.get(logits)
-    for _ in BEHIND_HEADS:  # at most one of each: a damaged graph may be a circle
-        if node is not None and node.op in BEHIND_HEADS and node.inputs:
-            node = made.get(node.inputs[0])
-    if node is None or node.op not in HEADS or not node.inputs or node.inputs[0] not in made:
-        raise UnsuitedError(f"its output head is {node.op if node else 'missing'}")
-    return node
-
-
-def _changed(node: _Node, head: _Node, folder: ModelFolder, constants: Mapping[str, int]) -> tuple[list[str], bytes]:
+def _changed(node: Node, head: Node, folder: ModelFolder, constants: Mapping[str, int]) -> tuple[list[str], bytes]:
     """What the node reads, and itself as a field of the graph."""
     inputs = [HIDDEN, *node.inputs[1:]] if node is head else node.inputs
     if node.op == "MatMulNBits":
@@ -153,14 +104,11 @@ def _changed(node: _Node, head: _Node, folder: ModelFolder, constants: Mapping[s
         return inputs, _new(node, "RowAttention", inputs, told)
     if node.op not in ALONE:
         raise UnsuitedError(f"it has the operator {node.op}")
-    if node is not head:
-        return inputs, bytes(node.raw)
-    rest = b"".join(raw for number, _, raw in protobuf.fields(node.body) if number != NODE_INPUT)
-    return inputs, protobuf.message(NODE, _texts(NODE_INPUT, inputs) + rest)
+    return inputs, graph.message_of(node, inputs) if node is head else protobuf.message(NODE, bytes(node.body))
 
 
-def _product(node: _Node, inputs: list[str], constants: Mapping[str, int]) -> bytes:
-    told = dict(node.attributes)
+def _product(node: Node, inputs: list[str], constants: Mapping[str, int]) -> bytes:
+    told = _told(node)
     sizes = {name: _whole(told, name) for name in ("K", "N", "block_size")}
     if told.pop("bits", 4) != 4 or sizes["block_size"] % LANES or sizes["block_size"] < LANES:
         raise UnsuitedError("its weights are not of 4 bits in blocks of a multiple of 16")
@@ -175,10 +123,10 @@ def _product(node: _Node, inputs: list[str], constants: Mapping[str, int]) -> by
 
 
 def _attention(
-    node: _Node, folder: ModelFolder, constants: Mapping[str, int]
+    node: Node, folder: ModelFolder, constants: Mapping[str, int]
 ) -> tuple[list[str], dict[str, int | float]]:
     """Inputs and attributes of a RowAttention in place of a GroupQueryAttention."""
-    told, size = dict(node.attributes), folder.head_size
+    told, size = _told(node), folder.head_size
     if size % LANES or size > LARGEST_HEAD:
         raise UnsuitedError(f"its heads have {size} numbers")
     numbers: dict[str, int | float] = {name: _whole(told, name) for name in ("num_heads", "kv_num_heads")}
@@ -208,11 +156,12 @@ def _neutral(attributes: Mapping[str, int | float | bytes]) -> bool:
     return all(value in (0, -1, 0.0, b"", b"NONE") for value in attributes.values())
 
 
-def _new(node: _Node, op: str, inputs: list[str], numbers: Mapping[str, int | float]) -> bytes:
-    attributes = b"".join(protobuf.message(NODE_ATTRIBUTE, _attribute(name, value)) for name, value in numbers.items())
-    named = protobuf.message(NODE_NAME, node.texts.get(NODE_NAME, "").encode()) + protobuf.message(NODE_OP, op.encode())
-    ends = _texts(NODE_INPUT, inputs) + _texts(NODE_OUTPUT, node.outputs[:1])
-    return protobuf.message(NODE, ends + named + attributes + protobuf.message(NODE_DOMAIN, DOMAIN))
+def _new(node: Node, op: str, inputs: list[str], numbers: Mapping[str, int | float]) -> bytes:
+    return graph.new_node(op, inputs, node.outputs[:1], node.name, DOMAIN, _attributes(numbers))
+
+
+def _attributes(numbers: Mapping[str, int | float]) -> bytes:
+    return b"".join(protobuf.message(NODE_ATTRIBUTE, _attribute(name, value)) for name, value in numbers.items())
 
 
 def _attribute(name: str, value: int | float) -> bytes:
@@ -224,26 +173,6 @@ def _attribute(name: str, value: int | float) -> bytes:
     return begin + number + protobuf.number_field(ATTRIBUTE_TYPE, AN_INT)
 
 
-def _texts(number: int, texts: Iterable[str]) -> bytes:
-    return b"".join(protobuf.message(number, text.encode()) for text in texts)
-
-
-def _gather(hidden: str) -> bytes:
-    """Gather(hidden, logits_at) over the tokens -> hidden_at."""
-    ends = _texts(NODE_INPUT, [hidden, AT]) + _texts(NODE_OUTPUT, [HIDDEN])
-    named = protobuf.message(NODE_NAME, HIDDEN.encode()) + protobuf.message(NODE_OP, b"Gather")
-    return protobuf.message(NODE, ends + named + protobuf.message(NODE_ATTRIBUTE, _attribute("axis", 1)))
-
-
-def _input(name: str, shape: Iterable[int]) -> bytes:
-    """ValueInfoProto of int64, -1 for any number; see graph.py."""
-    axes = (protobuf.message(1, protobuf.number_field(1, size) if size >= 0 else b"") for size in shape)
-    tensor = protobuf.number_field(1, INT64) + protobuf.message(2, b"".join(axes))
-    return protobuf.message(
-        INPUT, protobuf.message(1, name.encode()) + protobuf.message(2, protobuf.message(1, tensor))
-    )
-
-
 def _constants(tensors: Iterable[memoryview]) -> Iterable[tuple[str, int]]:
     """Names and types of TensorProtos."""
     for tensor in tensors:
@@ -252,19 +181,9 @@ def _constants(tensors: Iterable[memoryview]) -> Iterable[tuple[str, int]]:
         yield bytes(name).decode(), kind if isinstance(kind, int) else 0
 
 
-def _node(data: memoryview, raw: memoryview) -> _Node:
-    node = _Node(data, raw)
-    for number, value, _ in protobuf.fields(data):
-        if not isinstance(value, memoryview):
-            continue
-        if number == NODE_ATTRIBUTE:
-            name, told = _value(value)
-            node.attributes[name] = told
-        elif number in (NODE_INPUT, NODE_OUTPUT):
-            (node.inputs if number == NODE_INPUT else node.outputs).append(bytes(value).decode())
-        elif number in (NODE_NAME, NODE_OP, NODE_DOMAIN):
-            node.texts[number] = bytes(value).decode()
-    return node
+def _told(node: Node) -> dict[str, int | float | bytes]:
+    """The node's attributes."""
+    return dict(_value(attribute) for attribute in protobuf.every([node.body], NODE_ATTRIBUTE))
 
 
 def _value(attribute: memoryview) -> tuple[str, int | float | bytes]:
