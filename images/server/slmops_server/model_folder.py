@@ -55,6 +55,18 @@ class ModelFolder:
     model_bytes: int
     providers: tuple[str, ...] = ()
 
+    @property
+    def cache_inputs(self) -> list[str]:
+        """An ONNX graph's inputs that hold the KV cache: of each layer keys and values."""
+        parts = [self.inputs[f"past_{part}_names"] for part in ("key", "value")]
+        return [name % layer for layer in range(self.layers) for name in parts]
+
+    @property
+    def cache_outputs(self) -> list[str]:
+        """What the graph makes of `cache_inputs`, in their order."""
+        parts = [self.outputs[f"present_{part}_names"] for part in ("key", "value")]
+        return [name % layer for layer in range(self.layers) for name in parts]
+
     def kv_bytes(self, max_len: int, item_bytes: int) -> int:
         """KV cache of one answer of `max_len` tokens."""
         return 2 * self.layers * self.kv_heads * self.head_size * max_len * item_bytes

@@ -12,17 +12,17 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]  # it ships no types
 from numpy.typing import NDArray
 
-from slmops_server.engines import adapters, graph, kernels, ragged_graph, timing
+from slmops_server.engines import graph, kernels, ragged_graph, timing
 from slmops_server.engines.adapters import BASE, Adapter
 from slmops_server.engines.base import EngineRefusedError
+from slmops_server.engines.binding import TYPES, bind, lora_inputs, recent
 from slmops_server.engines.forward import IDLE
 from slmops_server.engines.ragged import RaggedForward
 from slmops_server.engines.ragged_graph import UnsuitedError
@@ -30,7 +30,6 @@ from slmops_server.engines.sampler import Logits
 from slmops_server.engines.schedule import SMALLEST_CHUNK
 from slmops_server.model_folder import ModelFolder
 
-TYPES: dict[str, type[np.floating]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 SMALL = 64 << 20  # bytes of model up to which loading it twice to measure thread counts costs little
 LOGITS_BYTES = 64 << 20  # a prefill chunk's logits, [chunk, vocab], stay below this where all of them are computed
 # Microseconds that a thread waits by spinning before it sleeps. onnxruntime's own choice is far longer: where others
@@ -44,7 +43,6 @@ MEASURED_LENGTH = 64  # tokens in a row while it is measured
 # Bindings kept for prompts, and as many for decode calls: half a KB for each input, of which an adapter has hundreds.
 MOST_BOUND = 48
 
-Made = TypeVar("Made")
 _Decode = tuple[ort.IOBinding, NDArray[np.int64], NDArray[np.int64], Logits]
 _Rows = tuple[weakref.ref[Adapter], int, int]  # the adapter, which is not kept alive, first row and number of rows
 
@@ -93,11 +91,7 @@ class OrtForward:
         self._mask = folder.inputs["attention_mask"]
         self._positions = folder.inputs.get("position_ids", "position_ids")
         self._logits = folder.outputs["logits"]
-        pairs = [
-            (folder.inputs[f"past_{part}_names"] % layer, folder.outputs[f"present_{part}_names"] % layer)
-            for layer in range(folder.layers)
-            for part in ("key", "value")
-        ]
+        pairs = list(zip(folder.cache_inputs, folder.cache_outputs, strict=True))
         self._has_positions = self._positions in kinds
         self._has_from = graph.FROM in kinds
         unknown = set(kinds) - {past for past, _ in pairs} - {self._ids, self._mask, self._positions, graph.FROM}
@@ -125,10 +119,7 @@ class OrtForward:
         # one for all calls: a buffer for each (first, rows) of each adapter would be up to 112 rows of the vocabulary
         self._decode_logits = np.empty((min(self.rows, MAX_ROWS), self.vocab), self._logits_type)
         self._first, self._begin = np.zeros(1, np.int64), np.zeros(1, np.int64)
-        optional = {i.name: (i.type, i.shape) for i in session.get_overridable_initializers()}
-        self.lora = adapters.inputs(
-            {name: (TYPES[kind], shape) for name, (kind, shape) in optional.items() if kind in TYPES}
-        )
+        self.lora = lora_inputs(session)
         self._prefills: dict[_Rows, ort.IOBinding] = {}
         self._decodes: dict[_Rows, _Decode] = {}
 
@@ -145,17 +136,18 @@ class OrtForward:
         """Append tokens; logits from the token `begin` on, or of all where the graph cannot choose."""
         size = len(tokens)
         self._give_back(slot)
-        binding = _recent(self._prefills, slot, 1, adapter, self._bind_fixed)
+        key = (weakref.ref(adapter), slot, 1)
+        binding = recent(self._prefills, key, MOST_BOUND, lambda: self._bind_fixed(slot, 1, adapter))
         ids = np.asarray(tokens, np.int64)
         positions = np.arange(past, past + size, dtype=np.int64)
-        self._bind(binding, self._ids, ids, (1, size))
-        self._bind(binding, self._mask, self._ones, (1, past + size))
+        bind(binding, self._ids, ids, (1, size))
+        bind(binding, self._mask, self._ones, (1, past + size))
         if self._has_positions:
-            self._bind(binding, self._positions, positions, (1, size))
+            bind(binding, self._positions, positions, (1, size))
         rows = size
         if self._has_from:
             self._begin[0] = begin
-            self._bind(binding, graph.FROM, self._begin, (1,))
+            bind(binding, graph.FROM, self._begin, (1,))
             rows -= begin
         if rows > len(self._prompt_logits):
             self._prompt_logits = np.empty((rows, self.vocab), self._logits_type)
@@ -167,7 +159,10 @@ class OrtForward:
     def decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int], adapter: Adapter = BASE) -> Logits:
         """See Forward."""
         rows = len(tokens)
-        binding, ids, positions, logits = _recent(self._decodes, first, rows, adapter, self._bind_decode)
+        key = (weakref.ref(adapter), first, rows)
+        binding, ids, positions, logits = recent(
+            self._decodes, key, MOST_BOUND, lambda: self._bind_decode(first, rows, adapter)
+        )
         for slot, length in enumerate(lengths, first):
             if length == IDLE:
                 self._lend(slot)
@@ -182,7 +177,7 @@ class OrtForward:
             binding.bind_input(self._mask, "cpu", 0, np.int64, (1, total), self._ones_at)
         else:
             mask = (np.arange(total) <= np.asarray(lengths)[:, None]).astype(np.int64)
-            self._bind(binding, self._mask, mask, (rows, total))
+            bind(binding, self._mask, mask, (rows, total))
         self._session.run_with_iobinding(binding)
         return logits.astype(np.float32, copy=False)
 
@@ -209,11 +204,11 @@ class OrtForward:
         binding = self._bind_fixed(first, rows, adapter)
         ids, positions = np.zeros((rows, 1), np.int64), np.zeros((rows, 1), np.int64)
         logits = self._decode_logits[:rows]
-        self._bind(binding, self._ids, ids, (rows, 1))
+        bind(binding, self._ids, ids, (rows, 1))
         if self._has_positions:
-            self._bind(binding, self._positions, positions, (rows, 1))
+            bind(binding, self._positions, positions, (rows, 1))
         if self._has_from:
-            self._bind(binding, graph.FROM, self._first, (1,))
+            bind(binding, graph.FROM, self._first, (1,))
         binding.bind_output(self._logits, "cpu", 0, self._logits_type, (rows, 1, self.vocab), logits.ctypes.data)
         return binding, ids, positions, logits
 
@@ -226,12 +221,8 @@ class OrtForward:
             binding.bind_input(past, "cpu", 0, self._kv_type, shape, at)
             binding.bind_output(present, "cpu", 0, self._kv_type, shape, at)
         for name, tensor in adapter.tensors.items():
-            binding.bind_input(name, "cpu", 0, tensor.dtype.type, tensor.shape, tensor.ctypes.data)
+            bind(binding, name, tensor)
         return binding
-
-    @staticmethod
-    def _bind(binding: ort.IOBinding, name: str, array: NDArray[np.int64], shape: tuple[int, ...]) -> None:
-        binding.bind_input(name, "cpu", 0, np.int64, shape, array.ctypes.data)
 
     def time_decode(self, rows: int, steps: int) -> list[float]:
         """Seconds of `steps` decode steps of `rows` rows, sorted."""
@@ -262,18 +253,6 @@ class OrtForward:
     def notes(self) -> dict[str, str]:
         """The measurements, as EngineInfo tells them."""
         return timing.notes(self.decode_seconds, self.prefill_seconds)
-
-
-def _recent(
-    kept: dict[_Rows, Made], first: int, rows: int, adapter: Adapter, make: Callable[[int, int, Adapter], Made]
-) -> Made:
-    """What was made for these rows, made again when others took its place: those that were used last are kept."""
-    key = weakref.ref(adapter), first, rows
-    found = kept.pop(key, None) or make(first, rows, adapter)
-    kept[key] = found
-    if len(kept) > MOST_BOUND:
-        del kept[next(iter(kept))]
-    return found
 
 
 def load(

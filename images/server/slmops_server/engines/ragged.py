@@ -13,10 +13,10 @@ from functools import partial
 
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]  # it ships no types
-from numpy.typing import NDArray
 
-from slmops_server.engines import adapters, ragged_graph, timing
+from slmops_server.engines import ragged_graph, timing
 from slmops_server.engines.adapters import BASE, Adapter
+from slmops_server.engines.binding import bind, lora_inputs, recent
 from slmops_server.engines.ragged_graph import UnsuitedError
 from slmops_server.engines.sampler import Logits
 from slmops_server.engines.schedule import SMALLEST_CHUNK
@@ -28,7 +28,6 @@ MAX_ROWS = 32  # in one call; beyond, a row costs as much as in a call of its ow
 MEASURED_CHUNKS = (4, 32)  # tokens
 MEASURED_ROWS = (1, 2, 4, 8)  # and as many as a call may have; between them the time grows evenly
 MOST_BOUND = 8  # bindings kept: half a KB for each input, of which an adapter has hundreds
-TYPES: dict[str, type[np.floating]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # of adapters
 
 
 class RaggedForward:
@@ -47,7 +46,7 @@ class RaggedForward:
         self._ids, self._logits = folder.inputs["input_ids"], folder.outputs["logits"]
         self._positions = folder.inputs.get("position_ids", "position_ids")
         kinds = {i.name: i.type for i in session.get_inputs()}
-        self._names = ragged_graph.cache_names(folder)
+        self._names = folder.cache_inputs
         expected = {*self._names, self._ids, ragged_graph.CALLS, ragged_graph.AT}
         self._has_positions = self._positions in kinds
         if set(kinds) - {self._positions} != expected:
@@ -62,10 +61,7 @@ class RaggedForward:
         chunk = max(SMALLEST_CHUNK, min(chunk, max_len))
         self.chunk, self.scored = chunk, max(SMALLEST_CHUNK, min(chunk, LOGITS_BYTES // (4 * self.vocab)))
         self._out = np.empty((self.mixes + 1, self.vocab), np.float32)
-        optional = {i.name: (i.type, i.shape) for i in session.get_overridable_initializers()}
-        self.lora = adapters.inputs(
-            {name: (TYPES[kind], shape) for name, (kind, shape) in optional.items() if kind in TYPES}
-        )
+        self.lora = lora_inputs(session)
         self._bound: dict[weakref.ref[Adapter], ort.IOBinding] = {}
 
     def prefill(self, slot: int, tokens: Sequence[int], past: int, adapter: Adapter = BASE) -> Logits:
@@ -99,7 +95,7 @@ class RaggedForward:
         if len(flat) == 1 and not (self.lone and adapter is BASE):
             calls.append((self.rows, 0, 1))
             flat.append(0)
-        binding = self._binding(adapter)
+        made = recent(self._bound, weakref.ref(adapter), MOST_BOUND, lambda: self._bind_fixed(adapter))
         given = {
             self._ids: np.array([flat], np.int64),
             ragged_graph.CALLS: np.array(calls, np.int64),
@@ -109,28 +105,22 @@ class RaggedForward:
             positions = np.concatenate([np.arange(past, past + count) for _, past, count in calls])
             given[self._positions] = positions.astype(np.int64)[None]
         for name, array in given.items():
-            _bind(binding, name, array)
+            bind(made, name, array)
         if len(at) > len(self._out):
             self._out = np.empty((len(at), self.vocab), np.float32)
         out = self._out[: len(at)]
-        binding.bind_output(self._logits, "cpu", 0, np.float32, (1, *out.shape), out.ctypes.data)
-        self._session.run_with_iobinding(binding)
+        made.bind_output(self._logits, "cpu", 0, np.float32, (1, *out.shape), out.ctypes.data)
+        self._session.run_with_iobinding(made)
         return out
 
-    def _binding(self, adapter: Adapter) -> ort.IOBinding:
-        """What is the same in every call, the cache and the adapter, is bound once; the last used ones are kept."""
-        key = weakref.ref(adapter)
-        binding = self._bound.pop(key, None)
-        if binding is None:
-            binding = self._session.io_binding()
-            for name, array in zip(self._names, self._cache, strict=True):
-                _bind(binding, name, array)
-            for name, tensor in adapter.tensors.items():
-                _bind(binding, name, tensor)
-        self._bound[key] = binding
-        if len(self._bound) > MOST_BOUND:
-            del self._bound[next(iter(self._bound))]
-        return binding
+    def _bind_fixed(self, adapter: Adapter) -> ort.IOBinding:
+        """What is the same in every call: the cache and the adapter."""
+        made = self._session.io_binding()
+        for name, array in zip(self._names, self._cache, strict=True):
+            bind(made, name, array)
+        for name, tensor in adapter.tensors.items():
+            bind(made, name, tensor)
+        return made
 
     def time_decode(self, rows: int, steps: int) -> list[float]:
         """Seconds of `steps` decode steps of `rows` rows, sorted."""
@@ -159,7 +149,3 @@ class RaggedForward:
         pair = token().copy()
         self.lone = True
         self.lone = np.array_equal(token(), pair, equal_nan=True)
-
-
-def _bind(binding: ort.IOBinding, name: str, array: NDArray[np.generic]) -> None:
-    binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

@@ -55,7 +55,7 @@ def ragged(model: bytes | memoryview, folder: ModelFolder) -> bytes:
         nodes.append(new)
         needed |= {*inputs}
         caches += inputs[3:5] if node.op == "GroupQueryAttention" else []
-    if sorted(caches) != sorted(cache_names(folder)):
+    if sorted(caches) != sorted(folder.cache_inputs):
         raise UnsuitedError("its attention does not read each layer's cache as it comes")
     mask = folder.inputs["attention_mask"]
     if mask in needed:
@@ -65,12 +65,6 @@ def ragged(model: bytes | memoryview, folder: ModelFolder) -> bytes:
     gather = graph.new_node("Gather", [head.inputs[0], AT], [HIDDEN], HIDDEN, attributes=_attributes({"axis": 1}))
     told = [graph.int64_input(CALLS, (-1, WORDS_OF_CALL)), graph.int64_input(AT, (-1,))]
     return opset + graph.whole(fields, [*kept, *nodes, gather, *told])
-
-
-def cache_names(folder: ModelFolder) -> list[str]:
-    """The inputs that hold the caches: of each layer keys and values."""
-    parts = [folder.inputs[f"past_{part}_names"] for part in ("key", "value")]
-    return [name % layer for layer in range(folder.layers) for name in parts]
 
 
 def _is_gone(number: int, value: int | memoryview, needed: set[str], logits: str) -> bool:
